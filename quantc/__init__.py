@@ -1,0 +1,34 @@
+"""quantc: a post-training quantization compiler for language models.
+
+    import quantc
+    report = quantc.quantize("model", bits=4, out="model-w4")
+    model = quantc.load("model-w4")
+
+Importing quantc costs milliseconds: torch and transformers are imported by the first call that needs them,
+and `AutoModelForCausalLM.from_pretrained` learns of quantc checkpoints when transformers itself is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import plugin
+
+__version__ = "0.1.0"
+__all__ = ["QuantcError", "evaluate", "load", "quantize"]
+
+_HOMES = {"quantize": ".api", "load": ".api", "evaluate": ".api", "QuantcError": ".errors"}
+
+# In a bare checkout or an editable install, passes/, kernels/ and calib_data/ lie beside this folder.
+if not (Path(__file__).parent / "passes").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+plugin.register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module 'quantc' has no attribute {name!r}")

@@ -1,0 +1,172 @@
+"""The decoder blocks of a model, found by structure, and the model run around them.
+
+A sweep never runs the whole model. It runs the model once per batch with the blocks taken out, which yields
+what every block is called with (masks, rotary tables, ...), and then runs the blocks one after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ModelError
+
+
+@dataclass(frozen=True)
+class Returns:
+    """How a block returns its hidden state: alone (position None), or in a tuple at a position."""
+
+    position: int | None
+    rest: tuple[Any, ...] = ()
+
+    def wrap(self, hidden: torch.Tensor) -> Any:
+        if self.position is None:
+            return hidden
+        return (*self.rest[: self.position], hidden, *self.rest[self.position + 1 :])
+
+    def unwrap(self, output: Any) -> torch.Tensor:
+        return output if self.position is None else output[self.position]
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model calls a block with; `place` is the position or keyword of the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int | str
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
+
+    def with_hidden(self, hidden: torch.Tensor | None) -> BlockCall:
+        if isinstance(self.place, int):
+            return replace(self, args=(*self.args[: self.place], hidden, *self.args[self.place + 1 :]))
+        return replace(self, kwargs={**self.kwargs, self.place: hidden})
+
+    def run(self, block: nn.Module) -> Any:
+        return block(*self.args, **self.kwargs)
+
+
+BlockHandler = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder blocks: the members of the nn.ModuleList that holds most of the model's weights.
+
+    Raises ModelError when no list of modules holds linear weights.
+    """
+    best, most = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not _inside_a_list(model, name):
+            size = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+            if size > most:
+                best, most = name, size
+    if not best:
+        raise ModelError(
+            f"{type(model).__name__} has no decoder blocks: an nn.ModuleList whose members hold linear weights was "
+            "looked for and none was found; quantc quantizes decoder language models."
+        )
+    return [f"{best}.{index}" for index in range(len(model.get_submodule(best)))]  # type: ignore[arg-type]
+
+
+def _inside_a_list(model: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    return any(
+        isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList) for end in range(1, len(parts))
+    )
+
+
+@contextlib.contextmanager
+def blocks_replaced(blocks: list[nn.Module], handler: BlockHandler) -> Iterator[None]:
+    """Inside, the first call of block i calls `handler(i, args, kwargs)` instead; the handler may run the block."""
+
+    def replacement(index: int, *args: Any, **kwargs: Any) -> Any:
+        del blocks[index].forward
+        return handler(index, args, kwargs)
+
+    for index, block in enumerate(blocks):
+        block.forward = partial(replacement, index)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+class _LastBlockReached(Exception):
+    """Ends a forward pass early: nothing behind the blocks is needed."""
+
+
+def run_around_blocks(
+    model: nn.Module, blocks: list[nn.Module], tokens: torch.Tensor, run_block: Callable[[int, BlockCall], Any]
+) -> None:
+    """Run the model on tokens (B, T) up to its last block, with `run_block(i, call)` in place of block i.
+
+    What run_block returns is what the model receives from that block. Raises ModelError when the blocks are not
+    called once each in order, each on what the one before returned: then they cannot be run one by one.
+    """
+    state = _Chain(blocks, run_block)
+    with torch.no_grad(), blocks_replaced(blocks, state), contextlib.suppress(_LastBlockReached):
+        model(input_ids=tokens, use_cache=False)
+    if state.next_index < len(blocks):
+        raise ModelError(
+            f"{type(model).__name__} called only {state.next_index} of its {len(blocks)} blocks on a probe; "
+            "quantc needs a model that runs its blocks one after another."
+        )
+
+
+class _Chain:
+    """Follows the hidden state from block to block."""
+
+    def __init__(self, blocks: list[nn.Module], run_block: Callable[[int, BlockCall], Any]):
+        self.blocks, self.run_block = blocks, run_block
+        self.next_index = 0
+        self.returned: list[torch.Tensor] = []
+
+    def __call__(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if index != self.next_index:
+            raise ModelError(
+                f"{type(self.blocks[index]).__name__} number {index} was called when number {self.next_index} was "
+                "due; quantc needs a model that runs its blocks once each, in order."
+            )
+        output = self.run_block(index, BlockCall(args, kwargs, self._place(args, kwargs)))
+        self.returned = [output] if isinstance(output, torch.Tensor) else [t for t in output if _is_state(t)]
+        self.next_index += 1
+        if self.next_index == len(self.blocks):
+            raise _LastBlockReached
+        return output
+
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+        for place, value in [*enumerate(args), *kwargs.items()]:
+            if _is_state(value) and (self.next_index == 0 or any(_same(value, t) for t in self.returned)):
+                return place
+        raise ModelError(
+            f"block {self.next_index} does not receive what block {self.next_index - 1} returned: the model computes "
+            "something between its blocks, and quantc can only run blocks that follow each other directly."
+        )
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 3
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
+
+
+def describe_return(output: Any, hidden: torch.Tensor) -> Returns:
+    """How `output`, returned for a hidden state, carries the next hidden state."""
+    if isinstance(output, torch.Tensor):
+        return Returns(None)
+    for position, value in enumerate(output):
+        if isinstance(value, torch.Tensor) and value.shape == hidden.shape:
+            return Returns(position, tuple(None if index == position else v for index, v in enumerate(output)))
+    raise ModelError("a block returns no tensor of its hidden state's shape, so blocks cannot be run one by one.")

@@ -1,0 +1,149 @@
+"""Derives a ModelGraph by running the model. No table of model names.
+
+One small batch runs through each kind of block on real weights; `trace.py` watches which tensor every linear
+receives and where that tensor came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .blocks import BlockCall, describe_return, find_blocks, run_around_blocks
+from .errors import ModelError
+from .graph import Block, Linear, ModelGraph
+from .trace import BlockTracer
+
+PROBE_SHAPE = (2, 24)  # sequences and tokens of the probe batch
+
+
+def derive(model: PreTrainedModel, load: Callable[[str], None], free: Callable[[nn.Module], None]) -> ModelGraph:
+    """The graph of a model whose weights are on the meta device.
+
+    load(prefix): gives the parameters under a name their weights; free(module): takes them away again.
+    One block of each kind (class and parameter shapes) is loaded at a time; the others pass the hidden state on.
+    Raises ModelError when the model's blocks cannot be found or run one by one.
+    """
+    names = find_blocks(model)
+    blocks = [model.get_submodule(name) for name in names]
+    load_outside_blocks(model, names, load)
+    traced: dict[Any, Block] = {}
+    found: list[Block] = []
+
+    def run_block(index: int, call: BlockCall) -> Any:
+        kind = _kind_of(blocks[index])
+        if kind not in traced:
+            load(names[index])
+            traced[kind], output = _trace(blocks[index], call)
+            free(blocks[index])
+        else:
+            output = traced[kind].returns.wrap(call.hidden)
+        found.append(_rebase(traced[kind], index, names[index]))
+        return output
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(0, vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
+    run_around_blocks(model, blocks, tokens, run_block)
+    return ModelGraph(
+        blocks=_keep_shared(model, found),
+        embedding=_name_of(model, model.get_input_embeddings()),
+        head=_name_of(model, model.get_output_embeddings()),
+        tied=_is_tied(model),
+    )
+
+
+def load_outside_blocks(model: PreTrainedModel, blocks: list[str], load: Callable[[str], None]) -> None:
+    """Load what a forward pass needs besides the blocks: all but the blocks and an untied head."""
+    head = _name_of(model, model.get_output_embeddings())
+    for name in outside_names(model, blocks):
+        if not (head and name.startswith(head + ".") and not _is_tied(model)):
+            load(name)
+
+
+def outside_names(model: nn.Module, blocks: list[str]) -> list[str]:
+    """Names of the tensors outside the blocks, each shared tensor once."""
+    seen: set[int] = set()
+    names = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if any(name.startswith(block + ".") for block in blocks) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        names.append(name)
+    return names
+
+
+def _kind_of(block: nn.Module) -> Any:
+    return type(block), tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+
+
+def _trace(block: nn.Module, call: BlockCall) -> tuple[Block, Any]:
+    tracer = BlockTracer(block)
+    output = tracer.run(call)
+    returns = describe_return(output, call.hidden)
+    return tracer.block(returns), output
+
+
+def _rebase(block: Block, index: int, name: str) -> Block:
+    """The block traced for a kind, with the full names of another block of that kind."""
+
+    def full(relative: str) -> str:
+        return f"{name}.{relative}"
+
+    return Block(
+        index=index,
+        name=name,
+        linears=tuple(replace(item, name=full(item.name), reads=full(item.reads)) for item in block.linears),
+        norms=tuple(replace(norm, name=full(norm.name)) for norm in block.norms),
+        activations=tuple(
+            replace(
+                item,
+                label=full(item.label),
+                writers=tuple(map(full, item.writers)),
+                readers=tuple(map(full, item.readers)),
+            )
+            for item in block.activations
+        ),
+        residual_writers=tuple(map(full, block.residual_writers)),
+        returns=block.returns,
+    )
+
+
+def _keep_shared(model: nn.Module, blocks: list[Block]) -> tuple[Block, ...]:
+    """Linears that several blocks share stay as they are: each block would round them for its own input."""
+    owners: dict[int, int] = {}
+    for block in blocks:
+        for linear in block.linears:
+            tensor = _weight_of(model, linear)
+            owners[id(tensor)] = owners.get(id(tensor), 0) + 1
+    return tuple(
+        replace(
+            block,
+            linears=tuple(
+                replace(linear, keep=linear.keep or "several blocks share it")
+                if owners[id(_weight_of(model, linear))] > 1
+                else linear
+                for linear in block.linears
+            ),
+        )
+        for block in blocks
+    )
+
+
+def _weight_of(model: nn.Module, linear: Linear) -> torch.Tensor:
+    return model.get_parameter(linear.weight_name)
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+    return next((name for name, candidate in model.named_modules() if candidate is module), "")
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if embedding is None:
+        raise ModelError(f"{type(model).__name__} has no token embedding, so it is not a language model quantc can run.")
+    return head is not None and getattr(head, "weight", None) is embedding.weight

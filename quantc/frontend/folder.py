@@ -1,0 +1,169 @@
+"""A transformers folder with safetensors weights, sharded or not, opened lazily.
+
+Checkpoint names need not be the model's (transformers 5 merges experts, renames prefixes, splits fused
+tensors). Its own conversion runs on just the tensors asked for, so a block costs a block.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from ..errors import ModelError
+from .source import COMPUTE_DTYPE, Source, build_skeleton, is_under, quiet_transformers, read_tokenizer
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class FolderSource(Source):
+    def __init__(self, folder: Path, name: str | None = None):
+        self.path = folder
+        self.name = name or folder.resolve().name
+        self._files = _weight_files(folder)
+        self.model = build_skeleton(_read_config(folder))
+        self._conversions = get_model_conversion_mapping(self.model)
+
+    @cached_property
+    def _handles(self) -> dict[str, safe_open]:
+        """Checkpoint tensor name -> the open shard that holds it."""
+        handles = {}
+        for file in self._files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{file} is not a readable safetensors file ({error}); fetch or save that shard again."
+                ) from error
+            handles.update(dict.fromkeys(handle.keys(), handle))
+        return handles
+
+    @cached_property
+    def _targets(self) -> dict[str, str]:
+        """Checkpoint tensor name -> name of the (first) model tensor it becomes."""
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        known = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        targets = {}
+        for key in self._handles:
+            target, _ = rename_source_key(key, renamings, converters, prefix, known)
+            if target not in known and key in known:
+                target, _ = rename_source_key(key, [], [], prefix, known)
+            targets[key] = target
+        return targets
+
+    def load(self, prefix: str) -> None:
+        keys = [key for key, target in self._targets.items() if is_under(target, prefix)]
+        slices = {key: self._handles[key].get_slice(key) for key in keys}
+        settings = LoadStateDictConfig(dtype=COMPUTE_DTYPE, weight_mapping=self._conversions)
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
+        for name, found, needed in sorted(info.mismatched_keys):
+            raise ModelError(
+                f"{self.path}: {name} has the shape {tuple(found)}, but config.json describes {tuple(needed)}; "
+                "a config that belongs to the weights is needed."
+            )
+        self.model.tie_weights()
+        self.check_loaded(prefix)
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return {
+            target: DTYPES.get(self._handles[key].get_slice(key).get_dtype(), COMPUTE_DTYPE)
+            for key, target in self._targets.items()
+        }
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self._dtypes.get(name, self.model.config.dtype or COMPUTE_DTYPE)
+
+    def weight_files(self) -> list[Path]:
+        return self._files
+
+    def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype or "auto").eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return read_tokenizer(self.path)
+
+
+def _read_config(folder: Path) -> object:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{folder}: config.json is not one that transformers can use ({reason}); "
+            "a decoder model that AutoModelForCausalLM knows is needed."
+        ) from error
+    method = _quantization_method(config)
+    if method is not None:
+        remedy = (
+            "it needs no second quantization: evaluate or load it as it is"
+            if method == "quantc"
+            else "start from the original, unquantized model"
+        )
+        raise ModelError(f"{folder} is already quantized (by {method}), but quantc needs float weights; {remedy}.")
+    return config
+
+
+def _quantization_method(config: object) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method) or "an unnamed tool")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} has no config.json; a transformers model folder (config.json, tokenizer, "
+            "safetensors weights) or a .gguf file is needed."
+        )
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder)
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickles = [name for name in PICKLES if (folder / name).is_file()]
+    if pickles:
+        raise ModelError(
+            f"{folder} has only pickled weights ({pickles[0]}), which quantc does not unpickle; safetensors are "
+            "needed: load the model with transformers and call save_pretrained, then use that folder."
+        )
+    raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}; safetensors weights are needed, so fetch or save them.")
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    try:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / INDEX} is not a readable index ({error}); fetch or save it again.") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{folder}: the shard {name} that {INDEX} lists is missing; all {len(names)} shards are needed, "
+                "so fetch that file."
+            )
+    return [folder / name for name in names]

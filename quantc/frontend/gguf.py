@@ -1,0 +1,167 @@
+"""A .gguf file, dequantized tensor by tensor on the way in.
+
+The config and the tensor names come from transformers' GGUF support, the block formats from the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import modeling_gguf_pytorch_utils as hf_gguf
+
+from ..errors import ModelError
+from .source import COMPUTE_DTYPE, Source, build_skeleton, is_under, quiet_transformers, read_tokenizer
+
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GgufSource(Source):
+    def __init__(self, file: Path, name: str | None = None):
+        self.path = file
+        self.name = name or file.stem
+        self._reader = _open_reader(file)
+        with self._parsed_once():
+            self._config = _read_config(file)
+        self.model = build_skeleton(self._config)
+        # GGUF has no float dtype of its own for the model; bfloat16 is what nearly all of them were trained in.
+        self.model.config.dtype = torch.bfloat16
+
+    @cached_property
+    def _processor(self) -> Any:
+        architecture = hf_gguf.read_field(self._reader, "general.architecture")[0]
+        kind = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)
+        return kind(config=self._config.to_dict())
+
+    @contextlib.contextmanager
+    def _parsed_once(self) -> Iterator[None]:
+        """Inside, transformers gets our reader: parsing a vocabulary takes seconds, and it parses per question."""
+        import gguf
+
+        original = gguf.GGUFReader
+        gguf.GGUFReader = lambda *_, **__: self._reader  # type: ignore[assignment, misc]
+        try:
+            yield
+        finally:
+            gguf.GGUFReader = original  # type: ignore[misc]
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """GGUF tensor name -> model tensor name."""
+        return hf_gguf.get_gguf_hf_weights_map(_NamesOnly.of(self.model), self._processor)
+
+    @cached_property
+    def _tensors(self) -> dict[str, list[Any]]:
+        """Model tensor name -> the GGUF tensors it is made from (several where experts are merged)."""
+        tensors: dict[str, list[Any]] = {}
+        for tensor in self._reader.tensors:
+            target = self._names.get(tensor.name) or self._names.get(tensor.name.removesuffix(".weight"))
+            if target is not None:
+                tensors.setdefault(target, []).append(tensor)
+        return tensors
+
+    def load(self, prefix: str) -> None:
+        for name, parts in self._tensors.items():
+            if is_under(name, prefix):
+                _assign(self.model, name, self._dequantize(name, parts))
+        self.model.tie_weights()
+        self.check_loaded(prefix)
+
+    def _dequantize(self, name: str, parts: list[Any]) -> torch.Tensor:
+        from gguf import dequantize
+
+        merged: dict[str, Any] = {"tensors": {}, "config": self._config.to_dict()}
+        for part in parts:
+            weights = dequantize(part.data, part.tensor_type)
+            result = self._processor.process(
+                weights=weights, name=part.name, tensor_key_mapping=self._names, parsed_parameters=merged
+            )
+            if result.name is not None:
+                return torch.from_numpy(np.array(result.weights, dtype=np.float32))
+        return merged["tensors"][name].to(COMPUTE_DTYPE)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Float tensors keep their type; blocks that were dequantized fit float16 to its last bit."""
+        parts = self._tensors.get(name, [])
+        return FLOAT_TYPES.get(parts[0].tensor_type.name, torch.float16) if parts else torch.float16
+
+    def weight_files(self) -> list[Path]:
+        return [self.path]
+
+    def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        with quiet_transformers(), self._parsed_once():
+            return AutoModelForCausalLM.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, dtype=dtype or self.model.config.dtype
+            ).eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        with quiet_transformers(), self._parsed_once():
+            return read_tokenizer(self.path.parent, gguf_file=self.path.name)
+
+
+class _NamesOnly:
+    """What transformers' name mapping asks of a model, two levels deep (the model and its base model).
+
+    Given the model itself it descends into every module and builds gguf's table of names anew for each.
+    """
+
+    def __init__(self, config: Any, names: list[str], children: list[tuple[str, _NamesOnly]]):
+        self.config, self._names, self._children = config, names, children
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _NamesOnly:
+        names = list(model.state_dict())
+        base = model.base_model_prefix
+        inner = [name.removeprefix(base + ".") for name in names if is_under(name, base)]
+        return cls(model.config, names, [(base, cls(model.config, inner, []))])
+
+    def state_dict(self) -> list[str]:
+        return self._names
+
+    def named_children(self) -> list[tuple[str, _NamesOnly]]:
+        return self._children
+
+
+def _open_reader(file: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ModelError(f"{file} needs the gguf package, which is not installed; run `pip install quantc[gguf]`.") from error
+    try:
+        return GGUFReader(str(file))
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise ModelError(f"{file} is not a readable GGUF file ({error}); fetch it again.") from error
+
+
+def _read_config(file: Path) -> Any:
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{file}: transformers cannot read this architecture from GGUF ({reason}); "
+            "use the model's transformers folder."
+        ) from error
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    expected = getattr(owner, leaf)
+    if expected.shape != tensor.shape:
+        raise ModelError(
+            f"{name} has the shape {tuple(tensor.shape)}, but the file's own header describes "
+            f"{tuple(expected.shape)}; the GGUF file is damaged or of an unknown layout."
+        )
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

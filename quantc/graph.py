@@ -1,0 +1,97 @@
+"""ModelGraph: the blocks, linears, norms and activations of a model. `derive.py` makes one by running the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from .blocks import Returns
+
+LinearKind = Literal["linear", "conv1d", "stack"]
+ActivationKind = Literal["residual", "normed", "value", "gated", "activated", "rows", "other"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight W (N, K) that a plan may quantize, or a stack of E of them.
+
+    name: module name, or the name of the 3-D parameter for a stack of experts.
+    reads: label of the activation it multiplies.
+    keep: why it stays as it is, or "" when it is quantized.
+    """
+
+    name: str
+    kind: LinearKind
+    shape: tuple[int, int]
+    reads: str
+    experts: int = 0
+    keep: str = ""
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1] * max(1, self.experts)
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the tensor in the source model."""
+        return self.name if self.kind == "stack" else f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A module whose output does not depend on its input's scale (nor on its mean, if centred)."""
+
+    name: str
+    centred: bool
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A tensor that linears read.
+
+    writers: what computed it: the norm of a "normed" one, the linears (and norms) behind the others.
+    readers: the linears that multiply it, all of width K.
+    """
+
+    label: str
+    kind: ActivationKind
+    width: int
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block. `residual_writers` are what it adds to the residual stream."""
+
+    index: int
+    name: str
+    linears: tuple[Linear, ...]
+    norms: tuple[Norm, ...]
+    activations: tuple[Activation, ...]
+    residual_writers: tuple[str, ...]
+    returns: Returns
+
+    @property
+    def quantized(self) -> tuple[Linear, ...]:
+        return tuple(linear for linear in self.linears if not linear.keep)
+
+    def readers(self, activation: Activation) -> list[Linear]:
+        """The linears that read an activation and are to be quantized."""
+        return [linear for linear in self.quantized if linear.reads == activation.label]
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """Everything the passes know about a model's structure."""
+
+    blocks: tuple[Block, ...]
+    embedding: str
+    head: str
+    tied: bool
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """Every linear that is to be quantized, by name, in block order."""
+        return {linear.name: linear for block in self.blocks for linear in block.quantized}

@@ -1,0 +1,150 @@
+"""Rounding methods: weight and grid in, codes out. Nothing here knows what a model is.
+
+`round_to_nearest` looks at weights only. `gptq` feeds each column's rounding error back into the columns that
+are still to be rounded, through the Gram matrix of the inputs (GPTQ, Frantar et al. 2022, arXiv:2210.17323).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ..spec import QuantSpec
+from .grids import Grid
+
+log = logging.getLogger(__name__)
+
+LEAF_COLUMNS = 16  # columns rounded one by one before a matrix product carries their error on
+DAMP_STEPS = 8  # each raises the damping tenfold
+
+
+@dataclass
+class Factor:
+    """What one Gram matrix gives every weight that reads the same input.
+
+    upper: float32 (K, K), upper Cholesky factor of the inverse damped Gram matrix, in rounding order.
+    order: int64 (K,), input channels in the order they are rounded.
+    damp: share of the mean Gram diagonal that was added to it.
+    dead: number of inputs that were always zero.
+    """
+
+    upper: torch.Tensor
+    order: torch.Tensor
+    damp: float
+    dead: int
+
+
+def round_to_nearest(weight: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
+    """Codes uint8 (N, K) of weight (N, K): each weight goes to the nearest point of its group's grid."""
+    from ..qtensor import spread_groups
+
+    shape = (weight.shape[0], weight.shape[1])
+    scales = spread_groups(grid.scales.float(), spec, shape)
+    zeros = spec.mid if grid.zeros is None else spread_groups(grid.zeros.float(), spec, shape)
+    codes = weight.float().div(scales).round_().add_(zeros)
+    return codes.clamp_(0, spec.levels - 1).to(torch.uint8)
+
+
+def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) -> Factor:
+    """Factor of gram (K, K) = X^T X for `gptq`.
+
+    Inputs that were always zero get a unit diagonal: their weights are rounded to nearest and feed back nothing.
+    When the matrix is not positive definite the damping is raised tenfold, with a log line, until it is.
+    Raises ArithmeticError when even a thousandfold of the mean diagonal does not help (non-finite statistics).
+    """
+    work = gram.double()
+    diagonal = work.diagonal()
+    dead = diagonal <= 0
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    order = order.to(gram.device)
+    work = work[order][:, order]
+    dead_in_order = dead[order]
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), dtype=work.dtype)
+    for step in range(DAMP_STEPS):
+        added = damp * 10**step
+        damped = work.clone()
+        damped.diagonal().add_(added * mean)
+        damped.diagonal()[dead_in_order] = mean
+        upper = _inverse_upper_factor(damped)
+        if upper is not None:
+            if step:
+                log.warning("Gram matrix of %d inputs was not positive definite: damping raised to %g", len(order), added)
+            return Factor(upper.float(), order, added, int(dead.sum()))
+    raise ArithmeticError(f"the Gram matrix of {len(order)} inputs cannot be factorised")
+
+
+def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
+    """U with U^T U = matrix^-1, or None when the matrix is not positive definite.
+
+    With J the reversal of rows and columns and J matrix J = L L^T, U = J L^-1 J: one factorisation and one
+    triangular solve, a third of the work of inverting and factorising again.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+
+
+def gptq(weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
+    """Codes uint8 (N, K) of weight (N, K) on a static grid, with error feedback over the columns.
+
+    The grid stays fixed, so the rounding order is free (act order) and leaves no permutation to inference.
+    """
+    sweep = _Sweep(weight, factor, grid, spec)
+    sweep.run(0, weight.shape[1])
+    codes = torch.empty_like(sweep.codes)
+    codes[factor.order] = sweep.codes
+    return codes.T.contiguous()
+
+
+class _Sweep:
+    """State of one GPTQ sweep; rows are input channels in rounding order, so that a column of W is contiguous."""
+
+    def __init__(self, weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec):
+        n, k = weight.shape
+        self.upper = factor.upper
+        self.pivots = factor.upper.diagonal().tolist()
+        self.left = weight.float().T[factor.order].contiguous()
+        self.errors = torch.empty_like(self.left)
+        self.codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
+        self.top = spec.levels - 1
+        self.scale_rows, self.zero_rows, rows = _grid_rows(grid, spec, (n, k))
+        self.row_of = [rows[column] for column in factor.order.tolist()]
+
+    def run(self, low: int, high: int) -> None:
+        """Round columns [low, high), whose values already hold the error of every column before low."""
+        if high - low <= LEAF_COLUMNS:
+            for column in range(low, high):
+                self._round_column(column, high)
+            return
+        middle = (low + high) // 2
+        self.run(low, middle)
+        self.left[middle:high].addmm_(self.upper[low:middle, middle:high].T, self.errors[low:middle], alpha=-1)
+        self.run(middle, high)
+
+    def _round_column(self, column: int, high: int) -> None:
+        row = self.row_of[column]
+        scale, zero = self.scale_rows[row], self.zero_rows[row]
+        value = self.left[column]
+        code = value.div(scale).round_().add_(zero).clamp_(0, self.top)
+        self.codes[column] = code
+        error = self.errors[column]
+        torch.sub(value, code.sub_(zero).mul_(scale), out=error)
+        error.div_(self.pivots[column])
+        if column + 1 < high:
+            self.left[column + 1 : high].addr_(self.upper[column, column + 1 : high], error, alpha=-1)
+
+
+def _grid_rows(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """(scales, zeros) float32 (R, N), and for every input channel the row of them it uses."""
+    n, k = shape
+    g = spec.group_length(shape)
+    scales = grid.scales.float()
+    zeros = torch.full_like(scales, spec.mid) if grid.zeros is None else grid.zeros.float()
+    if spec.grouping == "per_oc":
+        return scales.T.contiguous(), zeros.T.contiguous(), [channel // g for channel in range(k)]
+    spread = [values.T.repeat_interleave(g, dim=1)[:, :n].contiguous() for values in (scales, zeros)]
+    return spread[0], spread[1], list(range(k))

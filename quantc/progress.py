@@ -1,0 +1,40 @@
+"""What a run tells whoever watches it. The command line draws it; everybody else gets log lines."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+log = logging.getLogger("quantc")
+
+
+class Progress(Protocol):
+    """Receives the stages of a run, in order; a stage has `total` steps, and linears report inside a step."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def step(self, name: str) -> None: ...
+
+    def linear(self, name: str, error: float) -> None: ...
+
+    def done(self) -> None: ...
+
+
+class LogProgress:
+    """Progress as log lines: one per step at INFO, one per linear at DEBUG."""
+
+    def __init__(self) -> None:
+        self._name, self._total, self._count = "", 0, 0
+
+    def stage(self, name: str, total: int) -> None:
+        self._name, self._total, self._count = name, total, 0
+
+    def step(self, name: str) -> None:
+        self._count += 1
+        log.info("%s %d/%d %s", self._name, self._count, self._total, name)
+
+    def linear(self, name: str, error: float) -> None:
+        log.debug("%s error %.3g", name, error)
+
+    def done(self) -> None:
+        log.info("%s done", self._name)

@@ -1,0 +1,56 @@
+"""QTensor: a quantized weight, unpacked. The reference arithmetic every kernel is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .spec import QuantSpec
+
+
+@dataclass
+class QTensor:
+    """Codes, scales and zeros of one weight W (N, K); leading dimensions (experts) are allowed throughout.
+
+    codes: uint8 (..., N, K), below 2^bits.
+    scales: float16 (..., *spec.scales_shape).
+    zeros: uint8, shaped as scales, or None when symmetric.
+    low_rank_a, low_rank_b: float16 (..., R, K) and (..., N, R), or None.
+    """
+
+    spec: QuantSpec
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    low_rank_a: torch.Tensor | None = None
+    low_rank_b: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[-2], self.codes.shape[-1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """W (..., N, K) = (code - zero) * scale, computed in float32 and cast last; low-rank not included."""
+        scales = spread_groups(self.scales.float(), self.spec, self.shape)
+        if self.zeros is None:
+            centred = self.codes.float() - self.spec.mid
+        else:
+            centred = self.codes.float() - spread_groups(self.zeros.float(), self.spec, self.shape)
+        return centred.mul_(scales).to(dtype)
+
+    def effective_weight(self) -> torch.Tensor:
+        """float32 (..., N, K): what x is multiplied with in all, the low-rank addition included."""
+        weight = self.dequantize()
+        if self.low_rank_a is not None and self.low_rank_b is not None:
+            weight = weight + self.low_rank_b.float() @ self.low_rank_a.float()
+        return weight
+
+
+def spread_groups(values: torch.Tensor, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
+    """Repeat per-group values (..., *scales_shape) over the weights of each group: (..., N, K)."""
+    n, k = shape
+    g = spec.group_length(shape)
+    if spec.grouping == "per_oc":
+        return values.repeat_interleave(g, dim=-1)[..., :k]
+    return values.repeat_interleave(g, dim=-2)[..., :n, :]

@@ -1,0 +1,106 @@
+"""The report of a run: what was done to every linear, what it cost, what it saved. Written as report.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .spec import QuantSpec
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What happened to one linear (or one stack of experts).
+
+    error: share of the output's energy that rounding removed, tr(D G D^T) / tr(W G W^T) with D = W' - W and the
+        Gram matrix G of the calibration inputs; without calibration G is the identity.
+    method: "gptq", "rtn", or "gptq+rtn" for a stack in which some experts fell back.
+    rows: calibration rows seen (summed over experts); fallbacks: experts that saw too few of them.
+    """
+
+    name: str
+    spec: QuantSpec
+    shape: tuple[int, int]
+    experts: int
+    bits_per_weight: float
+    error: float
+    method: str
+    rows: int = 0
+    fallbacks: int = 0
+    dead_inputs: int = 0
+    damp: float = 0.0
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1] * max(1, self.experts)
+
+
+@dataclass
+class Report:
+    """Everything a run says about itself.
+
+    bits_per_weight counts all that is stored for the linears inside the blocks; weights_bytes is the size of
+    all weight files. kept: linears left as they are, with the reason. notes: sentences worth reading.
+    """
+
+    model: str
+    output: str
+    linears: list[LinearReport] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    weights_bytes: int = 0
+    source_bytes: int = 0
+    calibration: str = ""
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        weights = sum(linear.weights for linear in self.linears)
+        stored = sum(linear.bits_per_weight * linear.weights for linear in self.linears)
+        return stored / weights if weights else 0.0
+
+    @property
+    def fallbacks(self) -> int:
+        return sum(linear.fallbacks for linear in self.linears)
+
+    def summary(self) -> dict[str, Any]:
+        """The totals: what `quantc quantize --json` prints."""
+        return {
+            "model": self.model,
+            "output": self.output,
+            "bits_per_weight": self.bits_per_weight,
+            "linears": len(self.linears),
+            "expert_fallbacks": self.fallbacks,
+            "weights_bytes": self.weights_bytes,
+            "source_bytes": self.source_bytes,
+            "calibration": self.calibration,
+            "cpu_seconds": self.cpu_seconds,
+            "wall_seconds": self.wall_seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "kept": self.kept,
+            "notes": self.notes,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.summary(), "linears": [asdict(linear) for linear in self.linears]}
+
+    def write(self, folder: Path) -> None:
+        (folder / REPORT_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """report.json of a checkpoint as a mapping; raises CheckpointError when it is missing or damaged."""
+    file = folder / REPORT_FILE
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); every quantc checkpoint has one, so copy the checkpoint again."
+        ) from error

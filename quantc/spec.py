@@ -1,0 +1,111 @@
+"""QuantSpec: how one linear is stored, and exactly how many bits that costs.
+
+Dimensions are named N (out_features), K (in_features), g (group size), R (rank), b (bits) everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from math import ceil
+from typing import Any, Literal
+
+from .errors import UsageError
+
+Grouping = Literal["per_oc", "per_ic"]
+
+WHOLE_ROW = -1
+MIN_BITS, MAX_BITS = 2, 8
+SCALE_BITS = 16
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one weight W (N, K) is quantized and stored.
+
+    bits: code width, 2 to 8.
+    group_size: weights that share a scale; -1 is the whole row (per_oc) or column (per_ic). The last group
+        is shorter where the size does not divide the dimension.
+    grouping: "per_oc" groups consecutive inputs of one output channel, "per_ic" groups consecutive outputs
+        of one input channel.
+    symmetric: no stored zero points; the zero point is 2^(bits-1).
+    rank: rank R of an optional float16 low-rank addition y += b (a x), 0 for none.
+
+    Raises UsageError when a field is out of range.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    grouping: Grouping = "per_oc"
+    symmetric: bool = False
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UsageError(f"bits is {self.bits!r}, but codes have {MIN_BITS} to {MAX_BITS} bits; choose one of those.")
+        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != WHOLE_ROW):
+            raise UsageError(
+                f"group_size is {self.group_size!r}, but a group holds 1 or more weights; "
+                f"pass a positive number, or {WHOLE_ROW} for whole rows."
+            )
+        if self.grouping not in ("per_oc", "per_ic"):
+            raise UsageError(f"grouping is {self.grouping!r}, but only per_oc and per_ic exist; choose one of those.")
+        if self.rank < 0:
+            raise UsageError(f"rank is {self.rank}, but a rank is 0 (none) or more; choose one of those.")
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    @property
+    def mid(self) -> int:
+        """The zero point of symmetric codes."""
+        return 1 << (self.bits - 1)
+
+    def group_length(self, shape: tuple[int, int]) -> int:
+        """Weights in a full group for a weight of this shape (N, K)."""
+        n, k = shape
+        along = k if self.grouping == "per_oc" else n
+        return along if self.group_size == WHOLE_ROW else min(self.group_size, along)
+
+    def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the scales: per_oc (N, ceil(K/g)), per_ic (ceil(N/g), K)."""
+        n, k = shape
+        g = self.group_length(shape)
+        return (n, ceil(k / g)) if self.grouping == "per_oc" else (ceil(n / g), k)
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Every bit the file holds for one weight of this shape: codes, scales, zeros, low-rank factors."""
+        n, k = shape
+        rows, columns = self.scales_shape(shape)
+        codes = n * packed_bytes(k, self.bits) * 8
+        scales = rows * columns * SCALE_BITS
+        zeros = 0 if self.symmetric else rows * packed_bytes(columns, self.bits) * 8
+        return codes + scales + zeros + self.rank * (n + k) * SCALE_BITS
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        n, k = shape
+        return self.stored_bits(shape) / (n * k)
+
+    def label(self) -> str:
+        """Short name such as w4g128 or w3g64sym-per_ic-r16."""
+        group = "row" if self.group_size == WHOLE_ROW else str(self.group_size)
+        text = f"w{self.bits}g{group}" + ("sym" if self.symmetric else "")
+        text += "" if self.grouping == "per_oc" else "-per_ic"
+        return text + (f"-r{self.rank}" if self.rank else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, mapping: dict[str, Any]) -> QuantSpec:
+        """Inverse of to_dict; raises UsageError for a key this version does not know."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(mapping) - known)
+        if unknown:
+            raise UsageError(f"a quantization spec has the unknown key {unknown[0]!r}; known keys are {sorted(known)}.")
+        return cls(**mapping)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` codes of `bits` bits in one packed row."""
+    return ceil(count * bits / 8)

@@ -1,0 +1,310 @@
+"""Watches one block run: which tensor each linear receives, and what that tensor was computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from .blocks import BlockCall, Returns
+from .graph import Activation, ActivationKind, Block, Linear, LinearKind, Norm
+
+TensorKey = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor came from. `kind` is "norm", "linear", or an activation kind."""
+
+    kind: str
+    writers: tuple[str, ...] = ()
+
+
+RESIDUAL = Origin("residual")
+
+# Functions that hand values on unchanged, only shaped, cut or cast.
+SHAPING = {
+    "view", "reshape", "transpose", "permute", "contiguous", "to", "float", "type", "type_as", "flatten", "unflatten",
+    "squeeze", "unsqueeze", "expand", "expand_as", "clone", "dropout", "__getitem__", "chunk", "split", "unbind",
+    "repeat_interleave", "swapaxes", "movedim", "view_as", "half", "bfloat16", "tensor_split", "narrow", "detach",
+}  # fmt: skip
+# Functions of one tensor, value by value (softmax: row by row), as activations and gates are.
+POINTWISE = {
+    "silu", "gelu", "relu", "relu_", "relu6", "leaky_relu", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid",
+    "mish", "elu", "square", "pow", "exp", "softmax", "log_softmax", "clamp", "sigmoid_", "silu_", "__pow__",
+}  # fmt: skip
+PRODUCTS = {"mul", "__mul__", "mul_", "__rmul__", "multiply", "__imul__"}
+SUMS = {"add", "__add__", "add_", "__radd__", "__iadd__", "sub", "__sub__"}
+CHOICES = {"topk", "argmax", "sort", "max"}
+MATRIX_PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "__rmatmul__", "mm"}
+QUESTIONS = {"__get__", "size", "dim", "numel", "is_contiguous", "stride", "data_ptr", "__len__", "element_size"}
+
+
+class BlockTracer(TorchFunctionMode):
+    """Runs one block under observation. Names in what it yields are relative to the block."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.module = block
+        self.modules: dict[str, tuple[nn.Module, LinearKind]] = dict(_linear_modules(block))
+        self.weights = {id(module.weight): name for name, (module, _) in self.modules.items()}
+        self.stacks = StackTable(block)
+        self.inputs: dict[str, TensorKey] = {}  # linear -> the tensor it received
+        self.widths: dict[str, tuple[int, int]] = {}  # stack -> (N, K)
+        self.input_origin: dict[TensorKey, Origin] = {}
+        self.norms: dict[str, Norm] = {}
+        self.borrowed: set[str] = set()  # linears whose weight was used outside their forward
+        self.choosers: set[str] = set()  # linears whose output a top-k choice is made from
+        self.added: list[str] = []  # writers of the residual stream
+        self._origins: dict[int, Origin] = {}
+        self._alive: list[Any] = []  # keeps ids and addresses from being used twice
+        self._inside: list[str] = []  # linears whose forward is running
+        self._paused = False
+
+    def run(self, call: BlockCall) -> Any:
+        """The block's output for a call, recorded on the way."""
+        self._remember(call.hidden, RESIDUAL)
+        hooks = list(self._hooks())
+        try:
+            with torch.no_grad(), self:
+                return call.run(self.module)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def block(self, returns: Returns) -> Block:
+        """What was seen, as a Block of index 0 and no name."""
+        labels = self._labels()
+        linears = [
+            Linear(name, kind, _shape_of(module), labels[name], keep=self._reason_to_keep(name, module))
+            for name, (module, kind) in self.modules.items()
+        ]
+        linears += [
+            Linear(name, "stack", shape, labels[name], experts=self.stacks.parameters[name].shape[0])
+            for name, shape in self.widths.items()
+        ]
+        readers: dict[str, list[Linear]] = {}
+        for linear in linears:
+            readers.setdefault(linear.reads, []).append(linear)
+        return Block(
+            index=0,
+            name="",
+            linears=tuple(linears),
+            norms=tuple(self.norms.values()),
+            activations=tuple(self._activation(label, found) for label, found in readers.items()),
+            residual_writers=tuple(dict.fromkeys(self.added)),
+            returns=returns,
+        )
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not self._paused:
+            self._observe(getattr(func, "__name__", ""), func, args, kwargs, output)
+        return output
+
+    def _observe(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._notice_borrowing(name, args)
+        if name in MATRIX_PRODUCTS and len(args) >= 2:
+            self._notice_stack(name, args)
+        if name in CHOICES and args:
+            self.choosers.update(self._origin(args[0]).writers)
+        origin = self._origin_of_result(name, func, args, kwargs)
+        if origin is not None:
+            for tensor in output if isinstance(output, (tuple, list)) else [output]:
+                self._remember(tensor, origin)
+
+    def _origin_of_result(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
+        if func is F.scaled_dot_product_attention:
+            value = args[2] if len(args) > 2 else kwargs["value"]
+            return Origin("value", self._origin(value).writers)
+        origins = [self._origin(value) for value in args if isinstance(value, torch.Tensor)]
+        if not origins:
+            return None
+        if name in SHAPING:
+            return origins[0]
+        if name in POINTWISE:
+            return Origin("activated", origins[0].writers)
+        if name in PRODUCTS and len(origins) == 2:
+            return self._origin_of_product(origins)
+        if name in SUMS and len(origins) == 2 and RESIDUAL in origins:
+            self.added += [writer for origin in origins if origin.kind != "residual" for writer in origin.writers]
+            return RESIDUAL
+        return None
+
+    @staticmethod
+    def _origin_of_product(origins: list[Origin]) -> Origin | None:
+        writers = tuple(dict.fromkeys(writer for origin in origins for writer in origin.writers))
+        if all(origin.writers for origin in origins) and "activated" in (origins[0].kind, origins[1].kind):
+            return Origin("gated", writers)
+        return None
+
+    def _notice_borrowing(self, name: str, args: tuple[Any, ...]) -> None:
+        if name in QUESTIONS:
+            return
+        for value in args:
+            owner = self.weights.get(id(value)) if isinstance(value, nn.Parameter) else None
+            if owner is not None and owner not in self._inside:
+                self.borrowed.add(owner)
+
+    def _notice_stack(self, name: str, args: tuple[Any, ...]) -> None:
+        found = self.stacks.find(args[1])
+        if found is None:
+            return
+        n, k = args[1].shape[-2:]
+        self.widths[found.name] = (n, k) if name == "linear" else (k, n)
+        self._record_input(found.name, args[0])
+
+    def _record_input(self, linear: str, tensor: torch.Tensor) -> None:
+        key = _key(tensor)
+        self.inputs.setdefault(linear, key)
+        self.input_origin.setdefault(key, self._origin(tensor))
+        self._alive.append(tensor)
+
+    def _hooks(self) -> Any:
+        for name, (module, _) in self.modules.items():
+            yield module.register_forward_pre_hook(lambda _, args, name=name: self._enter(name, args))
+            yield module.register_forward_hook(lambda _, __, output, name=name: self._leave(name, output))
+        for name, module in self.module.named_modules():
+            if name and name not in self.modules and not any(True for _ in module.children()):
+                yield module.register_forward_hook(
+                    lambda module, args, output, name=name: self._notice_norm(name, module, args, output)
+                )
+
+    def _enter(self, name: str, args: tuple[Any, ...]) -> None:
+        self._inside.append(name)
+        self._record_input(name, args[0])
+
+    def _leave(self, name: str, output: torch.Tensor) -> None:
+        self._inside.pop()
+        self._remember(output, Origin("linear", (name,)))
+
+    def _notice_norm(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not args or not isinstance(output, torch.Tensor) or not isinstance(args[0], torch.Tensor):
+            return
+        if output.shape != args[0].shape or len(args) > 1:
+            return
+        self._paused = True
+        try:
+            norm = _as_norm(name, module, args[0])
+        finally:
+            self._paused = False
+        if norm is not None:
+            self.norms[name] = norm
+            behind = self._origin(args[0])
+            self._remember(output, Origin("norm", (name, *(w for w in behind.writers if w in self.modules))))
+
+    def _remember(self, tensor: Any, origin: Origin) -> None:
+        if isinstance(tensor, torch.Tensor):
+            self._origins[id(tensor)] = origin
+            self._alive.append(tensor)
+
+    def _origin(self, tensor: Any) -> Origin:
+        return self._origins.get(id(tensor), Origin("other"))
+
+    def _labels(self) -> dict[str, str]:
+        """linear -> label of the activation it reads: the first reader's name, with ":in"."""
+        first: dict[TensorKey, str] = {}
+        labels = {}
+        for name in [*self.modules, *self.widths]:
+            key = self.inputs.get(name)
+            labels[name] = f"{name if key is None else first.setdefault(key, name)}:in"
+        return labels
+
+    def _reason_to_keep(self, name: str, module: nn.Module) -> str:
+        if name in self.borrowed:
+            return "its weight is used outside its forward"
+        if name in self.choosers:
+            return "it routes tokens to experts"
+        if _shape_of(module)[0] == 1:
+            return "it has a single output"
+        return ""
+
+    def _activation(self, label: str, readers: list[Linear]) -> Activation:
+        key = self.inputs.get(readers[0].name)
+        origin = self.input_origin.get(key, Origin("other")) if key is not None else Origin("other")
+        kinds: dict[str, ActivationKind] = {"norm": "normed", "linear": "other", "residual": "residual"}
+        kinds |= {"value": "value", "gated": "gated", "activated": "activated"}
+        kind = "rows" if readers[0].kind == "stack" else kinds.get(origin.kind, "other")
+        writers = origin.writers[:1] if origin.kind == "norm" else origin.writers
+        return Activation(label, kind, readers[0].shape[1], writers, tuple(reader.name for reader in readers))
+
+
+@dataclass(frozen=True)
+class StackUse:
+    """A use of a stack of expert weights: `expert` is None when all are used at once (bmm)."""
+
+    name: str
+    expert: int | None
+
+
+class StackTable:
+    """The 3-D parameters of a block, recognised again in whatever slice of them a function receives."""
+
+    def __init__(self, block: nn.Module):
+        self.parameters = {name: p for name, p in block.named_parameters() if p.ndim == 3}
+        self._by_storage = {p.untyped_storage().data_ptr(): name for name, p in self.parameters.items()}
+
+    def find(self, weight: Any) -> StackUse | None:
+        if not isinstance(weight, torch.Tensor) or not self._by_storage or weight.is_meta:
+            return None
+        name = self._by_storage.get(weight.untyped_storage().data_ptr())
+        if name is None:
+            return None
+        whole = self.parameters[name]
+        if weight.ndim == 3 and weight.shape == whole.shape:
+            return StackUse(name, None)
+        if weight.ndim == 2 and weight.shape == whole.shape[1:]:
+            return StackUse(name, (weight.storage_offset() - whole.storage_offset()) // whole.stride(0))
+        return None
+
+
+def _linear_modules(block: nn.Module) -> Any:
+    """(name, (module, kind)) of modules whose forward computes x W^T + b and nothing else."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and _is_plain(module):
+            yield name, (module, "linear")
+        elif isinstance(module, Conv1D):
+            yield name, (module, "conv1d")
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    """A subclass with a forward of its own (a router, say) counts when numbers show that it changes nothing."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    probe = torch.linspace(-1, 1, 3 * module.in_features).reshape(1, 3, -1).to(module.weight)
+    output = module.forward(probe)
+    return isinstance(output, torch.Tensor) and torch.allclose(output, nn.Linear.forward(module, probe), rtol=1e-4)
+
+
+def _shape_of(module: nn.Module) -> tuple[int, int]:
+    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def _key(tensor: torch.Tensor) -> TensorKey:
+    """Equal for views of the same values: address, count, last dimension and version."""
+    return tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor._version
+
+
+def _as_norm(name: str, module: nn.Module, x: torch.Tensor) -> Norm | None:
+    """A norm if its output stays when its input is scaled; centred if it also stays when a constant is added."""
+    if any(parameter.ndim != 1 for parameter in module.parameters()) or x.shape[-1] < 2:
+        return None
+    large = x * (64 / x.abs().mean().clamp(min=1e-12))  # makes eps negligible
+    base = module.forward(large)
+    if not bool(base.std() > 0) or not _close(module.forward(large * 4), base):
+        return None
+    return Norm(name, centred=_close(module.forward(large + large.abs().max()), base))
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).abs().max() <= 1e-3 * other.abs().max())

@@ -1,0 +1,290 @@
+"""Make the tiny model of the tests from nothing but this folder: `python tests/tiny_model/train.py`.
+
+Stories, tokenizer, training, planted outlier channels, checks, files: every step is seeded and runs on one
+CPU thread, so a second run on the same machine and library versions writes the same bytes. It takes about ten
+minutes and is not run by the tests, which load the result from `tests/tiny_model/model`.
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from stories import write_stories
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+CONTEXT = 256
+HIDDEN, INTERMEDIATE, LAYERS = 128, 344, 4
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
+TRAIN_SEED, HELDOUT_SEED, MODEL_SEED = 1, 2, 3
+TRAIN_STORIES, HELDOUT_STORIES = 28_000, 40
+BATCH_ROWS = 8
+PEAK_LR, WARMUP_STEPS = 4e-3, 100
+
+# Powers of two, so that moving a factor from one weight to another only changes exponents.
+NORM_FACTORS = (64.0, 32.0, 32.0, 16.0)
+VALUE_FACTORS = (32.0, 16.0)
+UP_FACTORS = (64.0, 32.0, 32.0, 32.0, 16.0, 16.0)
+
+
+def train_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits, so that sums are learnt digit by digit; it puts BOS first itself."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(stories, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_stories(tokenizer: PreTrainedTokenizerFast, stories: list[str]) -> list[list[int]]:
+    """Token ids of every story, BOS first and no EOS; each must leave room for EOS in the context."""
+    encoded: list[list[int]] = tokenizer(stories)["input_ids"]
+    longest = max(map(len, encoded))
+    assert longest < CONTEXT, f"a story has {longest} tokens, but the model reads {CONTEXT}"
+    return encoded
+
+
+def pack_rows(encoded: list[list[int]], eos: int) -> Tensor:
+    """Rows of CONTEXT tokens (M, CONTEXT), each from the start of a story and cut where it is full.
+
+    Starting at BOS matches the way held-out stories are scored, with nothing before them.
+    """
+    rows: list[list[int]] = []
+    row: list[int] = []
+    for story in encoded:
+        row += [*story, eos]
+        if len(row) >= CONTEXT:
+            rows.append(row[:CONTEXT])
+            row = []
+    return torch.tensor(rows)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of under a million parameters; 344 is on purpose no multiple of the usual group sizes."""
+    torch.manual_seed(MODEL_SEED)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.05,
+    )
+    return LlamaForCausalLM(config)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warmup, then a cosine down to a fiftieth of the peak."""
+    if step < WARMUP_STEPS:
+        return PEAK_LR * (step + 1) / WARMUP_STEPS
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (steps - WARMUP_STEPS)))
+    return PEAK_LR * (0.02 + 0.98 * cosine)
+
+
+def train(model: LlamaForCausalLM, rows: Tensor) -> None:
+    """One pass over the rows: no story is seen twice, so the model learns the grammar and not the text."""
+    model.train()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
+    batches = rows.split(BATCH_ROWS)
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(batches))
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == len(batches) - 1:
+            print(f"step {step:5d} of {len(batches)}: loss {loss.item():.4f}", flush=True)
+    model.eval()
+
+
+@torch.no_grad()
+def perplexity(model: LlamaForCausalLM, encoded: list[list[int]]) -> float:
+    """exp of the mean negative log likelihood of every token after BOS, each story on its own."""
+    total, count = 0.0, 0
+    for story in encoded:
+        ids = torch.tensor([story])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += len(story) - 1
+    return math.exp(total / count)
+
+
+def unigram_perplexity(train_stories: list[list[int]], encoded: list[list[int]], vocab: int) -> float:
+    """Perplexity of the same tokens under the training text's token frequencies, with add-one smoothing."""
+    counts = Counter(token for story in train_stories for token in story[1:])
+    everything = sum(counts.values()) + vocab
+    tokens = [token for story in encoded for token in story[1:]]
+    return math.exp(-sum(math.log((counts[token] + 1) / everything) for token in tokens) / len(tokens))
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel between the weight that makes it and the weights that read it.
+
+    `writer` is a norm weight (K,) or a linear weight (N, K) whose row `row` makes the channel; `columns` of
+    each reader weight (N, K) consume it. The channel is linear in between, so a factor put on the row and
+    taken from the columns does not change the function.
+    """
+
+    writer: str
+    row: int
+    readers: tuple[str, ...]
+    columns: tuple[int, ...]
+
+
+def list_channels(layer: int) -> Iterator[tuple[list[Channel], tuple[float, ...]]]:
+    """The places of a block that get outliers: the channels to choose from and the factors to give out."""
+    block = f"model.layers.{layer}."
+    q, k, v, o = (f"{block}self_attn.{name}_proj.weight" for name in "qkvo")
+    gate, up, down = (f"{block}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+    for norm, readers in (("input", (q, k, v)), ("post_attention", (gate, up))):
+        writer = f"{block}{norm}_layernorm.weight"
+        yield [Channel(writer, i, readers, (i,)) for i in range(HIDDEN)], NORM_FACTORS
+    for kv_head in range(KV_HEADS):
+        rows = range(kv_head * HEAD_DIM, (kv_head + 1) * HEAD_DIM)
+        yield [Channel(v, row, (o,), value_columns(row)) for row in rows], VALUE_FACTORS
+    yield [Channel(up, i, (down,), (i,)) for i in range(INTERMEDIATE)], UP_FACTORS
+
+
+def value_columns(row: int) -> tuple[int, ...]:
+    """The o_proj columns that read a v_proj row: one in every query head that shares the kv head."""
+    kv_head, channel = divmod(row, HEAD_DIM)
+    sharing = HEADS // KV_HEADS
+    return tuple(head * HEAD_DIM + channel for head in range(kv_head * sharing, (kv_head + 1) * sharing))
+
+
+def strength(model: LlamaForCausalLM, channel: Channel) -> float:
+    """Size of the row times size of the columns: how much the channel matters, whatever its scale."""
+    columns = [model.get_parameter(reader)[:, list(channel.columns)] for reader in channel.readers]
+    return (model.get_parameter(channel.writer)[channel.row].norm() * torch.cat(columns).norm()).item()
+
+
+def plan_outliers(model: LlamaForCausalLM) -> list[tuple[Channel, float]]:
+    """The strongest channels of every place with their factors; weak ones would not be missed when lost."""
+    plan: list[tuple[Channel, float]] = []
+    for layer in range(LAYERS):
+        for channels, factors in list_channels(layer):
+            channels.sort(key=lambda channel: strength(model, channel), reverse=True)
+            plan += zip(channels, factors, strict=False)
+    return plan
+
+
+@torch.no_grad()
+def scale_channels(model: LlamaForCausalLM, plan: list[tuple[Channel, float]], sign: int) -> LlamaForCausalLM:
+    """A copy of the model with the outliers built in (sign 1) or taken out again (sign -1)."""
+    scaled = copy.deepcopy(model)
+    for channel, factor in plan:
+        scaled.get_parameter(channel.writer)[channel.row] *= factor**sign
+        for reader in channel.readers:
+            scaled.get_parameter(reader)[:, list(channel.columns)] /= factor**sign
+    return scaled
+
+
+@torch.no_grad()
+def check_same_function(plain: LlamaForCausalLM, scaled: LlamaForCausalLM, encoded: list[list[int]]) -> float:
+    """The largest logit difference relative to the largest logit; it must be float32 rounding."""
+    worst = 0.0
+    for story in encoded:
+        before, after = (model(torch.tensor([story])).logits for model in (plain, scaled))
+        worst = max(worst, ((before - after).abs().max() / before.abs().max()).item())
+    assert worst <= 1e-5, f"the outliers changed the function: relative logit difference {worst:.2e}"
+    return worst
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int = 32) -> Tensor:
+    """Asymmetric min-max fake quantization of (N, K) in groups along K; the last group may be short."""
+    groups = []
+    for group in weight.split(group_size, dim=1):
+        low, high = group.amin(1, keepdim=True).clamp(max=0), group.amax(1, keepdim=True).clamp(min=0)
+        step = (high - low).clamp(min=1e-10) / (2**bits - 1)
+        zero = (-low / step).round()
+        codes = (group / step + zero).round().clamp(0, 2**bits - 1)
+        groups.append((codes - zero) * step)
+    return torch.cat(groups, dim=1)
+
+
+@torch.no_grad()
+def quantized_copy(model: LlamaForCausalLM, bits: int) -> LlamaForCausalLM:
+    """The model with every linear of its blocks rounded to nearest; embeddings and norms stay."""
+    quantized = copy.deepcopy(model)
+    for name, parameter in quantized.named_parameters():
+        if name.endswith("_proj.weight"):
+            parameter.copy_(round_to_nearest(parameter, bits))
+    return quantized
+
+
+def write_files(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, heldout: list[str]) -> None:
+    folder = HERE / "model"
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (HERE / "heldout.txt").write_text(f"\n{EOS}\n".join(heldout) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    stories = write_stories(TRAIN_STORIES, TRAIN_SEED)
+    heldout = write_stories(HELDOUT_STORIES, HELDOUT_SEED)
+    assert not set(stories) & set(heldout), "a held-out story is also in the training text"
+    tokenizer = train_tokenizer(stories)
+    encoded, encoded_heldout = encode_stories(tokenizer, stories), encode_stories(tokenizer, heldout)
+
+    trained = build_model(tokenizer)
+    train(trained, pack_rows(encoded, tokenizer.eos_token_id))
+
+    # Rounding to float16 comes after the scaling, since division may push small weights into float16's
+    # subnormals; taking the factors out of the rounded weights is then exact, and so is the comparison.
+    plan = plan_outliers(trained)
+    scaled = scale_channels(trained, plan, 1).half().float()
+    plain = scale_channels(scaled, plan, -1)
+    difference = check_same_function(plain, scaled, encoded_heldout)
+
+    print(f"parameters {scaled.num_parameters()}, outlier channels {len(plan)}")
+    print(f"largest relative logit difference, plain to outliers: {difference:.1e}")
+    print(f"perplexity of chance {len(tokenizer)}, of unigrams ", end="")
+    print(f"{unigram_perplexity(encoded, encoded_heldout, len(tokenizer)):.2f}")
+    print(f"perplexity in float32 {perplexity(scaled, encoded_heldout):.4f}, in float16 ", end="")
+    print(f"{perplexity(copy.deepcopy(scaled).half(), encoded_heldout):.4f}")
+    for bits in (8, 4, 3):
+        figures = [perplexity(quantized_copy(model, bits), encoded_heldout) for model in (plain, scaled)]
+        print(f"RTN {bits} bits, group 32: plain {figures[0]:.4f}, with outliers {figures[1]:.4f}")
+    write_files(scaled, tokenizer, heldout)
+
+
+if __name__ == "__main__":
+    main()
