@@ -1,0 +1,5 @@
+"""The passes, one file each; importing this package registers them."""
+
+from . import allocate, quantize
+
+__all__ = ["allocate", "quantize"]

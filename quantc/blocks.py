@@ -106,7 +106,10 @@ class _LastBlockReached(Exception):
 
 
 def run_around_blocks(
-    model: nn.Module, blocks: list[nn.Module], tokens: torch.Tensor, run_block: Callable[[int, BlockCall], Any]
+    model: nn.Module,
+    blocks: list[nn.Module],
+    tokens: torch.Tensor,
+    run_block: Callable[[int, BlockCall], Any],
 ) -> None:
     """Run the model on tokens (B, T) up to its last block, with `run_block(i, call)` in place of block i.
 
@@ -168,5 +171,9 @@ def describe_return(output: Any, hidden: torch.Tensor) -> Returns:
         return Returns(None)
     for position, value in enumerate(output):
         if isinstance(value, torch.Tensor) and value.shape == hidden.shape:
-            return Returns(position, tuple(None if index == position else v for index, v in enumerate(output)))
-    raise ModelError("a block returns no tensor of its hidden state's shape, so blocks cannot be run one by one.")
+            return Returns(
+                position, tuple(None if index == position else v for index, v in enumerate(output))
+            )
+    raise ModelError(
+        "a block returns no tensor of its hidden state's shape, so blocks cannot be run one by one."
+    )

@@ -22,7 +22,9 @@ from .trace import BlockTracer
 PROBE_SHAPE = (2, 24)  # sequences and tokens of the probe batch
 
 
-def derive(model: PreTrainedModel, load: Callable[[str], None], free: Callable[[nn.Module], None]) -> ModelGraph:
+def derive(
+    model: PreTrainedModel, load: Callable[[str], None], free: Callable[[nn.Module], None]
+) -> ModelGraph:
     """The graph of a model whose weights are on the meta device.
 
     load(prefix): gives the parameters under a name their weights; free(module): takes them away again.
@@ -145,5 +147,7 @@ def _name_of(model: nn.Module, module: nn.Module | None) -> str:
 def _is_tied(model: PreTrainedModel) -> bool:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if embedding is None:
-        raise ModelError(f"{type(model).__name__} has no token embedding, so it is not a language model quantc can run.")
+        raise ModelError(
+            f"{type(model).__name__} has no token embedding, so it is not a language model quantc can run."
+        )
     return head is not None and getattr(head, "weight", None) is embedding.weight

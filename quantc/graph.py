@@ -18,6 +18,7 @@ class Linear:
 
     name: module name, or the name of the 3-D parameter for a stack of experts.
     reads: label of the activation it multiplies.
+    transposed: the model stores it as (K, N), as Conv1D and some expert stacks do.
     keep: why it stays as it is, or "" when it is quantized.
     """
 
@@ -26,6 +27,7 @@ class Linear:
     shape: tuple[int, int]
     reads: str
     experts: int = 0
+    transposed: bool = False
     keep: str = ""
 
     @property
@@ -52,6 +54,7 @@ class Activation:
 
     writers: what computed it: the norm of a "normed" one, the linears (and norms) behind the others.
     readers: the linears that multiply it, all of width K.
+    order: when in the block it is first read, counted from 0; -1 if the probe never reached a reader.
     """
 
     label: str
@@ -59,6 +62,7 @@ class Activation:
     width: int
     writers: tuple[str, ...]
     readers: tuple[str, ...]
+    order: int = -1
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,12 @@ class ModelGraph:
     embedding: str
     head: str
     tied: bool
+
+    @cached_property
+    def outside_weights(self) -> tuple[str, ...]:
+        """The embedding's and the head's weights, once where they are tied."""
+        names = (self.embedding,) if self.tied or not self.head else (self.embedding, self.head)
+        return tuple(f"{name}.weight" for name in names)
 
     @cached_property
     def linears(self) -> dict[str, Linear]:

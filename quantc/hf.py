@@ -1,1 +1,61 @@
-def register() -> None: ...
+"""The only file that faces transformers' quantizer interface: how `from_pretrained` loads a quantc checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .checkpoint import METHOD, read_quantization
+from .runtime import install
+
+
+class QuantcConfig(QuantizationConfigMixin):
+    """`quantization_config` of a quantc checkpoint; see docs/format.md."""
+
+    def __init__(self, version: int = 0, default: Any = None, modules: Any = None, **_: Any):
+        self.quant_method = METHOD
+        self.version = version
+        self.default = default or {}
+        self.modules = modules or {}
+
+
+class QuantcQuantizer(HfQuantizer):
+    """Puts packed modules into a model on the meta device; transformers then fills their buffers from the file."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = {"quantization_config": self.quantization_config.to_dict()}
+        return install(model, read_quantization(config))
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """None: the checkpoint has the model's own names already."""
+        return []
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from .runtime import unpack
+
+        return unpack(model, dtype or torch.float32)
+
+
+def register() -> None:
+    """Tell transformers about the method "quantc"; calling it again does nothing."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(QuantcConfig)
+        register_quantizer(METHOD)(QuantcQuantizer)

@@ -43,7 +43,17 @@ PRODUCTS = {"mul", "__mul__", "mul_", "__rmul__", "multiply", "__imul__"}
 SUMS = {"add", "__add__", "add_", "__radd__", "__iadd__", "sub", "__sub__"}
 CHOICES = {"topk", "argmax", "sort", "max"}
 MATRIX_PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "__rmatmul__", "mm"}
-QUESTIONS = {"__get__", "size", "dim", "numel", "is_contiguous", "stride", "data_ptr", "__len__", "element_size"}
+QUESTIONS = {
+    "__get__",
+    "size",
+    "dim",
+    "numel",
+    "is_contiguous",
+    "stride",
+    "data_ptr",
+    "__len__",
+    "element_size",
+}
 
 
 class BlockTracer(TorchFunctionMode):
@@ -56,7 +66,7 @@ class BlockTracer(TorchFunctionMode):
         self.weights = {id(module.weight): name for name, (module, _) in self.modules.items()}
         self.stacks = StackTable(block)
         self.inputs: dict[str, TensorKey] = {}  # linear -> the tensor it received
-        self.widths: dict[str, tuple[int, int]] = {}  # stack -> (N, K)
+        self.stack_uses: dict[str, bool] = {}  # stack -> whether it is stored as (E, K, N)
         self.input_origin: dict[TensorKey, Origin] = {}
         self.norms: dict[str, Norm] = {}
         self.borrowed: set[str] = set()  # linears whose weight was used outside their forward
@@ -82,12 +92,14 @@ class BlockTracer(TorchFunctionMode):
         """What was seen, as a Block of index 0 and no name."""
         labels = self._labels()
         linears = [
-            Linear(name, kind, _shape_of(module), labels[name], keep=self._reason_to_keep(name, module))
+            Linear(
+                name, kind, _shape_of(module), labels[name],
+                transposed=kind == "conv1d", keep=self._reason_to_keep(name, module),
+            )
             for name, (module, kind) in self.modules.items()
-        ]
+        ]  # fmt: skip
         linears += [
-            Linear(name, "stack", shape, labels[name], experts=self.stacks.parameters[name].shape[0])
-            for name, shape in self.widths.items()
+            self._stack(name, transposed, labels[name]) for name, transposed in self.stack_uses.items()
         ]
         readers: dict[str, list[Linear]] = {}
         for linear in linears:
@@ -103,7 +115,11 @@ class BlockTracer(TorchFunctionMode):
         )
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
@@ -111,7 +127,9 @@ class BlockTracer(TorchFunctionMode):
             self._observe(getattr(func, "__name__", ""), func, args, kwargs, output)
         return output
 
-    def _observe(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _observe(
+        self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         self._notice_borrowing(name, args)
         if name in MATRIX_PRODUCTS and len(args) >= 2:
             self._notice_stack(name, args)
@@ -122,7 +140,9 @@ class BlockTracer(TorchFunctionMode):
             for tensor in output if isinstance(output, (tuple, list)) else [output]:
                 self._remember(tensor, origin)
 
-    def _origin_of_result(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
+    def _origin_of_result(
+        self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Origin | None:
         if func is F.scaled_dot_product_attention:
             value = args[2] if len(args) > 2 else kwargs["value"]
             return Origin("value", self._origin(value).writers)
@@ -136,7 +156,9 @@ class BlockTracer(TorchFunctionMode):
         if name in PRODUCTS and len(origins) == 2:
             return self._origin_of_product(origins)
         if name in SUMS and len(origins) == 2 and RESIDUAL in origins:
-            self.added += [writer for origin in origins if origin.kind != "residual" for writer in origin.writers]
+            self.added += [
+                writer for origin in origins if origin.kind != "residual" for writer in origin.writers
+            ]
             return RESIDUAL
         return None
 
@@ -159,8 +181,7 @@ class BlockTracer(TorchFunctionMode):
         found = self.stacks.find(args[1])
         if found is None:
             return
-        n, k = args[1].shape[-2:]
-        self.widths[found.name] = (n, k) if name == "linear" else (k, n)
+        self.stack_uses[found.name] = name != "linear"
         self._record_input(found.name, args[0])
 
     def _record_input(self, linear: str, tensor: torch.Tensor) -> None:
@@ -214,7 +235,7 @@ class BlockTracer(TorchFunctionMode):
         """linear -> label of the activation it reads: the first reader's name, with ":in"."""
         first: dict[TensorKey, str] = {}
         labels = {}
-        for name in [*self.modules, *self.widths]:
+        for name in [*self.modules, *self.stack_uses]:
             key = self.inputs.get(name)
             labels[name] = f"{name if key is None else first.setdefault(key, name)}:in"
         return labels
@@ -228,6 +249,11 @@ class BlockTracer(TorchFunctionMode):
             return "it has a single output"
         return ""
 
+    def _stack(self, name: str, transposed: bool, label: str) -> Linear:
+        experts, rows, columns = self.stacks.parameters[name].shape
+        shape = (columns, rows) if transposed else (rows, columns)
+        return Linear(name, "stack", shape, label, experts=experts, transposed=transposed)
+
     def _activation(self, label: str, readers: list[Linear]) -> Activation:
         key = self.inputs.get(readers[0].name)
         origin = self.input_origin.get(key, Origin("other")) if key is not None else Origin("other")
@@ -235,7 +261,10 @@ class BlockTracer(TorchFunctionMode):
         kinds |= {"value": "value", "gated": "gated", "activated": "activated"}
         kind = "rows" if readers[0].kind == "stack" else kinds.get(origin.kind, "other")
         writers = origin.writers[:1] if origin.kind == "norm" else origin.writers
-        return Activation(label, kind, readers[0].shape[1], writers, tuple(reader.name for reader in readers))
+        order = -1 if key is None else list(self.input_origin).index(key)
+        return Activation(
+            label, kind, readers[0].shape[1], writers, tuple(item.name for item in readers), order
+        )
 
 
 @dataclass(frozen=True)
@@ -282,7 +311,9 @@ def _is_plain(module: nn.Linear) -> bool:
         return True
     probe = torch.linspace(-1, 1, 3 * module.in_features).reshape(1, 3, -1).to(module.weight)
     output = module.forward(probe)
-    return isinstance(output, torch.Tensor) and torch.allclose(output, nn.Linear.forward(module, probe), rtol=1e-4)
+    return isinstance(output, torch.Tensor) and torch.allclose(
+        output, nn.Linear.forward(module, probe), rtol=1e-4
+    )
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int]:

@@ -123,7 +123,9 @@ def _read_config(folder: Path) -> object:
             if method == "quantc"
             else "start from the original, unquantized model"
         )
-        raise ModelError(f"{folder} is already quantized (by {method}), but quantc needs float weights; {remedy}.")
+        raise ModelError(
+            f"{folder} is already quantized (by {method}), but quantc needs float weights; {remedy}."
+        )
     return config
 
 
@@ -131,7 +133,11 @@ def _quantization_method(config: object) -> str | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = (
+        settings.get("quant_method")
+        if isinstance(settings, dict)
+        else getattr(settings, "quant_method", None)
+    )
     return str(getattr(method, "value", method) or "an unnamed tool")
 
 
@@ -151,7 +157,9 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has only pickled weights ({pickles[0]}), which quantc does not unpickle; safetensors are "
             "needed: load the model with transformers and call save_pretrained, then use that folder."
         )
-    raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}; safetensors weights are needed, so fetch or save them.")
+    raise ModelError(
+        f"{folder} has no {SINGLE} and no {INDEX}; safetensors weights are needed, so fetch or save them."
+    )
 
 
 def _indexed_files(folder: Path) -> list[Path]:
@@ -159,7 +167,9 @@ def _indexed_files(folder: Path) -> list[Path]:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / INDEX} is not a readable index ({error}); fetch or save it again.") from error
+        raise ModelError(
+            f"{folder / INDEX} is not a readable index ({error}); fetch or save it again."
+        ) from error
     for name in names:
         if not (folder / name).is_file():
             raise ModelError(

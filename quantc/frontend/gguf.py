@@ -133,7 +133,9 @@ def _open_reader(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ModelError(f"{file} needs the gguf package, which is not installed; run `pip install quantc[gguf]`.") from error
+        raise ModelError(
+            f"{file} needs the gguf package, which is not installed; run `pip install quantc[gguf]`."
+        ) from error
     try:
         return GGUFReader(str(file))
     except (ValueError, OSError, IndexError, KeyError) as error:

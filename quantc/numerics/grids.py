@@ -70,7 +70,9 @@ def _rows_of(spread: torch.Tensor | None, start: int, count: int) -> torch.Tenso
     return spread[torch.arange(start, start + count, device=spread.device) % spread.shape[0]]
 
 
-def _search(groups: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(
+    groups: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (already a float16 value) and zero of each row of groups (R, g), both float32 (R,)."""
     low = groups.amin(1).clamp_(max=0)
     high = groups.amax(1).clamp_(min=0)
@@ -88,7 +90,9 @@ def _search(groups: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | No
     return best_scale, best_zero
 
 
-def _grid_of_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _grid_of_range(
+    low: torch.Tensor, high: torch.Tensor, spec: QuantSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
     if spec.symmetric:
         # Codes reach -mid but only mid - 1: the sign puts the larger end of the range on the longer side.
         extreme = torch.where(-low > high, low, high)

@@ -57,7 +57,9 @@ def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) ->
     work = gram.double()
     diagonal = work.diagonal()
     dead = diagonal <= 0
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    )
     order = order.to(gram.device)
     work = work[order][:, order]
     dead_in_order = dead[order]
@@ -70,7 +72,11 @@ def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) ->
         upper = _inverse_upper_factor(damped)
         if upper is not None:
             if step:
-                log.warning("Gram matrix of %d inputs was not positive definite: damping raised to %g", len(order), added)
+                log.warning(
+                    "Gram matrix of %d inputs was not positive definite: damping raised to %g",
+                    len(order),
+                    added,
+                )
             return Factor(upper.float(), order, added, int(dead.sum()))
     raise ArithmeticError(f"the Gram matrix of {len(order)} inputs cannot be factorised")
 
@@ -122,7 +128,9 @@ class _Sweep:
             return
         middle = (low + high) // 2
         self.run(low, middle)
-        self.left[middle:high].addmm_(self.upper[low:middle, middle:high].T, self.errors[low:middle], alpha=-1)
+        self.left[middle:high].addmm_(
+            self.upper[low:middle, middle:high].T, self.errors[low:middle], alpha=-1
+        )
         self.run(middle, high)
 
     def _round_column(self, column: int, high: int) -> None:
@@ -138,7 +146,9 @@ class _Sweep:
             self.left[column + 1 : high].addr_(self.upper[column, column + 1 : high], error, alpha=-1)
 
 
-def _grid_rows(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _grid_rows(
+    grid: Grid, spec: QuantSpec, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """(scales, zeros) float32 (R, N), and for every input channel the row of them it uses."""
     n, k = shape
     g = spec.group_length(shape)

@@ -189,8 +189,8 @@ def tell_line(rng: random.Random, watcher: Person, other: Person) -> str:
     last, middle, first = rng.sample(ANIMALS, 3)
     return (
         f"{watcher.name} and {other.name} watched the animals {choose_spot(rng)}. The {last} stood behind "
-        f"the {middle}, and the {middle} stood behind the {first}. So the {first} was the first and the {last} "
-        "was the last."
+        f"the {middle}, and the {middle} stood behind the {first}. So the {first} was the first and the "
+        f"{last} was the last."
     )
 
 

@@ -24,9 +24,10 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CONTEXT = 256
 HIDDEN, INTERMEDIATE, LAYERS = 128, 344, 4
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
-TRAIN_SEED, HELDOUT_SEED, MODEL_SEED = 1, 2, 3
+TRAIN_SEED, HELDOUT_SEED, MODEL_SEED, PRACTICE_SEED = 1, 2, 3, 4
 TRAIN_STORIES, HELDOUT_STORIES = 28_000, 40
 BATCH_ROWS = 8
+PRACTICE_STEPS, PRACTICE_TOKENS = 300, 1024
 PEAK_LR, WARMUP_STEPS = 4e-3, 100
 
 # Powers of two, so that moving a factor from one weight to another only changes exponents.
@@ -112,23 +113,38 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * (0.02 + 0.98 * cosine)
 
 
-def train(model: LlamaForCausalLM, rows: Tensor) -> None:
-    """One pass over the rows: no story is seen twice, so the model learns the grammar and not the text."""
+def practice_batches(vocab: int) -> list[tuple[Tensor, Tensor]]:
+    """Random tokens said twice, of varied length; only the second time is scored.
+
+    A model this small reads many times its training text before it finds out by itself that what was said
+    once can be looked up. These few seconds of practice teach it that, and the stories then make use of it.
+    """
+    generator = torch.Generator().manual_seed(PRACTICE_SEED)
+    batches = []
+    for _ in range(PRACTICE_STEPS):
+        length = int(torch.randint(8, 33, (), generator=generator))
+        once = torch.randint(2, vocab, (PRACTICE_TOKENS // (2 * length), length), generator=generator)
+        unscored = torch.full_like(once, -100)
+        batches.append((torch.cat([once, once], dim=1), torch.cat([unscored, once], dim=1)))
+    return batches
+
+
+def train(model: LlamaForCausalLM, batches: list[tuple[Tensor, Tensor]]) -> None:
+    """One pass over the batches of (token ids, labels), both (M, length)."""
     model.train()
     matrices = [p for p in model.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
-    batches = rows.split(BATCH_ROWS)
-    for step, batch in enumerate(batches):
+    for step, (ids, labels) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(batches))
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0 or step == len(batches) - 1:
+        if step % 50 == 0 or step == len(batches) - 1:
             print(f"step {step:5d} of {len(batches)}: loss {loss.item():.4f}", flush=True)
     model.eval()
 
@@ -265,7 +281,9 @@ def main() -> None:
     encoded, encoded_heldout = encode_stories(tokenizer, stories), encode_stories(tokenizer, heldout)
 
     trained = build_model(tokenizer)
-    train(trained, pack_rows(encoded, tokenizer.eos_token_id))
+    # No story is seen twice, so the model learns the grammar and not the text.
+    rows = pack_rows(encoded, tokenizer.eos_token_id).split(BATCH_ROWS)
+    train(trained, practice_batches(len(tokenizer)) + [(row_batch, row_batch) for row_batch in rows])
 
     # Rounding to float16 comes after the scaling, since division may push small weights into float16's
     # subnormals; taking the factors out of the rounded weights is then exact, and so is the comparison.

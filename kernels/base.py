@@ -1,0 +1,33 @@
+"""What a kernel is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from ..formats import Parts
+from ..spec import QuantSpec
+
+Prepared = Any
+
+
+class Kernel(Protocol):
+    """A way to compute y = x W^T for a packed weight W (N, K).
+
+    name: shown by `quantc doctor`. supports: None, or the reason why not, as the end of a sentence that starts
+    with the kernel's name. prepare: the stored parts in the order the kernel wants, once at load time. run: y.
+    """
+
+    name: str
+
+    def supports(
+        self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> str | None: ...
+
+    def prepare(
+        self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Prepared: ...
+
+    def run(self, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        """x (..., K) of the prepared dtype to y (..., N) of the same dtype, without bias."""

@@ -1,0 +1,33 @@
+"""The kernels in order of preference, and the choice among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..spec import QuantSpec
+from .base import Kernel
+from .cpu.torch_int4 import TORCH_INT4
+from .reference import REFERENCE
+
+KERNELS: tuple[Kernel, ...] = (TORCH_INT4, REFERENCE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that runs, and why each preferred one does not."""
+
+    kernel: Kernel
+    refused: dict[str, str]
+
+
+def choose(spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Choice:
+    """The first kernel that supports a weight (N, K) on a device with activations of a dtype."""
+    refused: dict[str, str] = {}
+    for kernel in KERNELS:
+        reason = kernel.supports(spec, shape, device, dtype)
+        if reason is None:
+            return Choice(kernel, refused)
+        refused[kernel.name] = reason
+    raise AssertionError("the reference kernel supports everything")

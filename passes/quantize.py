@@ -1,0 +1,158 @@
+"""quantize: rounds every linear to its spec, by GPTQ on calibration statistics or to the nearest grid point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..errors import CalibrationError, ModelError, UsageError
+from ..graph import Linear
+from ..numerics.grids import Grid, fit_grid
+from ..numerics.rounding import Factor, factorize, gptq, round_to_nearest
+from ..pipeline import BlockWork, Fact, OutsideWork, Pass, register
+from ..qtensor import QTensor
+from ..report import LinearReport
+from ..spec import QuantSpec
+from ..stats import Gram, output_energy
+
+Method = Literal["gptq", "rtn"]
+
+# An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
+FEWEST_ROWS_SHARE = 1 / 16
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """method: gptq (error feedback through the Gram matrix) or rtn (round to nearest, no calibration).
+
+    act_order: gptq rounds the inputs with the most energy first. damp: share of the mean Gram diagonal added to it.
+    """
+
+    method: Method = "gptq"
+    act_order: bool = True
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.method not in ("gptq", "rtn"):
+            raise UsageError(f"method is {self.method!r}, but only gptq and rtn exist; choose one of those.")
+        if not self.damp > 0:
+            raise UsageError(f"damp is {self.damp}, but damping needs a positive share; 0.01 is usual.")
+
+
+@register
+class Quantize(Pass):
+    name = "quantize"
+    Config = QuantizeConfig
+    needs = frozenset({Fact.PLANNED})
+    gives = frozenset({Fact.QUANTIZED})
+
+    @property
+    def calibrated(self) -> bool:
+        return self.config.method == "gptq"
+
+    def build(self, work: BlockWork) -> None:
+        for activation, grams in work.statistics():
+            specs = work.run.plan.specs
+            outcomes = [
+                Outcome(linear, spec)
+                for linear in work.block.readers(activation)
+                if (spec := specs[linear.name])
+            ]
+            for expert in range(work.experts(activation)):
+                gram = grams[expert] if grams else None
+                factor = None if gram is None else self._factor(gram, activation.label)
+                for outcome in outcomes:
+                    outcome.add(work.weight(outcome.linear, expert), gram, factor)
+            for outcome in outcomes:
+                work.quantized[outcome.linear.name] = outcome.qtensor()
+                work.run.report.linears.append(outcome.report())
+                work.run.progress.linear(outcome.linear.name, outcome.error)
+
+    def build_outside(self, work: OutsideWork) -> None:
+        name, spec = work.name, work.run.plan.specs.get(work.name)
+        if spec is None:
+            return
+        weight = work.weight()
+        grid = fit_grid(weight, spec)
+        _check_scales(grid, name)
+        work.quantized[name] = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
+
+    def _factor(self, gram: Gram, label: str) -> Factor | None:
+        """None where too few rows were seen for the Gram matrix to guide anything."""
+        if gram.rows < max(1, gram.matrix.shape[0] * FEWEST_ROWS_SHARE):
+            return None
+        try:
+            return factorize(gram.matrix, self.config.damp, self.config.act_order)
+        except ArithmeticError as error:
+            raise CalibrationError(
+                f"{label}: {error}; its calibration rows are not finite, so check the model and the text."
+            ) from error
+
+
+class Outcome:
+    """One linear on its way to codes, expert by expert."""
+
+    def __init__(self, linear: Linear, spec: QuantSpec):
+        self.linear, self.spec = linear, spec
+        self._tensors: list[QTensor] = []
+        self._factors: list[Factor | None] = []
+        self._rows = 0
+        self._energy = self._lost = 0.0
+
+    def add(self, weight: torch.Tensor, gram: Gram | None, factor: Factor | None) -> None:
+        """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise."""
+        seen = None if gram is None or gram.rows == 0 else gram.matrix
+        guided = seen is not None and factor is not None
+        grid = fit_grid(weight, self.spec, seen.diagonal() if guided and seen is not None else None)
+        _check_scales(grid, self.linear.name)
+        codes = gptq(weight, factor, grid, self.spec) if factor else round_to_nearest(weight, grid, self.spec)
+        tensor = QTensor(self.spec, codes, grid.scales, grid.zeros)
+        self._tensors.append(tensor)
+        self._factors.append(factor)
+        self._rows += 0 if gram is None else gram.rows
+        self._energy += output_energy(weight, seen)
+        self._lost += output_energy(tensor.dequantize() - weight, seen)
+
+    @property
+    def error(self) -> float:
+        """tr(D G D^T) / tr(W G W^T) with D = W' - W, over all experts."""
+        return self._lost / self._energy if self._energy > 0 else 0.0
+
+    def qtensor(self) -> QTensor:
+        return self._tensors[0] if self.linear.kind != "stack" else _stack(self._tensors)
+
+    def report(self) -> LinearReport:
+        used = [factor for factor in self._factors if factor is not None]
+        fallbacks = len(self._factors) - len(used) if self._rows or used else 0
+        return LinearReport(
+            name=self.linear.name,
+            spec=self.spec,
+            shape=self.linear.shape,
+            experts=self.linear.experts,
+            bits_per_weight=self.spec.bits_per_weight(self.linear.shape),
+            error=self.error,
+            method="rtn" if not used else "gptq+rtn" if fallbacks else "gptq",
+            rows=self._rows,
+            fallbacks=fallbacks,
+            dead_inputs=max((factor.dead for factor in used), default=0),
+            damp=max((factor.damp for factor in used), default=0.0),
+        )
+
+
+def _check_scales(grid: Grid, name: str) -> None:
+    if not bool(torch.isfinite(grid.scales).all()):
+        raise ModelError(
+            f"{name} has weights so large that their scale overflows float16 (65504); rescale that weight first."
+        )
+
+
+def _stack(tensors: list[QTensor]) -> QTensor:
+    zeros = [tensor.zeros for tensor in tensors if tensor.zeros is not None]
+    return QTensor(
+        tensors[0].spec,
+        torch.stack([tensor.codes for tensor in tensors]),
+        torch.stack([tensor.scales for tensor in tensors]),
+        torch.stack(zeros) if zeros else None,
+    )

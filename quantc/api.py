@@ -1,0 +1,308 @@
+"""The whole run on one page: quantize(), load(), evaluate()."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from . import __version__, pipeline
+from .calibration import generate_tokens, leading_tokens, tokenize_documents
+from .checkpoint import (
+    CheckpointReader,
+    CheckpointWriter,
+    PackedEntry,
+    describe_quantization,
+    is_checkpoint,
+    verify as verify_checkpoint,
+)
+from .derive import derive
+from .errors import UsageError
+from .frontend import Source, model_files, open_model, to_meta
+from .frontend.source import quiet_transformers
+from .pipeline import Pass, Run
+from .plan import Plan, read_plan
+from .progress import LogProgress, Progress
+from .recipe import DEFAULT, Recipe, read_recipe
+from .report import Report
+from .spec import QuantSpec
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
+
+PathLike = str | os.PathLike[str]
+PLAN_FILE = "plan.yaml"
+
+
+def quantize(
+    model: PathLike,
+    *,
+    bits: int | None = None,
+    out: PathLike | None = None,
+    group_size: int | None = None,
+    method: str | None = None,
+    symmetric: bool | None = None,
+    head_bits: int | None = None,
+    calib: str | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    recipe: Recipe | PathLike | None = None,
+    plan: PathLike | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a model into a packed checkpoint and return the report.
+
+    model: folder, .gguf file, hub id or demo name. out: output folder, `<model>-quantc-w4g128` or so by default.
+    recipe: a Recipe or a YAML file; the other settings override it. plan: a plan.yaml whose specs are used as they
+    are. Raises a QuantcError whose message is one sentence; nothing is left behind then.
+    """
+    started, cpu_started = time.perf_counter(), time.process_time()
+    chosen = _resolve_recipe(recipe).with_settings(
+        allocate={"bits": bits, "group_size": group_size, "symmetric": symmetric, "head_bits": head_bits},
+        quantize={"method": method},
+        calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
+    )
+    passes = chosen.build_passes()
+    pipeline.check_order(passes)
+    given_plan = read_plan(Path(plan)) if plan is not None else Plan()
+
+    source = open_model(model)
+    folder = Path(out) if out is not None else Path(default_name(source.name, passes, given_plan))
+    with CheckpointWriter(folder, force) as writer:
+        graph = derive(source.model, source.load, to_meta)
+        report = Report(model=source.name, output=str(folder))
+        run = Run(source, graph, given_plan, report, progress or LogProgress(), _device(device))
+        report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
+        for item in passes:
+            item.plan(run)
+        run.plan.check(graph, set(graph.outside_weights))
+        writer.require_space(_estimate_bytes(run))
+        tokens = _calibration_tokens(run, chosen) if any(item.calibrated for item in passes) else None
+
+        pipeline.build(run, passes, tokens, writer)
+
+        _write_companions(run, writer)
+        _finish_report(run, writer, started, cpu_started)
+        writer.commit(_config(run), _manifest(run, chosen, tokens))
+    return report
+
+
+def load(
+    path: PathLike, *, dtype: torch.dtype | None = None, device: str = "cpu", verify: bool = False
+) -> PreTrainedModel:
+    """A packed checkpoint as a transformers model that runs on packed weights.
+
+    dtype: of activations and of what is not quantized; None is the model's own. verify: also check every checksum.
+    Raises CheckpointError that names the tensor for a truncated, missing, changed or unknown one.
+    """
+    if verify:
+        verify_checkpoint(path)
+    else:
+        CheckpointReader(path)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    return model.eval().to(device)
+
+
+def evaluate(
+    model: PathLike,
+    *,
+    text: str,
+    against: PathLike | None = None,
+    context: int = 512,
+    stride: int | None = None,
+    windows: int | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of a model or checkpoint on a text, and its divergence from the original `against`.
+
+    text: a file or the name of a data set. dtype: float32, bfloat16 or float16; None is the model's own.
+    See evaluation.py for the protocol.
+    """
+    from . import evaluation
+
+    wanted = _dtype(dtype)
+    tokenizer = _tokenizer(model)
+    cut = evaluation.make_windows(tokenizer, evaluation.read_text(text), context, stride or context, windows)
+    subject = _load_any(model, wanted).to(device)
+    original = None if against is None else _load_any(against, wanted).to(device)
+    scores = evaluation.score(subject, original, cut, progress or LogProgress())
+    stored = _stored_size(model)
+    return evaluation.summarize(scores, subject, tokenizer, **stored)
+
+
+def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
+    """`<model>-quantc-w4g128`, or `-plan` where a plan was given."""
+    allocate = next((item.config for item in passes if item.name == "allocate"), None)
+    if plan.specs or allocate is None:
+        return f"{model}-quantc-plan"
+    group = 128 if allocate.group_size is None else allocate.group_size
+    return f"{model}-quantc-{QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric).label()}"
+
+
+def _resolve_recipe(recipe: Recipe | PathLike | None) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return DEFAULT if recipe is None else read_recipe(Path(recipe))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"the device {name!r} cannot be used here ({reason}); choose cpu or another device.") from error
+    return device
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise UsageError(f"the dtype {name!r} is unknown; choose one of {', '.join(known)}.")
+    return None if name is None else known[name]
+
+
+def _calibration_tokens(run: Run, recipe: Recipe) -> torch.Tensor:
+    from .calib_data import load_documents
+
+    data = recipe.calibration
+    tokenizer = run.source.tokenizer()
+    run.report.calibration = f"{data.source}, {data.samples} x {data.seq_len} tokens, seed {data.seed}"
+    if data.source == "self":
+        whole = run.source.load_whole(torch.bfloat16)
+        return generate_tokens(whole, data.samples, data.seq_len, data.seed, leading_tokens(tokenizer))
+    documents = load_documents(data.source, also_known=("self",))
+    return tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed)
+
+
+def _estimate_bytes(run: Run) -> int:
+    """Bytes of the checkpoint, from the plan and the shapes alone."""
+    total = 0.0
+    planned = {
+        (run.graph.linears[name].weight_name if name in run.graph.linears else name): spec
+        for name, spec in run.plan.specs.items()
+    }
+    seen: set[int] = set()
+    for name, tensor in run.source.model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        spec = planned.get(name)
+        bits = 8 * run.source.stored_dtype(name).itemsize
+        if spec is not None:
+            bits = spec.bits + 32 / spec.group_length((tensor.shape[-2], tensor.shape[-1]))
+        total += tensor.numel() * bits / 8
+    return int(total)
+
+
+def _packed_entries(run: Run) -> dict[str, PackedEntry]:
+    entries = {}
+    for name, spec in run.plan.specs.items():
+        if spec is None:
+            continue
+        linear = run.graph.linears.get(name)
+        if linear is None:
+            n, k = run.source.model.get_parameter(name).shape
+            entries[name] = PackedEntry(spec, (n, k))
+        else:
+            entries[name] = PackedEntry(spec, linear.shape, (linear.experts,) if linear.kind == "stack" else ())
+    return entries
+
+
+def _config(run: Run) -> dict[str, Any]:
+    entries = _packed_entries(run)
+    specs = [entry.spec for entry in entries.values()]
+    default = max(specs, key=specs.count) if specs else QuantSpec()
+    config = run.source.model.config.to_dict()
+    config["architectures"] = [type(run.source.model).__name__]
+    config["dtype"] = str(_model_dtype(run.source)).removeprefix("torch.")
+    config["quantization_config"] = describe_quantization(entries, default)
+    return config
+
+
+def _model_dtype(source: Source) -> torch.dtype:
+    dtype = source.model.config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _manifest(run: Run, recipe: Recipe, tokens: torch.Tensor | None) -> dict[str, Any]:
+    calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return {
+        "format": "quantc",
+        "version": 1,
+        "source": {"name": run.source.name, "files": {f.name: _file_hash(f) for f in run.source.weight_files()}},
+        "recipe": recipe.to_dict(),
+        "calibration_sha256": calibration,
+        "libraries": {
+            "quantc": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_companions(run: Run, writer: CheckpointWriter) -> None:
+    """Tokenizer, generation settings and plan: what makes the folder a model."""
+    run.source.tokenizer().save_pretrained(writer.folder)
+    for file in model_files(run.source.path):
+        writer.add_text(file.name, file.read_text())
+    writer.add_text(PLAN_FILE, run.plan.to_yaml())
+
+
+def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_started: float) -> None:
+    report = run.report
+    report.weights_bytes = writer.finish_weights()
+    report.source_bytes = sum(file.stat().st_size for file in run.source.weight_files())
+    report.wall_seconds = time.perf_counter() - started
+    report.cpu_seconds = time.process_time() - cpu_started
+    report.peak_rss_bytes = peak_rss_bytes()
+    report.write(writer.folder)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _tokenizer(model: PathLike) -> Any:
+    from .frontend.source import read_tokenizer
+
+    return read_tokenizer(Path(model)) if is_checkpoint(model) else open_model(model).tokenizer()
+
+
+def _load_any(model: PathLike, dtype: torch.dtype | None) -> PreTrainedModel:
+    return load(model, dtype=dtype) if is_checkpoint(model) else open_model(model).load_whole(dtype)
+
+
+def _stored_size(model: PathLike) -> dict[str, Any]:
+    """bits_per_weight of the linears inside the blocks, and the size of the weight files."""
+    from .report import read_report
+
+    if is_checkpoint(model):
+        report = read_report(Path(model))
+        return {"bits_per_weight": report["bits_per_weight"], "weights_bytes": CheckpointReader(model).weights_bytes()}
+    source = open_model(model)
+    size = sum(file.stat().st_size for file in source.weight_files())
+    return {"bits_per_weight": 8.0 * _model_dtype(source).itemsize, "weights_bytes": size}

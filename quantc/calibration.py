@@ -1,0 +1,217 @@
+"""Calibration: text to tokens, and the model run on them block by block.
+
+The hidden states of the whole calibration set stand between two blocks; past a limit they live in a file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .blocks import BlockCall, run_around_blocks
+from .errors import CalibrationError
+from .graph import Block, ModelGraph
+
+BATCH_TOKENS = 2048  # tokens a block runs on at once: enough for full matrix speed, small beside a block
+SPILL_BYTES = 4 << 30  # hidden states larger than this live in a memory-mapped file
+BAD_ROWS_LIMIT = 0.1  # share of non-finite rows past which a run stops
+
+
+def tokenize_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """Calibration tokens (samples, seq_len): windows spread evenly over the documents' token stream.
+
+    Documents are joined with the end-of-text token. Where the tokenizer itself starts a text with a token (BOS),
+    every window starts with it. The seed shifts all windows; they overlap when the text is short.
+    Raises CalibrationError when the text does not fill a single window.
+    """
+    first = leading_tokens(tokenizer)
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+        if tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+    body = seq_len - len(first)
+    room = len(stream) - body
+    if room < 0:
+        raise CalibrationError(
+            f"the calibration text has {len(stream)} tokens, but one sample needs {body}; "
+            "give a longer text or a smaller --seq-len."
+        )
+    phase = (seed * 0.6180339887498949) % 1.0
+    starts = [round(room * (((index + phase) % samples) / max(1, samples - 1))) for index in range(samples)]
+    return torch.tensor([first + stream[start : start + body] for start in (min(s, room) for s in starts)])
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] when the tokenizer starts every text with it, else []."""
+    found = tokenizer("a").input_ids[:1]
+    return found if found and found[0] == tokenizer.bos_token_id else []
+
+
+def generate_tokens(
+    model: PreTrainedModel, samples: int, seq_len: int, seed: int, first: list[int]
+) -> torch.Tensor:
+    """Calibration text the model writes itself (samples, seq_len), by seeded sampling.
+
+    Each sample starts from the tokenizer's leading token and one random token of the vocabulary, so that the
+    samples differ from the first word on.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, vocabulary, (samples, 1), generator=generator)
+    prompts = torch.cat(
+        [torch.tensor([first] * samples, dtype=torch.int64).reshape(samples, -1), starts], dim=1
+    )
+    new = seq_len - prompts.shape[1]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        written = [
+            model.generate(
+                batch, do_sample=True, top_k=0, top_p=0.95, temperature=1.0, min_new_tokens=new, max_new_tokens=new,
+                attention_mask=torch.ones_like(batch), pad_token_id=0,
+            )
+            for batch in prompts.split(16)
+        ]  # fmt: skip
+    return torch.cat(written)
+
+
+class HiddenStates:
+    """The hidden states (samples, T, ...) between two blocks, float32, in memory or in a file."""
+
+    def __init__(self, shape: tuple[int, ...], folder: Path | None = None):
+        self._file = None
+        if prod(shape) * 4 > SPILL_BYTES:
+            self._file = tempfile.NamedTemporaryFile(prefix="hidden-", dir=folder)  # noqa: SIM115
+            self._data = torch.from_file(self._file.name, shared=True, size=prod(shape), dtype=torch.float32)
+            self._data = self._data.reshape(shape)
+        else:
+            self._data = torch.empty(shape)
+
+    def write(self, start: int, states: torch.Tensor) -> None:
+        self._data[start : start + states.shape[0]] = states
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        return self._data[start : start + count]
+
+
+@dataclass
+class Batch:
+    """Samples [start, start + count) and what each block is called with for them (hidden states left out)."""
+
+    start: int
+    count: int
+    calls: list[BlockCall]
+
+
+class CalibrationRun:
+    """The calibration set on its way through the model.
+
+    `rows(block)` runs a block without changing anything, for observers; `advance(block)` replaces the hidden
+    states by the block's outputs. The block's weights must be loaded; the caller owns them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        graph: ModelGraph,
+        tokens: torch.Tensor,
+        device: torch.device,
+        folder: Path | None = None,
+    ):
+        self.graph, self.device = graph, device
+        self.samples, self.seq_len = tokens.shape
+        self.bad_rows: dict[str, int] = {}
+        self._model = model
+        self._batches: list[Batch] = []
+        self._states: HiddenStates | None = None
+        size = max(1, BATCH_TOKENS // self.seq_len)
+        for start in range(0, self.samples, size):
+            self._capture(start, tokens[start : start + size].to(device), folder)
+
+    def _capture(self, start: int, tokens: torch.Tensor, folder: Path | None) -> None:
+        modules = [self._model.get_submodule(block.name) for block in self.graph.blocks]
+        calls: list[BlockCall] = []
+
+        def run_block(index: int, call: BlockCall) -> Any:
+            if index == 0:
+                if self._states is None:
+                    self._states = HiddenStates((self.samples, *call.hidden.shape[1:]), folder)
+                self._states.write(start, call.hidden)
+            calls.append(call.with_hidden(None))
+            return self.graph.blocks[index].returns.wrap(call.hidden)
+
+        run_around_blocks(self._model, modules, tokens, run_block)
+        if self._batches:
+            calls = [_shared(call, known) for call, known in zip(calls, self._batches[0].calls, strict=True)]
+        self._batches.append(Batch(start, tokens.shape[0], calls))
+
+    def rows(self, block: Block) -> None:
+        """Run the block on the whole set; what observers do not keep is dropped."""
+        for _ in self._outputs(block):
+            pass
+
+    def advance(self, block: Block) -> None:
+        """Run the block and let its outputs be the hidden states. Non-finite rows are zeroed and counted.
+
+        Raises CalibrationError when more than a tenth of the rows are not finite.
+        """
+        assert self._states is not None
+        bad = 0
+        for batch, output in self._outputs(block):
+            finite = torch.isfinite(output).flatten(2).all(-1)
+            bad += int((~finite).sum())
+            self._states.write(batch.start, torch.where(finite.reshape(*finite.shape, 1), output, 0.0))
+        share = bad / (self.samples * self.seq_len)
+        if share > BAD_ROWS_LIMIT:
+            raise CalibrationError(
+                f"{share:.0%} of the rows that {block.name} puts out are NaN or infinite, and past "
+                f"{BAD_ROWS_LIMIT:.0%} statistics mean nothing; check that the model runs in float32 on this text."
+            )
+        if bad:
+            self.bad_rows[block.name] = bad
+
+    def _outputs(self, block: Block) -> Iterator[tuple[Batch, torch.Tensor]]:
+        assert self._states is not None
+        module = self._model.get_submodule(block.name)
+        for batch in self._batches:
+            hidden = self._states.read(batch.start, batch.count).to(self.device)
+            with torch.no_grad():
+                output = run_or_stop(module, batch.calls[block.index].with_hidden(hidden))
+            if output is not None:
+                yield batch, block.returns.unwrap(output)
+
+
+class EnoughSeen(Exception):
+    """Raised by an observer that needs nothing more of this forward pass."""
+
+
+def run_or_stop(module: nn.Module, call: BlockCall) -> Any:
+    """The block's output, or None when an observer ended the pass early."""
+    try:
+        return call.run(module)
+    except EnoughSeen:
+        return None
+
+
+def _shared(value: Any, known: Any) -> Any:
+    """`value`, with every tensor that equals its counterpart in `known` replaced by that one."""
+    if isinstance(value, torch.Tensor):
+        same = isinstance(known, torch.Tensor) and value.shape == known.shape and value.dtype == known.dtype
+        return known if same and torch.equal(value, known) else value
+    if isinstance(value, BlockCall) and isinstance(known, BlockCall):
+        return BlockCall(_shared(value.args, known.args), _shared(value.kwargs, known.kwargs), value.place)
+    if type(value) is dict and type(known) is dict:
+        return {key: _shared(item, known.get(key)) for key, item in value.items()}
+    if type(value) in (tuple, list) and type(known) is type(value) and len(value) == len(known):
+        return type(value)(_shared(item, other) for item, other in zip(value, known, strict=True))
+    return value

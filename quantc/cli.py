@@ -1,0 +1,245 @@
+"""The command line: options become arguments of the api. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__, console
+from .command_group import Commands, Whole, options
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .report import Report
+
+option = click.option
+DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+BITS = Whole(2, 8)
+COUNT = Whole(1)
+OUTPUT_OPTIONS = options(
+    option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else on stderr."),
+    option("--quiet", "-q", is_flag=True, help="No progress and no log lines; errors only."),
+    option("--verbose", "-v", is_flag=True, help="Also log every linear."),
+)
+JSON_OPTION = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+DEVICE_OPTION = option("--device", default="cpu", help="Where to compute: cpu, cuda, cuda:1. [default: cpu]")
+CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
+YAML_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name="quantc", message="%(prog)s %(version)s")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Quantize language models to 2 to 8 bits, measure what that costs, and look into the result.
+
+    \b
+    Example:
+      quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
+      quantc eval qwen3-w4 --against Qwen/Qwen3-0.6B --text book.txt
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+QUANTIZE_OPTIONS = options(
+    option("--bits", "-b", type=BITS, help="Bits per code, 2 to 8; required without --recipe or --plan."),
+    option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
+    option("--group-size", type=Whole(-1), help="Weights per scale, -1: a row. [default: 128, or what divides a width]"),
+    option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
+    option(
+        "--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"
+    ),
+    option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
+    option("--calib", metavar="SOURCE", help="builtin, self, a data set, or a text file. [default: builtin]"),
+    option("--samples", type=COUNT, help="Windows of calibration text. [default: 64]"),
+    option("--seq-len", type=COUNT, help="Tokens per window. [default: 512]"),
+    option("--seed", type=Whole(0), help="Seed of everything random. [default: 0]"),
+    option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
+    option(
+        "--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."
+    ),
+    DEVICE_OPTION,
+    option("--force", is_flag=True, help="Replace the output folder if it exists."),
+    OUTPUT_OPTIONS,
+)
+
+
+@main.command()
+@click.argument("model")
+@QUANTIZE_OPTIONS
+def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Quantize MODEL into a packed checkpoint.
+
+    MODEL is a transformers folder, a .gguf file, a hub id (owner/name), or demo:smollm2.
+
+    \b
+    Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
+    """
+    if settings["bits"] is None and settings["recipe"] is None and settings["plan"] is None:
+        raise UsageError("--bits is missing; pass 2 to 8 bits per code, or a --recipe or --plan.")
+    with console.session(quiet, verbose) as progress:
+        from . import api
+
+        report = api.quantize(model, progress=progress, **settings)
+    if as_json:
+        console.show_json(report.summary())
+    elif not quiet:
+        _show_summary(model, report)
+
+
+def _show_summary(model: str, report: Report) -> None:
+    from . import tables
+
+    command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2"]
+    console.show(tables.quantized(report.to_dict(), command))
+
+
+@main.command("eval")
+@click.argument("model")
+@option(
+    "--text",
+    required=True,
+    metavar="SOURCE",
+    help="A .txt, .jsonl or .parquet file, or a data set such as wikitext2.",
+)
+@option("--against", metavar="MODEL", help="The original, to compare with. [default: none]")
+@option("--context", type=Whole(2), default=512, help="Tokens per window. [default: 512]")
+@option("--stride", type=COUNT, help="Tokens between windows. [default: the context]")
+@option("--windows", type=COUNT, help="Only the first so many windows. [default: all]")
+@option("--dtype", type=DTYPES, help="Type of the activations. [default: the model's own]")
+@DEVICE_OPTION
+@OUTPUT_OPTIONS
+def evaluate(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Measure perplexity, divergence and speed of MODEL.
+
+    MODEL is a checkpoint, or an unquantized model as `quantc quantize` takes it.
+
+    \b
+    Example: quantc eval qwen3-w4 --text book.txt --against Qwen/Qwen3-0.6B
+    """
+    with console.session(quiet, verbose) as progress:
+        from . import api
+
+        result = api.evaluate(model, progress=progress, **settings).to_dict()
+    if as_json:
+        console.show_json(result)
+        return
+    from . import tables
+
+    console.show(tables.evaluated(result, settings["against"]))
+
+
+@main.command()
+@CHECKPOINT
+@JSON_OPTION
+def inspect(checkpoint: Path, as_json: bool) -> None:
+    """List the linears of CHECKPOINT with their errors.
+
+    Per linear: spec, shape, bits per weight, error and method; then the totals.
+
+    \b
+    Example: quantc inspect qwen3-w4
+    """
+    report = _read_report(checkpoint)
+    from . import tables
+
+    if as_json:
+        linears = [{**linear, "label": tables.label(linear["spec"])} for linear in report["linears"]]
+        console.show_json({**report, "linears": linears})
+    else:
+        console.show(tables.inspected(report))
+
+
+@main.command()
+@CHECKPOINT
+@JSON_OPTION
+def verify(checkpoint: Path, as_json: bool) -> None:
+    """Check shapes and checksums of CHECKPOINT.
+
+    \b
+    Example: quantc verify qwen3-w4
+    """
+    _require_folder(checkpoint)
+    with console.session(quiet=True):
+        from . import checkpoint as checkpoints
+
+        verified = checkpoints.verify(checkpoint)
+    if as_json:
+        console.show_json({"checkpoint": checkpoint, "tensors": verified.tensors, "bytes": verified.bytes})
+        return
+    from .units import plural, size
+
+    tensors = plural(verified.tensors, "tensor")
+    click.echo(
+        f"{checkpoint} is intact: {tensors}, {size(verified.bytes)}, all shapes and checksums as recorded."
+    )
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@option("--dtype", type=DTYPES, help="Type of the activations. [default: the checkpoint's own]")
+@DEVICE_OPTION
+@JSON_OPTION
+def doctor(checkpoint: Path | None, dtype: str | None, device: str, as_json: bool) -> None:
+    """Describe this machine, and the kernels for CHECKPOINT.
+
+    For every linear of CHECKPOINT: which kernel runs it here, and why the others refused.
+
+    \b
+    Example: quantc doctor qwen3-w4 --dtype bfloat16
+    """
+    if checkpoint is not None:
+        _require_folder(checkpoint)
+    with console.session(quiet=True):
+        from . import doctor as examiner
+
+        facts: dict[str, Any] = {"machine": examiner.examine_machine()}
+        if checkpoint is not None:
+            facts.update(examiner.examine_kernels(checkpoint, device, dtype))
+    if as_json:
+        console.show_json(facts)
+        return
+    from . import tables
+
+    console.show(tables.diagnosed(facts))
+
+
+@main.command()
+@CHECKPOINT
+@option("--out", "-o", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="The page to write. [default: CHECKPOINT/report.html]")  # fmt: skip
+@JSON_OPTION
+def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
+    """Write the report of CHECKPOINT as an HTML page.
+
+    \b
+    Example: quantc report qwen3-w4 -o qwen3-w4.html
+    """
+    from .html import render
+
+    file = out or checkpoint / "report.html"
+    page = render(_read_report(checkpoint))
+    file.write_text(page, encoding="utf-8")
+    if as_json:
+        console.show_json({"checkpoint": checkpoint, "report": file})
+    else:
+        click.echo(f"Wrote {file}")
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    from .report import read_report
+
+    _require_folder(folder)
+    return read_report(folder)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; pass a checkpoint that `quantc quantize` wrote.")

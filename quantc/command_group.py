@@ -1,0 +1,107 @@
+"""How the command line treats what goes wrong: one line on stderr and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import click
+
+from .errors import QuantcError
+
+INTERRUPTED = 130  # what shells return for a process that SIGINT ended
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Commands(click.Group):
+    """The group of all commands. Exit codes: 2 for wrong usage, 130 when interrupted, 1 for the rest."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of definition, which is that of use
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = get_close_matches(name, self.commands, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(self.commands)}."
+            raise click.UsageError(f"No such command {name!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run the command and exit; a failure that is no bug of quantc is told in one line."""
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except (click.ClickException, click.Abort, QuantcError, OSError, MemoryError, RuntimeError) as error:
+            message, code = describe_failure(error)
+            click.echo(f"Error: {message}", err=True)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class Whole(click.ParamType):
+    """A whole number in a range; anything else is refused in one sentence that names the option."""
+
+    name = "n"
+
+    def __init__(self, low: int, high: int | None = None):
+        self.low, self.high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = self.low - 1
+        if self.low <= number and (self.high is None or number <= self.high):
+            return number
+        needed = f"from {self.low} to {self.high}" if self.high is not None else f"of {self.low} or more"
+        name = param.opts[-1] if param else "the value"
+        raise click.UsageError(f"{name} is {value}, but must be a whole number {needed}.", ctx)
+
+
+def options(*decorators: Decorator) -> Decorator:
+    """Several option decorators as one, in the order in which the help lists them."""
+
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+def describe_failure(error: Exception) -> tuple[str, int]:
+    """One line and an exit code for an error of the user or the machine; any other error is raised again."""
+    if isinstance(error, click.Abort):
+        return "interrupted.", INTERRUPTED
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "quantc"
+        return f"{_one_line(error.format_message())} See `{command} --help`.", error.exit_code
+    if isinstance(error, click.ClickException):
+        return _one_line(error.format_message()), error.exit_code
+    if isinstance(error, QuantcError):
+        return _one_line(str(error)), error.exit_code
+    if isinstance(error, OSError):
+        return _describe_os_error(error), 1
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return "out of memory; free some, or pass fewer --samples or a shorter --seq-len or --context.", 1
+    raise error
+
+
+def _describe_os_error(error: OSError) -> str:
+    reason = _one_line(error.strerror or str(error))
+    place = f": {error.filename}" if error.filename else ""
+    remedy = "; free some space or choose another output" if error.errno == errno.ENOSPC else ""
+    return f"{reason}{place}{remedy}."
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch raises RuntimeErrors of several kinds for it."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

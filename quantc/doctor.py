@@ -1,0 +1,133 @@
+"""`quantc doctor`: what this machine offers, and which kernel runs each linear of a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from . import __version__
+from .checkpoint import CheckpointReader
+from .errors import UsageError
+from .units import plural, size
+
+CPU_INFO = Path("/proc/cpuinfo")
+# Instruction sets that a kernel may ask for, as /proc/cpuinfo spells them on x86 and on ARM.
+FEATURES = (
+    "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni", "avx512_bf16",
+    "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
+)  # fmt: skip
+
+
+def examine_machine() -> dict[str, str]:
+    """Libraries, processor, memory and accelerators, a phrase or sentence each."""
+    name, features = read_cpu()
+    memory = psutil.virtual_memory()
+    return {
+        "quantc": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": installed_version("transformers") or "not installed",
+        "system": platform.platform(terse=True),
+        "cpu": name,
+        "cpu features": " ".join(features) or "unknown",
+        "threads": f"{torch.get_num_threads()} used by torch, of {plural(usable_cores(), 'core')}",
+        "memory": f"{size(memory.total)}, of which {size(memory.available)} free",
+        "cuda": describe_cuda(),
+        "cupy": describe_cupy(),
+    }
+
+
+def examine_kernels(folder: Path, device: str, dtype: str | None) -> dict[str, Any]:
+    """For every linear of a checkpoint, equal cases together: which kernel runs it, why others refused.
+
+    dtype: that of the activations; None is the checkpoint's own. Raises UsageError for an unknown device.
+    """
+    from .kernels.registry import choose
+
+    reader = CheckpointReader(folder)
+    kind = getattr(torch, dtype or own_dtype(reader.config))
+    place, shapes = parse_device(device), reader.shapes()
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, spec in reader.specs.items():
+        n, k = shapes[name][-2:]
+        choice = choose(spec, (n, k), place, kind)
+        refused = {kernel: str(reason) for kernel, reason in choice.refused.items()}
+        facts = {"label": spec.label(), "shape": [n, k], "kernel": choice.kernel.name, "refused": refused}
+        key = (spec, n, k, choice.kernel.name, *refused.items())
+        groups.setdefault(key, {**facts, "names": []})["names"].append(name)
+    return {
+        "checkpoint": str(folder),
+        "dtype": str(kind).removeprefix("torch."),
+        "device": device,
+        "linears": [{"count": len(group["names"]), **group} for group in groups.values()],
+    }
+
+
+def parse_device(text: str) -> torch.device:
+    """torch.device of a name such as cpu or cuda:0; raises UsageError for anything else."""
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise UsageError(f"the device {text!r} is unknown; pass cpu, cuda, or cuda:0 and so on.") from error
+
+
+def own_dtype(config: dict[str, Any]) -> str:
+    """The dtype a config names for the weights that stayed floats, such as bfloat16; float32 if none."""
+    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return name if name in ("float16", "bfloat16") else "float32"
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_cpu() -> tuple[str, list[str]]:
+    """The processor's name, and those of FEATURES it has; none where /proc does not tell."""
+    facts: dict[str, str] = {}
+    if CPU_INFO.is_file():
+        for line in CPU_INFO.read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    flags = set((facts.get("flags") or facts.get("Features") or "").split())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return name, [feature for feature in FEATURES if feature in flags]
+
+
+def describe_cuda() -> str:
+    """One sentence on the GPU that torch sees, or why it sees none."""
+    built = torch.version.cuda
+    if built is None:
+        return f"This torch ({torch.__version__}) is built without CUDA, so everything runs on the CPU."
+    if not torch.cuda.is_available():
+        return f"torch is built for CUDA {built} but finds no usable GPU; check the driver with nvidia-smi."
+    parts = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = ", ".join(f"{p.name} ({size(p.total_memory)}, compute {p.major}.{p.minor})" for p in parts)
+    return f"torch uses CUDA {built} on {names}."
+
+
+def describe_cupy() -> str:
+    """One sentence on CuPy, which compiles the CUDA kernels."""
+    if find_spec("cupy") is None:
+        return (
+            "CuPy is not installed; CUDA kernels need it: pip install 'quantc[cuda12]' or 'quantc[cuda13]'."
+        )
+    try:
+        import cupy
+    except Exception as error:  # a broken CUDA installation raises anything from ImportError to OSError
+        return f"CuPy is installed but cannot be imported: {str(error).strip().splitlines()[0]}"
+    return f"CuPy {cupy.__version__} is installed."

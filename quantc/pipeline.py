@@ -1,0 +1,252 @@
+"""Passes and the build sweep that runs them over the blocks.
+
+A pass declares the facts it needs, gives and breaks. The runner never re-orders: it refuses an order whose needs
+are not met before anything heavy happens. A sweep holds one block's weights, its statistics and the hidden
+states of the calibration set, never the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .calibration import CalibrationRun
+from .checkpoint import CheckpointWriter
+from .derive import outside_names
+from .errors import PassError
+from .formats import DENSE
+from .frontend import Source, to_meta
+from .frontend.source import tensors_under
+from .graph import Activation, Block, Linear, ModelGraph
+from .observe import observed
+from .plan import Plan
+from .progress import Progress
+from .qtensor import QTensor
+from .report import Report
+from .stats import Gram
+
+STATISTICS_BYTES = 2 << 30  # Gram matrices held at once; a block that needs more is run several times
+
+
+class Fact(StrEnum):
+    """What is true of the model at a point in the recipe."""
+
+    PLANNED = "every linear has a spec"
+    QUANTIZED = "every linear is rounded"
+
+
+@dataclass
+class Run:
+    """What the passes of one run share."""
+
+    source: Source
+    graph: ModelGraph
+    plan: Plan
+    report: Report
+    progress: Progress
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class Pass:
+    """A step of the recipe. Subclasses set the class attributes and override `plan` or `build`.
+
+    name: the recipe's key. Config: a frozen dataclass whose fields are the recipe's keys.
+    needs, gives, breaks: facts. exact: the output must not change, and the pipeline checks that.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    needs: ClassVar[frozenset[Fact]] = frozenset()
+    gives: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+    exact: ClassVar[bool] = False
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `build` asks for statistics, so that the calibration set has to run through the model."""
+        return False
+
+    def plan(self, run: Run) -> None:
+        """Decide; only numbers are looked at."""
+
+    def build(self, work: BlockWork) -> None:
+        """Work on one block, whose weights are loaded."""
+
+    def build_outside(self, work: OutsideWork) -> None:
+        """Work on the tensors outside the blocks."""
+
+
+REGISTRY: dict[str, type[Pass]] = {}
+
+
+def register(kind: type[Pass]) -> type[Pass]:
+    """Class decorator: makes a pass known to recipes under its name."""
+    REGISTRY[kind.name] = kind
+    return kind
+
+
+def check_order(passes: list[Pass]) -> None:
+    """Raise PassError when a pass needs a fact that no earlier pass gives, or that one has broken since."""
+    facts: set[Fact] = set()
+    for item in passes:
+        for fact in sorted(item.needs - facts):
+            givers = [name for name, kind in REGISTRY.items() if fact in kind.gives]
+            raise PassError(
+                f"the pass {item.name} needs that {fact.value}, which no pass before it provides; "
+                f"put {' or '.join(givers) or 'a pass that does'} before it."
+            )
+        facts = (facts - item.breaks) | item.gives
+    if Fact.QUANTIZED not in facts:
+        raise PassError("the recipe ends with float weights; a recipe needs the pass quantize.")
+
+
+@dataclass
+class BlockWork:
+    """One block in the build sweep: its weights are loaded; what a pass rounds goes into `quantized`."""
+
+    run: Run
+    block: Block
+    module: nn.Module
+    calibration: CalibrationRun | None
+    quantized: dict[str, QTensor] = field(default_factory=dict)
+
+    def weight(self, linear: Linear, expert: int = 0) -> torch.Tensor:
+        """float32 (N, K), of one expert of a stack, whichever way round the model stores it."""
+        stored = self._parameter(linear).detach()
+        matrix = stored[expert] if linear.kind == "stack" else stored
+        return matrix.T if linear.transposed else matrix
+
+    def _parameter(self, linear: Linear) -> nn.Parameter:
+        return self.module.get_parameter(linear.weight_name.removeprefix(self.block.name + "."))
+
+    def statistics(self) -> Iterator[tuple[Activation, list[Gram]]]:
+        """Every activation that quantized linears read, with its Gram matrices (one per expert of a stack).
+
+        Activations come in rounds that fit STATISTICS_BYTES; each round runs the block once on the whole set.
+        Without calibration the lists are empty. The forward passes run on the block's original weights.
+        """
+        wanted = [item for item in self.block.activations if self.block.readers(item)]
+        if self.calibration is None:
+            yield from ((item, []) for item in wanted)
+            return
+        for items in _rounds(wanted, self.experts):
+            grams = {item.label: self._new_grams(item) for item in items}
+            with observed(
+                self.module, self.block, items, lambda label, e, rows, g=grams: g[label][e].add(rows)
+            ):
+                self.calibration.rows(self.block)
+            for item in items:
+                yield item, grams.pop(item.label)
+
+    def experts(self, item: Activation) -> int:
+        """How many Gram matrices the activation has: one per expert of a stack, else one."""
+        return max(1, self.block.readers(item)[0].experts)
+
+    def _new_grams(self, item: Activation) -> list[Gram]:
+        return [Gram(item.width, self.run.device) for _ in range(self.experts(item))]
+
+    def replace_weights(self) -> None:
+        """Put the rounded weights into the module, so that the block runs as the checkpoint will."""
+        for name, tensor in self.quantized.items():
+            linear = self.run.graph.linears[name]
+            rounded = tensor.effective_weight()
+            self._parameter(linear).data = rounded.transpose(-1, -2) if linear.transposed else rounded
+
+
+@dataclass
+class OutsideWork:
+    """One tensor outside the blocks, loaded; what a pass rounds goes into `quantized`."""
+
+    run: Run
+    name: str
+    quantized: dict[str, QTensor] = field(default_factory=dict)
+
+    def weight(self) -> torch.Tensor:
+        """float32, as the model stores it."""
+        return self.run.source.model.state_dict()[self.name]
+
+
+def _rounds(items: list[Activation], experts: Any) -> Iterator[list[Activation]]:
+    current: list[Activation] = []
+    held = 0
+    for item in items:
+        size = Gram.bytes_for(item.width) * experts(item)
+        if current and held + size > STATISTICS_BYTES:
+            yield current
+            current, held = [], 0
+        current.append(item)
+        held += size
+    if current:
+        yield current
+
+
+def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: CheckpointWriter) -> None:
+    """The build sweep: every block is loaded, worked on by the passes in order, written and freed.
+
+    tokens: calibration set (samples, T), or None when no pass asks for statistics. Later blocks are calibrated on
+    the outputs of the earlier ones as they were rounded.
+    """
+    source, graph = run.source, run.graph
+    names = [block.name for block in graph.blocks]
+    calibration = None
+    if tokens is not None:
+        run.progress.stage("Calibration inputs", 1)
+        calibration = CalibrationRun(source.model, graph, tokens, run.device, writer.folder)
+        run.progress.step(f"{tokens.shape[0]} x {tokens.shape[1]} tokens")
+        run.progress.done()
+    _build_outside(run, passes, names, writer)
+    run.progress.stage("Quantizing", len(graph.blocks))
+    for block in graph.blocks:
+        _build_block(run, passes, block, calibration, writer)
+        run.progress.step(block.name)
+    run.progress.done()
+    if calibration is not None:
+        for name, rows in calibration.bad_rows.items():
+            run.report.notes.append(f"{name} put out {rows} non-finite calibration rows; they were left out")
+
+
+def _build_block(
+    run: Run, passes: list[Pass], block: Block, calibration: CalibrationRun | None, writer: CheckpointWriter
+) -> None:
+    run.source.load(block.name)
+    module = run.source.model.get_submodule(block.name).to(run.device)
+    work = BlockWork(run, block, module, calibration)
+    for item in passes:
+        item.build(work)
+    _write(run, block.name, work.quantized, writer)
+    if calibration is not None and block is not run.graph.blocks[-1]:
+        work.replace_weights()
+        calibration.advance(block)
+    to_meta(module)
+
+
+def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: CheckpointWriter) -> None:
+    for name in outside_names(run.source.model, blocks):
+        run.source.load(name)
+        work = OutsideWork(run, name)
+        for item in passes:
+            item.build_outside(work)
+        _write(run, name, work.quantized, writer)
+    to_meta(run.source.model)
+
+
+def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: CheckpointWriter) -> None:
+    """Write what lies under a name: rounded weights as their parts, everything else in the source's dtype."""
+    packed = {run.graph.linears[name].weight_name for name in quantized if name in run.graph.linears} | set(
+        quantized
+    )
+    for name, tensor in tensors_under(run.source.model, prefix):
+        if name not in packed:
+            writer.add(name, tensor.detach().cpu().to(run.source.stored_dtype(name)))
+    for name, qtensor in quantized.items():
+        for part, tensor in DENSE.pack(qtensor).items():
+            writer.add(f"{name}.{part}", tensor.cpu())

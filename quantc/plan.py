@@ -1,0 +1,76 @@
+"""The plan: one QuantSpec per linear, in a YAML file that a person can read, edit and pass back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UsageError
+from .graph import ModelGraph
+from .spec import QuantSpec
+
+KEEP = "keep"
+
+
+@dataclass
+class Plan:
+    """specs: linear -> how it is stored, or None to keep it as it is. why: linear -> the reason, if any."""
+
+    specs: dict[str, QuantSpec | None] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+
+    def to_yaml(self) -> str:
+        entries: dict[str, Any] = {}
+        for name, spec in self.specs.items():
+            entries[name] = KEEP if spec is None else spec.to_dict()
+        comment = "# quantc plan: edit bits, group_size, grouping, symmetric or rank, or write `keep`.\n"
+        return comment + yaml.safe_dump(
+            {"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None
+        )
+
+    def check(self, graph: ModelGraph, extra: set[str]) -> None:
+        """Raise UsageError unless the plan names exactly the graph's linears (and maybe some of `extra`)."""
+        for name in self.specs:
+            if name not in graph.linears and name not in extra:
+                near = get_close_matches(name, graph.linears, n=1, cutoff=0.0)
+                raise UsageError(
+                    f"the plan names {name}, which is no linear of this model; did you mean {near[0] if near else '-'}?"
+                )
+        missing = [name for name in graph.linears if name not in self.specs]
+        if missing:
+            raise UsageError(
+                f"the plan leaves out {missing[0]} and {len(missing) - 1} more linears; every linear needs a spec, "
+                f"or `{KEEP}`."
+            )
+
+
+def read_plan(file: Path) -> Plan:
+    """The plan in a YAML file; raises UsageError that names the entry for anything that is not one."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"the plan {file} cannot be read ({reason}); a YAML file that quantc wrote is needed."
+        ) from error
+    if (
+        not isinstance(content, dict)
+        or content.get("version") != 1
+        or not isinstance(content.get("linears"), dict)
+    ):
+        raise UsageError(f"{file} is no quantc plan: it needs `version: 1` and a mapping `linears`.")
+    specs: dict[str, QuantSpec | None] = {}
+    for name, entry in content["linears"].items():
+        if entry != KEEP and not isinstance(entry, dict):
+            raise UsageError(
+                f"{file}: the entry of {name} is {entry!r}, but a spec mapping or `{KEEP}` is needed."
+            )
+        try:
+            specs[name] = None if entry == KEEP else QuantSpec.from_dict(entry)
+        except UsageError as error:
+            raise UsageError(f"{file}: {name}: {error}") from error
+    return Plan(specs)

@@ -1,0 +1,168 @@
+"""The recipe: calibration and passes, as a frozen, closed configuration that YAML reads and writes.
+
+Unknown keys are refused with the nearest known one: a typo must not run for an hour and do something else.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import passes  # noqa: F401  registers every pass
+from .errors import UsageError
+from .pipeline import REGISTRY, Pass
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What the model runs on: source (builtin, self, a file or a data set), and windows cut from it."""
+
+    source: str = "builtin"
+    samples: int = 64
+    seq_len: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("seq_len", 8), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}, but at least {least} is needed; raise it."
+                )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """calibration: the data. passes: (name, config) in the order they run."""
+
+    calibration: CalibrationConfig
+    passes: tuple[tuple[str, Any], ...]
+
+    def build_passes(self) -> list[Pass]:
+        return [REGISTRY[name](config) for name, config in self.passes]
+
+    def with_settings(self, **settings: Any) -> Recipe:
+        """This recipe with `part={key: value}` settings replaced; None values are left alone."""
+        known = {"calibration", *(name for name, _ in self.passes)}
+        for part in settings:
+            if part not in known:
+                raise UsageError(
+                    f"the recipe has no pass {part}, so its settings cannot be given; add it to the recipe."
+                )
+        return Recipe(
+            _replaced(self.calibration, settings.get("calibration", {})),
+            tuple((name, _replaced(config, settings.get(name, {}))) for name, config in self.passes),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "calibration": asdict(self.calibration),
+            "passes": [{name: asdict(config)} for name, config in self.passes],
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Recipe:
+        """Inverse of to_dict; keys left out have their defaults. Raises UsageError for anything unknown."""
+        mapping = _mapping(content, "the recipe")
+        _refuse_unknown(mapping, ["version", "calibration", "passes"], "the recipe")
+        if mapping.get("version") != VERSION:
+            raise UsageError(
+                f"the recipe has version {mapping.get('version')!r}, but `version: {VERSION}` is needed."
+            )
+        entries = mapping.get("passes", [])
+        if not isinstance(entries, list) or not entries:
+            raise UsageError(
+                "the recipe has no list `passes`, but at least allocate and quantize are needed."
+            )
+        return cls(
+            from_mapping(CalibrationConfig, mapping.get("calibration", {}), "calibration"),
+            tuple(_read_pass(entry) for entry in entries),
+        )
+
+
+DEFAULT = Recipe(
+    CalibrationConfig(),
+    (("allocate", REGISTRY["allocate"].Config()), ("quantize", REGISTRY["quantize"].Config())),
+)
+
+
+def read_recipe(file: Path) -> Recipe:
+    """The recipe in a YAML file; raises UsageError that says what is wrong with it."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the recipe {file} cannot be read ({reason}); a YAML file is needed.") from error
+    return Recipe.from_dict(content)
+
+
+def from_mapping(kind: type, content: Any, where: str) -> Any:
+    """A frozen dataclass from a mapping: unknown keys and wrong types are UsageErrors."""
+    mapping = _mapping(content, where)
+    assert is_dataclass(kind)
+    hints = typing.get_type_hints(kind)
+    _refuse_unknown(mapping, [field.name for field in fields(kind)], where)
+    for key, value in mapping.items():
+        if not _fits(value, hints[key]):
+            raise UsageError(f"{where}: {key} is {value!r}, but {_describe(hints[key])} is needed.")
+    return kind(**mapping)
+
+
+def _read_pass(entry: Any) -> tuple[str, Any]:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise UsageError(f"the pass entry {entry!r} is not `name: settings`; write one pass per list item.")
+    ((name, settings),) = entry.items()
+    _refuse_unknown({name: settings}, list(REGISTRY), "passes")
+    return name, from_mapping(REGISTRY[name].Config, settings or {}, f"pass {name}")
+
+
+def _mapping(content: Any, where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UsageError(f"{where} is {content!r}, but a mapping of keys to values is needed.")
+    return content
+
+
+def _refuse_unknown(mapping: dict[str, Any], known: list[str], where: str) -> None:
+    for key in mapping:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise UsageError(f"{where} has the unknown key {key!r}; did you mean {near!r}?")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
+
+
+def _replaced(config: Any, settings: dict[str, Any]) -> Any:
+    given = {key: value for key, value in settings.items() if value is not None}
+    return replace(config, **given) if given else config

@@ -1,0 +1,238 @@
+"""Modules that hold packed weights: QuantLinear in place of a linear, PackedWeight in place of a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from transformers.pytorch_utils import Conv1D
+
+from .checkpoint import PackedEntry
+from .errors import CheckpointError
+from .formats import DENSE, Parts
+from .kernels import Prepared, choose
+from .spec import QuantSpec
+
+
+class _Packed(nn.Module):
+    """Packed parts of a weight (*leading, N, K) as buffers, named as in the checkpoint."""
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()):
+        super().__init__()
+        self.spec, self.shape, self.leading = spec, shape, leading
+        self._parts = DENSE.layout(spec, shape, leading)
+        for name, part in self._parts.items():
+            self.register_buffer(name, torch.empty(part.shape, dtype=part.dtype, device="meta"))
+        self._prepared: dict[tuple[int, torch.dtype, torch.device], tuple[Any, Prepared]] = {}
+
+    def parts(self, expert: int | None = None) -> Parts:
+        tensors = {name: getattr(self, name) for name in self._parts}
+        return tensors if expert is None else {name: tensor[expert] for name, tensor in tensors.items()}
+
+    def multiply(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """x (..., K) to x W^T (..., N), by the kernel chosen for x's device and dtype."""
+        key = (-1 if expert is None else expert, x.dtype, x.device)
+        found = self._prepared.get(key)
+        if found is None:
+            kernel = choose(self.spec, self.shape, x.device, x.dtype).kernel
+            found = kernel, kernel.prepare(self.parts(expert), self.spec, self.shape, x.dtype)
+            self._prepared[key] = found
+        kernel, prepared = found
+        return kernel.run(x, prepared)
+
+    def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+        """The whole weight (or one expert's), unpacked."""
+        return DENSE.unpack(self.parts(expert), self.spec, self.shape).effective_weight().to(dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Packed:
+        """Moving to a device moves the parts; casting (`model.half()`) leaves the stored dtypes as they are."""
+        self._prepared.clear()
+        for name, part in self._parts.items():
+            tensor = getattr(self, name)
+            moved = fn(tensor)
+            setattr(self, name, moved if moved.dtype == part.dtype else tensor.to(moved.device))
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                self._parameters[name] = nn.Parameter(fn(parameter.data), requires_grad=False)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.spec.label()}"
+
+
+class QuantLinear(_Packed):
+    """A linear y = x W^T + b on packed weights; x (..., K), y (..., N) in x's dtype."""
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], bias: torch.Tensor | None):
+        super().__init__(spec, shape)
+        self.out_features, self.in_features = shape
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class PackedWeight(_Packed):
+    """A packed weight in place of a parameter: a stack of experts, or an embedding table.
+
+    The model's own code keeps calling torch functions on it; those that read a weight row by row or multiply with
+    it are answered from the packed parts, one expert at a time. Anything else is an error, never a silent copy.
+    """
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...], dtype: torch.dtype):
+        super().__init__(spec, shape, leading)
+        self.dtype = dtype
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def __getitem__(self, expert: int | torch.Tensor) -> ExpertWeight:
+        return ExpertWeight(self, int(expert))
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if func is F.embedding and isinstance(args[1], PackedWeight):
+            return args[1].rows(args[0])
+        if func is F.linear and isinstance(args[1], PackedWeight):
+            return _with_bias(args[1].multiply(args[0]), args, kwargs)
+        if name in ("bmm", "matmul", "__matmul__") and isinstance(args[1], PackedWeight):
+            stack = args[1]
+            return torch.stack([stack.multiply(x, expert) for expert, x in enumerate(args[0])])
+        raise CheckpointError(
+            f"the model uses a packed weight in {name}, which works on unpacked weights only; "
+            "quantize this model with that weight kept."
+        )
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the table for int indices (...): float (..., K), unpacked one by one."""
+        wanted, back = torch.unique(indices, return_inverse=True)
+        table = DENSE.unpack(self._row_parts(wanted), self.spec, (len(wanted), self.shape[1])).dequantize(
+            self.dtype
+        )
+        return table[back]
+
+    def _row_parts(self, rows: torch.Tensor) -> Parts:
+        if self.spec.grouping != "per_oc":
+            raise CheckpointError(
+                "an embedding is stored with per_ic groups, but rows can only be read from per_oc ones."
+            )
+        return {
+            name: tensor if name == "low_rank_a" else tensor[rows] for name, tensor in self.parts().items()
+        }
+
+
+class ExpertWeight:
+    """One expert of a stack: stands where the model indexes its stacked parameter."""
+
+    def __init__(self, stack: PackedWeight, expert: int):
+        self.stack, self.expert = stack, expert
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if (func is F.linear or name in ("matmul", "__matmul__", "mm")) and isinstance(args[1], ExpertWeight):
+            weight = args[1]
+            return _with_bias(weight.stack.multiply(args[0], weight.expert), args, kwargs)
+        raise CheckpointError(
+            f"the model uses an expert's packed weight in {name}, which works on unpacked weights only; "
+            "quantize this model with its experts kept."
+        )
+
+
+def _with_bias(y: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> torch.Tensor:
+    bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def install(model: nn.Module, entries: dict[str, PackedEntry]) -> nn.Module:
+    """Put packed modules, on the meta device, in place of the model's weights; returns the model.
+
+    Raises CheckpointError when the model has no such weight or it has another shape.
+    """
+    for name, entry in entries.items():
+        parent_name, _, leaf = name.rpartition(".")
+        try:
+            parent = model.get_submodule(parent_name)
+            target = getattr(parent, leaf)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"the checkpoint packs {name}, but {type(model).__name__} has no such weight; config.json does not "
+                "belong to these weights, or this transformers builds the model differently."
+            ) from error
+        if isinstance(target, nn.Module):
+            bias = getattr(target, "bias", None)
+            _check_shape(name, _linear_shape(target), entry)
+            setattr(parent, leaf, QuantLinear(entry.spec, entry.shape, bias))
+        else:
+            _install_parameter(model, parent, leaf, target, entry)
+    return model
+
+
+def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with float weights of a dtype in place of every packed one; needs the memory of all of them."""
+    for name, module in list(model.named_modules()):
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name) if name else model
+        if isinstance(module, QuantLinear):
+            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
+            dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+            if module.bias is not None:
+                dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+            setattr(parent, leaf, dense)
+    return model
+
+
+def _install_parameter(
+    model: Any, parent: nn.Module, leaf: str, parameter: torch.Tensor, entry: PackedEntry
+) -> None:
+    packed = PackedWeight(entry.spec, entry.shape, entry.leading, parameter.dtype)
+    del parent._parameters[leaf]
+    setattr(parent, leaf, packed)
+    if entry.leading:
+        # The model's own loop over experts indexes the stack; grouped products would need it unpacked.
+        parent.config._experts_implementation = "eager"
+    head = model.get_output_embeddings()
+    if parent is model.get_input_embeddings() and getattr(head, "weight", None) is parameter:
+        # The head reads the same packed table. Set past nn.Module, so that the state dict holds it once; and
+        # transformers must not tie parameters that are no longer there.
+        del head._parameters["weight"]
+        object.__setattr__(head, "weight", packed)
+        model._tied_weights_keys = None
+        model.all_tied_weights_keys = {}
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def _check_shape(name: str, found: tuple[int, int], entry: PackedEntry) -> None:
+    if found != entry.shape:
+        raise CheckpointError(
+            f"the checkpoint packs {name} as {entry.shape}, but config.json describes a weight of {found}; "
+            "the two do not belong together."
+        )

@@ -1,0 +1,193 @@
+"""The command line's answers as rich tables. Each function takes plain mappings and returns what to print."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from .spec import QuantSpec
+from .units import duration, number, plural, ratio, size
+
+WORST = 5  # linears named in the summary of a run
+Facts = list[tuple[str, str, str]]  # name, figure, what it means
+
+
+def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType:
+    """The summary of a run: what was written, its true size, where it hurts, and what to type next."""
+    parts: list[RenderableType] = [
+        Text.assemble(("Wrote ", "bold green"), (report["output"], "bold")),
+        _facts(_totals(report)),
+    ]
+    worst = sorted(report["linears"], key=_error, reverse=True)[:WORST]
+    if worst:
+        parts += [_heading("Largest errors"), _worst(worst)]
+    parts += _kept(report["kept"]) + _notes(report["notes"])
+    parts += [_heading("Next"), _indented(Text(shlex.join(next_command), style="cyan"))]
+    return Group(*parts)
+
+
+def inspected(report: dict[str, Any]) -> RenderableType:
+    """The table of all linears, then the totals."""
+    stacks = any(linear["experts"] for linear in report["linears"])
+    columns = ["linear", "spec", "shape", *(["experts"] if stacks else []), "bits/weight", "error", "method"]
+    table = _table(columns, numeric={"shape", "experts", "bits/weight", "error"})
+    for linear in report["linears"]:
+        table.add_row(*_inspect_row(linear, stacks))
+    parts = [table, _heading(report["output"]), _facts(_totals(report))]
+    return Group(*parts, *_kept(report["kept"]), *_notes(report["notes"]))
+
+
+def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
+    """Perplexity, divergence, size and speed; the original's figures only where there is an original."""
+    facts: Facts = [("perplexity", number(result["perplexity"], 4), "")]
+    if against is not None:
+        original, tail = number(result["perplexity_original"], 4), number(result["p99_kl"])
+        facts = [
+            ("perplexity", number(result["perplexity"], 4), f"{against} has {original}"),
+            ("KL divergence", number(result["mean_kl"]), f"mean, in nats; 99th percentile {tail}"),
+            (
+                "top-1 agreement",
+                _percent(result["top1_agreement"]),
+                "of predictions find the same token likeliest",
+            ),
+        ]
+    facts += [
+        (
+            "bits per weight",
+            number(result["bits_per_weight"], 4),
+            "all that is stored for the linears in the blocks",
+        ),
+        ("weights", size(result["weights_bytes"]), "all weight files"),
+        ("decode speed", f"{number(result['tokens_per_second'])} tokens/s", "one sequence, greedy"),
+        ("peak memory", size(result["peak_rss_bytes"]), ""),
+    ]
+    return _facts(facts)
+
+
+def diagnosed(facts: dict[str, Any]) -> RenderableType:
+    """The machine and its libraries; for a checkpoint also which kernel runs each linear, and why."""
+    parts: list[RenderableType] = [_facts([(name, text, "") for name, text in facts["machine"].items()])]
+    if "checkpoint" not in facts:
+        return Group(*parts)
+    parts.append(_heading(f"Kernels for {facts['checkpoint']} in {facts['dtype']} on {facts['device']}"))
+    table = _table(["linears", "spec", "shape", "kernel", "refused because"], numeric={"linears", "shape"})
+    for group in facts["linears"]:
+        reasons = "\n".join(f"{kernel} {reason}" for kernel, reason in group["refused"].items())
+        shape = _shape(group["shape"])
+        table.add_row(str(group["count"]), group["label"], shape, group["kernel"], Text(reasons, style="dim"))
+    return Group(*parts, table)
+
+
+def label(spec: dict[str, Any]) -> str:
+    """Short name of a spec that was stored as a mapping, such as w4g128."""
+    return QuantSpec.from_dict(spec).label()
+
+
+def _totals(report: dict[str, Any]) -> Facts:
+    count = len(report["linears"])
+    facts: Facts = [
+        (
+            "bits per weight",
+            number(report["bits_per_weight"], 4),
+            f"all that is stored for {count:,} linears",
+        ),
+        ("weights", size(report["weights_bytes"]), _against_source(report)),
+    ]
+    if report["expert_fallbacks"]:
+        text = "saw too few calibration rows and were rounded to nearest"
+        facts.append(("experts", f"{report['expert_fallbacks']:,}", text))
+    if report["calibration"]:
+        facts.append(("calibration", report["calibration"], ""))
+    cpu = f"{duration(report['cpu_seconds'])} of CPU time"
+    time, memory = duration(report["wall_seconds"]), size(report["peak_rss_bytes"])
+    return [*facts, ("time", time, cpu), ("peak memory", memory, "")]
+
+
+def _against_source(report: dict[str, Any]) -> str:
+    source = report["source_bytes"]
+    return f"{ratio(report['weights_bytes'], source)} of the source's {size(source)}" if source else ""
+
+
+def _worst(linears: list[dict[str, Any]]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for linear in linears:
+        table.add_row(linear["name"], label(linear["spec"]), number(linear["error"]), linear["method"])
+    return _indented(table)
+
+
+def _inspect_row(linear: dict[str, Any], stacks: bool) -> list[str]:
+    experts = [str(linear["experts"] or "")] if stacks else []
+    figures = [number(linear["bits_per_weight"], 4), number(linear["error"])]
+    fell_back = f" ({plural(linear['fallbacks'], 'fallback')})" if linear["fallbacks"] else ""
+    return [
+        linear["name"],
+        label(linear["spec"]),
+        _shape(linear["shape"]),
+        *experts,
+        *figures,
+        linear["method"] + fell_back,
+    ]
+
+
+def _kept(kept: dict[str, str]) -> list[RenderableType]:
+    if not kept:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [_kept_line(names, reason) for reason, names in reasons.items()]
+    return [_heading("Kept as they are"), _indented(Group(*lines))]
+
+
+def _kept_line(names: list[str], reason: str) -> Text:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return Text.assemble(", ".join(names[:2]) + more, (f"  {reason}", "dim"))
+
+
+def _notes(notes: list[str]) -> list[RenderableType]:
+    if not notes:
+        return []
+    return [_heading("Notes"), _indented(Group(*(Text(note) for note in notes)))]
+
+
+def _heading(text: str) -> RenderableType:
+    return Padding(Text(text, style="bold"), (1, 0, 0, 0), expand=False)
+
+
+def _facts(facts: Facts) -> RenderableType:
+    explained = any(meaning for *_, meaning in facts)
+    table = Table.grid(padding=(0, 2))
+    for name, figure, meaning in facts:
+        row = [Text(name, style="dim"), Text(figure)]
+        table.add_row(*row, *([Text(meaning, style="dim")] if explained else []))
+    return _indented(table)
+
+
+def _indented(part: RenderableType) -> RenderableType:
+    return Padding(part, (0, 0, 0, 2), expand=False)
+
+
+def _table(columns: list[str], numeric: set[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in numeric else "left", overflow="fold")
+    return table
+
+
+def _error(linear: dict[str, Any]) -> float:
+    """A key that puts an error which is no number first: it is the worst of all."""
+    error = linear["error"]
+    return error if error is not None and error == error else float("inf")
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{number(100 * share)} %"
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(str(side) for side in shape)

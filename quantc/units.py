@@ -1,0 +1,51 @@
+"""Numbers as a person reads them: bytes, seconds and errors. Used by the console and the HTML report."""
+
+from __future__ import annotations
+
+from math import floor, isfinite, log10
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units with three digits, such as 97.3 MB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 4.2 s, 3 min 05 s or 2 h 07 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a running clock, such as 3:05 or 2:07:00."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with so many significant digits, without an exponent where possible; n/a when not finite."""
+    if value is None or not isfinite(value):
+        return "n/a"
+    if value != 0 and not 1e-5 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    magnitude = floor(log10(abs(value))) if value else digits
+    return f"{value:.{max(0, digits - 1 - magnitude)}f}"
+
+
+def ratio(part: float, whole: float) -> str:
+    """part / whole with three digits; n/a where the whole is unknown."""
+    return number(part / whole) if whole else "n/a"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
