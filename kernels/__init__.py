@@ -1,6 +1,5 @@
-"""Kernels: what multiplies activations with packed weights, chosen by what each one declares it supports."""
+"""Kernels: what multiplies activations with packed weights. `registry.py` chooses among them.
 
-from .base import Kernel, Prepared
-from .registry import KERNELS, Choice, choose
-
-__all__ = ["KERNELS", "Choice", "Kernel", "Prepared", "choose"]
+This file imports nothing: with the checkout's root on sys.path, transformers finds this folder when it looks for
+another project's package called `kernels`, and importing it must then be harmless.
+"""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import __version__, pipeline
+from .blocks import find_blocks
 from .calibration import generate_tokens, leading_tokens, tokenize_documents
 from .checkpoint import (
     CheckpointReader,
@@ -28,10 +27,11 @@ from .checkpoint import (
 from .derive import derive
 from .errors import UsageError
 from .frontend import Source, model_files, open_model, to_meta
-from .frontend.source import quiet_transformers
+from .frontend.source import quiet_transformers, tensors_under
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .progress import LogProgress, Progress
+from .memory import peak_rss_bytes
 from .recipe import DEFAULT, Recipe, read_recipe
 from .report import Report
 from .spec import QuantSpec
@@ -137,7 +137,7 @@ def evaluate(
 
     wanted = _dtype(dtype)
     tokenizer = _tokenizer(model)
-    cut = evaluation.make_windows(tokenizer, evaluation.read_text(text), context, stride or context, windows)
+    cut = evaluation.make_windows(tokenizer, evaluation.read_text(text), context, stride, windows)
     subject = _load_any(model, wanted).to(device)
     original = None if against is None else _load_any(against, wanted).to(device)
     scores = evaluation.score(subject, original, cut, progress or LogProgress())
@@ -166,7 +166,9 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"the device {name!r} cannot be used here ({reason}); choose cpu or another device.") from error
+        raise UsageError(
+            f"the device {name!r} cannot be used here ({reason}); choose cpu or another device."
+        ) from error
     return device
 
 
@@ -220,7 +222,9 @@ def _packed_entries(run: Run) -> dict[str, PackedEntry]:
             n, k = run.source.model.get_parameter(name).shape
             entries[name] = PackedEntry(spec, (n, k))
         else:
-            entries[name] = PackedEntry(spec, linear.shape, (linear.experts,) if linear.kind == "stack" else ())
+            entries[name] = PackedEntry(
+                spec, linear.shape, (linear.experts,) if linear.kind == "stack" else ()
+            )
     return entries
 
 
@@ -245,7 +249,10 @@ def _manifest(run: Run, recipe: Recipe, tokens: torch.Tensor | None) -> dict[str
     return {
         "format": "quantc",
         "version": 1,
-        "source": {"name": run.source.name, "files": {f.name: _file_hash(f) for f in run.source.weight_files()}},
+        "source": {
+            "name": run.source.name,
+            "files": {f.name: _file_hash(f) for f in run.source.weight_files()},
+        },
         "recipe": recipe.to_dict(),
         "calibration_sha256": calibration,
         "libraries": {
@@ -280,12 +287,6 @@ def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_start
     report.write(writer.folder)
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _tokenizer(model: PathLike) -> Any:
     from .frontend.source import read_tokenizer
 
@@ -302,7 +303,21 @@ def _stored_size(model: PathLike) -> dict[str, Any]:
 
     if is_checkpoint(model):
         report = read_report(Path(model))
-        return {"bits_per_weight": report["bits_per_weight"], "weights_bytes": CheckpointReader(model).weights_bytes()}
+        return {
+            "bits_per_weight": report["bits_per_weight"],
+            "weights_bytes": CheckpointReader(model).weights_bytes(),
+        }
     source = open_model(model)
     size = sum(file.stat().st_size for file in source.weight_files())
-    return {"bits_per_weight": 8.0 * _model_dtype(source).itemsize, "weights_bytes": size}
+    return {"bits_per_weight": _source_bits_per_weight(source), "weights_bytes": size}
+
+
+def _source_bits_per_weight(source: Source) -> float:
+    """Average over the matrices inside the blocks of an unquantized model."""
+    bits = weights = 0.0
+    for block in find_blocks(source.model):
+        for name, tensor in tensors_under(source.model, block):
+            if tensor.ndim >= 2:
+                bits += source.stored_bits(name) * tensor.numel()
+                weights += tensor.numel()
+    return bits / weights

@@ -239,10 +239,13 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
         )
     try:
         return {
-            name: _read_entry(settings.get("default", {}), dict(own)) for name, own in settings["modules"].items()
+            name: _read_entry(settings.get("default", {}), dict(own))
+            for name, own in settings["modules"].items()
         }
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the checkpoint's quantization_config cannot be read ({error}); copy it again.") from error
+        raise CheckpointError(
+            f"the checkpoint's quantization_config cannot be read ({error}); copy it again."
+        ) from error
 
 
 def _read_entry(default: dict[str, Any], own: dict[str, Any]) -> PackedEntry:

@@ -9,7 +9,7 @@ import click
 
 from . import __version__, console
 from .command_group import Commands, Whole, options
-from .errors import UsageError
+from .errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from .report import Report
@@ -51,7 +51,7 @@ def main(context: click.Context) -> None:
 QUANTIZE_OPTIONS = options(
     option("--bits", "-b", type=BITS, help="Bits per code, 2 to 8; required without --recipe or --plan."),
     option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
-    option("--group-size", type=Whole(-1), help="Weights per scale, -1: a row. [default: 128, or what divides a width]"),
+    option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
     option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
     option(
         "--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"
@@ -237,7 +237,27 @@ def _read_report(folder: Path) -> dict[str, Any]:
     from .report import read_report
 
     _require_folder(folder)
-    return read_report(folder)
+    report = read_report(folder)
+    try:
+        _check_keys(report)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'report.json'} lacks {error}, which every report has; copy the checkpoint again."
+        ) from error
+    return report
+
+
+def _check_keys(report: dict[str, Any]) -> None:
+    """Raise KeyError for the first key that a report or one of its linears lacks."""
+    from dataclasses import fields
+
+    from .report import LinearReport, Report
+
+    for key in (*(field.name for field in fields(Report)), "bits_per_weight", "expert_fallbacks"):
+        report[key]
+    for linear in report["linears"]:
+        for field in fields(LinearReport):
+            linear[field.name]
 
 
 def _require_folder(folder: Path) -> None:

@@ -58,7 +58,7 @@ class Whole(click.ParamType):
         if self.low <= number and (self.high is None or number <= self.high):
             return number
         needed = f"from {self.low} to {self.high}" if self.high is not None else f"of {self.low} or more"
-        name = param.opts[-1] if param else "the value"
+        name = max(param.opts, key=len) if param else "the value"
         raise click.UsageError(f"{name} is {value}, but must be a whole number {needed}.", ctx)
 
 
@@ -79,7 +79,7 @@ def describe_failure(error: Exception) -> tuple[str, int]:
         return "interrupted.", INTERRUPTED
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "quantc"
-        return f"{_one_line(error.format_message())} See `{command} --help`.", error.exit_code
+        return f"{_describe_usage(error)} See `{command} --help`.", error.exit_code
     if isinstance(error, click.ClickException):
         return _one_line(error.format_message()), error.exit_code
     if isinstance(error, QuantcError):
@@ -89,6 +89,12 @@ def describe_failure(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "out of memory; free some, or pass fewer --samples or a shorter --seq-len or --context.", 1
     raise error
+
+
+def _describe_usage(error: click.UsageError) -> str:
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        return f"No such option {error.option_name}; did you mean {error.possibilities[0]}?"
+    return _one_line(error.format_message())
 
 
 def _describe_os_error(error: OSError) -> str:

@@ -53,10 +53,10 @@ def examine_kernels(folder: Path, device: str, dtype: str | None) -> dict[str, A
 
     reader = CheckpointReader(folder)
     kind = getattr(torch, dtype or own_dtype(reader.config))
-    place, shapes = parse_device(device), reader.shapes()
+    place = parse_device(device)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, spec in reader.specs.items():
-        n, k = shapes[name][-2:]
+    for name, entry in reader.entries.items():
+        spec, (n, k) = entry.spec, entry.shape
         choice = choose(spec, (n, k), place, kind)
         refused = {kernel: str(reason) for kernel, reason in choice.refused.items()}
         facts = {"label": spec.label(), "shape": [n, k], "kernel": choice.kernel.name, "refused": refused}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .decode_speed import measure_decode_speed
 from .errors import CalibrationError, UsageError
 from .eval_text import read_text
 from .frontend.source import all_finite
+from .memory import peak_rss_bytes
 from .progress import Progress
 from .windows import Window, check_context, make_windows
 
@@ -31,6 +30,7 @@ __all__ = [
     "peak_rss_bytes",
     "read_text",
     "score",
+    "summarize",
 ]
 
 # Logits turned to float32 log-probabilities at a time: 64 MiB for each of the few tensors alive at once. All
@@ -89,18 +89,36 @@ def score(
     tally = _Tally()
     progress.stage("evaluate", len(windows))
     for number, window in enumerate(windows, start=1):
-        where = f"window {number} of {len(windows)}"
-        expected = None if original is None else _predict(original, window)
-        tally.add(_predict(model, window), expected, window.tokens[-window.scored :], where)
+        _score_window(model, original, window, tally, f"window {number} of {len(windows)}")
         progress.step(f"perplexity {_exp(tally.nll / tally.positions):.2f}")
     progress.done()
     return tally.scores(len(windows))
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def summarize(
+    scores: Scores,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bits_per_weight: float,
+    weights_bytes: int,
+) -> Evaluation:
+    """The scores of a model with its costs, of which decode speed and memory are measured here."""
+    return Evaluation(
+        **vars(scores),
+        bits_per_weight=bits_per_weight,
+        weights_bytes=weights_bytes,
+        tokens_per_second=measure_decode_speed(model, tokenizer),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _score_window(
+    model: PreTrainedModel, original: PreTrainedModel | None, window: Window, tally: _Tally, where: str
+) -> None:
+    # A function, so that a window's logits are gone before the next window's are computed.
+    expected = None if original is None else _predict(original, window)
+    tally.add(_predict(model, window), expected, window.tokens[-window.scored :], where)
 
 
 @dataclass

@@ -19,37 +19,43 @@ COLUMNS = ("linear", "spec", "shape", "bits/weight", "error", "method", "rows", 
 NUMERIC = {"shape", "bits/weight", "error", "rows", "fallbacks"}
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --dim: #656b73; --paper: #fff; --line: #d9dde2; --bar: #2f6fb3;
-  --worst: #c2410c; --shade: #f5f6f8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --dim: #9aa1aa; --paper: #15171a; --line: #33383e;
-  --bar: #6aa5e3; --worst: #f08a4b; --shade: #1d2024; } }
+:root { color-scheme: light dark; --ink: #1c1e21; --dim: #656b73; --paper: #fff; --line: #d9dde2;
+  --bar: #2f6fb3; --worst: #c2410c; --shade: #f5f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --dim: #9aa1aa; --paper: #15171a;
+  --line: #33383e; --bar: #6aa5e3; --worst: #f08a4b; --shade: #1d2024; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
   max-width: 1100px; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 p { margin: .3rem 0; } .dim { color: var(--dim); }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin: 1.4rem 0 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem;
+  margin: 1.4rem 0 0; }
 dl div { background: var(--shade); border-radius: 6px; padding: .6rem .8rem; }
 dt { color: var(--dim); font-size: .82rem; }
 dd { margin: 0; font-size: 1.2rem; font-variant-numeric: tabular-nums; }
 dd small { display: block; color: var(--dim); font-size: .8rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1rem 1.2rem; }
-figure { margin: 0; } figcaption { font-size: .82rem; display: flex; justify-content: space-between; gap: .5rem; }
+figure { margin: 0; }
+figcaption { font-size: .82rem; display: flex; justify-content: space-between; gap: .5rem;
+  margin-bottom: .25rem; }
 svg { width: 100%; height: auto; border-bottom: 1px solid var(--line); display: block; }
 rect { fill: var(--bar); } rect.worst { fill: var(--worst); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
 .n { text-align: right; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--bar); outline-offset: 2px; }
-th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
+th[aria-sort=ascending] button::after { content: " ▲"; }
+th[aria-sort=descending] button::after { content: " ▼"; }
 tbody tr:hover { background: var(--shade); }
 """
 
 SCRIPT = """
 for (const th of document.querySelectorAll("th")) th.firstChild.addEventListener("click", () => {
-  const up = th.getAttribute("aria-sort") !== "ascending", i = th.cellIndex, body = document.querySelector("tbody");
+  const up = th.getAttribute("aria-sort") !== "ascending", i = th.cellIndex;
+  const body = document.querySelector("tbody");
   for (const other of th.parentNode.children) other.removeAttribute("aria-sort");
   th.setAttribute("aria-sort", up ? "ascending" : "descending");
   const key = row => row.cells[i].dataset.v ?? row.cells[i].textContent;
@@ -126,8 +132,8 @@ def _chart(linears: list[dict[str, Any]]) -> str:
     panels = "\n".join(_panel(kind, members, top) for kind, members in kinds.items())
     return (
         "<h2>Error by block</h2>\n"
-        '<p class="dim">Share of the output\'s energy that rounding changed, first block to last. '
-        f"All panels share one scale, up to {number(top)}.</p>\n"
+        '<p class="dim">Share of the output\'s energy that rounding changed, first block to last; '
+        f"the worst of each kind stands out. All panels share one scale, up to {number(top)}.</p>\n"
         f'<div class="panels">\n{panels}\n</div>'
     )
 
@@ -136,9 +142,10 @@ def _panel(kind: str, members: list[dict[str, Any]], top: float) -> str:
     step = PANEL_WIDTH / len(members)
     worst = max(_height_of(linear["error"]) for linear in members)
     bars = "".join(_bar(linear, place * step, step, worst, top) for place, linear in enumerate(members))
+    name, box = escape(kind), f"0 0 {PANEL_WIDTH} {PANEL_HEIGHT}"
     return (
-        f'<figure><figcaption><span>{escape(kind)}</span><span class="dim">worst {number(worst)}</span></figcaption>'
-        f'<svg viewBox="0 0 {PANEL_WIDTH} {PANEL_HEIGHT}" role="img" aria-label="{escape(kind)}">{bars}</svg></figure>'
+        f'<figure><figcaption><span>{name}</span><span class="dim">worst {number(worst)}</span></figcaption>'
+        f'<svg viewBox="{box}" role="img" aria-label="{name}">{bars}</svg></figure>'
     )
 
 

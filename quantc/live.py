@@ -50,6 +50,7 @@ class LiveProgress:
         elif self._task is not None:
             self._bars.stop_task(self._task)
         self._live.stop()
+        self._live.console.print()
 
     def __rich__(self) -> RenderableType:
         lines: list[RenderableType] = [self._bars.get_renderable()]
@@ -60,7 +61,7 @@ class LiveProgress:
     def stage(self, name: str, total: int) -> None:
         self.done()
         self._count = 0
-        self._task = self._bars.add_task(name, total=total or None)
+        self._task = self._bars.add_task(name, total=total or None, counted=total > 0)
 
     def step(self, name: str) -> None:
         self._count += 1
@@ -82,7 +83,7 @@ class LiveProgress:
 
 class _StepColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        if task.total is None:
+        if task.total is None or not task.fields["counted"]:
             return Text("")
         return Text(f"{task.completed:.0f}/{task.total:.0f}", style="" if task.finished else "bold")
 

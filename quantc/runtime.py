@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import PackedEntry
 from .errors import CheckpointError
 from .formats import DENSE, Parts
-from .kernels import Prepared, choose
+from .kernels.base import Prepared
+from .kernels.registry import choose
 from .spec import QuantSpec
 
 
@@ -198,7 +199,9 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name) if name else model
         if isinstance(module, QuantLinear):
-            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
+            dense = nn.Linear(
+                module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype
+            )
             dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
             if module.bias is not None:
                 dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)

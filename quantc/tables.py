@@ -160,11 +160,11 @@ def _heading(text: str) -> RenderableType:
 
 
 def _facts(facts: Facts) -> RenderableType:
-    explained = any(meaning for *_, meaning in facts)
+    """Figures that have a meaning beside them line up with each other; the others may be long."""
+    width = max((len(figure) for _, figure, meaning in facts if meaning), default=0)
     table = Table.grid(padding=(0, 2))
     for name, figure, meaning in facts:
-        row = [Text(name, style="dim"), Text(figure)]
-        table.add_row(*row, *([Text(meaning, style="dim")] if explained else []))
+        table.add_row(Text(name, style="dim"), Text.assemble(figure.ljust(width), (f"  {meaning}", "dim")))
     return _indented(table)
 
 

@@ -10,9 +10,9 @@ def size(count: float) -> str:
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+            return f"{value:.0f} B" if unit == "B" else f"{number(value)} {unit}"
         value /= 1000
-    return f"{value:.3g} TB"
+    return f"{number(value)} TB"
 
 
 def duration(seconds: float) -> str:

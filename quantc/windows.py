@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CalibrationError, UsageError
 
@@ -59,9 +59,9 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
 
 
-def check_context(model: nn.Module, context: int) -> None:
-    """Raise UsageError when a window of `context` tokens has more positions than the model was made for."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+def check_context(model: PreTrainedModel, context: int) -> None:
+    """Raise UsageError when `context` tokens are more than the model has positions; weights play no part."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest:
         raise UsageError(
             f"The context is {context} tokens, but the model has only {longest} positions; "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -42,15 +43,15 @@ class GgufSource(Source):
 
     @contextlib.contextmanager
     def _parsed_once(self) -> Iterator[None]:
-        """Inside, transformers gets our reader: parsing a vocabulary takes seconds, and it parses per question."""
-        import gguf
+        """Inside, transformers gets our reader: parsing a vocabulary takes seconds, and it parses per question.
 
-        original = gguf.GGUFReader
-        gguf.GGUFReader = lambda *_, **__: self._reader  # type: ignore[assignment, misc]
-        try:
+        Its own progress bar is off too; it does not ask transformers' logging settings.
+        """
+        with (
+            mock.patch("gguf.GGUFReader", lambda *_, **__: self._reader),
+            mock.patch.object(hf_gguf, "tqdm", lambda items, **_: items, create=True),
+        ):
             yield
-        finally:
-            gguf.GGUFReader = original  # type: ignore[misc]
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -91,6 +92,10 @@ class GgufSource(Source):
         """Float tensors keep their type; blocks that were dequantized fit float16 to its last bit."""
         parts = self._tensors.get(name, [])
         return FLOAT_TYPES.get(parts[0].tensor_type.name, torch.float16) if parts else torch.float16
+
+    def stored_bits(self, name: str) -> float:
+        parts = self._tensors[name]
+        return 8 * sum(int(part.n_bytes) for part in parts) / sum(int(part.n_elements) for part in parts)
 
     def weight_files(self) -> list[Path]:
         return [self.path]

@@ -41,6 +41,10 @@ class Source(ABC):
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the source stores the tensor of this name."""
 
+    def stored_bits(self, name: str) -> float:
+        """Bits per value with which the source stores the tensor of this name."""
+        return 8.0 * self.stored_dtype(name).itemsize
+
     @abstractmethod
     def weight_files(self) -> list[Path]:
         """The files the weights are read from."""

@@ -1,0 +1,84 @@
+"""The whole job on tiny models of every decoder family: graph, quantize, write, load, same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.families import FAMILIES, VOCAB, build
+from tests.helpers import save_with_tokenizer
+
+import quantc
+from quantc.checkpoint import CheckpointReader
+from quantc.derive import derive
+from quantc.formats import DENSE
+from quantc.frontend import open_model, to_meta
+from quantc.graph import ModelGraph
+
+ROUTER = "it routes tokens to experts"
+TOKENS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def derived(folder: Path) -> ModelGraph:
+    source = open_model(folder)
+    return derive(source.model, source.load, to_meta)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_linear_is_found_and_its_readers_are_grouped(name: str, tmp_path: Path) -> None:
+    save_with_tokenizer(build(name), tmp_path)
+    graph = derived(tmp_path)
+    expected = FAMILIES[name].linears_per_block
+    for block in graph.blocks:
+        found = [
+            linear
+            for linear in block.linears
+            if linear.keep in ("", "its weight is used outside its forward")
+        ]
+        assert expected is None or len(found) == expected
+        assert {reader for item in block.activations for reader in item.readers} == {
+            item.name for item in block.linears
+        }
+        for item in block.activations:
+            assert all(linear.shape[1] == item.width for linear in block.readers(item))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_quantize_write_load_gives_the_logits_of_the_rounded_model(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    save_with_tokenizer(model, tmp_path / "model")
+    report = quantc.quantize(
+        tmp_path / "model", bits=4, group_size=32, out=tmp_path / "packed", calib=str(tmp_path / "model/text.txt"),
+        samples=4, seq_len=32,
+    )  # fmt: skip
+    assert report.linears
+    packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
+    put_rounded_weights(model, tmp_path / "packed")
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS, use_cache=False).logits
+        found = packed(input_ids=TOKENS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def put_rounded_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Replace the float model's weights by what the checkpoint's codes stand for."""
+    reader = CheckpointReader(folder)
+    for name, entry in reader.entries.items():
+        parts = {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}
+        weight = DENSE.unpack(parts, entry.spec, entry.shape).effective_weight()
+        target = model.get_parameter(name) if entry.leading else model.get_submodule(name).weight
+        target.data = (
+            weight
+            if target.shape == weight.shape and not is_conv1d(model, name)
+            else weight.transpose(-1, -2)
+        )
+
+
+def is_conv1d(model: torch.nn.Module, name: str) -> bool:
+    return type(getattr_path(model, name)).__name__ == "Conv1D"
+
+
+def getattr_path(model: torch.nn.Module, name: str) -> object:
+    parent, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
