@@ -199,11 +199,9 @@ def _estimate_bytes(run: Run) -> int:
         (run.graph.linears[name].weight_name if name in run.graph.linears else name): spec
         for name, spec in run.plan.specs.items()
     }
-    seen: set[int] = set()
-    for name, tensor in run.source.model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+    for name, tensor in run.source.model.state_dict().items():
+        if name in run.source.tied:
             continue
-        seen.add(id(tensor))
         spec = planned.get(name)
         bits = 8 * run.source.stored_dtype(name).itemsize
         if spec is not None:

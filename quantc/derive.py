@@ -67,16 +67,12 @@ def load_outside_blocks(model: PreTrainedModel, blocks: list[str], load: Callabl
             load(name)
 
 
-def outside_names(model: nn.Module, blocks: list[str]) -> list[str]:
-    """Names of the tensors outside the blocks, each shared tensor once."""
-    seen: set[int] = set()
-    names = []
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if any(name.startswith(block + ".") for block in blocks) or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        names.append(name)
-    return names
+def outside_names(model: PreTrainedModel, blocks: list[str]) -> list[str]:
+    """Names of the tensors outside the blocks, each shared tensor by the name it is stored under."""
+    inside = tuple(f"{block}." for block in blocks)
+    return [
+        name for name in model.state_dict() if not name.startswith(inside) and name not in model.all_tied_weights_keys
+    ]
 
 
 def _kind_of(block: nn.Module) -> Any:
@@ -115,29 +111,14 @@ def _rebase(block: Block, index: int, name: str) -> Block:
     )
 
 
-def _keep_shared(model: nn.Module, blocks: list[Block]) -> tuple[Block, ...]:
+def _keep_shared(model: PreTrainedModel, blocks: list[Block]) -> tuple[Block, ...]:
     """Linears that several blocks share stay as they are: each block would round them for its own input."""
-    owners: dict[int, int] = {}
-    for block in blocks:
-        for linear in block.linears:
-            tensor = _weight_of(model, linear)
-            owners[id(tensor)] = owners.get(id(tensor), 0) + 1
-    return tuple(
-        replace(
-            block,
-            linears=tuple(
-                replace(linear, keep=linear.keep or "several blocks share it")
-                if owners[id(_weight_of(model, linear))] > 1
-                else linear
-                for linear in block.linears
-            ),
-        )
-        for block in blocks
-    )
+    shared = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
 
+    def kept(linear: Linear) -> Linear:
+        return replace(linear, keep="several blocks share it") if linear.weight_name in shared else linear
 
-def _weight_of(model: nn.Module, linear: Linear) -> torch.Tensor:
-    return model.get_parameter(linear.weight_name)
+    return tuple(replace(block, linears=tuple(map(kept, block.linears))) for block in blocks)
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:
@@ -150,4 +131,4 @@ def _is_tied(model: PreTrainedModel) -> bool:
         raise ModelError(
             f"{type(model).__name__} has no token embedding, so it is not a language model quantc can run."
         )
-    return head is not None and getattr(head, "weight", None) is embedding.weight
+    return f"{_name_of(model, head)}.weight" in model.all_tied_weights_keys

@@ -245,7 +245,7 @@ def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: Checkpo
         quantized
     )
     for name, tensor in tensors_under(run.source.model, prefix):
-        if name not in packed:
+        if name not in packed and name not in run.source.tied:
             writer.add(name, tensor.detach().cpu().to(run.source.stored_dtype(name)))
     for name, qtensor in quantized.items():
         for part, tensor in DENSE.pack(qtensor).items():

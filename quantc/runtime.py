@@ -22,9 +22,12 @@ from .spec import QuantSpec
 class _Packed(nn.Module):
     """Packed parts of a weight (*leading, N, K) as buffers, named as in the checkpoint."""
 
-    def __init__(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()):
+    def __init__(
+        self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...], dtype: torch.dtype
+    ):
         super().__init__()
-        self.spec, self.shape, self.leading = spec, shape, leading
+        self.spec, self.matrix_shape, self.leading = spec, shape, leading
+        self.dtype = dtype  # of the activations the model is built for
         self._parts = DENSE.layout(spec, shape, leading)
         for name, part in self._parts.items():
             self.register_buffer(name, torch.empty(part.shape, dtype=part.dtype, device="meta"))
@@ -39,19 +42,20 @@ class _Packed(nn.Module):
         key = (-1 if expert is None else expert, x.dtype, x.device)
         found = self._prepared.get(key)
         if found is None:
-            kernel = choose(self.spec, self.shape, x.device, x.dtype).kernel
-            found = kernel, kernel.prepare(self.parts(expert), self.spec, self.shape, x.dtype)
+            kernel = choose(self.spec, self.matrix_shape, x.device, x.dtype).kernel
+            found = kernel, kernel.prepare(self.parts(expert), self.spec, self.matrix_shape, x.dtype)
             self._prepared[key] = found
         kernel, prepared = found
         return kernel.run(x, prepared)
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The whole weight (or one expert's), unpacked."""
-        return DENSE.unpack(self.parts(expert), self.spec, self.shape).effective_weight().to(dtype)
+        return DENSE.unpack(self.parts(expert), self.spec, self.matrix_shape).effective_weight().to(dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Packed:
         """Moving to a device moves the parts; casting (`model.half()`) leaves the stored dtypes as they are."""
         self._prepared.clear()
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, part in self._parts.items():
             tensor = getattr(self, name)
             moved = fn(tensor)
@@ -62,16 +66,24 @@ class _Packed(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.shape[1]} -> {self.shape[0]}, {self.spec.label()}"
+        n, k = self.matrix_shape
+        return f"{k} -> {n}, {self.spec.label()}"
 
 
 class QuantLinear(_Packed):
     """A linear y = x W^T + b on packed weights; x (..., K), y (..., N) in x's dtype."""
 
-    def __init__(self, spec: QuantSpec, shape: tuple[int, int], bias: torch.Tensor | None):
-        super().__init__(spec, shape)
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype):
+        super().__init__(spec, shape, (), dtype)
         self.out_features, self.in_features = shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Shape and dtype of the weight, for code that asks a linear about them; it holds no values."""
+        stand_in = torch.empty(self.matrix_shape, dtype=self.dtype, device="meta")
+        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers then leaves it alone
+        return stand_in
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(x)
@@ -85,14 +97,9 @@ class PackedWeight(_Packed):
     it are answered from the packed parts, one expert at a time. Anything else is an error, never a silent copy.
     """
 
-    def __init__(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...], dtype: torch.dtype):
-        super().__init__(spec, shape, leading)
-        self.dtype = dtype
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
+    def __init__(self, parameter: torch.Tensor, entry: PackedEntry):
+        super().__init__(entry.spec, entry.shape, entry.leading, parameter.dtype)
+        self.shape = parameter.shape  # as the model stores it, which may be (E, K, N)
 
     def __getitem__(self, expert: int | torch.Tensor) -> ExpertWeight:
         return ExpertWeight(self, int(expert))
@@ -125,7 +132,7 @@ class PackedWeight(_Packed):
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the table for int indices (...): float (..., K), unpacked one by one."""
         wanted, back = torch.unique(indices, return_inverse=True)
-        table = DENSE.unpack(self._row_parts(wanted), self.spec, (len(wanted), self.shape[1])).dequantize(
+        table = DENSE.unpack(self._row_parts(wanted), self.spec, (len(wanted), self.matrix_shape[1])).dequantize(
             self.dtype
         )
         return table[back]
@@ -187,7 +194,7 @@ def install(model: nn.Module, entries: dict[str, PackedEntry]) -> nn.Module:
         if isinstance(target, nn.Module):
             bias = getattr(target, "bias", None)
             _check_shape(name, _linear_shape(target), entry)
-            setattr(parent, leaf, QuantLinear(entry.spec, entry.shape, bias))
+            setattr(parent, leaf, QuantLinear(entry.spec, entry.shape, bias, target.weight.dtype))
         else:
             _install_parameter(model, parent, leaf, target, entry)
     return model
@@ -212,12 +219,14 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _install_parameter(
     model: Any, parent: nn.Module, leaf: str, parameter: torch.Tensor, entry: PackedEntry
 ) -> None:
-    packed = PackedWeight(entry.spec, entry.shape, entry.leading, parameter.dtype)
+    packed = PackedWeight(parameter, entry)
     del parent._parameters[leaf]
     setattr(parent, leaf, packed)
     if entry.leading:
         # The model's own loop over experts indexes the stack; grouped products would need it unpacked.
-        parent.config._experts_implementation = "eager"
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._experts_implementation = "eager"
     head = model.get_output_embeddings()
     if parent is model.get_input_embeddings() and getattr(head, "weight", None) is parameter:
         # The head reads the same packed table. Set past nn.Module, so that the state dict holds it once; and

@@ -44,24 +44,20 @@ def inspected(report: dict[str, Any]) -> RenderableType:
 
 def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
     """Perplexity, divergence, size and speed; the original's figures only where there is an original."""
-    facts: Facts = [("perplexity", number(result["perplexity"], 4), "")]
+    original = "" if against is None else f"{against} has {number(result['perplexity_original'], 4)}"
+    facts: Facts = [("perplexity", number(result["perplexity"], 4), original)]
     if against is not None:
-        original, tail = number(result["perplexity_original"], 4), number(result["p99_kl"])
-        facts = [
-            ("perplexity", number(result["perplexity"], 4), f"{against} has {original}"),
-            ("KL divergence", number(result["mean_kl"]), f"mean, in nats; 99th percentile {tail}"),
-            (
-                "top-1 agreement",
-                _percent(result["top1_agreement"]),
-                "of predictions find the same token likeliest",
-            ),
+        tail = f"mean, in nats; 99th percentile {number(result['p99_kl'])}"
+        agreement = _percent(result["top1_agreement"])
+        facts += [
+            ("KL divergence", number(result["mean_kl"]), tail),
+            ("top-1 agreement", agreement, "of predictions find the same token likeliest"),
         ]
+    read = f"{result['positions']:,} predictions in {plural(result['windows'], 'window')}"
+    bits = number(result["bits_per_weight"], 4)
     facts += [
-        (
-            "bits per weight",
-            number(result["bits_per_weight"], 4),
-            "all that is stored for the linears in the blocks",
-        ),
+        ("text", read, ""),
+        ("bits per weight", bits, "all that is stored for the linears in the blocks"),
         ("weights", size(result["weights_bytes"]), "all weight files"),
         ("decode speed", f"{number(result['tokens_per_second'])} tokens/s", "one sequence, greedy"),
         ("peak memory", size(result["peak_rss_bytes"]), ""),

@@ -73,7 +73,8 @@ class FolderSource(Source):
         return targets
 
     def load(self, prefix: str) -> None:
-        keys = [key for key, target in self._targets.items() if is_under(target, prefix)]
+        wanted = self.wanted_under(prefix)
+        keys = [key for key, target in self._targets.items() if is_under(target, prefix) or target in wanted]
         slices = {key: self._handles[key].get_slice(key) for key in keys}
         settings = LoadStateDictConfig(dtype=COMPUTE_DTYPE, weight_mapping=self._conversions)
         with quiet_transformers():
@@ -83,7 +84,7 @@ class FolderSource(Source):
                 f"{self.path}: {name} has the shape {tuple(found)}, but config.json describes {tuple(needed)}; "
                 "a config that belongs to the weights is needed."
             )
-        self.model.tie_weights()
+        self.share_tied(prefix)
         self.check_loaded(prefix)
 
     @cached_property

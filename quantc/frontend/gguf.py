@@ -69,10 +69,11 @@ class GgufSource(Source):
         return tensors
 
     def load(self, prefix: str) -> None:
+        wanted = self.wanted_under(prefix)
         for name, parts in self._tensors.items():
-            if is_under(name, prefix):
+            if name in wanted:
                 _assign(self.model, name, self._dequantize(name, parts))
-        self.model.tie_weights()
+        self.share_tied(prefix)
         self.check_loaded(prefix)
 
     def _dequantize(self, name: str, parts: list[Any]) -> torch.Tensor:

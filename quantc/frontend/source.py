@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -57,6 +58,26 @@ class Source(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; raises ModelError when there is none."""
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Tensor -> the tensor whose weights it shares."""
+        return dict(self.model.all_tied_weights_keys)
+
+    def wanted_under(self, prefix: str) -> set[str]:
+        """Names to read for a prefix: what lies under it, with shared tensors by the name that is stored."""
+        names = [name for name, _ in tensors_under(self.model, prefix)]
+        return {self.tied.get(name, name) for name in names}
+
+    def share_tied(self, prefix: str) -> None:
+        """Let tensors under prefix share the weights just read; what lies elsewhere goes back to meta."""
+        parameters = self.model.get_parameter
+        for target, stored in self.tied.items():
+            if not parameters(stored).is_meta and (is_under(target, prefix) or is_under(stored, prefix)):
+                set_parameter(self.model, target, parameters(stored))
+        for name in self.wanted_under(prefix):
+            if not is_under(name, prefix) and name in self.tied.values():
+                set_parameter(self.model, name, nn.Parameter(parameters(name).to("meta"), requires_grad=False))
+
     def check_loaded(self, prefix: str) -> None:
         """Raise ModelError when a tensor under prefix is still missing, or holds NaN or infinity."""
         for name, tensor in tensors_under(self.model, prefix):
@@ -71,6 +92,11 @@ class Source(ABC):
                     f"{self.path}: {bad} of {tensor.numel()} values of {name} are NaN or infinite; "
                     "quantization needs finite weights, so repair or fetch the model again."
                 )
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = parameter
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -103,7 +103,7 @@ def folder(tmp_path: Any) -> Any:
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'rich', 'yaml', 'psutil'}"
-    code = f"import sys, quantc.cli; sys.exit(', '.join({heavy} & set(sys.modules)))"
+    code = f"import sys, quantc.cli; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0, finished.stderr
 
@@ -319,6 +319,8 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             "mean_kl": 0.0512 if compared else None,
             "p99_kl": float("inf") if compared else None,
             "top1_agreement": 0.912 if compared else None,
+            "positions": 20440,
+            "windows": 40,
             "bits_per_weight": 4.156,
             "weights_bytes": 112_000_000,
             "tokens_per_second": 41.4,
@@ -343,7 +345,7 @@ def test_eval_passes_every_option_to_the_api(evaluations: list[dict[str, Any]]) 
 
 def test_eval_shows_divergence_only_against_an_original(evaluations: list[dict[str, Any]]) -> None:
     alone = " ".join(run("eval", "m", "--text", "t.txt").stdout.split())
-    assert alone.startswith("perplexity 31.25 bits per weight 4.156")
+    assert alone.startswith("perplexity 31.25 text 20,440 predictions in 40 windows bits per weight 4.156")
     compared = " ".join(run("eval", "m", "--text", "t.txt", "--against", "orig").stdout.split())
     assert "perplexity 31.25 orig has 28.69" in compared
     assert "KL divergence 0.0512 mean, in nats; 99th percentile n/a" in compared

@@ -1,8 +1,8 @@
 """Make the tiny model of the tests from nothing but this folder: `python tests/tiny_model/train.py`.
 
 Stories, tokenizer, training, planted outlier channels, checks, files: every step is seeded and runs on one
-CPU thread, so a second run on the same machine and library versions writes the same bytes. It takes about ten
-minutes and is not run by the tests, which load the result from `tests/tiny_model/model`.
+CPU thread, so a second run on the same machine and library versions writes the same bytes. It takes six to
+eight minutes and is not run by the tests, which load the result from `tests/tiny_model/model`.
 """
 
 import copy
@@ -114,11 +114,12 @@ def share_kv_rows(weight: Tensor) -> Tensor:
 def start_lookup(model: LlamaForCausalLM) -> None:
     """Start the first two blocks as an induction circuit: "what followed this word the last time?".
 
-    Left to itself a model this small sees a hundred times this text before it finds that what was said can be
-    looked up, and ends as a table of word pairs whose attention does nothing. The first block's heads
-    attend to the previous token and note it in directions of their own; the second block's heads look for
-    a note equal to the present token and copy the token it stands at (Olsson et al. 2022, "In-context
-    Learning and Induction Heads"). Everything is then trained; the constants only need to be roughly right.
+    From a random start this much text did not teach the model that what was said can be looked up: it ended
+    near a table of word pairs (held-out perplexity 2.4 to 2.5), and rounding its attention did no harm. So
+    the first block's heads start out attending to the previous token, which they note in directions of their
+    own; the second block's heads look for a note equal to the present token and copy the token it stands at
+    (Olsson et al. 2022, "In-context Learning and Induction Heads"). Everything is trained afterwards; the
+    constants only need to be roughly right.
     """
     embedding = model.model.embed_tokens.weight
     embedding.normal_(0.0, 0.1)
