@@ -80,7 +80,7 @@ def show(*parts: RenderableType) -> None:
     screen = make_console()
     with screen.capture() as capture:
         for part in parts:
-            screen.print(part)
+            screen.print(part, crop=False)
     lines = capture.get().splitlines()
     sys.stdout.write("".join(f"{line if screen.is_terminal else line.rstrip()}\n" for line in lines))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -27,7 +27,7 @@ def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType
     if worst:
         parts += [_heading("Largest errors"), _worst(worst)]
     parts += _kept(report["kept"]) + _notes(report["notes"])
-    parts += [_heading("Next"), _indented(Text(shlex.join(next_command), style="cyan"))]
+    parts += [_heading("Next"), _command(next_command)]
     return Group(*parts)
 
 
@@ -151,6 +151,11 @@ def _notes(notes: list[str]) -> list[RenderableType]:
     return [_heading("Notes"), _indented(Group(*(Text(note) for note in notes)))]
 
 
+def _command(words: list[str]) -> RenderableType:
+    """A line to copy: the terminal may wrap it, but no line break is put in."""
+    return Text(f"  {shlex.join(words)}", style="cyan", no_wrap=True, overflow="ignore")
+
+
 def _heading(text: str) -> RenderableType:
     return Padding(Text(text, style="bold"), (1, 0, 0, 0), expand=False)
 
@@ -171,7 +176,9 @@ def _indented(part: RenderableType) -> RenderableType:
 def _table(columns: list[str], numeric: set[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="right" if name in numeric else "left", overflow="fold")
+        fold = name in ("linear", "refused because")
+        justify: Literal["left", "right"] = "right" if name in numeric else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=not fold)
     return table
 
 

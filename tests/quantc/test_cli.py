@@ -192,6 +192,14 @@ def test_summary_tells_what_was_written_and_what_to_do_next(calls: list[dict[str
     assert shown.endswith("Next quantc eval tiny-w4 --against tiny --text wikitext2")
 
 
+def test_the_next_command_is_never_broken(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    last = run("quantize", "a model/with a long name", "--bits", "4").stdout.splitlines()[-1]
+    assert last == "  quantc eval tiny-w4 --against 'a model/with a long name' --text wikitext2"
+
+
 def test_progress_is_log_lines_on_stderr_where_there_is_no_terminal(calls: list[dict[str, Any]]) -> None:
     result = run("quantize", "tiny", "--bits", "4")
     assert re.search(r"^\d\d:\d\d:\d\d Quantizing 1/2 model.layers.0$", result.stderr, re.MULTILINE)
