@@ -15,7 +15,7 @@ from ..pipeline import BlockWork, Fact, OutsideWork, Pass, register
 from ..qtensor import QTensor
 from ..report import LinearReport
 from ..spec import QuantSpec
-from ..stats import Gram, output_energy
+from ..stats import output_energy
 
 Method = Literal["gptq", "rtn"]
 
@@ -61,10 +61,11 @@ class Quantize(Pass):
                 if (spec := specs[linear.name])
             ]
             for expert in range(work.experts(activation)):
-                gram = grams[expert] if grams else None
-                factor = None if gram is None else self._factor(gram, activation.label)
+                rows = grams[expert].rows if grams else 0
+                gram = grams[expert].matrix if rows else None
+                factor = None if gram is None else self._factor(gram, rows, activation.label)
                 for outcome in outcomes:
-                    outcome.add(work.weight(outcome.linear, expert), gram, factor)
+                    outcome.add(work.weight(outcome.linear, expert), gram, rows, factor)
             for outcome in outcomes:
                 work.quantized[outcome.linear.name] = outcome.qtensor()
                 work.run.report.linears.append(outcome.report())
@@ -79,12 +80,12 @@ class Quantize(Pass):
         _check_scales(grid, name)
         work.quantized[name] = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
 
-    def _factor(self, gram: Gram, label: str) -> Factor | None:
+    def _factor(self, gram: torch.Tensor, rows: int, label: str) -> Factor | None:
         """None where too few rows were seen for the Gram matrix to guide anything."""
-        if gram.rows < max(1, gram.matrix.shape[0] * FEWEST_ROWS_SHARE):
+        if rows < len(gram) * FEWEST_ROWS_SHARE:
             return None
         try:
-            return factorize(gram.matrix, self.config.damp, self.config.act_order)
+            return factorize(gram, self.config.damp, self.config.act_order)
         except ArithmeticError as error:
             raise CalibrationError(
                 f"{label}: {error}; its calibration rows are not finite, so check the model and the text."
@@ -101,19 +102,21 @@ class Outcome:
         self._rows = 0
         self._energy = self._lost = 0.0
 
-    def add(self, weight: torch.Tensor, gram: Gram | None, factor: Factor | None) -> None:
-        """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise."""
-        seen = None if gram is None or gram.rows == 0 else gram.matrix
-        guided = seen is not None and factor is not None
-        grid = fit_grid(weight, self.spec, seen.diagonal() if guided and seen is not None else None)
+    def add(self, weight: torch.Tensor, gram: torch.Tensor | None, rows: int, factor: Factor | None) -> None:
+        """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise.
+
+        gram: float32 (K, K) over so many calibration rows, or None when there were none.
+        """
+        importance = gram.diagonal() if gram is not None and factor is not None else None
+        grid = fit_grid(weight, self.spec, importance)
         _check_scales(grid, self.linear.name)
-        codes = gptq(weight, factor, grid, self.spec) if factor else round_to_nearest(weight, grid, self.spec)
+        codes = round_to_nearest(weight, grid, self.spec) if factor is None else gptq(weight, factor, grid, self.spec)
         tensor = QTensor(self.spec, codes, grid.scales, grid.zeros)
         self._tensors.append(tensor)
         self._factors.append(factor)
-        self._rows += 0 if gram is None else gram.rows
-        self._energy += output_energy(weight, seen)
-        self._lost += output_energy(tensor.dequantize() - weight, seen)
+        self._rows += rows
+        self._energy += output_energy(weight, gram)
+        self._lost += output_energy(tensor.dequantize() - weight, gram)
 
     @property
     def error(self) -> float:

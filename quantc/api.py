@@ -183,7 +183,7 @@ def _calibration_tokens(run: Run, recipe: Recipe) -> torch.Tensor:
     from .calib_data import load_documents
 
     data = recipe.calibration
-    tokenizer = run.source.tokenizer()
+    tokenizer = run.source.tokenizer
     run.report.calibration = f"{data.source}, {data.samples} x {data.seq_len} tokens, seed {data.seed}"
     if data.source == "self":
         whole = run.source.load_whole(torch.bfloat16)
@@ -269,7 +269,7 @@ def _file_hash(file: Path) -> str:
 
 def _write_companions(run: Run, writer: CheckpointWriter) -> None:
     """Tokenizer, generation settings and plan: what makes the folder a model."""
-    run.source.tokenizer().save_pretrained(writer.folder)
+    run.source.tokenizer.save_pretrained(writer.folder)
     for file in model_files(run.source.path):
         writer.add_text(file.name, file.read_text())
     writer.add_text(PLAN_FILE, run.plan.to_yaml())
@@ -288,7 +288,7 @@ def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_start
 def _tokenizer(model: PathLike) -> Any:
     from .frontend.source import read_tokenizer
 
-    return read_tokenizer(Path(model)) if is_checkpoint(model) else open_model(model).tokenizer()
+    return read_tokenizer(Path(model)) if is_checkpoint(model) else open_model(model).tokenizer
 
 
 def _load_any(model: PathLike, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -104,7 +104,7 @@ class FolderSource(Source):
         with quiet_transformers():
             return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype or "auto").eval()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def read_tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.path)
 
 

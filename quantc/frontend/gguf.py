@@ -107,7 +107,7 @@ class GgufSource(Source):
                 self.path.parent, gguf_file=self.path.name, dtype=dtype or self.model.config.dtype
             ).eval()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def read_tokenizer(self) -> PreTrainedTokenizerBase:
         with quiet_transformers(), self._parsed_once():
             return read_tokenizer(self.path.parent, gguf_file=self.path.name)
 

@@ -55,8 +55,12 @@ class Source(ABC):
         """The unquantized model in memory, for evaluation; dtype None keeps the model's own."""
 
     @abstractmethod
+    def read_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Read the model's tokenizer; raises ModelError when there is none."""
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer; raises ModelError when there is none."""
+        return self.read_tokenizer()
 
     @cached_property
     def tied(self) -> dict[str, str]:

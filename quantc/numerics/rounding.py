@@ -17,6 +17,7 @@ from .grids import Grid
 log = logging.getLogger(__name__)
 
 LEAF_COLUMNS = 16  # columns rounded one by one before a matrix product carries their error on
+SMALL_TRIANGLE = 128  # triangles inverted by a solve
 DAMP_STEPS = 8  # each raises the damping tenfold
 
 
@@ -85,13 +86,26 @@ def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
     """U with U^T U = matrix^-1, or None when the matrix is not positive definite.
 
     With J the reversal of rows and columns and J matrix J = L L^T, U = J L^-1 J: one factorisation and one
-    triangular solve, a third of the work of inverting and factorising again.
+    triangular inverse, a third of the work of inverting and factorising again.
     """
     lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return _invert_lower(lower).flip(0, 1)
+
+
+def _invert_lower(lower: torch.Tensor) -> torch.Tensor:
+    """Inverse of a lower triangular matrix by halves: three times less work than a solve against the identity."""
+    size = len(lower)
+    if size <= SMALL_TRIANGLE:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = _invert_lower(lower[:half, :half])
+    inverse[half:, half:] = _invert_lower(lower[half:, half:])
+    inverse[half:, :half] = -(inverse[half:, half:] @ lower[half:, :half]) @ inverse[:half, :half]
+    return inverse
 
 
 def gptq(weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec) -> torch.Tensor:

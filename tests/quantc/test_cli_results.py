@@ -1,0 +1,184 @@
+"""The commands that look at a result: eval, inspect, verify, report, doctor."""
+
+import inspect
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from quantc import api, checkpoint, doctor
+from quantc.checkpoint import PackedEntry
+from quantc.errors import CheckpointError
+from quantc.spec import QuantSpec
+from tests.quantc.cli_runner import make_report, run
+
+
+@pytest.fixture
+def folder(tmp_path: Any) -> Any:
+    """A folder with a report."""
+    make_report().write(tmp_path)
+    return tmp_path
+
+
+# eval
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replaces api.evaluate by one that records its arguments."""
+    seen: list[dict[str, Any]] = []
+    signature = inspect.signature(api.evaluate)
+
+    def evaluate(*args: Any, **settings: Any) -> Any:
+        signature.bind(*args, **settings)
+        del settings["progress"]
+        seen.append({"model": args[0], **settings})
+        compared = settings["against"] is not None
+        figures = {
+            "perplexity": 31.25,
+            "perplexity_original": 28.69 if compared else None,
+            "mean_kl": 0.0512 if compared else None,
+            "p99_kl": float("inf") if compared else None,
+            "top1_agreement": 0.912 if compared else None,
+            "positions": 20440,
+            "windows": 40,
+            "bits_per_weight": 4.156,
+            "weights_bytes": 112_000_000,
+            "tokens_per_second": 41.4,
+            "peak_rss_bytes": 900_000_000,
+        }
+        return SimpleNamespace(to_dict=lambda: figures)
+
+    monkeypatch.setattr(api, "evaluate", evaluate)
+    return seen
+
+
+def test_eval_passes_every_option_to_the_api(evaluations: list[dict[str, Any]]) -> None:
+    words = "--text t.txt --against o --context 64 --stride 32 --windows 3 --dtype bfloat16 --device cuda"
+    assert run("eval", "m", *words.split()).exit_code == 0
+    assert evaluations == [
+        {
+            "model": "m", "text": "t.txt", "against": "o", "context": 64, "stride": 32, "windows": 3,
+            "dtype": "bfloat16", "device": "cuda",
+        }
+    ]  # fmt: skip
+
+
+def test_eval_shows_divergence_only_against_an_original(evaluations: list[dict[str, Any]]) -> None:
+    alone = " ".join(run("eval", "m", "--text", "t.txt").stdout.split())
+    assert alone.startswith("perplexity 31.25 text 20,440 predictions in 40 windows bits per weight 4.156")
+    compared = " ".join(run("eval", "m", "--text", "t.txt", "--against", "orig").stdout.split())
+    assert "perplexity 31.25 orig has 28.69" in compared
+    assert "KL divergence 0.0512 mean, in nats; 99th percentile n/a" in compared
+    assert "top-1 agreement 91.2 %" in compared
+
+
+def test_eval_json_has_no_infinity(evaluations: list[dict[str, Any]]) -> None:
+    content = json.loads(run("eval", "m", "--text", "t.txt", "--against", "o", "--json").stdout)
+    assert content["p99_kl"] is None
+    assert content["perplexity"] == 31.25
+
+
+# inspect, verify, report
+
+
+def test_inspect_lists_every_linear_whole_and_the_totals(folder: Any) -> None:
+    shown = run("inspect", str(folder)).stdout
+    first = next(line for line in shown.splitlines() if "layers.1.mlp" in line)
+    assert " ".join(first.split()) == "model.layers.1.mlp.up_proj w4g128 256 x 128 4.156 0.0100 gptq"
+    assert "gptq+rtn (3 fallbacks)" in shown
+    assert "bits per weight" in shown
+    assert not any(line.endswith(" ") for line in shown.splitlines())
+
+
+def test_inspect_json_is_the_table(folder: Any) -> None:
+    content = json.loads(run("inspect", str(folder), "--json").stdout)
+    assert len(content["linears"]) == 8
+    assert content["linears"][0]["label"] == "w4g128"
+    assert content["linears"][-1]["error"] is None
+
+
+@pytest.mark.parametrize("command", ["inspect", "report"])
+@pytest.mark.parametrize("content", ["{", "{}", '{"linears": [{}]}', "[]"])
+def test_a_damaged_report_is_one_line(tmp_path: Any, command: str, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    result = run(command, str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert "report.json" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_verify_says_what_was_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(checkpoint, "verify", lambda path: checkpoint.Verified(12, 3_000_000))
+    assert f"{tmp_path} is intact: 12 tensors, 3.00 MB" in run("verify", str(tmp_path)).stdout
+    content = json.loads(run("verify", str(tmp_path), "--json").stdout)
+    assert content == {"checkpoint": str(tmp_path), "tensors": 12, "bytes": 3_000_000}
+
+
+def test_verify_names_the_damaged_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    def verify(path: Any) -> None:
+        raise CheckpointError("the tensor w has changed since it was written; copy that file again.")
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    result = run("verify", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr == "Error: the tensor w has changed since it was written; copy that file again.\n"
+
+
+def test_report_writes_the_page_beside_the_report_or_where_told(folder: Any) -> None:
+    assert run("report", str(folder)).stdout == f"Wrote {folder / 'report.html'}\n"
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    content = json.loads(run("report", str(folder), "-o", str(folder / "x.html"), "--json").stdout)
+    assert content == {"checkpoint": str(folder), "report": str(folder / "x.html")}
+
+
+def test_report_to_a_folder_that_does_not_exist_is_one_line(folder: Any) -> None:
+    result = run("report", str(folder), "-o", str(folder / "no" / "x.html"))
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: No such file or directory: {folder / 'no' / 'x.html'}.\n"
+
+
+# doctor
+
+
+def test_doctor_describes_the_machine() -> None:
+    machine = json.loads(run("doctor", "--json").stdout)["machine"]
+    assert {
+        "quantc",
+        "torch",
+        "transformers",
+        "python",
+        "cpu",
+        "cpu features",
+        "threads",
+        "memory",
+    } <= machine.keys()
+    assert machine["cuda"].endswith(".")
+    assert "torch" in run("doctor").stdout
+
+
+def test_doctor_groups_equal_linears_and_says_why_kernels_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    entries = {f"layers.{i}.up": PackedEntry(QuantSpec(4, 96), (768, 288)) for i in range(3)}
+    entries["layers.0.down"] = PackedEntry(QuantSpec(3, 64), (288, 768))
+    reader = SimpleNamespace(entries=entries, config={"dtype": "bfloat16"})
+    monkeypatch.setattr(doctor, "CheckpointReader", lambda path: reader)
+    facts = json.loads(run("doctor", str(tmp_path), "--json").stdout)
+    assert facts["dtype"] == "bfloat16"
+    assert [group["count"] for group in facts["linears"]] == [3, 1]
+    assert facts["linears"][0]["names"] == ["layers.0.up", "layers.1.up", "layers.2.up"]
+    assert facts["linears"][1]["refused"]["torch-int4"] == "needs 4 bits, not 3"
+    shown = run("doctor", str(tmp_path), "--dtype", "float32").stdout
+    assert f"Kernels for {tmp_path} in float32 on cpu" in shown
+    assert re.search(r"3  w4g96 +768 x 288  reference +torch-int4 is fast in bfloat16 only", shown)
+
+
+def test_doctor_refuses_an_unknown_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(doctor, "CheckpointReader", lambda path: SimpleNamespace(entries={}, config={}))
+    result = run("doctor", str(tmp_path), "--device", "gpu7")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: the device 'gpu7' is unknown; pass cpu, cuda, or cuda:0 and so on.\n"
