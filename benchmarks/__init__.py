@@ -1,1 +1,1 @@
-"""Benchmarks; each runs as `python -m benchmarks.NAME` from the checkout's root and explains itself with --help."""
+"""Scripts that measure; each prints ratios against something timed in the same run."""

@@ -5,6 +5,7 @@ Run as a script it is the process between a benchmark and the command it measure
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -32,8 +33,8 @@ class Measured:
 def run_measured(command: list[str], threads: int = 2) -> Measured:
     """Run a command on so many CPU threads; raises RuntimeError when it fails.
 
-    A small process stands in between: on Linux a process is charged its parent's peak memory when it starts, and
-    a benchmark may hold a model.
+    A small process stands in between: on Linux a process is charged its parent's peak memory when it starts,
+    and a benchmark may hold a model.
     """
     done = subprocess.run(
         [sys.executable, __file__, *command],
@@ -48,11 +49,11 @@ def run_measured(command: list[str], threads: int = 2) -> Measured:
     return Measured(output, **json.loads(costs))
 
 
-def quantize(model: str, out: Path, **options: Any) -> tuple[Measured, dict[str, Any]]:
-    """`quantc quantize` as a command: its costs, and the JSON it prints. Options are `group_size=64` and so on."""
+def quantize(model: str, out: Path, threads: int = 2, **options: Any) -> tuple[Measured, dict[str, Any]]:
+    """`quantc quantize` as a command: its costs, and the JSON it prints. An option is `group_size=64`."""
     flags = [part for key, value in options.items() for part in _flag(key, value)]
     command = [*QUANTC, "quantize", model, "--out", str(out), "--force", "--json", "--quiet", *flags]
-    measured = run_measured(command)
+    measured = run_measured(command, threads)
     return measured, json.loads(measured.output)
 
 
@@ -73,6 +74,11 @@ def write_json(file: Path, content: Any) -> None:
     unfinished = file.with_name(file.name + ".unfinished")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     unfinished.replace(file)
+
+
+def describe(text: str | None) -> argparse.ArgumentParser:
+    """An argument parser whose help is a module's docstring as it stands."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .progress import LogProgress, Progress
 from .memory import peak_rss_bytes
-from .recipe import DEFAULT, Recipe, read_recipe
+from .recipe import DEFAULT, CalibrationConfig, Recipe, read_recipe
 from .report import Report
 from .spec import QuantSpec
 
@@ -182,7 +183,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _calibration_tokens(run: Run, recipe: Recipe) -> torch.Tensor:
     from .calib_data import load_documents
 
-    data = recipe.calibration
+    data = _fit_context(run, recipe.calibration)
     tokenizer = run.source.tokenizer
     run.report.calibration = f"{data.source}, {data.samples} x {data.seq_len} tokens, seed {data.seed}"
     if data.source == "self":
@@ -190,6 +191,15 @@ def _calibration_tokens(run: Run, recipe: Recipe) -> torch.Tensor:
         return generate_tokens(whole, data.samples, data.seq_len, data.seed, leading_tokens(tokenizer))
     documents = load_documents(data.source, also_known=("self",))
     return tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed)
+
+
+def _fit_context(run: Run, data: CalibrationConfig) -> CalibrationConfig:
+    """Windows longer than the model's context are shortened to it, with a note."""
+    limit = getattr(run.source.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or data.seq_len <= limit:
+        return data
+    run.report.notes.append(f"calibration windows have {limit} tokens, the model's context, not {data.seq_len}")
+    return replace(data, seq_len=limit)
 
 
 def _estimate_bytes(run: Run) -> int:

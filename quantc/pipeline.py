@@ -231,6 +231,7 @@ def _build_block(
 
 def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: CheckpointWriter) -> None:
     for name in outside_names(run.source.model, blocks):
+        to_meta(run.source.model)  # one of them at a time: embedding and head may outweigh many blocks
         run.source.load(name)
         work = OutsideWork(run, name)
         for item in passes:

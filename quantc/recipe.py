@@ -51,8 +51,8 @@ class Recipe:
     def with_settings(self, **settings: Any) -> Recipe:
         """This recipe with `part={key: value}` settings replaced; None values are left alone."""
         known = {"calibration", *(name for name, _ in self.passes)}
-        for part in settings:
-            if part not in known:
+        for part, values in settings.items():
+            if part not in known and any(value is not None for value in values.values()):
                 raise UsageError(
                     f"the recipe has no pass {part}, so its settings cannot be given; add it to the recipe."
                 )

@@ -44,18 +44,15 @@ class FolderSource(Source):
         self._conversions = get_model_conversion_mapping(self.model)
 
     @cached_property
-    def _handles(self) -> dict[str, safe_open]:
-        """Checkpoint tensor name -> the open shard that holds it."""
-        handles = {}
+    def _headers(self) -> dict[str, tuple[Path, torch.dtype]]:
+        """Checkpoint tensor name -> the shard that holds it, and its dtype there."""
+        headers = {}
         for file in self._files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{file} is not a readable safetensors file ({error}); fetch or save that shard again."
-                ) from error
-            handles.update(dict.fromkeys(handle.keys(), handle))
-        return handles
+            shard = _open_shard(file)
+            for key in shard.keys():  # noqa: SIM118  a safe_open is no mapping
+                dtype = DTYPES.get(shard.get_slice(key).get_dtype(), COMPUTE_DTYPE)
+                headers[key] = file, dtype
+        return headers
 
     @cached_property
     def _targets(self) -> dict[str, str]:
@@ -65,7 +62,7 @@ class FolderSource(Source):
         known = self.model.state_dict()
         prefix = self.model.base_model_prefix
         targets = {}
-        for key in self._handles:
+        for key in self._headers:
             target, _ = rename_source_key(key, renamings, converters, prefix, known)
             if target not in known and key in known:
                 target, _ = rename_source_key(key, [], [], prefix, known)
@@ -75,7 +72,9 @@ class FolderSource(Source):
     def load(self, prefix: str) -> None:
         wanted = self.wanted_under(prefix)
         keys = [key for key, target in self._targets.items() if is_under(target, prefix) or target in wanted]
-        slices = {key: self._handles[key].get_slice(key) for key in keys}
+        # Opened anew each time: pages of a mapped shard count as this process's memory until it is closed.
+        shards = {file: _open_shard(file) for file in {self._headers[key][0] for key in keys}}
+        slices = {key: shards[self._headers[key][0]].get_slice(key) for key in keys}
         settings = LoadStateDictConfig(dtype=COMPUTE_DTYPE, weight_mapping=self._conversions)
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
@@ -89,10 +88,7 @@ class FolderSource(Source):
 
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
-        return {
-            target: DTYPES.get(self._handles[key].get_slice(key).get_dtype(), COMPUTE_DTYPE)
-            for key, target in self._targets.items()
-        }
+        return {target: self._headers[key][1] for key, target in self._targets.items()}
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return self._dtypes.get(name, self.model.config.dtype or COMPUTE_DTYPE)
@@ -106,6 +102,15 @@ class FolderSource(Source):
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.path)
+
+
+def _open_shard(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file} is not a readable safetensors file ({error}); fetch or save that shard again."
+        ) from error
 
 
 def _read_config(folder: Path) -> object:

@@ -1,0 +1,180 @@
+"""The table of results: perplexity and divergence of models quantized to several widths by several methods.
+
+Every row is one run by the measuring protocol: the model is quantized by `quantc quantize` in its own
+process (asymmetric, calibrated on windows of --calib), loaded, and scored on the first windows of --text in
+float32 next to the original. Costs are those of the whole quantize command, on two CPU threads.
+
+Rows are added to --out as they come; a row that is there already is not run again, so an interrupted table is
+finished by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from benchmarks.common import describe, machine, markdown, quantize, write_json
+from quantc.windows import Window
+
+IDENTITY = ("model", "bits", "group_size", "method", "settings")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What besides model, bits, group size and method makes two rows comparable."""
+    return {
+        "text": args.text.name,
+        "calibration": args.calib.name,
+        "samples": args.samples,
+        "seq_len": args.seq_len,
+        "windows": args.windows,
+        "context": args.context,
+    }
+
+
+def wanted_rows(args: argparse.Namespace, name: str, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Identities of the rows of one model that are not measured yet."""
+    done = [{key: row[key] for key in IDENTITY} for row in known]
+    wanted = [
+        {
+            "model": name,
+            "bits": bits,
+            "group_size": args.group_size,
+            "method": method,
+            "settings": settings_of(args),
+        }
+        for bits, method in product(args.bits, args.methods)
+    ]
+    return [row for row in wanted if row not in done]
+
+
+class Scorer:
+    """The original of one model, loaded once, and the windows of the text."""
+
+    def __init__(self, path: str, args: argparse.Namespace):
+        import torch
+
+        from quantc.evaluation import make_windows, read_text
+        from quantc.frontend import open_model
+
+        source = open_model(path)
+        self.windows: list[Window] = make_windows(
+            source.tokenizer(), read_text(str(args.text)), args.context, None, args.windows
+        )
+        self.original: PreTrainedModel = source.load_whole(torch.float32)
+
+    def score(self, checkpoint: Path) -> dict[str, Any]:
+        """Scores of a checkpoint, unpacked to float32 first: the same numbers, several times as fast."""
+        import torch
+
+        import quantc
+        from quantc.console import SilentProgress
+        from quantc.evaluation import score
+        from quantc.runtime import unpack
+
+        model = unpack(quantc.load(checkpoint, dtype=torch.float32), torch.float32)
+        scores = score(model, self.original, self.windows, SilentProgress())
+        return {
+            "perplexity": scores.perplexity,
+            "perplexity_original": scores.perplexity_original,
+            "mean_kl": scores.mean_kl,
+            "p99_kl": scores.p99_kl,
+            "top1_agreement": scores.top1_agreement,
+            "positions": scores.positions,
+        }
+
+
+def measure(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: quantize, load, score."""
+    with tempfile.TemporaryDirectory(prefix="results-") as scratch:
+        out = Path(scratch) / "quantized"
+        options = {"bits": row["bits"], "method": row["method"], "group_size": row["group_size"]}
+        calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
+        measured, summary = quantize(path, out, asymmetric=True, **options, **calibration)
+        return {
+            **row,
+            "bits_per_weight": summary["bits_per_weight"],
+            **scorer.score(out),
+            "weights_bytes": summary["weights_bytes"],
+            "source_bytes": summary["source_bytes"],
+            "cpu_seconds": measured.cpu_seconds,
+            "wall_seconds": measured.wall_seconds,
+            "peak_rss_bytes": measured.peak_rss_bytes,
+            "machine": machine(),
+        }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print(markdown([
+        {
+            "model": row["model"],
+            "bits": row["bits"],
+            "group": row["group_size"],
+            "method": row["method"],
+            "bits/weight": f"{row['bits_per_weight']:.3f}",
+            "perplexity": f"{row['perplexity']:.2f}",
+            "original": f"{row['perplexity_original']:.2f}",
+            "mean KL": f"{row['mean_kl']:.4f}",
+            "p99 KL": f"{row['p99_kl']:.3f}",
+            "top-1": f"{row['top1_agreement']:.1%}",
+            "weights": f"{row['weights_bytes'] / 1e6:.1f} MB",
+            "CPU s": f"{row['cpu_seconds']:.0f}",
+            "wall s": f"{row['wall_seconds']:.0f}",
+            "peak RSS": f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+        }
+        for row in rows
+    ]))  # fmt: skip
+
+
+def named_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument(
+        "--model", type=named_path, action="append", required=True, metavar="NAME=PATH",
+        help="a model and the name it has in the table; PATH as `quantc quantize` takes it; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--text", type=Path, required=True, help="text to score")
+    parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, help="tokens in each [default: the context]")
+    parser.add_argument("--windows", type=int, default=40, help="windows scored")
+    parser.add_argument("--context", type=int, default=512, help="tokens in each")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/table.json"), help="result file")
+    args = parser.parse_args()
+    args.seq_len = args.seq_len or args.context
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    rows = json.loads(args.out.read_text()) if args.out.is_file() else []
+    for name, path in args.model:
+        missing = wanted_rows(args, name, rows)
+        scorer = Scorer(path, args) if missing else None
+        for row in missing:
+            assert scorer is not None
+            rows.append(measure(row, path, scorer, args))
+            write_json(args.out, rows)
+            show(rows[-1:])
+        del scorer
+        gc.collect()  # one original at a time
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Makes the golden checkpoint of format version 1. Run once per format version; the tests only read.
+
+    python -m tests.golden.make
+
+A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
+can store. `expected.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import quantc
+from quantc.checkpoint import CheckpointReader
+from quantc.formats import DENSE
+from quantc.plan import Plan
+from quantc.spec import WHOLE_ROW, QuantSpec
+from tests.helpers import save_with_tokenizer
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "v1"
+BLOCK = "model.layers.0"
+PLAN = Plan(
+    {
+        f"{BLOCK}.self_attn.q_proj": QuantSpec(4, 16),
+        f"{BLOCK}.self_attn.k_proj": QuantSpec(3, 32, symmetric=True),
+        f"{BLOCK}.self_attn.v_proj": QuantSpec(2, 8, "per_ic"),
+        f"{BLOCK}.self_attn.o_proj": QuantSpec(5, 10),
+        f"{BLOCK}.mlp.gate_proj": QuantSpec(6, WHOLE_ROW, "per_ic", True),
+        f"{BLOCK}.mlp.up_proj": None,
+        f"{BLOCK}.mlp.down_proj": QuantSpec(7, WHOLE_ROW),
+        "model.embed_tokens.weight": QuantSpec(8, 32),
+    }
+)
+
+
+def build_tiny() -> torch.nn.Module:
+    config = AutoConfig.for_model(
+        "llama", vocab_size=160, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.to(torch.bfloat16)
+
+
+def unpacked_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """weight -> float32 (N, K), what its codes stand for."""
+    reader = CheckpointReader(folder)
+    return {
+        name: DENSE.unpack(
+            {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}, entry.spec, entry.shape
+        ).dequantize()
+        for name, entry in reader.entries.items()
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def main() -> None:
+    # Relative paths, because the checkpoint keeps those it was made from.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        save_with_tokenizer(build_tiny(), Path("tiny"))
+        Path("plan.yaml").write_text(PLAN.to_yaml())
+        quantc.quantize("./tiny", plan="plan.yaml", calib="tiny/text.txt", samples=8, seq_len=32, out="v1")
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        shutil.copytree("v1", FOLDER)
+    expected = {
+        name: {"sha256": digest(weight), "shape": list(weight.shape), "first": weight[0, :4].tolist()}
+        for name, weight in unpacked_weights(FOLDER).items()
+    }
+    (HERE / "expected_v1.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

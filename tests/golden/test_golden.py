@@ -1,0 +1,130 @@
+"""Files written by earlier versions keep loading, bit for bit. `make.py` made them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quantc
+from quantc.checkpoint import VERSION, CheckpointReader, read_quantization, verify
+from quantc.formats import DENSE
+from quantc.plan import read_plan
+from quantc.qtensor import QTensor
+from quantc.spec import QuantSpec
+from tests.golden.make import PLAN, digest, unpacked_weights
+
+HERE = Path(__file__).parent
+VERSIONS = sorted(folder.name for folder in HERE.glob("v[0-9]*"))
+
+
+def expected(version: str) -> dict[str, Any]:
+    return json.loads((HERE / f"expected_{version}.json").read_text())
+
+
+def test_this_version_has_a_golden_checkpoint() -> None:
+    assert f"v{VERSION}" in VERSIONS
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_weight_reads_bit_for_bit(version: str) -> None:
+    found = unpacked_weights(HERE / version)
+    values = expected(version)
+    assert found.keys() == values.keys()
+    for name, weight in found.items():
+        assert list(weight.shape) == values[name]["shape"]
+        assert weight[0, :4].tolist() == values[name]["first"], name
+        assert digest(weight) == values[name]["sha256"], name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_part_packs_to_the_bytes_in_the_file(version: str) -> None:
+    reader = CheckpointReader(HERE / version)
+    for name, entry in reader.entries.items():
+        parts = {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}
+        again = DENSE.pack(DENSE.unpack(parts, entry.spec, entry.shape))
+        assert again.keys() == parts.keys()
+        for part, tensor in parts.items():
+            assert torch.equal(again[part], tensor), f"{name}.{part}"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_verify_finds_it_whole(version: str) -> None:
+    reader = CheckpointReader(HERE / version)
+    found = verify(HERE / version)
+    assert found.tensors == len(reader.weight_map) == len(reader.manifest["tensors"])
+    assert 0 < found.bytes < reader.weights_bytes()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_model_loads_and_computes_with_the_expected_weights(version: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(HERE / version, tmp_path / version)
+    model = quantc.load(folder, dtype=torch.float32, verify=True)
+    weights = unpacked_weights(folder)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        full = f"model.layers.0.self_attn.{name}"
+        torch.testing.assert_close(model.get_submodule(full)(x), x @ weights[full].T, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        logits = model(torch.tensor([[3, 17, 42, 159]])).logits
+    assert logits.shape == (1, 4, 160)
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_version_1_holds_the_plan_it_was_made_from() -> None:
+    entries = read_quantization(json.loads((HERE / "v1/config.json").read_text()))
+    assert {name: entry.spec for name, entry in entries.items()} == {
+        name: spec for name, spec in PLAN.specs.items() if spec is not None
+    }
+    assert read_plan(HERE / "v1/plan.yaml").specs == PLAN.specs
+
+
+def test_version_1_has_these_tensors() -> None:
+    reader = CheckpointReader(HERE / "v1")
+    block = "model.layers.0"
+    shapes = {name: (entry["dtype"], *entry["shape"]) for name, entry in reader.manifest["tensors"].items()}
+    assert shapes == {
+        "model.embed_tokens.weight.qweight": ("U8", 160, 32),
+        "model.embed_tokens.weight.scales": ("F16", 160, 1),
+        "model.embed_tokens.weight.zeros": ("U8", 160, 1),
+        "model.norm.weight": ("BF16", 32),
+        f"{block}.input_layernorm.weight": ("BF16", 32),
+        f"{block}.post_attention_layernorm.weight": ("BF16", 32),
+        f"{block}.self_attn.q_proj.qweight": ("U8", 32, 16),  # 32 codes of 4 bits
+        f"{block}.self_attn.q_proj.scales": ("F16", 32, 2),
+        f"{block}.self_attn.q_proj.zeros": ("U8", 32, 1),
+        f"{block}.self_attn.k_proj.qweight": ("U8", 16, 12),  # 3 bits
+        f"{block}.self_attn.k_proj.scales": ("F16", 16, 1),
+        f"{block}.self_attn.v_proj.qweight": ("U8", 16, 8),  # 2 bits
+        f"{block}.self_attn.v_proj.scales": ("F16", 2, 32),  # per_ic: 16 outputs in groups of 8
+        f"{block}.self_attn.v_proj.zeros": ("U8", 2, 8),
+        f"{block}.self_attn.o_proj.qweight": ("U8", 32, 20),  # 5 bits
+        f"{block}.self_attn.o_proj.scales": ("F16", 32, 4),  # 32 inputs in groups of 10
+        f"{block}.self_attn.o_proj.zeros": ("U8", 32, 3),
+        f"{block}.mlp.gate_proj.qweight": ("U8", 44, 24),  # 6 bits
+        f"{block}.mlp.gate_proj.scales": ("F16", 1, 32),
+        f"{block}.mlp.up_proj.weight": ("BF16", 44, 32),
+        f"{block}.mlp.down_proj.qweight": ("U8", 32, 39),  # 44 codes of 7 bits: 308 bits
+        f"{block}.mlp.down_proj.scales": ("F16", 32, 1),
+        f"{block}.mlp.down_proj.zeros": ("U8", 32, 1),
+    }
+
+
+def test_the_bytes_of_one_small_weight() -> None:
+    """Worked out by hand from the format page: 3 bits, groups of 4 of which the second is shorter."""
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 0, 7, 0, 7, 0]], dtype=torch.uint8)
+    scales = torch.tensor([[1.0, -0.5], [2.0, 0.25]], dtype=torch.float16)
+    zeros = torch.tensor([[4, 7], [0, 1]], dtype=torch.uint8)
+    tensor = QTensor(QuantSpec(3, 4), codes, scales, zeros)
+    parts = DENSE.pack(tensor)
+    # bits of 1 2 3 4 5 6, each lowest bit first: 100 010 110 001 101 011 -> 10001011 00011010 11 (000000)
+    # bits of 7 0 7 0 7 0:                        111 000 111 000 111 000 -> 11100011 10001110 00 (000000)
+    assert parts["qweight"].tolist() == [[0b11010001, 0b01011000, 0b11], [0b11000111, 0b01110001, 0b00]]
+    # bits of 4 7: 001 111; of 0 1: 000 100
+    assert parts["zeros"].tolist() == [[0b111100], [0b001000]]
+    assert parts["scales"].view(torch.uint8).tolist() == [[0x00, 0x3C, 0x00, 0xB8], [0x00, 0x40, 0x00, 0x34]]
+    assert tensor.dequantize().tolist() == [[-3, -2, -1, 0, 1, 0.5], [14, 0, 14, 0, 1.5, -0.25]]

@@ -1,0 +1,129 @@
+"""QuantSpec: exact accounting, names, and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quantc.errors import UsageError
+from quantc.formats import FORMATS
+from quantc.qtensor import QTensor
+from quantc.spec import WHOLE_ROW, QuantSpec
+
+SHAPES = [(1, 1), (3, 7), (16, 64), (5, 100), (33, 13), (64, 1)]
+SPECS = [
+    QuantSpec(bits, group, grouping, symmetric, rank)
+    for bits in range(2, 9)
+    for group, rank in ((1, 0), (16, 0), (10, 2), (WHOLE_ROW, 1), (128, 0))
+    for grouping in ("per_oc", "per_ic")
+    for symmetric in (False, True)
+]
+
+
+def blank(spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
+    n, k = shape
+    scales = torch.ones(spec.scales_shape(shape), dtype=torch.float16)
+    zeros = None if spec.symmetric else torch.zeros(scales.shape, dtype=torch.uint8)
+    low_rank = [torch.zeros(size, dtype=torch.float16) for size in ((spec.rank, k), (n, spec.rank))]
+    a, b = low_rank if spec.rank else (None, None)
+    return QTensor(spec, torch.zeros(shape, dtype=torch.uint8), scales, zeros, a, b)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
+def test_stored_bits_are_the_bytes_of_the_packed_parts(format_name: str, spec: QuantSpec) -> None:
+    for shape in SHAPES:
+        parts = FORMATS[format_name].pack(blank(spec, shape))
+        stored = 8 * sum(part.nbytes for part in parts.values())
+        assert spec.stored_bits(shape) == stored
+        assert spec.bits_per_weight(shape) == stored / (shape[0] * shape[1])
+
+
+def test_bits_per_weight_of_the_usual_specs() -> None:
+    assert QuantSpec(4, 128).bits_per_weight((4096, 4096)) == 4 + 16 / 128 + 4 / 128
+    assert QuantSpec(3, 64, symmetric=True).bits_per_weight((512, 512)) == 3 + 16 / 64
+    assert QuantSpec(2, 64, "per_ic").bits_per_weight((512, 512)) == 2 + 16 / 64 + 2 / 64
+    assert QuantSpec(4, 128, rank=8).bits_per_weight((256, 256)) == 4 + 20 / 128 + 8 * 16 * 2 / 256
+
+
+@pytest.mark.parametrize(
+    ("spec", "label"),
+    [
+        (QuantSpec(), "w4g128"),
+        (QuantSpec(3, 64, symmetric=True), "w3g64sym"),
+        (QuantSpec(2, WHOLE_ROW), "w2grow"),
+        (QuantSpec(3, 64, "per_ic", True, 16), "w3g64sym-per_ic-r16"),
+    ],
+)
+def test_label(spec: QuantSpec, label: str) -> None:
+    assert spec.label() == label
+
+
+def test_labels_tell_specs_apart() -> None:
+    assert len({spec.label() for spec in SPECS}) == len(SPECS)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
+def test_mapping_roundtrip(spec: QuantSpec) -> None:
+    assert QuantSpec.from_dict(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 1}, "bits is 1, but codes have 2 to 8 bits; choose one of those."),
+        ({"bits": 9}, "bits is 9, but codes have 2 to 8 bits; choose one of those."),
+        ({"bits": 4.0}, "bits is 4.0, but codes have 2 to 8 bits; choose one of those."),
+        ({"bits": "4"}, "bits is '4', but codes have 2 to 8 bits; choose one of those."),
+        ({"bits": None}, "bits is None, but codes have 2 to 8 bits; choose one of those."),
+        (
+            {"group_size": 0},
+            "group_size is 0, but a group holds 1 or more weights; pass a positive number, or -1 for whole rows.",
+        ),
+        (
+            {"group_size": -2},
+            "group_size is -2, but a group holds 1 or more weights; pass a positive number, or -1 for whole rows.",
+        ),
+        (
+            {"grouping": "per_row"},
+            "grouping is 'per_row', but only per_oc and per_ic exist; choose one of those.",
+        ),
+        ({"rank": -1}, "rank is -1, but a rank is 0 (none) or more; choose one of those."),
+    ],
+)
+def test_a_field_out_of_range_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        QuantSpec(**fields)
+    assert str(caught.value) == message
+
+
+@pytest.mark.xfail(strict=True, reason="QuantSpec does not look at the types of rank and symmetric")
+@pytest.mark.parametrize("fields", [{"rank": "16"}, {"rank": 1.5}, {"symmetric": "false"}, {"group_size": True}])
+def test_a_field_of_a_wrong_type_is_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(fields))):
+        QuantSpec.from_dict(fields)
+
+
+def test_an_unknown_key_is_named() -> None:
+    with pytest.raises(UsageError, match="has the unknown key 'groupsize'; known keys are"):
+        QuantSpec.from_dict({"bits": 4, "groupsize": 64})
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "length", "scales"),
+    [
+        (QuantSpec(4, 128), (6, 100), 100, (6, 1)),
+        (QuantSpec(4, 32), (6, 100), 32, (6, 4)),
+        (QuantSpec(4, WHOLE_ROW), (6, 100), 100, (6, 1)),
+        (QuantSpec(4, 4, "per_ic"), (6, 100), 4, (2, 100)),
+        (QuantSpec(4, WHOLE_ROW, "per_ic"), (6, 100), 6, (1, 100)),
+        (QuantSpec(4, 128, "per_ic"), (6, 100), 6, (1, 100)),
+    ],
+)
+def test_groups_of_a_shape(
+    spec: QuantSpec, shape: tuple[int, int], length: int, scales: tuple[int, int]
+) -> None:
+    assert spec.group_length(shape) == length
+    assert spec.scales_shape(shape) == scales
