@@ -37,7 +37,7 @@ class QuantcQuantizer(HfQuantizer):
         config = {"quantization_config": self.quantization_config.to_dict()}
         return install(model, read_quantization(config))
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
         """None: the checkpoint has the model's own names already."""
         return []
 

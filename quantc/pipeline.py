@@ -24,6 +24,7 @@ from .formats import DENSE
 from .frontend import Source, to_meta
 from .frontend.source import tensors_under
 from .graph import Activation, Block, Linear, ModelGraph
+from .memory import release_free_memory
 from .observe import observed
 from .plan import Plan
 from .progress import Progress
@@ -227,6 +228,7 @@ def _build_block(
         work.replace_weights()
         calibration.advance(block)
     to_meta(module)
+    release_free_memory()
 
 
 def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: CheckpointWriter) -> None:
@@ -238,6 +240,7 @@ def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: Chec
             item.build_outside(work)
         _write(run, name, work.quantized, writer)
     to_meta(run.source.model)
+    release_free_memory()
 
 
 def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: CheckpointWriter) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from .source import COMPUTE_DTYPE, Source, build_skeleton, is_under, quiet_trans
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# transformers 5.10 still takes the tensor-parallel plan here; later ones keep it on the model.
+OLDER_ARGUMENTS = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -77,7 +80,7 @@ class FolderSource(Source):
         slices = {key: shards[self._headers[key][0]].get_slice(key) for key in keys}
         settings = LoadStateDictConfig(dtype=COMPUTE_DTYPE, weight_mapping=self._conversions)
         with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings, **OLDER_ARGUMENTS)
         for name, found, needed in sorted(info.mismatched_keys):
             raise ModelError(
                 f"{self.path}: {name} has the shape {tuple(found)}, but config.json describes {tuple(needed)}; "

@@ -1,0 +1,325 @@
+"""Models that cannot be quantized: each is refused with one sentence that names what is wrong and the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import quantc
+from quantc.blocks import find_blocks
+from quantc.derive import derive
+from quantc.errors import ModelError
+from quantc.frontend import open_model, to_meta
+from tests.families import VOCAB, build
+from tests.helpers import save_with_tokenizer
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_with_tokenizer(build("llama"), tmp_path_factory.mktemp("pristine") / "model")
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(pristine, tmp_path / "model")
+
+
+def refusal(model: Any, out: Path) -> str:
+    """The message with which the whole job refuses the model; nothing may be left behind."""
+    with pytest.raises(ModelError) as caught:
+        quantc.quantize(model, bits=4, method="rtn", out=out)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    assert not out.with_name(out.name + ".unfinished").exists()
+    return str(caught.value)
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    found = load_file(folder / WEIGHTS)
+    change(found)
+    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **settings: Any) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **settings}))
+
+
+def shard(folder: Path, count: int) -> list[str]:
+    """The folder's weights cut into shards with an index; returns the shards' names."""
+    found = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    weight_map = {tensor: names[i % count] for i, tensor in enumerate(sorted(found))}
+    for name in names:
+        part = {tensor: found[tensor] for tensor in found if weight_map[tensor] == name}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return names
+
+
+@pytest.mark.parametrize(
+    "pickle", ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth"]
+)
+def test_pickled_weights_only(folder: Path, tmp_path: Path, pickle: str) -> None:
+    (folder / WEIGHTS).rename(folder / pickle)
+    assert refusal(folder, tmp_path / "out") == (
+        f"{folder} has only pickled weights ({pickle}), which quantc does not unpickle; safetensors are needed: "
+        "load the model with transformers and call save_pretrained, then use that folder."
+    )
+
+
+def test_no_weights_at_all(folder: Path, tmp_path: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    assert refusal(folder, tmp_path / "out") == (
+        f"{folder} has no {WEIGHTS} and no {INDEX}; safetensors weights are needed, so fetch or save them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "an unnamed tool"),
+    ],
+)
+def test_a_model_quantized_by_another_tool(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], method: str
+) -> None:
+    edit_config(folder, quantization_config=settings)
+    assert refusal(folder, tmp_path / "out") == (
+        f"{folder} is already quantized (by {method}), but quantc needs float weights; "
+        "start from the original, unquantized model."
+    )
+
+
+def test_a_model_that_quantc_quantized(pristine: Path, tmp_path: Path) -> None:
+    quantc.quantize(pristine, bits=4, method="rtn", out=tmp_path / "packed")
+    message = refusal(tmp_path / "packed", tmp_path / "out")
+    assert "is already quantized (by quantc), but quantc needs float weights; it needs no second" in message
+
+
+def test_a_sharded_folder_is_the_same_model(pristine: Path, folder: Path, tmp_path: Path) -> None:
+    shard(folder, 3)
+    reports = [
+        quantc.quantize(model, bits=4, method="rtn", out=tmp_path / name)
+        for name, model in (("one", pristine), ("two", folder))
+    ]
+    assert reports[0].bits_per_weight == reports[1].bits_per_weight
+    one, two = (json.loads((tmp_path / name / "quantc.json").read_text())["tensors"] for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_missing_shard(folder: Path, tmp_path: Path) -> None:
+    lost = shard(folder, 3)[1]
+    (folder / lost).unlink()
+    assert refusal(folder, tmp_path / "out") == (
+        f"{folder}: the shard {lost} that {INDEX} lists is missing; all 3 shards are needed, so fetch that file."
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_a_broken_index(folder: Path, tmp_path: Path, text: str) -> None:
+    shard(folder, 2)
+    (folder / INDEX).write_text(text)
+    assert refusal(folder, tmp_path / "out").startswith(f"{folder / INDEX} is not a readable index (")
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_truncated_shard(folder: Path, tmp_path: Path, keep: int) -> None:
+    name = shard(folder, 2)[1]
+    (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+    message = refusal(folder, tmp_path / "out")
+    assert message.startswith(f"{folder / name} is not a readable safetensors file (")
+    assert message.endswith("fetch or save that shard again.")
+
+
+def test_no_config(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").unlink()
+    assert refusal(folder, tmp_path / "out") == (
+        f"{folder} has no config.json; a transformers model folder (config.json, tokenizer, safetensors weights) "
+        "or a .gguf file is needed."
+    )
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "no_such_model"}', "{}"])
+def test_a_config_transformers_cannot_use(folder: Path, tmp_path: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    message = refusal(folder, tmp_path / "out")
+    assert message.startswith(f"{folder}: config.json is not one that transformers can use (")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_non_finite_weights(folder: Path, tmp_path: Path, name: str, bad: float) -> None:
+    def plant(found: dict[str, torch.Tensor]) -> None:
+        found[name].view(-1)[:3] = bad
+
+    count = load_file(folder / WEIGHTS)[name].numel()
+    edit_weights(folder, plant)
+    assert refusal(folder, tmp_path / "out") == (
+        f"{folder}: 3 of {count} values of {name} are NaN or infinite; quantization needs finite weights, "
+        "so repair or fetch the model again."
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.input_layernorm.weight", "model.norm.weight"]
+)
+def test_a_missing_tensor(folder: Path, tmp_path: Path, name: str) -> None:
+    edit_weights(folder, lambda found: found.__delitem__(name))
+    assert refusal(folder, tmp_path / "out") == (
+        f"{folder}: the tensor {name} is not in the checkpoint; a complete checkpoint is needed, "
+        "so fetch or save the model again."
+    )
+
+
+def test_weights_of_another_shape(folder: Path, tmp_path: Path) -> None:
+    edit_config(folder, intermediate_size=96)
+    message = refusal(folder, tmp_path / "out")
+    assert "model.layers.0.mlp.down_proj.weight has the shape (64, 104), but config.json describes (64, 96)" in message
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    assert refusal(missing, tmp_path / "out") == (
+        f"{missing} does not exist here and is no hub id (owner/name); pass a model folder, a .gguf file, a hub id, "
+        "or one of demo:smollm2."
+    )
+
+
+def test_a_file_that_is_no_model(folder: Path, tmp_path: Path) -> None:
+    assert refusal(folder / WEIGHTS, tmp_path / "out") == (
+        f"{folder / WEIGHTS} is a file, but only .gguf files hold a whole model; pass a model folder or a .gguf file."
+    )
+
+
+def test_an_unknown_demo_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    assert refusal("demo:smolm2", tmp_path / "out") == (
+        "demo:smolm2 is not a demo model; did you mean demo:smollm2?"
+    )
+
+
+def test_a_hub_id_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refusal("nobody/nothing", tmp_path / "out")
+    assert message.startswith("nobody/nothing is no local folder and could not be fetched from the hub (")
+    assert message.endswith("pass a local model folder or a .gguf file.")
+
+
+def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"not a model")
+    assert refusal(file, tmp_path / "out").startswith(f"{file} is not a readable GGUF file (")
+
+
+def test_no_tokenizer(folder: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    message = refusal(folder, tmp_path / "out")
+    assert message.startswith(f"{folder}: no tokenizer could be read (")
+
+
+def test_a_module_without_blocks() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.norms = nn.ModuleList([nn.LayerNorm(4)])
+
+    with pytest.raises(ModelError) as caught:
+        find_blocks(Flat())
+    assert str(caught.value) == (
+        "Flat has no decoder blocks: an nn.ModuleList whose members hold linear weights was looked for and none was "
+        "found; quantc quantizes decoder language models."
+    )
+
+
+def test_an_architecture_without_decoder_blocks(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("llama", vocab_size=VOCAB, hidden_size=32, num_attention_heads=2)
+    config.num_hidden_layers = 0
+    save_with_tokenizer(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    message = refusal(tmp_path / "model", tmp_path / "out")
+    assert message.startswith("LlamaForCausalLM has no decoder blocks: an nn.ModuleList whose members hold linear")
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    AutoConfig.for_model("t5", vocab_size=VOCAB, d_model=32, num_layers=1).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / WEIGHTS).write_bytes(b"")
+    message = refusal(tmp_path / "model", tmp_path / "out")
+    assert "a decoder model that AutoModelForCausalLM knows is needed" in message
+
+
+class Chained(nn.Module):
+    """A model whose blocks are run by `order`."""
+
+    def __init__(self, order: list[int], between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.order, self.between = order, between
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden = torch.ones(*input_ids.shape, 4)
+        for index in self.order:
+            hidden = self.between(self.blocks[index](hidden))
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Chained([0, 2, 1]), "Linear number 2 was called when number 1 was due"),
+        (Chained([0, 1]), "Chained called only 2 of its 3 blocks on a probe"),
+        (Chained([0, 1, 2], lambda x: x + 1), "block 1 does not receive what block 0 returned"),
+    ],
+    ids=["order", "missing", "between"],
+)
+def test_blocks_that_cannot_be_run_one_by_one(model: Chained, message: str) -> None:
+    from quantc.blocks import run_around_blocks
+
+    with pytest.raises(ModelError, match=message):
+        run_around_blocks(
+            model, list(model.blocks), torch.zeros(1, 5, dtype=torch.int64), lambda _, call: call.hidden * 2
+        )
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_weights_are_read_when_asked_for_and_freed(pristine: Path) -> None:
+    source = open_model(pristine)
+    assert all(parameter.is_meta for parameter in source.model.parameters())
+    source.load("model.layers.1")
+    loaded = {name for name, parameter in source.model.named_parameters() if not parameter.is_meta}
+    assert loaded == {name for name, _ in source.model.named_parameters() if name.startswith("model.layers.1.")}
+    to_meta(source.model)
+    assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+def test_deriving_the_graph_leaves_the_blocks_on_meta(pristine: Path) -> None:
+    source = open_model(pristine)
+    derive(source.model, source.load, to_meta)
+    assert all(parameter.is_meta for parameter in source.model.get_submodule("model.layers").parameters())
