@@ -137,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
 @torch.no_grad()
 def main() -> None:
     args = parse_arguments()
-    tokenizer = open_model(args.original).tokenizer()
+    tokenizer = open_model(args.original).tokenizer
     models = load_contestants(args.original, args.checkpoint)
     packed = models["packed, float32, reference kernel"]
     with at_most_threads(THREADS), quiet_transformers():

@@ -31,7 +31,7 @@ def run_forward(path: str, calib: str, samples: int, seq_len: int) -> dict[str, 
     from quantc.frontend import open_model
 
     source = open_model(path)
-    tokens = tokenize_documents(source.tokenizer(), load_documents(calib), samples, seq_len, seed=0)
+    tokens = tokenize_documents(source.tokenizer, load_documents(calib), samples, seq_len, seed=0)
     decoder = source.load_whole(torch.float32).base_model
     cpu, wall = time.process_time(), time.perf_counter()
     with torch.no_grad():

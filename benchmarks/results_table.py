@@ -65,7 +65,7 @@ class Scorer:
 
         source = open_model(path)
         self.windows: list[Window] = make_windows(
-            source.tokenizer(), read_text(str(args.text)), args.context, None, args.windows
+            source.tokenizer, read_text(str(args.text)), args.context, None, args.windows
         )
         self.original: PreTrainedModel = source.load_whole(torch.float32)
 

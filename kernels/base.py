@@ -25,9 +25,7 @@ class Kernel(Protocol):
         self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
     ) -> str | None: ...
 
-    def prepare(
-        self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
-    ) -> Prepared: ...
+    def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Prepared: ...
 
     def run(self, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
         """x (..., K) of the prepared dtype to y (..., N) of the same dtype, without bias."""

@@ -23,14 +23,10 @@ class Reference:
 
     name = "reference"
 
-    def supports(
-        self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
-    ) -> str | None:
+    def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
-    def prepare(
-        self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
-    ) -> PackedParts:
+    def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> PackedParts:
         return PackedParts(parts, spec, shape)
 
     def run(self, x: torch.Tensor, prepared: PackedParts) -> torch.Tensor:

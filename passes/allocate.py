@@ -66,9 +66,7 @@ class Allocate(Pass):
         sizes = {spec.group_size for spec in run.plan.specs.values() if spec is not None}
         if self.config.group_size is None and sizes - {DEFAULT_GROUP}:
             found = ", ".join(str(size) for size in sorted(sizes))
-            run.report.notes.append(
-                f"group sizes {found}: {DEFAULT_GROUP} does not divide every width of this model"
-            )
+            run.report.notes.append(f"group sizes {found}: {DEFAULT_GROUP} does not divide every width of this model")
 
 
 def best_group_size(width: int) -> int:

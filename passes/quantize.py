@@ -56,9 +56,7 @@ class Quantize(Pass):
         for activation, grams in work.statistics():
             specs = work.run.plan.specs
             outcomes = [
-                Outcome(linear, spec)
-                for linear in work.block.readers(activation)
-                if (spec := specs[linear.name])
+                Outcome(linear, spec) for linear in work.block.readers(activation) if (spec := specs[linear.name])
             ]
             for expert in range(work.experts(activation)):
                 rows = grams[expert].rows if grams else 0

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from . import __version__, pipeline
+from . import companions, pipeline
 from .blocks import find_blocks
-from .calibration import generate_tokens, leading_tokens, tokenize_documents
-from .checkpoint import (
-    CheckpointReader,
-    CheckpointWriter,
-    PackedEntry,
-    describe_quantization,
-    is_checkpoint,
-    verify as verify_checkpoint,
-)
+from .checkpoint import CheckpointReader, CheckpointWriter, is_checkpoint
+from .checkpoint import verify as verify_checkpoint
 from .derive import derive
 from .errors import UsageError
-from .frontend import Source, model_files, open_model, to_meta
+from .frontend import Source, open_model, to_meta
 from .frontend.source import quiet_transformers, tensors_under
+from .memory import peak_rss_bytes
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .progress import LogProgress, Progress
-from .memory import peak_rss_bytes
-from .recipe import DEFAULT, CalibrationConfig, Recipe, read_recipe
+from .recipe import DEFAULT, Recipe, read_recipe
 from .report import Report
 from .spec import QuantSpec
+from .tokens import calibration_tokens
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
 
 PathLike = str | os.PathLike[str]
-PLAN_FILE = "plan.yaml"
 
 
 def quantize(
@@ -89,14 +78,14 @@ def quantize(
         for item in passes:
             item.plan(run)
         run.plan.check(graph, set(graph.outside_weights))
-        writer.require_space(_estimate_bytes(run))
-        tokens = _calibration_tokens(run, chosen) if any(item.calibrated for item in passes) else None
+        writer.require_space(companions.estimate_bytes(run))
+        tokens = calibration_tokens(run, chosen.calibration) if any(item.calibrated for item in passes) else None
 
         pipeline.build(run, passes, tokens, writer)
 
-        _write_companions(run, writer)
+        companions.write_companions(run, writer)
         _finish_report(run, writer, started, cpu_started)
-        writer.commit(_config(run), _manifest(run, chosen, tokens))
+        writer.commit(companions.config_json(run), companions.manifest_json(run, chosen, tokens))
     return report
 
 
@@ -180,111 +169,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
-def _calibration_tokens(run: Run, recipe: Recipe) -> torch.Tensor:
-    from .calib_data import load_documents
-
-    data = _fit_context(run, recipe.calibration)
-    tokenizer = run.source.tokenizer
-    run.report.calibration = f"{data.source}, {data.samples} x {data.seq_len} tokens, seed {data.seed}"
-    if data.source == "self":
-        whole = run.source.load_whole(torch.bfloat16)
-        return generate_tokens(whole, data.samples, data.seq_len, data.seed, leading_tokens(tokenizer))
-    documents = load_documents(data.source, also_known=("self",))
-    return tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed)
-
-
-def _fit_context(run: Run, data: CalibrationConfig) -> CalibrationConfig:
-    """Windows longer than the model's context are shortened to it, with a note."""
-    limit = getattr(run.source.model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or data.seq_len <= limit:
-        return data
-    run.report.notes.append(f"calibration windows have {limit} tokens, the model's context, not {data.seq_len}")
-    return replace(data, seq_len=limit)
-
-
-def _estimate_bytes(run: Run) -> int:
-    """Bytes of the checkpoint, from the plan and the shapes alone."""
-    total = 0.0
-    planned = {
-        (run.graph.linears[name].weight_name if name in run.graph.linears else name): spec
-        for name, spec in run.plan.specs.items()
-    }
-    for name, tensor in run.source.model.state_dict().items():
-        if name in run.source.tied:
-            continue
-        spec = planned.get(name)
-        bits = 8 * run.source.stored_dtype(name).itemsize
-        if spec is not None:
-            bits = spec.bits + 32 / spec.group_length((tensor.shape[-2], tensor.shape[-1]))
-        total += tensor.numel() * bits / 8
-    return int(total)
-
-
-def _packed_entries(run: Run) -> dict[str, PackedEntry]:
-    entries = {}
-    for name, spec in run.plan.specs.items():
-        if spec is None:
-            continue
-        linear = run.graph.linears.get(name)
-        if linear is None:
-            n, k = run.source.model.get_parameter(name).shape
-            entries[name] = PackedEntry(spec, (n, k))
-        else:
-            entries[name] = PackedEntry(
-                spec, linear.shape, (linear.experts,) if linear.kind == "stack" else ()
-            )
-    return entries
-
-
-def _config(run: Run) -> dict[str, Any]:
-    entries = _packed_entries(run)
-    specs = [entry.spec for entry in entries.values()]
-    default = max(specs, key=specs.count) if specs else QuantSpec()
-    config = run.source.model.config.to_dict()
-    config["architectures"] = [type(run.source.model).__name__]
-    config["dtype"] = str(_model_dtype(run.source)).removeprefix("torch.")
-    config["quantization_config"] = describe_quantization(entries, default)
-    return config
-
-
-def _model_dtype(source: Source) -> torch.dtype:
-    dtype = source.model.config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def _manifest(run: Run, recipe: Recipe, tokens: torch.Tensor | None) -> dict[str, Any]:
-    calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return {
-        "format": "quantc",
-        "version": 1,
-        "source": {
-            "name": run.source.name,
-            "files": {f.name: _file_hash(f) for f in run.source.weight_files()},
-        },
-        "recipe": recipe.to_dict(),
-        "calibration_sha256": calibration,
-        "libraries": {
-            "quantc": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_companions(run: Run, writer: CheckpointWriter) -> None:
-    """Tokenizer, generation settings and plan: what makes the folder a model."""
-    run.source.tokenizer.save_pretrained(writer.folder)
-    for file in model_files(run.source.path):
-        writer.add_text(file.name, file.read_text())
-    writer.add_text(PLAN_FILE, run.plan.to_yaml())
-
-
 def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_started: float) -> None:
     report = run.report
     report.weights_bytes = writer.finish_weights()
@@ -301,7 +185,7 @@ def _tokenizer(model: PathLike) -> Any:
     return read_tokenizer(Path(model)) if is_checkpoint(model) else open_model(model).tokenizer
 
 
-def _load_any(model: PathLike, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load_any(model: PathLike, dtype: torch.dtype | None) -> Any:
     return load(model, dtype=dtype) if is_checkpoint(model) else open_model(model).load_whole(dtype)
 
 

@@ -79,9 +79,7 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 def _inside_a_list(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
-    return any(
-        isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList) for end in range(1, len(parts))
-    )
+    return any(isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList) for end in range(1, len(parts)))
 
 
 @contextlib.contextmanager
@@ -148,7 +146,8 @@ class _Chain:
         return output
 
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-        for place, value in [*enumerate(args), *kwargs.items()]:
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
             if _is_state(value) and (self.next_index == 0 or any(_same(value, t) for t in self.returned)):
                 return place
         raise ModelError(
@@ -171,9 +170,5 @@ def describe_return(output: Any, hidden: torch.Tensor) -> Returns:
         return Returns(None)
     for position, value in enumerate(output):
         if isinstance(value, torch.Tensor) and value.shape == hidden.shape:
-            return Returns(
-                position, tuple(None if index == position else v for index, v in enumerate(output))
-            )
-    raise ModelError(
-        "a block returns no tensor of its hidden state's shape, so blocks cannot be run one by one."
-    )
+            return Returns(position, tuple(None if index == position else v for index, v in enumerate(output)))
+    raise ModelError("a block returns no tensor of its hidden state's shape, so blocks cannot be run one by one.")

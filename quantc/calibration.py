@@ -1,4 +1,4 @@
-"""Calibration: text to tokens, and the model run on them block by block.
+"""Calibration: the model run on the calibration tokens block by block.
 
 The hidden states of the whole calibration set stand between two blocks; past a limit they live in a file.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .blocks import BlockCall, run_around_blocks
 from .errors import CalibrationError
@@ -23,66 +23,6 @@ from .graph import Block, ModelGraph
 BATCH_TOKENS = 2048  # tokens a block runs on at once: enough for full matrix speed, small beside a block
 SPILL_BYTES = 4 << 30  # hidden states larger than this live in a memory-mapped file
 BAD_ROWS_LIMIT = 0.1  # share of non-finite rows past which a run stops
-
-
-def tokenize_documents(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, seq_len: int, seed: int
-) -> torch.Tensor:
-    """Calibration tokens (samples, seq_len): windows spread evenly over the documents' token stream.
-
-    Documents are joined with the end-of-text token. Where the tokenizer itself starts a text with a token (BOS),
-    every window starts with it. The seed shifts all windows; they overlap when the text is short.
-    Raises CalibrationError when the text does not fill a single window.
-    """
-    first = leading_tokens(tokenizer)
-    stream: list[int] = []
-    for document in documents:
-        stream += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
-        if tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
-    body = seq_len - len(first)
-    room = len(stream) - body
-    if room < 0:
-        raise CalibrationError(
-            f"the calibration text has {len(stream)} tokens, but one sample needs {body}; "
-            "give a longer text or a smaller --seq-len."
-        )
-    phase = (seed * 0.6180339887498949) % 1.0
-    starts = [round(room * (((index + phase) % samples) / max(1, samples - 1))) for index in range(samples)]
-    return torch.tensor([first + stream[start : start + body] for start in (min(s, room) for s in starts)])
-
-
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] when the tokenizer starts every text with it, else []."""
-    found = tokenizer("a").input_ids[:1]
-    return found if found and found[0] == tokenizer.bos_token_id else []
-
-
-def generate_tokens(
-    model: PreTrainedModel, samples: int, seq_len: int, seed: int, first: list[int]
-) -> torch.Tensor:
-    """Calibration text the model writes itself (samples, seq_len), by seeded sampling.
-
-    Each sample starts from the tokenizer's leading token and one random token of the vocabulary, so that the
-    samples differ from the first word on.
-    """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, vocabulary, (samples, 1), generator=generator)
-    prompts = torch.cat(
-        [torch.tensor([first] * samples, dtype=torch.int64).reshape(samples, -1), starts], dim=1
-    )
-    new = seq_len - prompts.shape[1]
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        written = [
-            model.generate(
-                batch, do_sample=True, top_k=0, top_p=0.95, temperature=1.0, min_new_tokens=new, max_new_tokens=new,
-                attention_mask=torch.ones_like(batch), pad_token_id=0,
-            )
-            for batch in prompts.split(16)
-        ]  # fmt: skip
-    return torch.cat(written)
 
 
 class HiddenStates:

@@ -171,7 +171,7 @@ def _sync(file: Path) -> None:
 def checksum(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's bytes, row-major."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(data.numpy())).hexdigest()
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,7 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file} cannot be read ({error}); a whole quantc checkpoint is needed, so copy it again."
         ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{file} is not a JSON object; a whole quantc checkpoint is needed, so copy it again."
-        )
+        raise CheckpointError(f"{file} is not a JSON object; a whole quantc checkpoint is needed, so copy it again.")
     return content
 
 
@@ -238,10 +236,7 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
             "install the quantc that wrote it."
         )
     try:
-        return {
-            name: _read_entry(settings.get("default", {}), dict(own))
-            for name, own in settings["modules"].items()
-        }
+        return {name: _read_entry(settings.get("default", {}), dict(own)) for name, own in settings["modules"].items()}
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint's quantization_config cannot be read ({error}); copy it again."
@@ -270,9 +265,7 @@ class CheckpointReader:
         self.manifest = read_json(self.folder / MANIFEST)
         self.entries = read_quantization(self.config)
         self.weight_map: dict[str, str] = read_json(self.folder / INDEX).get("weight_map", {})
-        self._shards = {
-            name: self._open(self.folder / name) for name in sorted(set(self.weight_map.values()))
-        }
+        self._shards = {name: self._open(self.folder / name) for name in sorted(set(self.weight_map.values()))}
         self._check_tensors()
         self._check_layouts()
 

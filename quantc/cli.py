@@ -54,18 +54,14 @@ QUANTIZE_OPTIONS = options(
     option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
     option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
     option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
-    option(
-        "--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"
-    ),
+    option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
     option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
     option("--calib", metavar="SOURCE", help="builtin, self, a data set, or a text file. [default: builtin]"),
     option("--samples", type=COUNT, help="Windows of calibration text. [default: 64]"),
     option("--seq-len", type=COUNT, help="Tokens per window. [default: 512]"),
     option("--seed", type=Whole(0), help="Seed of everything random. [default: 0]"),
     option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
-    option(
-        "--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."
-    ),
+    option("--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."),
     DEVICE_OPTION,
     option("--force", is_flag=True, help="Replace the output folder if it exists."),
     OUTPUT_OPTIONS,
@@ -180,9 +176,7 @@ def verify(checkpoint: Path, as_json: bool) -> None:
     from .units import plural, size
 
     tensors = plural(verified.tensors, "tensor")
-    click.echo(
-        f"{checkpoint} is intact: {tensors}, {size(verified.bytes)}, all shapes and checksums as recorded."
-    )
+    click.echo(f"{checkpoint} is intact: {tensors}, {size(verified.bytes)}, all shapes and checksums as recorded.")
 
 
 @main.command()

@@ -22,9 +22,7 @@ from .trace import BlockTracer
 PROBE_SHAPE = (2, 24)  # sequences and tokens of the probe batch
 
 
-def derive(
-    model: PreTrainedModel, load: Callable[[str], None], free: Callable[[nn.Module], None]
-) -> ModelGraph:
+def derive(model: PreTrainedModel, load: Callable[[str], None], free: Callable[[nn.Module], None]) -> ModelGraph:
     """The graph of a model whose weights are on the meta device.
 
     load(prefix): gives the parameters under a name their weights; free(module): takes them away again.
@@ -48,7 +46,7 @@ def derive(
         found.append(_rebase(traced[kind], index, names[index]))
         return output
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     tokens = torch.randint(0, vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
     run_around_blocks(model, blocks, tokens, run_block)
     return ModelGraph(

@@ -123,9 +123,7 @@ def describe_cuda() -> str:
 def describe_cupy() -> str:
     """One sentence on CuPy, which compiles the CUDA kernels."""
     if find_spec("cupy") is None:
-        return (
-            "CuPy is not installed; CUDA kernels need it: pip install 'quantc[cuda12]' or 'quantc[cuda13]'."
-        )
+        return "CuPy is not installed; CUDA kernels need it: pip install 'quantc[cuda12]' or 'quantc[cuda13]'."
     try:
         import cupy
     except Exception as error:  # a broken CUDA installation raises anything from ImportError to OSError

@@ -74,8 +74,7 @@ def _read_file(path: Path) -> list[str]:
         ) from error
     if not documents:
         raise CalibrationError(
-            f"Evaluation text {path} holds no text; at least one non-empty document is needed: "
-            f"pass another file."
+            f"Evaluation text {path} holds no text; at least one non-empty document is needed: pass another file."
         )
     return documents
 

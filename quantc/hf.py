@@ -22,7 +22,7 @@ class QuantcConfig(QuantizationConfigMixin):
     """`quantization_config` of a quantc checkpoint; see docs/format.md."""
 
     def __init__(self, version: int = 0, default: Any = None, modules: Any = None, **_: Any):
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.version = version
         self.default = default or {}
         self.modules = modules or {}

@@ -106,8 +106,7 @@ def _header(report: dict[str, Any]) -> str:
         ("peak memory", size(report["peak_rss_bytes"]), ""),
     ]
     facts = "\n".join(
-        f"<div><dt>{name}</dt><dd>{figure}<small>{detail}</small></dd></div>"
-        for name, figure, detail in cells
+        f"<div><dt>{name}</dt><dd>{figure}<small>{detail}</small></dd></div>" for name, figure, detail in cells
     )
     calibration = f", calibrated on {escape(report['calibration'])}" if report["calibration"] else ""
     return (

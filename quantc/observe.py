@@ -12,15 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from .calibration import EnoughSeen
 from .graph import Activation, Block, Linear
-from .trace import MATRIX_PRODUCTS, StackTable
+from .recognise import StackTable
+from .trace import MATRIX_PRODUCTS
 
 RowHandler = Callable[[str, int, torch.Tensor], None]
 
 
 @contextlib.contextmanager
-def observed(
-    module: nn.Module, block: Block, activations: list[Activation], handle: RowHandler
-) -> Iterator[None]:
+def observed(module: nn.Module, block: Block, activations: list[Activation], handle: RowHandler) -> Iterator[None]:
     """Inside, running the block calls `handle(label, expert, rows)` with the rows (M, K) of each activation.
 
     `expert` is 0 for plain linears. A pass through the block ends as soon as the last of the activations has

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -141,9 +141,7 @@ class BlockWork:
             return
         for items in _rounds(wanted, self.experts):
             grams = {item.label: self._new_grams(item) for item in items}
-            with observed(
-                self.module, self.block, items, lambda label, e, rows, g=grams: g[label][e].add(rows)
-            ):
+            with observed(self.module, self.block, items, partial(_add_rows, grams)):
                 self.calibration.rows(self.block)
             for item in items:
                 yield item, grams.pop(item.label)
@@ -174,6 +172,10 @@ class OutsideWork:
     def weight(self) -> torch.Tensor:
         """float32, as the model stores it."""
         return self.run.source.model.state_dict()[self.name]
+
+
+def _add_rows(grams: dict[str, list[Gram]], label: str, expert: int, rows: torch.Tensor) -> None:
+    grams[label][expert].add(rows)
 
 
 def _rounds(items: list[Activation], experts: Any) -> Iterator[list[Activation]]:
@@ -245,9 +247,7 @@ def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: Chec
 
 def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: CheckpointWriter) -> None:
     """Write what lies under a name: rounded weights as their parts, everything else in the source's dtype."""
-    packed = {run.graph.linears[name].weight_name for name in quantized if name in run.graph.linears} | set(
-        quantized
-    )
+    packed = {run.graph.linears[name].weight_name for name in quantized if name in run.graph.linears} | set(quantized)
     for name, tensor in tensors_under(run.source.model, prefix):
         if name not in packed and name not in run.source.tied:
             writer.add(name, tensor.detach().cpu().to(run.source.stored_dtype(name)))

@@ -28,9 +28,7 @@ class Plan:
         for name, spec in self.specs.items():
             entries[name] = KEEP if spec is None else spec.to_dict()
         comment = "# quantc plan: edit bits, group_size, grouping, symmetric or rank, or write `keep`.\n"
-        return comment + yaml.safe_dump(
-            {"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None
-        )
+        return comment + yaml.safe_dump({"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None)
 
     def check(self, graph: ModelGraph, extra: set[str]) -> None:
         """Raise UsageError unless the plan names exactly the graph's linears (and maybe some of `extra`)."""
@@ -57,18 +55,12 @@ def read_plan(file: Path) -> Plan:
         raise UsageError(
             f"the plan {file} cannot be read ({reason}); a YAML file that quantc wrote is needed."
         ) from error
-    if (
-        not isinstance(content, dict)
-        or content.get("version") != 1
-        or not isinstance(content.get("linears"), dict)
-    ):
+    if not isinstance(content, dict) or content.get("version") != 1 or not isinstance(content.get("linears"), dict):
         raise UsageError(f"{file} is no quantc plan: it needs `version: 1` and a mapping `linears`.")
     specs: dict[str, QuantSpec | None] = {}
     for name, entry in content["linears"].items():
         if entry != KEEP and not isinstance(entry, dict):
-            raise UsageError(
-                f"{file}: the entry of {name} is {entry!r}, but a spec mapping or `{KEEP}` is needed."
-            )
+            raise UsageError(f"{file}: the entry of {name} is {entry!r}, but a spec mapping or `{KEEP}` is needed.")
         try:
             specs[name] = None if entry == KEEP else QuantSpec.from_dict(entry)
         except UsageError as error:

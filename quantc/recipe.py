@@ -33,9 +33,7 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("seq_len", 8), ("seed", 0)):
             if getattr(self, name) < least:
-                raise UsageError(
-                    f"{name} is {getattr(self, name)}, but at least {least} is needed; raise it."
-                )
+                raise UsageError(f"{name} is {getattr(self, name)}, but at least {least} is needed; raise it.")
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,10 @@ class Recipe:
         mapping = _mapping(content, "the recipe")
         _refuse_unknown(mapping, ["version", "calibration", "passes"], "the recipe")
         if mapping.get("version") != VERSION:
-            raise UsageError(
-                f"the recipe has version {mapping.get('version')!r}, but `version: {VERSION}` is needed."
-            )
+            raise UsageError(f"the recipe has version {mapping.get('version')!r}, but `version: {VERSION}` is needed.")
         entries = mapping.get("passes", [])
         if not isinstance(entries, list) or not entries:
-            raise UsageError(
-                "the recipe has no list `passes`, but at least allocate and quantize are needed."
-            )
+            raise UsageError("the recipe has no list `passes`, but at least allocate and quantize are needed.")
         return cls(
             from_mapping(CalibrationConfig, mapping.get("calibration", {}), "calibration"),
             tuple(_read_pass(entry) for entry in entries),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import PackedEntry
@@ -22,9 +21,7 @@ from .spec import QuantSpec
 class _Packed(nn.Module):
     """Packed parts of a weight (*leading, N, K) as buffers, named as in the checkpoint."""
 
-    def __init__(
-        self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...], dtype: torch.dtype
-    ):
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...], dtype: torch.dtype):
         super().__init__()
         self.spec, self.matrix_shape, self.leading = spec, shape, leading
         self.dtype = dtype  # of the activations the model is built for
@@ -76,6 +73,7 @@ class QuantLinear(_Packed):
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype):
         super().__init__(spec, shape, (), dtype)
         self.out_features, self.in_features = shape
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @property
@@ -106,7 +104,7 @@ class PackedWeight(_Packed):
 
     @property
     def device(self) -> torch.device:
-        return self.qweight.device
+        return self.get_buffer("qweight").device
 
     @classmethod
     def __torch_function__(
@@ -142,9 +140,7 @@ class PackedWeight(_Packed):
             raise CheckpointError(
                 "an embedding is stored with per_ic groups, but rows can only be read from per_oc ones."
             )
-        return {
-            name: tensor if name == "low_rank_a" else tensor[rows] for name, tensor in self.parts().items()
-        }
+        return {name: tensor if name == "low_rank_a" else tensor[rows] for name, tensor in self.parts().items()}
 
 
 class ExpertWeight:
@@ -194,9 +190,9 @@ def install(model: nn.Module, entries: dict[str, PackedEntry]) -> nn.Module:
         if isinstance(target, nn.Module):
             bias = getattr(target, "bias", None)
             _check_shape(name, _linear_shape(target), entry)
-            setattr(parent, leaf, QuantLinear(entry.spec, entry.shape, bias, target.weight.dtype))
+            setattr(parent, leaf, QuantLinear(entry.spec, entry.shape, bias, target.get_parameter("weight").dtype))
         else:
-            _install_parameter(model, parent, leaf, target, entry)
+            _install_parameter(model, name, target, entry)
     return model
 
 
@@ -206,9 +202,7 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name) if name else model
         if isinstance(module, QuantLinear):
-            dense = nn.Linear(
-                module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype
-            )
+            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
             dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
             if module.bias is not None:
                 dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
@@ -216,9 +210,9 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _install_parameter(
-    model: Any, parent: nn.Module, leaf: str, parameter: torch.Tensor, entry: PackedEntry
-) -> None:
+def _install_parameter(model: Any, name: str, parameter: torch.Tensor, entry: PackedEntry) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
     packed = PackedWeight(parameter, entry)
     del parent._parameters[leaf]
     setattr(parent, leaf, packed)
@@ -227,18 +221,28 @@ def _install_parameter(
         for module in model.modules():
             if hasattr(module, "config"):
                 module.config._experts_implementation = "eager"
-    head = model.get_output_embeddings()
-    if parent is model.get_input_embeddings() and getattr(head, "weight", None) is parameter:
-        # The head reads the same packed table. Set past nn.Module, so that the state dict holds it once; and
-        # transformers must not tie parameters that are no longer there.
-        del head._parameters["weight"]
-        object.__setattr__(head, "weight", packed)
+    _share(model, name, packed)
+
+
+def _share(model: Any, name: str, packed: PackedWeight) -> None:
+    """Let tensors that are tied to `name`, such as the head's, read the same packed table.
+
+    They are set past nn.Module, so that the state dict holds the table once, and transformers is told that there
+    is nothing left to tie.
+    """
+    targets = [target for target, source in model.all_tied_weights_keys.items() if source == name]
+    for target in targets:
+        owner_name, _, leaf = target.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        owner._parameters.pop(leaf, None)
+        object.__setattr__(owner, leaf, packed)
+        del model.all_tied_weights_keys[target]
+    if targets:
         model._tied_weights_keys = None
-        model.all_tied_weights_keys = {}
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 

@@ -50,9 +50,7 @@ class QuantSpec:
                 f"pass a positive number, or {WHOLE_ROW} for whole rows."
             )
         if self.grouping not in ("per_oc", "per_ic"):
-            raise UsageError(
-                f"grouping is {self.grouping!r}, but only per_oc and per_ic exist; choose one of those."
-            )
+            raise UsageError(f"grouping is {self.grouping!r}, but only per_oc and per_ic exist; choose one of those.")
         if self.rank < 0:
             raise UsageError(f"rank is {self.rank}, but a rank is 0 (none) or more; choose one of those.")
 
@@ -106,9 +104,7 @@ class QuantSpec:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(mapping) - known)
         if unknown:
-            raise UsageError(
-                f"a quantization spec has the unknown key {unknown[0]!r}; known keys are {sorted(known)}."
-            )
+            raise UsageError(f"a quantization spec has the unknown key {unknown[0]!r}; known keys are {sorted(known)}.")
         return cls(**mapping)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 BAND = 128  # columns a Gram update handles at once: below the diagonal nothing is computed, 1.7 x faster
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
 from .blocks import BlockCall, Returns
 from .graph import Activation, ActivationKind, Block, Linear, LinearKind, Norm
+from .recognise import StackTable, as_norm, linear_modules, shape_of
 
 TensorKey = tuple[int, int, int, int]
 
@@ -62,7 +62,7 @@ class BlockTracer(TorchFunctionMode):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.module = block
-        self.modules: dict[str, tuple[nn.Module, LinearKind]] = dict(_linear_modules(block))
+        self.modules: dict[str, tuple[nn.Module, LinearKind]] = dict(linear_modules(block))
         self.weights = {id(module.weight): name for name, (module, _) in self.modules.items()}
         self.stacks = StackTable(block)
         self.inputs: dict[str, TensorKey] = {}  # linear -> the tensor it received
@@ -93,14 +93,12 @@ class BlockTracer(TorchFunctionMode):
         labels = self._labels()
         linears = [
             Linear(
-                name, kind, _shape_of(module), labels[name],
+                name, kind, shape_of(module), labels[name],
                 transposed=kind == "conv1d", keep=self._reason_to_keep(name, module),
             )
             for name, (module, kind) in self.modules.items()
         ]  # fmt: skip
-        linears += [
-            self._stack(name, transposed, labels[name]) for name, transposed in self.stack_uses.items()
-        ]
+        linears += [self._stack(name, transposed, labels[name]) for name, transposed in self.stack_uses.items()]
         readers: dict[str, list[Linear]] = {}
         for linear in linears:
             readers.setdefault(linear.reads, []).append(linear)
@@ -127,9 +125,7 @@ class BlockTracer(TorchFunctionMode):
             self._observe(getattr(func, "__name__", ""), func, args, kwargs, output)
         return output
 
-    def _observe(
-        self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _observe(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._notice_borrowing(name, args)
         if name in MATRIX_PRODUCTS and len(args) >= 2:
             self._notice_stack(name, args)
@@ -140,9 +136,7 @@ class BlockTracer(TorchFunctionMode):
             for tensor in output if isinstance(output, (tuple, list)) else [output]:
                 self._remember(tensor, origin)
 
-    def _origin_of_result(
-        self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Origin | None:
+    def _origin_of_result(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
         if func is F.scaled_dot_product_attention:
             value = args[2] if len(args) > 2 else kwargs["value"]
             return Origin("value", self._origin(value).writers)
@@ -156,9 +150,7 @@ class BlockTracer(TorchFunctionMode):
         if name in PRODUCTS and len(origins) == 2:
             return self._origin_of_product(origins)
         if name in SUMS and len(origins) == 2 and RESIDUAL in origins:
-            self.added += [
-                writer for origin in origins if origin.kind != "residual" for writer in origin.writers
-            ]
+            self.added += [writer for origin in origins if origin.kind != "residual" for writer in origin.writers]
             return RESIDUAL
         return None
 
@@ -215,7 +207,7 @@ class BlockTracer(TorchFunctionMode):
             return
         self._paused = True
         try:
-            norm = _as_norm(name, module, args[0])
+            norm = as_norm(name, module, args[0])
         finally:
             self._paused = False
         if norm is not None:
@@ -245,7 +237,7 @@ class BlockTracer(TorchFunctionMode):
             return "its weight is used outside its forward"
         if name in self.choosers:
             return "it routes tokens to experts"
-        if _shape_of(module)[0] == 1:
+        if shape_of(module)[0] == 1:
             return "it has a single output"
         return ""
 
@@ -262,80 +254,9 @@ class BlockTracer(TorchFunctionMode):
         kind = "rows" if readers[0].kind == "stack" else kinds.get(origin.kind, "other")
         writers = origin.writers[:1] if origin.kind == "norm" else origin.writers
         order = -1 if key is None else list(self.input_origin).index(key)
-        return Activation(
-            label, kind, readers[0].shape[1], writers, tuple(item.name for item in readers), order
-        )
-
-
-@dataclass(frozen=True)
-class StackUse:
-    """A use of a stack of expert weights: `expert` is None when all are used at once (bmm)."""
-
-    name: str
-    expert: int | None
-
-
-class StackTable:
-    """The 3-D parameters of a block, recognised again in whatever slice of them a function receives."""
-
-    def __init__(self, block: nn.Module):
-        self.parameters = {name: p for name, p in block.named_parameters() if p.ndim == 3}
-        self._by_storage = {p.untyped_storage().data_ptr(): name for name, p in self.parameters.items()}
-
-    def find(self, weight: Any) -> StackUse | None:
-        if not isinstance(weight, torch.Tensor) or not self._by_storage or weight.is_meta:
-            return None
-        name = self._by_storage.get(weight.untyped_storage().data_ptr())
-        if name is None:
-            return None
-        whole = self.parameters[name]
-        if weight.ndim == 3 and weight.shape == whole.shape:
-            return StackUse(name, None)
-        if weight.ndim == 2 and weight.shape == whole.shape[1:]:
-            return StackUse(name, (weight.storage_offset() - whole.storage_offset()) // whole.stride(0))
-        return None
-
-
-def _linear_modules(block: nn.Module) -> Any:
-    """(name, (module, kind)) of modules whose forward computes x W^T + b and nothing else."""
-    for name, module in block.named_modules():
-        if isinstance(module, nn.Linear) and _is_plain(module):
-            yield name, (module, "linear")
-        elif isinstance(module, Conv1D):
-            yield name, (module, "conv1d")
-
-
-def _is_plain(module: nn.Linear) -> bool:
-    """A subclass with a forward of its own (a router, say) counts when numbers show that it changes nothing."""
-    if type(module).forward is nn.Linear.forward:
-        return True
-    probe = torch.linspace(-1, 1, 3 * module.in_features).reshape(1, 3, -1).to(module.weight)
-    output = module.forward(probe)
-    return isinstance(output, torch.Tensor) and torch.allclose(
-        output, nn.Linear.forward(module, probe), rtol=1e-4
-    )
-
-
-def _shape_of(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+        return Activation(label, kind, readers[0].shape[1], writers, tuple(item.name for item in readers), order)
 
 
 def _key(tensor: torch.Tensor) -> TensorKey:
     """Equal for views of the same values: address, count, last dimension and version."""
     return tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor._version
-
-
-def _as_norm(name: str, module: nn.Module, x: torch.Tensor) -> Norm | None:
-    """A norm if its output stays when its input is scaled; centred if it also stays when a constant is added."""
-    if any(parameter.ndim != 1 for parameter in module.parameters()) or x.shape[-1] < 2:
-        return None
-    large = x * (64 / x.abs().mean().clamp(min=1e-12))  # makes eps negligible
-    base = module.forward(large)
-    if not bool(base.std() > 0) or not _close(module.forward(large * 4), base):
-        return None
-    return Norm(name, centred=_close(module.forward(large + large.abs().max()), base))
-
-
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one - other).abs().max() <= 1e-3 * other.abs().max())

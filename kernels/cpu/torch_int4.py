@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..base import Prepared
 from ...formats import DENSE, Parts
 from ...spec import QuantSpec
+from ..base import Prepared
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_STEP = 16  # output channels the packed layout handles together
@@ -29,9 +29,7 @@ class Int4Weight:
 class TorchInt4:
     name = "torch-int4"
 
-    def supports(
-        self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
-    ) -> str | None:
+    def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         n, k = shape
         g = spec.group_length(shape)
         checks = [

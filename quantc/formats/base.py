@@ -26,9 +26,7 @@ class Format(Protocol):
 
     name: str
 
-    def layout(
-        self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()
-    ) -> dict[str, Part]:
+    def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:
         """Names, dtypes and shapes of the parts of a weight of this shape (N, K)."""
 
     def pack(self, tensor: QTensor) -> Parts:

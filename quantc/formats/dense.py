@@ -13,9 +13,7 @@ from .base import Part, Parts
 class DenseFormat:
     name = "dense"
 
-    def layout(
-        self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()
-    ) -> dict[str, Part]:
+    def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:
         n, k = shape
         rows, columns = spec.scales_shape(shape)
         parts = {

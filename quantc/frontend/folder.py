@@ -10,6 +10,7 @@ import json
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,7 +45,7 @@ class FolderSource(Source):
         self.name = name or folder.resolve().name
         self._files = _weight_files(folder)
         self.model = build_skeleton(_read_config(folder))
-        self._conversions = get_model_conversion_mapping(self.model)
+        self._conversions: list[Any] = list(get_model_conversion_mapping(self.model))
 
     @cached_property
     def _headers(self) -> dict[str, tuple[Path, torch.dtype]]:
@@ -94,7 +95,7 @@ class FolderSource(Source):
         return {target: self._headers[key][1] for key, target in self._targets.items()}
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        return self._dtypes.get(name, self.model.config.dtype or COMPUTE_DTYPE)
+        return self._dtypes.get(name, COMPUTE_DTYPE)
 
     def weight_files(self) -> list[Path]:
         return self._files
@@ -132,9 +133,7 @@ def _read_config(folder: Path) -> object:
             if method == "quantc"
             else "start from the original, unquantized model"
         )
-        raise ModelError(
-            f"{folder} is already quantized (by {method}), but quantc needs float weights; {remedy}."
-        )
+        raise ModelError(f"{folder} is already quantized (by {method}), but quantc needs float weights; {remedy}.")
     return config
 
 
@@ -142,11 +141,7 @@ def _quantization_method(config: object) -> str | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    method = (
-        settings.get("quant_method")
-        if isinstance(settings, dict)
-        else getattr(settings, "quant_method", None)
-    )
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     return str(getattr(method, "value", method) or "an unnamed tool")
 
 
@@ -166,9 +161,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has only pickled weights ({pickles[0]}), which quantc does not unpickle; safetensors are "
             "needed: load the model with transformers and call save_pretrained, then use that folder."
         )
-    raise ModelError(
-        f"{folder} has no {SINGLE} and no {INDEX}; safetensors weights are needed, so fetch or save them."
-    )
+    raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}; safetensors weights are needed, so fetch or save them.")
 
 
 def _indexed_files(folder: Path) -> list[Path]:
@@ -176,9 +169,7 @@ def _indexed_files(folder: Path) -> list[Path]:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{folder / INDEX} is not a readable index ({error}); fetch or save it again."
-        ) from error
+        raise ModelError(f"{folder / INDEX} is not a readable index ({error}); fetch or save it again.") from error
     for name in names:
         if not (folder / name).is_file():
             raise ModelError(

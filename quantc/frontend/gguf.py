@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -47,9 +46,11 @@ class GgufSource(Source):
 
         Its own progress bar is off too; it does not ask transformers' logging settings.
         """
+        import gguf
+
         with (
-            mock.patch("gguf.GGUFReader", lambda *_, **__: self._reader),
-            mock.patch.object(hf_gguf, "tqdm", lambda items, **_: items, create=True),
+            _replaced(gguf, "GGUFReader", lambda *_, **__: self._reader),
+            _replaced(hf_gguf, "tqdm", lambda items, **_: items),
         ):
             yield
 
@@ -110,6 +111,16 @@ class GgufSource(Source):
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         with quiet_transformers(), self._parsed_once():
             return read_tokenizer(self.path.parent, gguf_file=self.path.name)
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 class _NamesOnly:

@@ -55,9 +55,7 @@ def _to_groups(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     return torch.nn.functional.pad(along, (0, count * g - along.shape[1])).reshape(along.shape[0], count, g)
 
 
-def _importance_groups(
-    importance: torch.Tensor | None, weight: torch.Tensor, spec: QuantSpec
-) -> torch.Tensor | None:
+def _importance_groups(importance: torch.Tensor | None, weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor | None:
     """(G, g) for per_oc, where it repeats over output channels; a per_ic group has one input: it cancels."""
     if importance is None or spec.grouping == "per_ic":
         return None
@@ -90,9 +88,7 @@ def _search(
     return best_scale, best_zero
 
 
-def _grid_of_range(
-    low: torch.Tensor, high: torch.Tensor, spec: QuantSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _grid_of_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     if spec.symmetric:
         # Codes reach -mid but only mid - 1: the sign puts the larger end of the range on the longer side.
         extreme = torch.where(-low > high, low, high)

@@ -58,9 +58,7 @@ def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) ->
     work = gram.double()
     diagonal = work.diagonal()
     dead = diagonal <= 0
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
-    )
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
     order = order.to(gram.device)
     work = work[order][:, order]
     dead_in_order = dead[order]
@@ -142,9 +140,7 @@ class _Sweep:
             return
         middle = (low + high) // 2
         self.run(low, middle)
-        self.left[middle:high].addmm_(
-            self.upper[low:middle, middle:high].T, self.errors[low:middle], alpha=-1
-        )
+        self.left[middle:high].addmm_(self.upper[low:middle, middle:high].T, self.errors[low:middle], alpha=-1)
         self.run(middle, high)
 
     def _round_column(self, column: int, high: int) -> None:
@@ -160,9 +156,7 @@ class _Sweep:
             self.left[column + 1 : high].addr_(self.upper[column, column + 1 : high], error, alpha=-1)
 
 
-def _grid_rows(
-    grid: Grid, spec: QuantSpec, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _grid_rows(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """(scales, zeros) float32 (R, N), and for every input channel the row of them it uses."""
     n, k = shape
     g = spec.group_length(shape)

@@ -1,0 +1,104 @@
+"""What stands in a checkpoint beside the weights: config, manifest, tokenizer, plan."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import __version__
+from .checkpoint import CheckpointWriter, PackedEntry, describe_quantization
+from .frontend import Source, model_files
+from .pipeline import Run
+from .recipe import Recipe
+from .spec import QuantSpec
+
+PLAN_FILE = "plan.yaml"
+
+
+def estimate_bytes(run: Run) -> int:
+    """Bytes of the checkpoint, from the plan and the shapes alone."""
+    total = 0.0
+    planned = {
+        (run.graph.linears[name].weight_name if name in run.graph.linears else name): spec
+        for name, spec in run.plan.specs.items()
+    }
+    for name, tensor in run.source.model.state_dict().items():
+        if name in run.source.tied:
+            continue
+        spec = planned.get(name)
+        bits: float = 8 * run.source.stored_dtype(name).itemsize
+        if spec is not None:
+            bits = spec.bits + 32 / spec.group_length((tensor.shape[-2], tensor.shape[-1]))
+        total += tensor.numel() * bits / 8
+    return int(total)
+
+
+def _packed_entries(run: Run) -> dict[str, PackedEntry]:
+    entries = {}
+    for name, spec in run.plan.specs.items():
+        if spec is None:
+            continue
+        linear = run.graph.linears.get(name)
+        if linear is None:
+            n, k = run.source.model.get_parameter(name).shape
+            entries[name] = PackedEntry(spec, (n, k))
+        else:
+            entries[name] = PackedEntry(spec, linear.shape, (linear.experts,) if linear.kind == "stack" else ())
+    return entries
+
+
+def config_json(run: Run) -> dict[str, Any]:
+    """config.json: the source model's, and how its weights are packed."""
+    entries = _packed_entries(run)
+    specs = [entry.spec for entry in entries.values()]
+    default = max(specs, key=specs.count) if specs else QuantSpec()
+    config = run.source.model.config.to_dict()
+    config["architectures"] = [type(run.source.model).__name__]
+    config["dtype"] = str(model_dtype(run.source)).removeprefix("torch.")
+    config["quantization_config"] = describe_quantization(entries, default)
+    return config
+
+
+def model_dtype(source: Source) -> torch.dtype:
+    """The dtype the model's config asks for; float32 where it says nothing."""
+    dtype = source.model.config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def manifest_json(run: Run, recipe: Recipe, tokens: torch.Tensor | None) -> dict[str, Any]:
+    """quantc.json: where the checkpoint comes from, so that it can be made again."""
+    calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return {
+        "format": "quantc",
+        "version": 1,
+        "source": {
+            "name": run.source.name,
+            "files": {f.name: _file_hash(f) for f in run.source.weight_files()},
+        },
+        "recipe": recipe.to_dict(),
+        "calibration_sha256": calibration,
+        "libraries": {
+            "quantc": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_companions(run: Run, writer: CheckpointWriter) -> None:
+    """Tokenizer, generation settings and plan: what makes the folder a model."""
+    run.source.tokenizer.save_pretrained(writer.folder)
+    for file in model_files(run.source.path):
+        writer.add_text(file.name, file.read_text())
+    writer.add_text(PLAN_FILE, run.plan.to_yaml())

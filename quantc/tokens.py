@@ -1,0 +1,86 @@
+"""Calibration tokens: windows of a text, or a text that the model writes itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .calib_data import load_documents
+from .errors import CalibrationError
+from .pipeline import Run
+from .recipe import CalibrationConfig
+from .windows import leading_bos
+
+
+def calibration_tokens(run: Run, wanted: CalibrationConfig) -> torch.Tensor:
+    """int64 (samples, seq_len) from the configured source; says in the report what it was."""
+    data = _fit_context(run, wanted)
+    tokenizer = run.source.tokenizer
+    run.report.calibration = f"{data.source}, {data.samples} x {data.seq_len} tokens, seed {data.seed}"
+    if data.source == "self":
+        whole = run.source.load_whole(torch.bfloat16)
+        return generate_tokens(whole, data.samples, data.seq_len, data.seed, leading_bos(tokenizer))
+    documents = load_documents(data.source, also_known=("self",))
+    return tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed)
+
+
+def _fit_context(run: Run, data: CalibrationConfig) -> CalibrationConfig:
+    """Windows longer than the model's context are shortened to it, with a note."""
+    limit = getattr(run.source.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or data.seq_len <= limit:
+        return data
+    run.report.notes.append(f"calibration windows have {limit} tokens, the model's context, not {data.seq_len}")
+    return replace(data, seq_len=limit)
+
+
+def tokenize_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """Calibration tokens (samples, seq_len): windows spread evenly over the documents' token stream.
+
+    Documents are joined with the end-of-text token. Where the tokenizer itself starts a text with a token (BOS),
+    every window starts with it. The seed shifts all windows; they overlap when the text is short.
+    Raises CalibrationError when the text does not fill a single window.
+    """
+    first = leading_bos(tokenizer)
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+        if tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+    body = seq_len - len(first)
+    room = len(stream) - body
+    if room < 0:
+        raise CalibrationError(
+            f"the calibration text has {len(stream)} tokens, but one sample needs {body}; "
+            "give a longer text or a smaller --seq-len."
+        )
+    phase = (seed * 0.6180339887498949) % 1.0
+    starts = [round(room * (((index + phase) % samples) / max(1, samples - 1))) for index in range(samples)]
+    return torch.tensor([first + stream[start : start + body] for start in (min(s, room) for s in starts)])
+
+
+def generate_tokens(model: Any, samples: int, seq_len: int, seed: int, first: list[int]) -> torch.Tensor:
+    """Calibration text the model writes itself (samples, seq_len), by seeded sampling.
+
+    Each sample starts from the tokenizer's leading token and one random token of the vocabulary, so that the
+    samples differ from the first word on.
+    """
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, vocabulary, (samples, 1), generator=generator)
+    prompts = torch.cat([torch.tensor([first] * samples, dtype=torch.int64).reshape(samples, -1), starts], dim=1)
+    new = seq_len - prompts.shape[1]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        written = [
+            model.generate(
+                batch, do_sample=True, top_k=0, top_p=0.95, temperature=1.0, min_new_tokens=new, max_new_tokens=new,
+                attention_mask=torch.ones_like(batch), pad_token_id=0,
+            )
+            for batch in prompts.split(16)
+        ]  # fmt: skip
+    return torch.cat(written)
