@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,9 +129,10 @@ def measure(shape: Shape, folder: Path, method: str, args: argparse.Namespace) -
     tokens = args.samples * args.seq_len if method == "gptq" else 0
     calibration = {"samples": args.samples, "seq_len": args.seq_len} if tokens else {}
     out = folder.with_name("quantized")
-    measured, summary = quantize(str(folder), out, bits=args.bits, method=method, **calibration)
+    measured, summary = quantize(str(folder), out, threads=args.threads, bits=args.bits, method=method, **calibration)
     shutil.rmtree(out)
     peak, bound = measured.peak_rss_bytes, shape.bound(tokens)
+    print(f"{method}, {shape.layers} layers: peak {peak / 1e9:.2f} GB", file=sys.stderr, flush=True)
     return {
         "method": method,
         "layers": shape.layers,
@@ -175,9 +177,7 @@ def show(rows: list[dict[str, Any]], grown: dict[str, float], block_bytes: int) 
         for row in rows
     ]))  # fmt: skip
     for method, grows in grown.items():
-        print(
-            f"{method}: {grows / 1e6:+.1f} MB for each further layer (a block is {block_bytes / 1e6:.0f} MB)"
-        )
+        print(f"{method}: {grows / 1e6:+.1f} MB for each further layer (a block is {block_bytes / 1e6:.0f} MB)")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -189,12 +189,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--samples", type=int, default=4, help="calibration windows for GPTQ")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens in each")
-    parser.add_argument(
-        "--folder", type=Path, help="where to write checkpoints [default: a temporary folder]"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/memory.json"), help="result file"
-    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to write checkpoints [default: a temporary folder]")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"), help="result file")
     return parser.parse_args()
 
 

@@ -84,9 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("model", help="as `quantc quantize` takes it")
     parser.add_argument("--calib", default="builtin", help="calibration text, likewise")
-    parser.add_argument(
-        "--samples", type=int, nargs="+", default=[16, 64], help="numbers of windows to measure"
-    )
+    parser.add_argument("--samples", type=int, nargs="+", default=[16, 64], help="numbers of windows to measure")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in each")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)

@@ -11,7 +11,7 @@ from ..errors import CalibrationError, ModelError, UsageError
 from ..graph import Linear
 from ..numerics.grids import Grid, fit_grid
 from ..numerics.rounding import Factor, factorize, gptq, round_to_nearest
-from ..pipeline import BlockWork, Fact, OutsideWork, Pass, register
+from ..pipeline import BlockWork, Fact, OutsideWork, Pass, Run, register
 from ..qtensor import QTensor
 from ..report import LinearReport
 from ..spec import QuantSpec
@@ -51,6 +51,13 @@ class Quantize(Pass):
     @property
     def calibrated(self) -> bool:
         return self.config.method == "gptq"
+
+    def plan(self, run: Run) -> None:
+        ranked = next((name for name, spec in run.plan.specs.items() if spec is not None and spec.rank), None)
+        if ranked is not None:
+            raise UsageError(
+                f"the plan gives {ranked} a low-rank addition, but no pass computes one yet; set its rank to 0."
+            )
 
     def build(self, work: BlockWork) -> None:
         for activation, grams in work.statistics():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import companions, pipeline
 from .blocks import find_blocks
-from .checkpoint import CheckpointReader, CheckpointWriter, is_checkpoint
+from .checkpoint import CheckpointReader, CheckpointWriter, is_checkpoint, read_json, read_quantization, writing
 from .checkpoint import verify as verify_checkpoint
 from .derive import derive
 from .errors import UsageError
@@ -99,8 +99,10 @@ def load(
     """
     if verify:
         verify_checkpoint(path)
-    else:
+    elif is_checkpoint(path):
         CheckpointReader(path)
+    else:  # a copy that save_pretrained wrote has no manifest, but says how it is packed
+        read_quantization(read_json(Path(path) / "config.json"))
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
     return model.eval().to(device)
@@ -176,7 +178,8 @@ def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_start
     report.wall_seconds = time.perf_counter() - started
     report.cpu_seconds = time.process_time() - cpu_started
     report.peak_rss_bytes = peak_rss_bytes()
-    report.write(writer.folder)
+    with writing(writer.folder):
+        report.write(writer.folder)
 
 
 def _tokenizer(model: PathLike) -> Any:

@@ -41,7 +41,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, out: Path, force: bool = False, shard_bytes: int = SHARD_BYTES):
-        self.out, self.folder = out, out.with_name(out.name + ".unfinished")
+        self.out = out.resolve()
+        self.folder = self.out.with_name(self.out.name + ".unfinished")
         self.tensors: dict[str, dict[str, Any]] = {}
         self.weights_bytes = 0
         self._shard_bytes = shard_bytes
@@ -91,7 +92,7 @@ class CheckpointWriter:
 
     def add_text(self, name: str, text: str) -> None:
         """Write a text file into the checkpoint."""
-        with _writing(self.folder / name):
+        with writing(self.folder / name):
             (self.folder / name).write_text(text)
 
     def finish_weights(self) -> int:
@@ -102,7 +103,7 @@ class CheckpointWriter:
     def commit(self, config: dict[str, Any], manifest: dict[str, Any]) -> None:
         """Write what is left, name the shards, write the index, config and manifest, and rename the folder."""
         self._flush()
-        with _writing(self.folder):
+        with writing(self.folder):
             weight_map = self._name_shards()
             index = {"metadata": {"total_size": self.weights_bytes}, "weight_map": weight_map}
             self.add_text(INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
@@ -116,7 +117,7 @@ class CheckpointWriter:
         if not self._pending:
             return
         file = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        with _writing(file):
+        with writing(file):
             save_file(self._pending, file, metadata={"format": "pt"})
         self.weights_bytes += file.stat().st_size
         self._shards.append(list(self._pending))
@@ -142,7 +143,7 @@ class CheckpointWriter:
             retired.unlink()
 
 
-class _writing:
+class writing:
     """Turns a failed write into a CheckpointError that names the file."""
 
     def __init__(self, file: Path):
@@ -225,6 +226,8 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
     Raises CheckpointError for another method, an unknown version or an unreadable spec.
     """
     settings = config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise CheckpointError("the quantization_config in config.json is no mapping; copy the checkpoint again.")
     if settings.get("quant_method") != METHOD:
         raise CheckpointError(
             f"the checkpoint was quantized by {settings.get('quant_method')!r}, but only {METHOD!r} can be read here; "
@@ -261,13 +264,22 @@ class CheckpointReader:
                 f"{self.folder} has no {MANIFEST}, so it is no quantc checkpoint; pass a folder that "
                 "`quantc quantize` wrote."
             )
-        self.config = read_json(self.folder / "config.json")
+        self.entries = read_quantization(read_json(self.folder / "config.json"))
         self.manifest = read_json(self.folder / MANIFEST)
-        self.entries = read_quantization(self.config)
-        self.weight_map: dict[str, str] = read_json(self.folder / INDEX).get("weight_map", {})
+        self.recorded = self._table(MANIFEST, self.manifest.get("tensors"), dict)
+        self.weight_map = self._table(INDEX, read_json(self.folder / INDEX).get("weight_map"), str)
         self._shards = {name: self._open(self.folder / name) for name in sorted(set(self.weight_map.values()))}
         self._check_tensors()
         self._check_layouts()
+
+    def _table(self, file: str, table: Any, kind: type) -> dict[str, Any]:
+        """What a JSON file says of its tensors: a mapping whose values are all of one kind."""
+        if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
+            raise CheckpointError(
+                f"{self.folder / file} has no readable table of tensors; a whole quantc checkpoint is needed, so copy "
+                "it again."
+            )
+        return table
 
     def _open(self, file: Path) -> Any:
         if not file.is_file():
@@ -284,7 +296,12 @@ class CheckpointReader:
     def _check_tensors(self) -> None:
         """Every tensor that the manifest lists is there, with its dtype and shape."""
         present = {name: set(shard.keys()) for name, shard in self._shards.items()}
-        for tensor, entry in self.manifest.get("tensors", {}).items():
+        for tensor, entry in self.recorded.items():
+            if not isinstance(entry.get("shape"), list) or not {"dtype", "sha256"} <= set(entry):
+                raise CheckpointError(
+                    f"{self.folder / MANIFEST} says too little about {tensor}; dtype, shape and sha256 are needed, so "
+                    "copy the checkpoint again."
+                )
             shard = self.weight_map.get(tensor)
             if shard is None or tensor not in present[shard]:
                 raise CheckpointError(
@@ -324,7 +341,7 @@ def verify(path: str | os.PathLike[str]) -> Verified:
     """Check every tensor's checksum; raises CheckpointError that names the first one that differs."""
     reader = CheckpointReader(path)
     total = 0
-    for name, entry in reader.manifest["tensors"].items():
+    for name, entry in reader.recorded.items():
         tensor = reader.tensor(name)
         if checksum(tensor) != entry["sha256"]:
             raise CheckpointError(
@@ -332,4 +349,4 @@ def verify(path: str | os.PathLike[str]) -> Verified:
                 "(its checksum differs); copy that file again."
             )
         total += tensor.nbytes
-    return Verified(len(reader.manifest["tensors"]), total)
+    return Verified(len(reader.recorded), total)

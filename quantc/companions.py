@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from . import __version__
-from .checkpoint import CheckpointWriter, PackedEntry, describe_quantization
+from .checkpoint import CheckpointWriter, PackedEntry, describe_quantization, writing
 from .frontend import Source, model_files
 from .pipeline import Run
 from .recipe import Recipe
@@ -98,7 +98,8 @@ def _file_hash(file: Path) -> str:
 
 def write_companions(run: Run, writer: CheckpointWriter) -> None:
     """Tokenizer, generation settings and plan: what makes the folder a model."""
-    run.source.tokenizer.save_pretrained(writer.folder)
+    with writing(writer.folder):
+        run.source.tokenizer.save_pretrained(writer.folder)
     for file in model_files(run.source.path):
         writer.add_text(file.name, file.read_text())
     writer.add_text(PLAN_FILE, run.plan.to_yaml())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class _Packed(nn.Module):
             if parameter is not None:
                 self._parameters[name] = nn.Parameter(fn(parameter.data), requires_grad=False)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         n, k = self.matrix_shape
@@ -128,19 +133,20 @@ class PackedWeight(_Packed):
         )
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the table for int indices (...): float (..., K), unpacked one by one."""
+        """Rows of the table for int indices (...): float (..., K), unpacked row by row."""
         wanted, back = torch.unique(indices, return_inverse=True)
-        table = DENSE.unpack(self._row_parts(wanted), self.spec, (len(wanted), self.matrix_shape[1])).dequantize(
-            self.dtype
-        )
-        return table[back]
+        shape = (len(wanted), self.matrix_shape[1])
+        return DENSE.unpack(*self._rows_of(wanted), shape).effective_weight().to(self.dtype)[back]
 
-    def _row_parts(self, rows: torch.Tensor) -> Parts:
-        if self.spec.grouping != "per_oc":
-            raise CheckpointError(
-                "an embedding is stored with per_ic groups, but rows can only be read from per_oc ones."
-            )
-        return {name: tensor if name == "low_rank_a" else tensor[rows] for name, tensor in self.parts().items()}
+    def _rows_of(self, rows: torch.Tensor) -> tuple[Parts, QuantSpec]:
+        """Parts and spec of the table that has just these rows; a per_ic group then holds a single row."""
+        parts = self.parts()
+        if self.spec.grouping == "per_oc":
+            return {name: part if name == "low_rank_a" else part[rows] for name, part in parts.items()}, self.spec
+        group = rows // self.spec.group_length(self.matrix_shape)
+        own = {"qweight": rows, "low_rank_b": rows, "scales": group, "zeros": group}
+        cut = {name: part if name == "low_rank_a" else part[own[name]] for name, part in parts.items()}
+        return cut, replace(self.spec, group_size=1)
 
 
 class ExpertWeight:

@@ -40,19 +40,21 @@ class QuantSpec:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+        if not _is_count(self.bits) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(
                 f"bits is {self.bits!r}, but codes have {MIN_BITS} to {MAX_BITS} bits; choose one of those."
             )
-        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != WHOLE_ROW):
+        if not _is_count(self.group_size) or (self.group_size < 1 and self.group_size != WHOLE_ROW):
             raise UsageError(
                 f"group_size is {self.group_size!r}, but a group holds 1 or more weights; "
                 f"pass a positive number, or {WHOLE_ROW} for whole rows."
             )
         if self.grouping not in ("per_oc", "per_ic"):
             raise UsageError(f"grouping is {self.grouping!r}, but only per_oc and per_ic exist; choose one of those.")
-        if self.rank < 0:
-            raise UsageError(f"rank is {self.rank}, but a rank is 0 (none) or more; choose one of those.")
+        if not isinstance(self.symmetric, bool):
+            raise UsageError(f"symmetric is {self.symmetric!r}, but it is either true or false; choose one of those.")
+        if not _is_count(self.rank) or self.rank < 0:
+            raise UsageError(f"rank is {self.rank!r}, but a rank is 0 (none) or more; choose one of those.")
 
     @property
     def levels(self) -> int:
@@ -106,6 +108,10 @@ class QuantSpec:
         if unknown:
             raise UsageError(f"a quantization spec has the unknown key {unknown[0]!r}; known keys are {sorted(known)}.")
         return cls(**mapping)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def packed_bytes(count: int, bits: int) -> int:

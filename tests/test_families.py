@@ -8,15 +8,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.families import FAMILIES, VOCAB, build
-from tests.helpers import save_with_tokenizer
-
 import quantc
 from quantc.checkpoint import CheckpointReader
 from quantc.derive import derive
 from quantc.formats import DENSE
 from quantc.frontend import open_model, to_meta
 from quantc.graph import ModelGraph
+from tests.families import FAMILIES, VOCAB, build
+from tests.helpers import save_with_tokenizer
 
 ROUTER = "it routes tokens to experts"
 TOKENS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))

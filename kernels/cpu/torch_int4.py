@@ -57,7 +57,7 @@ class TorchInt4:
         )
 
     def run(self, x: torch.Tensor, prepared: Int4Weight) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, prepared.packed, prepared.group_size, prepared.scales_and_zeros
         )

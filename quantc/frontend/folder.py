@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import ModelError
-from .source import COMPUTE_DTYPE, Source, build_skeleton, is_under, quiet_transformers, read_tokenizer
+from .source import COMPUTE_DTYPE, Source, build_skeleton, first_line, is_under, quiet_transformers, read_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -121,9 +121,8 @@ def _read_config(folder: Path) -> object:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{folder}: config.json is not one that transformers can use ({reason}); "
+            f"{folder}: config.json is not one that transformers can use ({first_line(error)}); "
             "a decoder model that AutoModelForCausalLM knows is needed."
         ) from error
     method = _quantization_method(config)

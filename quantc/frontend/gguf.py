@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from ..errors import ModelError
-from .source import COMPUTE_DTYPE, Source, build_skeleton, is_under, quiet_transformers, read_tokenizer
+from .source import COMPUTE_DTYPE, Source, build_skeleton, first_line, is_under, quiet_transformers, read_tokenizer
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -164,9 +164,8 @@ def _read_config(file: Path) -> Any:
         with quiet_transformers():
             return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{file}: transformers cannot read this architecture from GGUF ({reason}); "
+            f"{file}: transformers cannot read this architecture from GGUF ({first_line(error)}); "
             "use the model's transformers folder."
         ) from error
 

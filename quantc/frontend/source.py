@@ -130,8 +130,14 @@ def to_meta(module: nn.Module) -> None:
 
 def build_skeleton(config: object) -> PreTrainedModel:
     """The model of a config with parameters on the meta device and real buffers (rotary tables and the like)."""
-    with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE)
+    try:
+        with init_empty_weights(include_buffers=False), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE)
+    except (ValueError, ImportError) as error:
+        raise ModelError(
+            f"transformers cannot build {type(config).__name__} ({first_line(error)}); a decoder model that "
+            "AutoModelForCausalLM knows is needed."
+        ) from error
     for module in model.modules():
         if hasattr(module, "config"):
             # One expert at a time, so that each one's rows and weights can be told apart.
@@ -143,11 +149,15 @@ def read_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{folder}: no tokenizer could be read ({reason}); calibration and evaluation need one, "
+            f"{folder}: no tokenizer could be read ({first_line(error)}); calibration and evaluation need one, "
             "so put the model's tokenizer files into its folder."
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -75,7 +75,7 @@ def _search(
     low = groups.amin(1).clamp_(max=0)
     high = groups.amax(1).clamp_(min=0)
     best_error = torch.full_like(low, torch.inf)
-    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    best_scale, best_zero = _grid_of_range(low, high, spec)  # stands where every range overflows float16
     for ratio in CLIP_RATIOS:
         scale, zero = _grid_of_range(low * ratio, high * ratio, spec)
         codes = groups.div(scale[:, None]).round_().add_(zero[:, None]).clamp_(0, spec.levels - 1)

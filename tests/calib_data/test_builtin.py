@@ -6,6 +6,7 @@ import re
 from itertools import pairwise
 
 import pytest
+
 from quantc.calib_data import load_documents
 from quantc.calib_data.builtin import load_genres
 

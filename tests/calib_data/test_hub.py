@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from quantc.calib_data import load_documents
 
+from quantc.calib_data import load_documents
 from quantc.errors import CalibrationError
 
 MessageOf = Callable[..., str]

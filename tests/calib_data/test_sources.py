@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from quantc.calib_data import describe, load_documents
 
+from quantc.calib_data import describe, load_documents
 from quantc.errors import CalibrationError, UsageError
 
 MessageOf = Callable[..., str]

@@ -81,15 +81,13 @@ def test_a_kernel_multiplies_with_the_dequantized_weight(kernel: Kernel, dtype: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_sliced_and_transposed_activations(
-    request: pytest.FixtureRequest, kernel: Kernel, dtype: torch.dtype
+    kernel: Kernel, dtype: torch.dtype
 ) -> None:
     spec, shape = QuantSpec(4, 32), (48, 128)
     reason = kernel.supports(spec, shape, CPU, dtype)
     if reason is not None:
         assert reason.strip()
         return
-    if kernel is TORCH_INT4:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="torch-int4 refuses strided activations"))
     tensor = random_qtensor(spec, shape)
     wide = torch.randn(6, 3, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     for x in (wide[..., 64:192], wide[..., ::2], wide[:, 1, :128], wide[..., :128].transpose(0, 1)):

@@ -22,10 +22,7 @@ from tests.helpers import save_with_tokenizer
 TOKENS = torch.tensor([[3, 17, 42, 99, 3, 7, 120, 64]])
 MODELS = ["qwen2", "llama", "gpt2", "qwen2_moe"]  # tied, untied, tied with Conv1D, experts
 TIED = {"qwen2", "gpt2"}
-tied_head = pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="a packed embedding whose head is tied does not load"
-)
-HEADS = [pytest.param(name, marks=tied_head if name in TIED else ()) for name in MODELS]
+HEADS = MODELS
 
 
 @pytest.fixture(scope="module")

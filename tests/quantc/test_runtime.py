@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from quantc.checkpoint import PackedEntry
 from quantc.errors import CheckpointError
 from quantc.formats import DENSE
-from quantc.kernels.cpu.torch_int4 import TORCH_INT4
-from quantc.kernels.registry import choose
 from quantc.qtensor import QTensor
 from quantc.runtime import PackedWeight, QuantLinear, install, unpack
 from quantc.spec import WHOLE_ROW, QuantSpec
@@ -107,9 +105,7 @@ def test_it_is_a_linear_with_the_dequantized_weight(spec: QuantSpec, dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
-def test_strided_activations(request: pytest.FixtureRequest, spec: QuantSpec, dtype: torch.dtype) -> None:
-    if choose(spec, SHAPES[0], torch.device("cpu"), dtype).kernel is TORCH_INT4:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="torch-int4 refuses strided activations"))
+def test_strided_activations(spec: QuantSpec, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         module, weight = make_linear(spec, shape, dtype, bias=True)
         for x in strided_inputs(shape[1], dtype):
@@ -164,7 +160,6 @@ def test_state_dict_roundtrip(spec: QuantSpec) -> None:
     assert torch.equal(fresh(x), module(x))
 
 
-@pytest.mark.xfail(strict=True, reason="what a kernel prepared outlives load_state_dict")
 def test_new_weights_are_seen_after_a_product() -> None:
     """load_state_dict after a forward pass must not leave a kernel with the old weights."""
     module, _ = make_linear(QuantSpec(4, 32), (32, 64), torch.bfloat16)

@@ -1,0 +1,153 @@
+"""The quantize pass: experts that saw too little, kept linears, and weights no scale can hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import quantc
+from quantc.checkpoint import CheckpointReader
+from quantc.errors import ModelError
+from quantc.formats import DENSE
+from quantc.numerics.grids import fit_grid
+from quantc.numerics.rounding import round_to_nearest
+from quantc.qtensor import QTensor
+from quantc.report import LinearReport, Report, read_report
+from quantc.spec import QuantSpec
+from quantc.tokens import tokenize_documents
+from tests.families import build
+from tests.helpers import save_with_tokenizer
+from tests.word_tokenizer import make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_with_tokenizer(build("qwen2_moe"), tmp_path_factory.mktemp("moe") / "model")
+
+
+def run(model: Path, out: Path, **settings: Any) -> Report:
+    options = {"bits": 4, "group_size": 32, "calib": str(model / "text.txt"), "samples": 1, "seq_len": 12}
+    return quantc.quantize(model, out=out, **{**options, **settings})
+
+
+def stored_weight(reader: CheckpointReader, name: str) -> torch.Tensor:
+    """float32 (N, K): what the codes of a linear stand for."""
+    entry = reader.entries[name]
+    parts = {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}
+    return DENSE.unpack(parts, entry.spec, entry.shape).dequantize()
+
+
+def stacks(report: Report) -> list[LinearReport]:
+    return [linear for linear in report.linears if linear.experts]
+
+
+def test_experts_that_saw_too_few_rows_fall_back_and_are_counted(moe: Path, tmp_path: Path) -> None:
+    report = run(moe, tmp_path / "few")
+    run(moe, tmp_path / "rtn", method="rtn")
+    few, nearest = CheckpointReader(tmp_path / "few"), CheckpointReader(tmp_path / "rtn")
+    assert len(stacks(report)) == 4
+    mixed = [linear for linear in stacks(report) if 0 < linear.fallbacks < 4]
+    assert mixed
+    for linear in stacks(report):
+        assert linear.rows == 12 * 2  # every token goes to two of the four experts
+        parts = [(few.tensor(name), nearest.tensor(name)) for name in few.weight_map if name.startswith(linear.name)]
+        same = sum(all(torch.equal(one[e], two[e]) for one, two in parts) for e in range(4))
+        assert same == linear.fallbacks
+        assert linear.method == {0: "gptq", 4: "rtn"}.get(linear.fallbacks, "gptq+rtn")
+    assert report.fallbacks == sum(linear.fallbacks for linear in stacks(report))
+    assert read_report(tmp_path / "few")["expert_fallbacks"] == report.fallbacks
+
+
+def test_with_enough_rows_no_expert_falls_back(moe: Path, tmp_path: Path) -> None:
+    report = run(moe, tmp_path / "out", samples=8, seq_len=48)
+    assert report.fallbacks == 0
+    assert {linear.method for linear in report.linears} == {"gptq"}
+    assert all(linear.rows == 8 * 48 * (2 if linear.experts else 1) for linear in report.linears)
+
+
+def test_without_calibration_nothing_counts_as_a_fallback(moe: Path, tmp_path: Path) -> None:
+    report = run(moe, tmp_path / "out", method="rtn")
+    assert report.fallbacks == 0
+    assert {(linear.method, linear.rows) for linear in report.linears} == {("rtn", 0)}
+
+
+def test_what_is_kept_is_reported_with_the_reason(moe: Path, tmp_path: Path) -> None:
+    report = run(moe, tmp_path / "out", method="rtn")
+    gates = [f"model.layers.{index}.mlp.shared_expert_gate" for index in range(2)]
+    assert report.kept == dict.fromkeys(gates, "it has a single output")
+
+
+def test_the_error_is_the_share_of_the_output_that_was_lost(tmp_path: Path) -> None:
+    model = build("llama")
+    save_with_tokenizer(model, tmp_path / "model")
+    report = run(tmp_path / "model", tmp_path / "out", method="rtn")
+    reader = CheckpointReader(tmp_path / "out")
+    for linear in report.linears:
+        weight = model.get_submodule(linear.name).weight.detach().double()
+        rounded = stored_weight(reader, linear.name).double()
+        lost = float((rounded - weight).square().sum() / weight.square().sum())
+        assert linear.error == pytest.approx(lost, rel=1e-4)
+
+
+def test_gptq_loses_less_of_the_output_than_rounding_to_nearest(tmp_path: Path) -> None:
+    """Measured on the same inputs: those of the first block, which rounding changes in neither run."""
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    gptq = run(tmp_path / "model", tmp_path / "gptq", samples=8, seq_len=48, bits=3)
+    names = [linear.name for linear in gptq.linears if ".layers.0." in linear.name]
+    nearest = nearest_errors(tmp_path / "model", names)
+    for linear in gptq.linears[: len(names)]:
+        assert linear.error < nearest[linear.name]
+
+
+def nearest_errors(folder: Path, names: list[str]) -> dict[str, float]:
+    """Output error of 3-bit rounding to nearest for linears of block 0, on the same calibration inputs."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = tokenize_documents(make_tokenizer(adds_bos=False), [(folder / "text.txt").read_text()], 8, 48, 0)
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        for name in names
+    ]
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    errors, spec = {}, QuantSpec(3, 32)
+    for name, x in seen.items():
+        weight = model.get_submodule(name).weight.detach()
+        grid = fit_grid(weight, spec)
+        rounded = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros).dequantize()
+        lost, whole = (x.double() @ w.double().T for w in (rounded - weight, weight))
+        errors[name] = float(lost.square().sum() / whole.square().sum())
+    return errors
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        1e6,
+        pytest.param(
+            1e8, marks=pytest.mark.xfail(strict=True, reason="every range overflows: a scale of 1 is written")
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_weights_that_no_scale_can_hold_are_refused(tmp_path: Path, factor: float, method: str) -> None:
+    model, name = build("llama"), "model.layers.1.mlp.up_proj"
+    model.get_submodule(name).weight.data.mul_(factor)
+    save_with_tokenizer(model, tmp_path / "model")
+    try:
+        run(tmp_path / "model", tmp_path / "out", method=method, samples=4, seq_len=32)
+    except ModelError as error:
+        assert str(error) == (
+            f"{name} has weights so large that their scale overflows float16 (65504); rescale that weight first."
+        )
+        return
+    weight = model.get_submodule(name).weight.detach()
+    stored = stored_weight(CheckpointReader(tmp_path / "out"), name)
+    lost = (stored - weight).square().sum() / weight.square().sum()
+    assert float(lost) < 0.1
