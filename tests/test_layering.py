@@ -73,7 +73,12 @@ def modules_under(*parts: str) -> list[str]:
 
 
 def test_the_files_were_found() -> None:
-    for module in ("quantc.errors", "quantc.numerics.packing", "quantc.passes.quantize", "quantc.kernels.cpu.torch_int4"):
+    for module in (
+        "quantc.errors",
+        "quantc.numerics.packing",
+        "quantc.passes.quantize",
+        "quantc.kernels.cpu.torch_int4",
+    ):
         assert module in FILES
     assert parts_imported("quantc.passes.quantize") >= {"errors", "numerics", "pipeline"}
     assert parts_imported("quantc.kernels.cpu.torch_int4") == {"formats", "spec"}
@@ -104,7 +109,19 @@ def test_a_pass_imports_no_other_pass_and_nothing_above_it(module: str) -> None:
         assert not others
 
 
-BELOW_PIPELINE = ("graph", "frontend", "stats", "calibration", "checkpoint", "report", "blocks", "trace", "derive", "observe", "plan")
+BELOW_PIPELINE = (
+    "graph",
+    "frontend",
+    "stats",
+    "calibration",
+    "checkpoint",
+    "report",
+    "blocks",
+    "trace",
+    "derive",
+    "observe",
+    "plan",
+)
 
 
 @pytest.mark.parametrize("module", modules_under(*BELOW_PIPELINE))

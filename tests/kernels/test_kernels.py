@@ -80,9 +80,7 @@ def test_a_kernel_multiplies_with_the_dequantized_weight(kernel: Kernel, dtype: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_sliced_and_transposed_activations(
-    kernel: Kernel, dtype: torch.dtype
-) -> None:
+def test_sliced_and_transposed_activations(kernel: Kernel, dtype: torch.dtype) -> None:
     spec, shape = QuantSpec(4, 32), (48, 128)
     reason = kernel.supports(spec, shape, CPU, dtype)
     if reason is not None:

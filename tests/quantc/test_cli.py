@@ -79,9 +79,7 @@ def test_help_answers_in_under_half_a_second() -> None:
 
 def test_help_lists_commands_in_the_order_of_use() -> None:
     shown = run("--help").stdout
-    places = [
-        shown.index(f"\n  {name} ") for name in ("quantize", "eval", "inspect", "verify", "doctor", "report")
-    ]
+    places = [shown.index(f"\n  {name} ") for name in ("quantize", "eval", "inspect", "verify", "doctor", "report")]
     assert places == sorted(places)
     assert run().stdout == shown
 

@@ -60,9 +60,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 def test_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
-    assert "empty.txt holds no text; at least one non-empty" in message_of(
-        CalibrationError, tmp_path / "empty.txt"
-    )
+    assert "empty.txt holds no text; at least one non-empty" in message_of(CalibrationError, tmp_path / "empty.txt")
 
 
 def test_not_utf8(tmp_path: Path) -> None:
@@ -79,9 +77,7 @@ def test_other_ending(tmp_path: Path) -> None:
 
 def test_unknown_name() -> None:
     message = message_of(UsageError, "wikitext")
-    assert message.startswith(
-        "Evaluation text 'wikitext' is neither a known name nor a file: known are wikitext2, c4"
-    )
+    assert message.startswith("Evaluation text 'wikitext' is neither a known name nor a file: known are wikitext2, c4")
     assert message.endswith("did you mean 'wikitext2'?")
     assert message_of(UsageError, "qqqqqqqq").endswith("pass one of those.")
 
@@ -101,9 +97,7 @@ def test_unknown_name() -> None:
         ),
     ],
 )
-def test_data_sets_are_one_document(
-    monkeypatch: pytest.MonkeyPatch, name: str, asked: Any, text: str
-) -> None:
+def test_data_sets_are_one_document(monkeypatch: pytest.MonkeyPatch, name: str, asked: Any, text: str) -> None:
     calls: list[Any] = []
 
     def load_dataset(*args: Any, **options: Any) -> Any:

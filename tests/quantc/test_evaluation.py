@@ -53,9 +53,7 @@ def logits64(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_perplexity_is_that_of_transformers_loss(
-    model: PreTrainedModel, text: list[int], adds_bos: bool
-) -> None:
+def test_perplexity_is_that_of_transformers_loss(model: PreTrainedModel, text: list[int], adds_bos: bool) -> None:
     windows = make_windows(make_tokenizer(adds_bos=adds_bos), [to_text(text)], context=32)
     with torch.no_grad():
         losses = [model(w.tokens[None], labels=w.tokens[None]).loss.double() for w in windows]
@@ -65,9 +63,7 @@ def test_perplexity_is_that_of_transformers_loss(
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_sliding_perplexity_is_that_of_a_plain_loop(
-    model: PreTrainedModel, text: list[int], adds_bos: bool
-) -> None:
+def test_sliding_perplexity_is_that_of_a_plain_loop(model: PreTrainedModel, text: list[int], adds_bos: bool) -> None:
     context, stride = 32, 10
     bos = [1] if adds_bos else []
     first, body = 1 - len(bos), context - len(bos)
@@ -126,8 +122,7 @@ def test_without_original_there_is_no_comparison(model: PreTrainedModel, windows
 
 def test_divergence_grows_with_the_noise(model: PreTrainedModel, windows: list[Window]) -> None:
     small, large = (
-        score(add_noise(build("llama"), scale), model, windows, LogProgress()).mean_kl
-        for scale in (1e-3, 1e-2)
+        score(add_noise(build("llama"), scale), model, windows, LogProgress()).mean_kl for scale in (1e-3, 1e-2)
     )
     assert 0 < 10 * small < large
 
@@ -229,9 +224,7 @@ def test_models_of_different_vocabularies(model: PreTrainedModel, windows: list[
     other.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     with pytest.raises(UsageError) as caught:
         score(model, other, windows, LogProgress())
-    assert "The model has 160 logits a token, the original 168, but KL divergence needs one" in str(
-        caught.value
-    )
+    assert "The model has 160 logits a token, the original 168, but KL divergence needs one" in str(caught.value)
 
 
 def test_hopeless_models_have_infinite_perplexity(windows: list[Window]) -> None:

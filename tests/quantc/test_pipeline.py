@@ -150,9 +150,7 @@ def test_spilled_hidden_states_do_not_change_the_bytes(
     assert names[0] == names[1]
 
 
-def test_round_to_nearest_needs_no_calibration(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_round_to_nearest_needs_no_calibration(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "CalibrationRun", None)
     report = run(models / "llama", tmp_path / "out", method="rtn", calib=str(tmp_path / "no such file"))
     assert {linear.method for linear in report.linears} == {"rtn"}

@@ -107,9 +107,7 @@ def test_an_unknown_linear_is_answered_with_the_nearest_name() -> None:
     plan.specs["h.0.q_prj"] = plan.specs.pop("h.0.q_proj")
     with pytest.raises(UsageError) as caught:
         plan.check(graph(), {"embed.weight"})
-    assert str(caught.value) == (
-        "the plan names h.0.q_prj, which is no linear of this model; did you mean h.0.q_proj?"
-    )
+    assert str(caught.value) == ("the plan names h.0.q_prj, which is no linear of this model; did you mean h.0.q_proj?")
 
 
 def test_a_missing_linear_is_named() -> None:
@@ -167,10 +165,15 @@ def test_a_rank_in_a_plan_gives_a_checkpoint_that_loads_or_is_refused(model: Pat
         quantc.load(tmp_path / "out", verify=True)
 
 
-def test_an_embedding_that_cannot_be_read_is_not_written(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
+def test_an_embedding_in_a_plan_is_packed_and_read(model: Path, tmp_path: Path, grouping: str) -> None:
     plan = edited(model, tmp_path)
     content = yaml.safe_load(plan.read_text())
-    content["linears"]["model.embed_tokens.weight"] = {"bits": 8, "grouping": "per_ic"}
+    content["linears"]["model.embed_tokens.weight"] = {"bits": 8, "group_size": 9, "grouping": grouping}
     plan.write_text(yaml.safe_dump(content))
-    with pytest.raises(UsageError, match="model.embed_tokens.weight"):
-        quantc.quantize(model, plan=plan, method="rtn", out=tmp_path / "out")
+    quantc.quantize(model, plan=plan, method="rtn", out=tmp_path / "out")
+    packed = quantc.load(tmp_path / "out", dtype=torch.float32, verify=True)
+    tokens = torch.tensor([[3, 159, 8, 9, 3]])
+    found = packed.get_input_embeddings()(tokens)
+    expected = build("llama").get_input_embeddings()(tokens)
+    assert float((found - expected).norm() / expected.norm()) < 0.01

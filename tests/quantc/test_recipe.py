@@ -143,9 +143,3 @@ def test_configurations_are_frozen_documented_and_closed(kind: type) -> None:
     assert from_mapping(kind, dataclasses.asdict(config), "here") == config
     with pytest.raises(UsageError, match=f"here has the unknown key '{first}x'; did you mean '{first}'?"):
         from_mapping(kind, {f"{first}x": 1}, "here")
-
-
-@pytest.mark.xfail(strict=True, reason="per_ic groups are given to the embedding, which is read row by row")
-def test_a_recipe_that_makes_an_unreadable_embedding_is_refused() -> None:
-    with pytest.raises(UsageError, match="per_ic"):
-        REGISTRY["allocate"].Config(grouping="per_ic", head_bits=8)

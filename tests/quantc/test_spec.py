@@ -121,8 +121,6 @@ def test_an_unknown_key_is_named() -> None:
         (QuantSpec(4, 128, "per_ic"), (6, 100), 6, (1, 100)),
     ],
 )
-def test_groups_of_a_shape(
-    spec: QuantSpec, shape: tuple[int, int], length: int, scales: tuple[int, int]
-) -> None:
+def test_groups_of_a_shape(spec: QuantSpec, shape: tuple[int, int], length: int, scales: tuple[int, int]) -> None:
     assert spec.group_length(shape) == length
     assert spec.scales_shape(shape) == scales

@@ -27,9 +27,7 @@ def test_one_text_is_cut_into_full_windows() -> None:
 
 def test_windows_start_with_bos_where_the_tokenizer_adds_it() -> None:
     windows = make_windows(make_tokenizer(adds_bos=True), [to_text(TEXT)], context=16)
-    assert [window.tokens.tolist() for window in windows] == [
-        [BOS, *TEXT[i : i + 15]] for i in range(0, 90, 15)
-    ]
+    assert [window.tokens.tolist() for window in windows] == [[BOS, *TEXT[i : i + 15]] for i in range(0, 90, 15)]
     assert [window.scored for window in windows] == [15] * 6
 
 

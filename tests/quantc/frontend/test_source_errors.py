@@ -97,9 +97,7 @@ def test_no_weights_at_all(folder: Path, tmp_path: Path) -> None:
         ({"bits": 4}, "an unnamed tool"),
     ],
 )
-def test_a_model_quantized_by_another_tool(
-    folder: Path, tmp_path: Path, settings: dict[str, Any], method: str
-) -> None:
+def test_a_model_quantized_by_another_tool(folder: Path, tmp_path: Path, settings: dict[str, Any], method: str) -> None:
     edit_config(folder, quantization_config=settings)
     assert refusal(folder, tmp_path / "out") == (
         f"{folder} is already quantized (by {method}), but quantc needs float weights; "
@@ -218,9 +216,7 @@ def test_a_file_that_is_no_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_demo_is_answered_with_the_nearest(tmp_path: Path) -> None:
-    assert refusal("demo:smolm2", tmp_path / "out") == (
-        "demo:smolm2 is not a demo model; did you mean demo:smollm2?"
-    )
+    assert refusal("demo:smolm2", tmp_path / "out") == ("demo:smolm2 is not a demo model; did you mean demo:smollm2?")
 
 
 def test_a_hub_id_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
