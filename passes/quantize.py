@@ -62,9 +62,7 @@ class Quantize(Pass):
     def build(self, work: BlockWork) -> None:
         for activation, grams in work.statistics():
             specs = work.run.plan.specs
-            outcomes = [
-                Outcome(linear, spec) for linear in work.block.readers(activation) if (spec := specs[linear.name])
-            ]
+            outcomes = [Outcome(linear, spec) for linear in work.readers(activation) if (spec := specs[linear.name])]
             for expert in range(work.experts(activation)):
                 rows = grams[expert].rows if grams else 0
                 gram = grams[expert].matrix if rows else None

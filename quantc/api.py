@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import companions, pipeline
 from .blocks import find_blocks
-from .checkpoint import CheckpointReader, CheckpointWriter, is_checkpoint, read_json, read_quantization, writing
+from .checkpoint import CheckpointReader, is_checkpoint
 from .checkpoint import verify as verify_checkpoint
+from .checkpoint_writer import CheckpointWriter, writing
 from .derive import derive
 from .errors import UsageError
 from .frontend import Source, open_model, to_meta
@@ -64,9 +65,11 @@ def quantize(
         quantize={"method": method},
         calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
     )
-    passes = chosen.build_passes()
-    pipeline.check_order(passes)
+    if plan is not None and any(value is not None for value in (bits, group_size, symmetric, head_bits)):
+        raise UsageError("a plan says how every linear is stored; leave out bits, group size, symmetry and head bits.")
     given_plan = read_plan(Path(plan)) if plan is not None else Plan()
+    passes = chosen.build_passes()
+    pipeline.check_order(passes, planned=plan is not None)
 
     source = open_model(model)
     folder = Path(out) if out is not None else Path(default_name(source.name, passes, given_plan))
@@ -99,10 +102,8 @@ def load(
     """
     if verify:
         verify_checkpoint(path)
-    elif is_checkpoint(path):
+    else:
         CheckpointReader(path)
-    else:  # a copy that save_pretrained wrote has no manifest, but says how it is packed
-        read_quantization(read_json(Path(path) / "config.json"))
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
     return model.eval().to(device)
@@ -113,7 +114,7 @@ def evaluate(
     *,
     text: str,
     against: PathLike | None = None,
-    context: int = 512,
+    context: int | None = None,
     stride: int | None = None,
     windows: int | None = None,
     dtype: str | None = None,
@@ -122,15 +123,17 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a model or checkpoint on a text, and its divergence from the original `against`.
 
-    text: a file or the name of a data set. dtype: float32, bfloat16 or float16; None is the model's own.
+    text: a file or the name of a data set. context: tokens per window, 512 or the model's own limit if that is less.
+    dtype: float32, bfloat16 or float16; None is the model's own.
     See evaluation.py for the protocol.
     """
     from . import evaluation
 
     wanted = _dtype(dtype)
     tokenizer = _tokenizer(model)
-    cut = evaluation.make_windows(tokenizer, evaluation.read_text(text), context, stride, windows)
+    documents = evaluation.read_text(text)
     subject = _load_any(model, wanted).to(device)
+    cut = evaluation.make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
     original = None if against is None else _load_any(against, wanted).to(device)
     scores = evaluation.score(subject, original, cut, progress or LogProgress())
     stored = _stored_size(model)
@@ -144,6 +147,12 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
         return f"{model}-quantc-plan"
     group = 128 if allocate.group_size is None else allocate.group_size
     return f"{model}-quantc-{QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric).label()}"
+
+
+def default_context(model: PreTrainedModel) -> int:
+    """512 tokens, or as many as the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(512, limit) if isinstance(limit, int) else 512
 
 
 def _resolve_recipe(recipe: Recipe | PathLike | None) -> Recipe:
@@ -194,14 +203,9 @@ def _load_any(model: PathLike, dtype: torch.dtype | None) -> Any:
 
 def _stored_size(model: PathLike) -> dict[str, Any]:
     """bits_per_weight of the linears inside the blocks, and the size of the weight files."""
-    from .report import read_report
-
     if is_checkpoint(model):
-        report = read_report(Path(model))
-        return {
-            "bits_per_weight": report["bits_per_weight"],
-            "weights_bytes": CheckpointReader(model).weights_bytes(),
-        }
+        reader = CheckpointReader(model)
+        return {"bits_per_weight": reader.bits_per_weight(), "weights_bytes": reader.weights_bytes()}
     source = open_model(model)
     size = sum(file.stat().st_size for file in source.weight_files())
     return {"bits_per_weight": _source_bits_per_weight(source), "weights_bytes": size}

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from .blocks import BlockCall, run_around_blocks
 from .errors import CalibrationError
 from .graph import Block, ModelGraph
+from .stats import BAD_ROWS_LIMIT
 
 BATCH_TOKENS = 2048  # tokens a block runs on at once: enough for full matrix speed, small beside a block
 SPILL_BYTES = 4 << 30  # hidden states larger than this live in a memory-mapped file
-BAD_ROWS_LIMIT = 0.1  # share of non-finite rows past which a run stops
 
 
 class HiddenStates:

@@ -109,7 +109,7 @@ def _show_summary(model: str, report: Report) -> None:
     help="A .txt, .jsonl or .parquet file, or a data set such as wikitext2.",
 )
 @option("--against", metavar="MODEL", help="The original, to compare with. [default: none]")
-@option("--context", type=Whole(2), default=512, help="Tokens per window. [default: 512]")
+@option("--context", type=Whole(2), help="Tokens per window. [default: 512, or the model's limit]")
 @option("--stride", type=COUNT, help="Tokens between windows. [default: the context]")
 @option("--windows", type=COUNT, help="Only the first so many windows. [default: all]")
 @option("--dtype", type=DTYPES, help="Type of the activations. [default: the model's own]")

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from . import __version__
-from .checkpoint import CheckpointWriter, PackedEntry, describe_quantization, writing
+from .checkpoint import PackedEntry, describe_quantization
+from .checkpoint_writer import CheckpointWriter, writing
 from .frontend import Source, model_files
 from .pipeline import Run
 from .recipe import Recipe
@@ -48,7 +49,9 @@ def _packed_entries(run: Run) -> dict[str, PackedEntry]:
             n, k = run.source.model.get_parameter(name).shape
             entries[name] = PackedEntry(spec, (n, k))
         else:
-            entries[name] = PackedEntry(spec, linear.shape, (linear.experts,) if linear.kind == "stack" else ())
+            stacked = linear.kind == "stack"
+            leading = (linear.experts,) if stacked else ()
+            entries[name] = PackedEntry(spec, linear.shape, leading, stacked and linear.transposed)
     return entries
 
 
@@ -81,6 +84,7 @@ def manifest_json(run: Run, recipe: Recipe, tokens: torch.Tensor | None) -> dict
             "files": {f.name: _file_hash(f) for f in run.source.weight_files()},
         },
         "recipe": recipe.to_dict(),
+        "calibration": run.report.calibration,
         "calibration_sha256": calibration,
         "libraries": {
             "quantc": __version__,

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .decode_speed import measure_decode_speed
 from .errors import CalibrationError, UsageError
 from .eval_text import read_text
-from .frontend.source import all_finite
 from .memory import peak_rss_bytes
 from .progress import Progress
+from .stats import all_finite
 from .windows import Window, check_context, make_windows
 
 __all__ = [

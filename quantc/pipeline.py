@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from .calibration import CalibrationRun
-from .checkpoint import CheckpointWriter
+from .checkpoint_writer import CheckpointWriter
 from .derive import outside_names
-from .errors import PassError
+from .errors import CalibrationError, PassError
 from .formats import DENSE
 from .frontend import Source, to_meta
 from .frontend.source import tensors_under
@@ -30,7 +30,7 @@ from .plan import Plan
 from .progress import Progress
 from .qtensor import QTensor
 from .report import Report
-from .stats import Gram
+from .stats import BAD_ROWS_LIMIT, Gram
 
 STATISTICS_BYTES = 2 << 30  # Gram matrices held at once; a block that needs more is run several times
 
@@ -58,7 +58,7 @@ class Pass:
     """A step of the recipe. Subclasses set the class attributes and override `plan` or `build`.
 
     name: the recipe's key. Config: a frozen dataclass whose fields are the recipe's keys.
-    needs, gives, breaks: facts. exact: the output must not change, and the pipeline checks that.
+    needs, gives, breaks: facts.
     """
 
     name: ClassVar[str]
@@ -66,7 +66,6 @@ class Pass:
     needs: ClassVar[frozenset[Fact]] = frozenset()
     gives: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
-    exact: ClassVar[bool] = False
 
     def __init__(self, config: Any):
         self.config = config
@@ -95,9 +94,9 @@ def register(kind: type[Pass]) -> type[Pass]:
     return kind
 
 
-def check_order(passes: list[Pass]) -> None:
+def check_order(passes: list[Pass], planned: bool = False) -> None:
     """Raise PassError when a pass needs a fact that no earlier pass gives, or that one has broken since."""
-    facts: set[Fact] = set()
+    facts: set[Fact] = {Fact.PLANNED} if planned else set()
     for item in passes:
         for fact in sorted(item.needs - facts):
             givers = [name for name, kind in REGISTRY.items() if fact in kind.gives]
@@ -129,13 +128,18 @@ class BlockWork:
     def _parameter(self, linear: Linear) -> nn.Parameter:
         return self.module.get_parameter(linear.weight_name.removeprefix(self.block.name + "."))
 
+    def readers(self, activation: Activation) -> list[Linear]:
+        """The linears that read an activation and that the plan quantizes."""
+        planned = self.run.plan.specs
+        return [linear for linear in self.block.readers(activation) if planned[linear.name] is not None]
+
     def statistics(self) -> Iterator[tuple[Activation, list[Gram]]]:
         """Every activation that quantized linears read, with its Gram matrices (one per expert of a stack).
 
         Activations come in rounds that fit STATISTICS_BYTES; each round runs the block once on the whole set.
         Without calibration the lists are empty. The forward passes run on the block's original weights.
         """
-        wanted = [item for item in self.block.activations if self.block.readers(item)]
+        wanted = [item for item in self.block.activations if self.readers(item)]
         if self.calibration is None:
             yield from ((item, []) for item in wanted)
             return
@@ -144,7 +148,18 @@ class BlockWork:
             with observed(self.module, self.block, items, partial(_add_rows, grams)):
                 self.calibration.rows(self.block)
             for item in items:
+                self._check_rows(item, grams[item.label])
                 yield item, grams.pop(item.label)
+
+    def _check_rows(self, item: Activation, grams: list[Gram]) -> None:
+        bad, good = sum(gram.bad_rows for gram in grams), sum(gram.rows for gram in grams)
+        if bad > BAD_ROWS_LIMIT * (bad + good):
+            raise CalibrationError(
+                f"{bad / (bad + good):.0%} of the rows that {item.readers[0]} receives are NaN or infinite, and past "
+                f"{BAD_ROWS_LIMIT:.0%} statistics mean nothing; check that the model runs in float32 on this text."
+            )
+        if bad:
+            self.run.report.notes.append(f"{item.readers[0]} received {bad} non-finite calibration rows; left out")
 
     def experts(self, item: Activation) -> int:
         """How many Gram matrices the activation has: one per expert of a stack, else one."""

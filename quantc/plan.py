@@ -18,10 +18,9 @@ KEEP = "keep"
 
 @dataclass
 class Plan:
-    """specs: linear -> how it is stored, or None to keep it as it is. why: linear -> the reason, if any."""
+    """specs: linear -> how it is stored, or None to keep it as it is."""
 
     specs: dict[str, QuantSpec | None] = field(default_factory=dict)
-    why: dict[str, str] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
         entries: dict[str, Any] = {}

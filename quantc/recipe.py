@@ -132,8 +132,9 @@ def _mapping(content: Any, where: str) -> dict[str, Any]:
 def _refuse_unknown(mapping: dict[str, Any], known: list[str], where: str) -> None:
     for key in mapping:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise UsageError(f"{where} has the unknown key {key!r}; did you mean {near!r}?")
+            near = get_close_matches(str(key), known, n=1, cutoff=0.0)
+            hint = f"did you mean {near[0]!r}?" if near else "it has no keys at all."
+            raise UsageError(f"{where} has the unknown key {key!r}; {hint}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

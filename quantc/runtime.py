@@ -102,7 +102,8 @@ class PackedWeight(_Packed):
 
     def __init__(self, parameter: torch.Tensor, entry: PackedEntry):
         super().__init__(entry.spec, entry.shape, entry.leading, parameter.dtype)
-        self.shape = parameter.shape  # as the model stores it, which may be (E, K, N)
+        self.shape = torch.Size(entry.model_shape)
+        self.transposed = entry.transposed
 
     def __getitem__(self, expert: int | torch.Tensor) -> ExpertWeight:
         return ExpertWeight(self, int(expert))
@@ -134,6 +135,8 @@ class PackedWeight(_Packed):
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the table for int indices (...): float (..., K), unpacked row by row."""
+        if not indices.numel():
+            return torch.empty(*indices.shape, self.matrix_shape[1], dtype=self.dtype)
         wanted, back = torch.unique(indices, return_inverse=True)
         shape = (len(wanted), self.matrix_shape[1])
         return DENSE.unpack(*self._rows_of(wanted), shape).effective_weight().to(self.dtype)[back]
@@ -195,7 +198,7 @@ def install(model: nn.Module, entries: dict[str, PackedEntry]) -> nn.Module:
             ) from error
         if isinstance(target, nn.Module):
             bias = getattr(target, "bias", None)
-            _check_shape(name, _linear_shape(target), entry)
+            _check_shape(name, _linear_shape(target), entry.shape)
             setattr(parent, leaf, QuantLinear(entry.spec, entry.shape, bias, target.get_parameter("weight").dtype))
         else:
             _install_parameter(model, name, target, entry)
@@ -206,19 +209,36 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with float weights of a dtype in place of every packed one; needs the memory of all of them."""
     for name, module in list(model.named_modules()):
         parent_name, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent_name) if name else model
+        parent = model.get_submodule(parent_name)
         if isinstance(module, QuantLinear):
-            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
-            dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
-            if module.bias is not None:
-                dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
-            setattr(parent, leaf, dense)
+            setattr(parent, leaf, _dense(module, dtype))
+        elif isinstance(module, PackedWeight):
+            _unpack_parameter(model, parent, leaf, module, dtype)
     return model
+
+
+def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return dense
+
+
+def _unpack_parameter(model: nn.Module, parent: nn.Module, leaf: str, packed: PackedWeight, dtype: torch.dtype) -> None:
+    weight = packed.dequantize(dtype)
+    parameter = nn.Parameter(weight.transpose(-1, -2) if packed.transposed else weight, requires_grad=False)
+    for owner in model.modules():
+        if owner is parent or owner.__dict__.get(leaf) is packed:
+            owner.__dict__.pop(leaf, None)
+            owner._modules.pop(leaf, None)
+            owner.register_parameter(leaf, parameter)
 
 
 def _install_parameter(model: Any, name: str, parameter: torch.Tensor, entry: PackedEntry) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    _check_shape(name, tuple(parameter.shape), entry.model_shape)
     packed = PackedWeight(parameter, entry)
     del parent._parameters[leaf]
     setattr(parent, leaf, packed)
@@ -252,9 +272,9 @@ def _linear_shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def _check_shape(name: str, found: tuple[int, int], entry: PackedEntry) -> None:
-    if found != entry.shape:
+def _check_shape(name: str, found: tuple[int, ...], packed: tuple[int, ...]) -> None:
+    if found != packed:
         raise CheckpointError(
-            f"the checkpoint packs {name} as {entry.shape}, but config.json describes a weight of {found}; "
+            f"the checkpoint packs {name} as {packed}, but config.json describes a weight of {found}; "
             "the two do not belong together."
         )

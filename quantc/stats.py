@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import torch
 
+BAD_ROWS_LIMIT = 0.1  # share of non-finite calibration rows past which a run stops
 BAND = 128  # columns a Gram update handles at once: below the diagonal nothing is computed, 1.7 x faster
 
 
 class Gram:
-    """G = X^T X over calibration rows X (M, K), in float32, and M = `rows`."""
+    """G = X^T X over calibration rows X (M, K), in float32, and M = `rows`; `bad_rows` were left out."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
-        self.width, self.rows = width, 0
+        self.width, self.rows, self.bad_rows = width, 0, 0
         self._upper = torch.zeros(width, width, device=device)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add rows (M, K)."""
+        """Add rows (M, K); rows with NaN or infinity are counted and left out."""
         rows = rows.float()
+        if rows.numel() and not all_finite(rows):
+            finite = torch.isfinite(rows).all(1)
+            self.bad_rows += int((~finite).sum())
+            rows = rows[finite]
         for start in range(0, rows.shape[1], BAND):
             band = rows[:, start : start + BAND]
             self._upper[start : start + BAND, start:].addmm_(band.T, rows[:, start:])
         self.rows += rows.shape[0]
 
     def merge(self, other: Gram) -> None:
+        """Add what another accumulator saw of the same activation."""
         self._upper += other._upper
         self.rows += other.rows
+        self.bad_rows += other.bad_rows
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -42,3 +49,9 @@ def output_energy(weight: torch.Tensor, gram: torch.Tensor | None) -> float:
     weight = weight.float()
     product = weight if gram is None else weight @ gram
     return float((product * weight).sum(dtype=torch.float64))
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """One pass without temporaries: minimum and maximum carry NaN and infinity out."""
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -175,9 +175,7 @@ def _families() -> Iterator[Named]:
     yield _llama_like("granitemoe", 6, "moe gqa", **local)
     yield _llama_like("granitemoeshared", 8, "moe gqa", shared_intermediate_size=72, **local)
     yield _llama_like("minimax_m2", 6, "moe gqa", head_dim=16, **local)
-    yield _llama_like(
-        "gpt_oss", 6, "moe gqa stacked_transposed", head_dim=16, rope_parameters=yarn, **mixed, **local
-    )
+    yield _llama_like("gpt_oss", 6, "moe gqa stacked_transposed", head_dim=16, rope_parameters=yarn, **mixed, **local)
     yield _llama_like("jetmoe", 5, "moe gqa tied", kv_channels=16, **local)
     yield _llama_like(
         "llama4_text", None, "moe gqa stacked_transposed", head_dim=16, intermediate_size_mlp=72,

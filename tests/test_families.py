@@ -32,11 +32,7 @@ def test_every_linear_is_found_and_its_readers_are_grouped(name: str, tmp_path: 
     graph = derived(tmp_path)
     expected = FAMILIES[name].linears_per_block
     for block in graph.blocks:
-        found = [
-            linear
-            for linear in block.linears
-            if linear.keep in ("", "its weight is used outside its forward")
-        ]
+        found = [linear for linear in block.linears if linear.keep in ("", "its weight is used outside its forward")]
         assert expected is None or len(found) == expected
         assert {reader for item in block.activations for reader in item.readers} == {
             item.name for item in block.linears
@@ -74,9 +70,7 @@ def put_rounded_weights(model: torch.nn.Module, folder: Path) -> None:
         weight = DENSE.unpack(parts, entry.spec, entry.shape).effective_weight()
         target = model.get_parameter(name) if entry.leading else model.get_submodule(name).weight
         target.data = (
-            weight
-            if target.shape == weight.shape and not is_conv1d(model, name)
-            else weight.transpose(-1, -2)
+            weight if target.shape == weight.shape and not is_conv1d(model, name) else weight.transpose(-1, -2)
         )
 
 

@@ -197,7 +197,6 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
     assert ast.get_docstring(parse(module))
 
 
-@pytest.mark.xfail(strict=True, reason="some public names have no docstring yet")
 def test_public_functions_and_classes_have_docstrings() -> None:
     missing = [f"{module}.{name}" for module in FILES for name in undocumented(parse(module))]
     assert missing == []

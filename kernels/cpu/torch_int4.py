@@ -16,7 +16,6 @@ from ..base import Prepared
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_STEP = 16  # output channels the packed layout handles together
-FEW_ROWS = 48  # past this many rows, unpacking once and a dense matmul is faster (measured, same machine)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
+from ..stats import all_finite
 
 COMPUTE_DTYPE = torch.float32
 
@@ -101,12 +102,6 @@ class Source(ABC):
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner)._parameters[leaf] = parameter
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """One pass without temporaries: minimum and maximum carry NaN and infinity out."""
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def tensors_under(model: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -32,9 +32,7 @@ class FakeParquetFile:
 
     def read(self, columns: list[str]) -> Any:
         values = self.columns[columns[0]]
-        return type(
-            "Table", (), {"column": lambda _, name: type("Column", (), {"to_pylist": lambda _: values})()}
-        )()
+        return type("Table", (), {"column": lambda _, name: type("Column", (), {"to_pylist": lambda _: values})()})()
 
 
 class FakeArrowException(Exception):
@@ -79,9 +77,7 @@ def test_damaged_parquet(tmp_path: Path, message_of: MessageOf) -> None:
     )
 
 
-def test_parquet_without_pyarrow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message_of: MessageOf
-) -> None:
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message_of: MessageOf) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "a.parquet"
     path.touch()

@@ -16,9 +16,7 @@ def run(*arguments: str, columns: int | None = None) -> Result:
 def make_report(output: str = "tiny-w4") -> Report:
     spec = QuantSpec(4, 128)
     linears = [
-        LinearReport(
-            f"model.layers.{block}.mlp.up_proj", spec, (256, 128), 0, 4.156, 0.01 * block, "gptq", 99
-        )
+        LinearReport(f"model.layers.{block}.mlp.up_proj", spec, (256, 128), 0, 4.156, 0.01 * block, "gptq", 99)
         for block in range(1, 8)
     ]
     stack = LinearReport("model.layers.8.experts", spec, (64, 128), 4, 4.2, float("nan"), "gptq+rtn", 9, 3)

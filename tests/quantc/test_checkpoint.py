@@ -14,13 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantc
-from quantc import checkpoint
+from quantc import checkpoint_writer
 from quantc.checkpoint import (
     DTYPE_NAMES,
     INDEX,
     MANIFEST,
     CheckpointReader,
-    CheckpointWriter,
     PackedEntry,
     checksum,
     describe_quantization,
@@ -28,6 +27,7 @@ from quantc.checkpoint import (
     read_quantization,
     verify,
 )
+from quantc.checkpoint_writer import CheckpointWriter
 from quantc.errors import CheckpointError, UsageError
 from quantc.formats import DENSE
 from quantc.spec import QuantSpec
@@ -182,7 +182,7 @@ def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("target", ["quantc.checkpoint.save_file", "pathlib.Path.write_text", "os.fsync"])
+@pytest.mark.parametrize("target", ["quantc.checkpoint_writer.save_file", "pathlib.Path.write_text", "os.fsync"])
 @pytest.mark.parametrize("force", [False, True])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, force: bool
@@ -208,7 +208,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_disk_that_fills_in_a_run_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantc.checkpoint.save_file", no_space)
+    monkeypatch.setattr("quantc.checkpoint_writer.save_file", no_space)
     with pytest.raises(CheckpointError, match="No space left on device"):
         quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out")
     assert only(tmp_path)
@@ -230,7 +230,7 @@ def test_too_little_space_is_seen_before_any_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match=r"has 0 MiB free, but the checkpoint needs about \d+ MiB; free some"):
         quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out")
     assert only(tmp_path)
@@ -373,12 +373,17 @@ def test_json_of_an_unknown_make_is_named(whole: Path, name: str, change: Callab
         verify(whole)
 
 
-def test_a_folder_without_a_manifest_is_no_checkpoint(whole: Path) -> None:
+def test_a_copy_without_a_manifest_can_be_read_but_not_verified(whole: Path) -> None:
     (whole / MANIFEST).unlink()
-    assert not is_checkpoint(whole)
-    assert refusal(whole) == (
-        f"{whole} has no {MANIFEST}, so it is no quantc checkpoint; pass a folder that `quantc quantize` wrote."
-    )
+    assert is_checkpoint(whole)
+    assert CheckpointReader(whole).entries
+    with pytest.raises(CheckpointError, match=f"has no {MANIFEST}, so there are no checksums to verify"):
+        verify(whole)
+
+
+def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
+    assert not is_checkpoint(tmp_path)
+    assert refusal(tmp_path) == (f"{tmp_path} is no quantc checkpoint; pass a folder that `quantc quantize` wrote.")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from quantc.errors import CheckpointError
 from quantc.formats import DENSE
 from quantc.qtensor import QTensor
 from quantc.runtime import PackedWeight, QuantLinear, install, unpack
-from quantc.spec import WHOLE_ROW, QuantSpec
+from quantc.spec import WHOLE_ROW, Grouping, QuantSpec
 from tests.families import build
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -207,13 +207,19 @@ def make_packed(
     ],
     ids=QuantSpec.label,
 )
-@pytest.mark.parametrize("indices", [torch.tensor(3), torch.tensor([[5, 0, 5], [11, 1, 0]]), torch.zeros(0, 2).long()])
+@pytest.mark.parametrize("indices", [torch.tensor(3), torch.tensor([[5, 0, 5], [11, 1, 0]])])
 def test_an_embedding_reads_rows(indices: torch.Tensor, spec: QuantSpec) -> None:
     table, weight = make_packed(spec, (12, 20))
     found = F.embedding(indices, table)  # type: ignore[arg-type]
     torch.testing.assert_close(found, F.embedding(indices, weight), rtol=1e-5, atol=1e-5)
     if not spec.rank:
         assert torch.equal(found, F.embedding(indices, weight))
+
+
+@pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
+def test_an_embedding_of_no_tokens_has_no_rows(grouping: Grouping) -> None:
+    table, _ = make_packed(QuantSpec(5, 8, grouping), (12, 20))
+    assert F.embedding(torch.zeros(0, 2).long(), table).shape == (0, 2, 20)  # type: ignore[arg-type]
 
 
 def test_a_tied_head_multiplies_with_the_table() -> None:

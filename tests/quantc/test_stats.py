@@ -69,3 +69,13 @@ def test_output_energy_is_the_square_of_the_outputs() -> None:
     gram.add(x)
     assert output_energy(weight, gram.matrix) == pytest.approx(float((x @ weight.T).square().sum()), rel=1e-5)
     assert output_energy(weight, None) == pytest.approx(float(weight.square().sum()), rel=1e-6)
+
+
+def test_rows_that_are_not_finite_are_counted_and_left_out() -> None:
+    rows = torch.randn(10, 6, generator=torch.Generator().manual_seed(2))
+    rows[3, 1], rows[7, 5] = torch.nan, torch.inf
+    gram, expected = Gram(6), Gram(6)
+    gram.add(rows)
+    expected.add(rows[torch.tensor([0, 1, 2, 4, 5, 6, 8, 9])])
+    assert (gram.rows, gram.bad_rows) == (8, 2)
+    assert torch.equal(gram.matrix, expected.matrix)

@@ -19,9 +19,7 @@ def words(text: str) -> list[str]:
 SHE_NAMES = words("Ada Bella Clara Dora Ella Freya Greta Hanna Ida Julia Kira Lena Mira Nora Olga Petra")
 HE_NAMES = words("Adam Boris Carl David Emil Felix Georg Hugo Ivan Jonas Karl Leo Max Nils Oscar Paul")
 PET_NAMES = words("Biscuit Button Comet Daisy Ginger Misty Pepper Rusty Shadow Sunny Tiger Waffle")
-JOBS = words(
-    "baker builder carpenter doctor farmer gardener miller painter potter sailor singer smith tailor"
-)
+JOBS = words("baker builder carpenter doctor farmer gardener miller painter potter sailor singer smith tailor")
 ANIMALS = words("cat cow dog donkey duck frog goat hen horse lamb mouse owl pig rabbit")
 THINGS = words(
     "apple basket bell book bottle bowl brush button candle coin cup drum flower flute hammer hat jar key "
@@ -84,8 +82,7 @@ def choose_people(rng: random.Random) -> tuple[Person, Person]:
     """Two different people, each with the pronouns of their list of names."""
     names = rng.sample(SHE_NAMES + HE_NAMES, 2)
     first, second = (
-        Person(name, "she", "her", "her") if name in SHE_NAMES else Person(name, "he", "him", "his")
-        for name in names
+        Person(name, "she", "her", "her") if name in SHE_NAMES else Person(name, "he", "him", "his") for name in names
     )
     return first, second
 
@@ -154,9 +151,7 @@ def tell_shopping(rng: random.Random, buyer: Person, helper: Person) -> str:
         return text + f"{capital(helper.subject)} bought {join_and(items)}."
     missing = rng.randrange(len(items))
     bought = items[:missing] + items[missing + 1 :]
-    return text + (
-        f"There were no {plural(things[missing], 2)}, so {helper.subject} bought {join_and(bought)}."
-    )
+    return text + (f"There were no {plural(things[missing], 2)}, so {helper.subject} bought {join_and(bought)}.")
 
 
 def tell_search(rng: random.Random, seeker: Person, friend: Person) -> str:
@@ -173,9 +168,7 @@ def tell_search(rng: random.Random, seeker: Person, friend: Person) -> str:
 def tell_boxes(rng: random.Random, hider: Person, opener: Person) -> str:
     """Pairs of a colour and a thing: the colour asked for decides the thing found."""
     colours, things = rng.sample(COLOURS, 3), rng.sample(THINGS, 3)
-    hidden = join_and(
-        [f"the {thing} in the {colour} box" for colour, thing in zip(colours, things, strict=True)]
-    )
+    hidden = join_and([f"the {thing} in the {colour} box" for colour, thing in zip(colours, things, strict=True)])
     first, second = rng.sample(range(3), 2)
     return (
         f"{hider.name} put {hidden}. {opener.name} opened the {colours[first]} box and found the "
@@ -197,10 +190,7 @@ def tell_line(rng: random.Random, watcher: Person, other: Person) -> str:
 def tell_song(rng: random.Random, singer: Person, echo: Person) -> str:
     """A list of words, repeated backwards."""
     words = rng.sample(rng.choice([COLOURS, ANIMALS, PLACES]), rng.randint(3, 5))
-    return (
-        f'{singer.name} sang, "{", ".join(words)}." {echo.name} sang it backwards, '
-        f'"{", ".join(reversed(words))}."'
-    )
+    return f'{singer.name} sang, "{", ".join(words)}." {echo.name} sang it backwards, "{", ".join(reversed(words))}."'
 
 
 def tell_days(rng: random.Random, worker: Person, other: Person) -> str:

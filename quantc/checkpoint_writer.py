@@ -1,0 +1,159 @@
+"""Writing the packed checkpoint of docs/format.md.
+
+A checkpoint appears whole or not at all: it is written beside its final place, flushed, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .checkpoint import DTYPE_NAMES, INDEX, MANIFEST, checksum
+from .errors import CheckpointError, UsageError
+
+SHARD_BYTES = 512 << 20  # a shard is held in memory until it is written
+
+
+class CheckpointWriter:
+    """Writes a checkpoint beside its final place; `commit` renames it, leaving the context without that removes it.
+
+    Raises UsageError when the output exists and force is not set, CheckpointError when it cannot be written.
+    """
+
+    def __init__(self, out: Path, force: bool = False, shard_bytes: int = SHARD_BYTES):
+        self.out = out.resolve()
+        self.folder = self.out.with_name(self.out.name + ".unfinished")
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.weights_bytes = 0
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        if out.exists() and not force:
+            raise UsageError(
+                f"{out} exists already, and nothing is overwritten unasked; pass --force or another --out."
+            )
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be created ({error.strerror}); choose an --out in a folder you can write to."
+            ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def require_space(self, needed: int) -> None:
+        """Raise CheckpointError when the disk has less free space than `needed` bytes."""
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"the disk of {self.out} has {free >> 20} MiB free, but the checkpoint needs about {needed >> 20} MiB; "
+                "free some space or choose another --out."
+            )
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor; it is written with its shard."""
+        tensor = tensor.contiguous()
+        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": checksum(tensor)}
+        self.tensors[name] = entry
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+        if self._pending_bytes >= self._shard_bytes:
+            self._flush()
+
+    def add_text(self, name: str, text: str) -> None:
+        """Write a text file into the checkpoint."""
+        with writing(self.folder / name):
+            (self.folder / name).write_text(text)
+
+    def finish_weights(self) -> int:
+        """Write the last shard; returns the bytes of all weight files."""
+        self._flush()
+        return self.weights_bytes
+
+    def commit(self, config: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Write what is left, name the shards, write the index, config and manifest, and rename the folder."""
+        self._flush()
+        with writing(self.folder):
+            weight_map = self._name_shards()
+            index = {"metadata": {"total_size": self.weights_bytes}, "weight_map": weight_map}
+            self.add_text(INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
+            self.add_text(MANIFEST, json.dumps({**manifest, "tensors": self.tensors}, indent=1) + "\n")
+            self.add_text("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+            readable = (self.folder / MANIFEST).stat().st_mode
+            for file in self.folder.iterdir():
+                file.chmod(readable)  # safetensors writes for the owner only
+                _sync(file)
+            self._swap_in()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        file = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
+        with writing(file):
+            save_file(self._pending, file, metadata={"format": "pt"})
+        self.weights_bytes += file.stat().st_size
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _name_shards(self) -> dict[str, str]:
+        weight_map = {}
+        for number, names in enumerate(self._shards, start=1):
+            file = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            (self.folder / f"shard-{number:05d}.safetensors").rename(self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        return weight_map
+
+    def _swap_in(self) -> None:
+        """What was there before stays until the new folder has its name."""
+        retired = self.out.with_name(self.out.name + ".replaced")
+        if self.out.exists():
+            self.out.rename(retired)
+        self.folder.rename(self.out)
+        if retired.is_dir():
+            shutil.rmtree(retired)
+        elif retired.exists():
+            retired.unlink()
+
+
+class writing:
+    """Turns a failed write into a CheckpointError that names the file."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CheckpointError(
+                f"{self._file} could not be written ({reason}); nothing was left behind: free some space or choose "
+                "another --out, and run again."
+            ) from error
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
