@@ -17,7 +17,9 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/quantc quantize demo:smollm2 --bits 4 --samples 32 --out demo-out/SmolLM2-135M-w4 --force
+	$(BIN)/quantc eval demo-out/SmolLM2-135M-w4 --against demo:smollm2 --text benchmarks/texts/demo.txt --context 256
+	$(BIN)/python -m benchmarks.say demo-out/SmolLM2-135M-w4 "Why does a harbour fill up with mud?"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

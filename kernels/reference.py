@@ -13,6 +13,8 @@ from ..spec import QuantSpec
 
 @dataclass(frozen=True)
 class PackedParts:
+    """The stored parts as they are."""
+
     parts: Parts
     spec: QuantSpec
     shape: tuple[int, int]

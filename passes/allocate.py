@@ -29,7 +29,11 @@ class AllocateConfig:
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *([self.head_bits] if self.head_bits is not None else [])):
-            QuantSpec(bits=bits, group_size=self.group_size or DEFAULT_GROUP, grouping=self.grouping)
+            QuantSpec(
+                bits=bits,
+                group_size=DEFAULT_GROUP if self.group_size is None else self.group_size,
+                grouping=self.grouping,
+            )
 
 
 @register

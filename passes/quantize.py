@@ -43,6 +43,8 @@ class QuantizeConfig:
 
 @register
 class Quantize(Pass):
+    """Rounds every planned linear block by block, and planned tensors outside the blocks to nearest."""
+
     name = "quantize"
     Config = QuantizeConfig
     needs = frozenset({Fact.PLANNED})

@@ -39,6 +39,8 @@ def checksum(tensor: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Verified:
+    """What `verify` checked: how many tensors, of how many bytes."""
+
     tensors: int
     bytes: int
 
@@ -54,6 +56,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint; raises CheckpointError that names the file."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .checkpoint import DTYPE_NAMES, INDEX, MANIFEST, checksum
+from .checkpoint import DTYPE_NAMES, INDEX, MANIFEST, checksum, is_checkpoint
 from .errors import CheckpointError, UsageError
 
 SHARD_BYTES = 512 << 20  # a shard is held in memory until it is written
@@ -37,6 +37,10 @@ class CheckpointWriter:
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
+        if out.exists() and force and not _is_ours(out):
+            raise UsageError(
+                f"{out} exists and is no quantc checkpoint, so --force does not replace it; choose another --out."
+            )
         if out.exists() and not force:
             raise UsageError(
                 f"{out} exists already, and nothing is overwritten unasked; pass --force or another --out."
@@ -127,10 +131,13 @@ class CheckpointWriter:
         if self.out.exists():
             self.out.rename(retired)
         self.folder.rename(self.out)
-        if retired.is_dir():
+        if retired.exists():
             shutil.rmtree(retired)
-        elif retired.exists():
-            retired.unlink()
+
+
+def _is_ours(out: Path) -> bool:
+    """Replacing may only ever cost a checkpoint that can be made again."""
+    return out.is_dir() and (is_checkpoint(out) or not any(out.iterdir()))
 
 
 class writing:

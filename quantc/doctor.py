@@ -85,6 +85,7 @@ def own_dtype(config: dict[str, Any]) -> str:
 
 
 def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

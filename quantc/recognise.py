@@ -61,6 +61,7 @@ def _is_plain(module: nn.Linear) -> bool:
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear or Conv1D."""
     rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 

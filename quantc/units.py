@@ -48,4 +48,5 @@ def ratio(part: float, whole: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
+    """A count with its noun, such as 1 linear or 3 linears."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -20,12 +20,16 @@ ROW_STEP = 16  # output channels the packed layout handles together
 
 @dataclass(frozen=True)
 class Int4Weight:
+    """A weight in the order that torch's operator reads."""
+
     packed: torch.Tensor  # uint8 (N, K / 2), torch's own order
     scales_and_zeros: torch.Tensor  # bfloat16 (K / g, N, 2): scale, and what code 8 stands for
     group_size: int
 
 
 class TorchInt4:
+    """torch's int4 operator for per_oc groups of 32, 64, 128 or 256 at bfloat16."""
+
     name = "torch-int4"
 
     def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:

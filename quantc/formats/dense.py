@@ -11,6 +11,8 @@ from .base import Part, Parts
 
 
 class DenseFormat:
+    """Parts: qweight, scales, zeros unless symmetric, and the low-rank factors where there is a rank."""
+
     name = "dense"
 
     def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:

@@ -40,6 +40,8 @@ DTYPES = {
 
 
 class FolderSource(Source):
+    """A model folder; raises ModelError when it is incomplete, pickled, or quantized already."""
+
     def __init__(self, folder: Path, name: str | None = None):
         self.path = folder
         self.name = name or folder.resolve().name

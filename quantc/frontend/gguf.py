@@ -24,6 +24,8 @@ FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 
 
 class GgufSource(Source):
+    """A GGUF file; raises ModelError when it is damaged or of an architecture that transformers cannot read."""
+
     def __init__(self, file: Path, name: str | None = None):
         self.path = file
         self.name = name or file.stem

@@ -100,6 +100,7 @@ class Source(ABC):
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in place of the one of this name, whatever its device."""
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner)._parameters[leaf] = parameter
 
@@ -112,6 +113,7 @@ def tensors_under(model: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Te
 
 
 def is_under(name: str, prefix: str) -> bool:
+    """Whether a tensor name is the prefix or lies below it."""
     return name == prefix or name.startswith(prefix + ".")
 
 
@@ -141,6 +143,7 @@ def build_skeleton(config: object) -> PreTrainedModel:
 
 
 def read_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; raises ModelError when there is none that transformers can read."""
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

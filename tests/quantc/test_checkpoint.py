@@ -248,6 +248,14 @@ def test_the_current_folder_as_output_is_refused(tmp_path: Path, monkeypatch: py
         CheckpointWriter(Path("."))
 
 
+def test_force_replaces_nothing_but_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("irreplaceable")
+    with pytest.raises(UsageError, match="is no quantc checkpoint, so --force does not replace it"):
+        CheckpointWriter(tmp_path / "thesis", force=True)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "irreplaceable"
+
+
 # Reading
 
 
