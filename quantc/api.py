@@ -65,9 +65,7 @@ def quantize(
         quantize={"method": method},
         calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
     )
-    if plan is not None and any(value is not None for value in (bits, group_size, symmetric, head_bits)):
-        raise UsageError("a plan says how every linear is stored; leave out bits, group size, symmetry and head bits.")
-    given_plan = read_plan(Path(plan)) if plan is not None else Plan()
+    given_plan = _given_plan(plan, bits, group_size, symmetric, head_bits)
     passes = chosen.build_passes()
     pipeline.check_order(passes, planned=plan is not None)
 
@@ -159,6 +157,14 @@ def _resolve_recipe(recipe: Recipe | PathLike | None) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     return DEFAULT if recipe is None else read_recipe(Path(recipe))
+
+
+def _given_plan(plan: PathLike | None, *settings: object) -> Plan:
+    if plan is None:
+        return Plan()
+    if any(value is not None for value in settings):
+        raise UsageError("a plan says how every linear is stored; leave out bits, group size, symmetry and head bits.")
+    return read_plan(Path(plan))
 
 
 def _device(name: str) -> torch.device:
