@@ -116,9 +116,7 @@ def _text_of_json(line: str, where: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise CalibrationError(
-            f"{where} is not valid JSON ({error.msg}, column {error.colno}); {needed}"
-        ) from error
+        raise CalibrationError(f"{where} is not valid JSON ({error.msg}, column {error.colno}); {needed}") from error
     if not isinstance(row, dict):
         raise CalibrationError(f"{where} is JSON of type {type(row).__name__}; {needed}")
     if "text" not in row:
@@ -155,8 +153,7 @@ def _parquet_text(stream: BinaryIO, path: Path) -> tuple[list[str], list[Any] | 
         return columns, file.read(["text"]).column("text").to_pylist() if "text" in columns else None
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(
-            f"Calibration file {path} is not valid parquet ({_in_short(error)}); "
-            f"write or download the file again."
+            f"Calibration file {path} is not valid parquet ({_in_short(error)}); write or download the file again."
         ) from error
 
 
