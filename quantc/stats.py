@@ -36,8 +36,12 @@ class Gram:
     @property
     def matrix(self) -> torch.Tensor:
         """float32 (K, K), symmetric."""
-        upper = self._upper.triu()
-        return upper + upper.triu(1).T
+        full = self._upper.triu()
+        for start in range(0, self.width, BAND):  # in bands, so that no second matrix is held
+            band = slice(start, start + BAND)
+            full[start + BAND :, band] = full[band, start + BAND :].T
+            full[band, band] += full[band, band].triu(1).T
+        return full
 
     @staticmethod
     def bytes_for(width: int) -> int:

@@ -55,20 +55,14 @@ def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) ->
     When the matrix is not positive definite the damping is raised tenfold, with a log line, until it is.
     Raises ArithmeticError when even that does not help (non-finite statistics).
     """
-    work = gram.double()
-    diagonal = work.diagonal()
+    diagonal = gram.diagonal().double()
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
     order = order.to(gram.device)
-    work = work[order][:, order]
-    dead_in_order = dead[order]
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), dtype=work.dtype)
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), dtype=torch.float64)
     for step in range(DAMP_STEPS):
         added = damp * 10**step
-        damped = work.clone()
-        damped.diagonal().add_(added * mean)
-        damped.diagonal()[dead_in_order] = mean
-        upper = _inverse_upper_factor(damped)
+        upper = _inverse_upper_factor(_damped(gram, order.flip(0), added * mean, dead, mean))
         if upper is not None:
             if step:
                 log.warning(
@@ -76,34 +70,47 @@ def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) ->
                     len(order),
                     added,
                 )
-            return Factor(upper.float(), order, added, int(dead.sum()))
+            return Factor(upper, order, added, int(dead.sum()))
     raise ArithmeticError(f"the Gram matrix of {len(order)} inputs cannot be factorised")
 
 
-def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
-    """U with U^T U = matrix^-1, or None when the matrix is not positive definite.
+def _damped(
+    gram: torch.Tensor, order: torch.Tensor, added: torch.Tensor, dead: torch.Tensor, unit: torch.Tensor
+) -> torch.Tensor:
+    """float64 gram (K, K), reordered, with `added` on the diagonal and `unit` there for dead inputs."""
+    damped = gram[order][:, order].double()
+    damped.diagonal().add_(added)
+    damped.diagonal()[dead[order]] = unit
+    return damped
 
-    With J the reversal of rows and columns and J matrix J = L L^T, U = J L^-1 J: one factorisation and one
-    triangular inverse, a third of the work of inverting and factorising again.
+
+def _inverse_upper_factor(backward: torch.Tensor) -> torch.Tensor | None:
+    """float32 U with U^T U = matrix^-1, or None when the matrix is not positive definite.
+
+    backward: float64 (K, K), the matrix with its rows and columns reversed. With J that reversal and
+    J matrix J = L L^T, U = J L^-1 J: one factorisation and one triangular inverse, a third of the work of
+    inverting and factorising again.
     """
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(backward)
     if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
-    return _invert_lower(lower).flip(0, 1)
+    del backward
+    _invert_lower_(lower)
+    return lower.float().flip(0, 1)
 
 
-def _invert_lower(lower: torch.Tensor) -> torch.Tensor:
-    """Inverse of a lower triangular matrix by halves: three times less work than a solve against the identity."""
+def _invert_lower_(lower: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: a third of the work of a solve against the identity."""
     size = len(lower)
     if size <= SMALL_TRIANGLE:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
     half = size // 2
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = _invert_lower(lower[:half, :half])
-    inverse[half:, half:] = _invert_lower(lower[half:, half:])
-    inverse[half:, :half] = -(inverse[half:, half:] @ lower[half:, :half]) @ inverse[:half, :half]
-    return inverse
+    top, corner, bottom = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_lower_(top)
+    _invert_lower_(bottom)
+    corner.copy_((bottom @ corner).neg_() @ top)
 
 
 def gptq(weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
