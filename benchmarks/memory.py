@@ -90,11 +90,8 @@ def _write_shards(shape: Shape, folder: Path) -> int:
 def _tensor_names(shape: Shape) -> list[dict[str, tuple[int, ...]]]:
     """Names and shapes of every shard: what lies outside the blocks, then each block."""
     h, i = shape.hidden, shape.intermediate
-    outside: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCABULARY, h),
-        "model.norm.weight": (h,),
-    }
-    shards = [outside, {"lm_head.weight": (VOCABULARY, h)}]
+    outside = {"model.embed_tokens.weight": (VOCABULARY, h), "model.norm.weight": (h,)}
+    shards: list[dict[str, tuple[int, ...]]] = [outside, {"lm_head.weight": (VOCABULARY, h)}]
     for layer in range(shape.layers):
         own: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": (h, h) for name in "qkvo"}
         own |= {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}

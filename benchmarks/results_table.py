@@ -78,7 +78,7 @@ class Scorer:
         from quantc.evaluation import score
         from quantc.runtime import unpack
 
-        model = unpack(quantc.load(checkpoint, dtype=torch.float32), torch.float32)
+        model: Any = unpack(quantc.load(checkpoint, dtype=torch.float32), torch.float32)
         scores = score(model, self.original, self.windows, SilentProgress())
         return {
             "perplexity": scores.perplexity,

@@ -141,7 +141,9 @@ class BlockWork:
         """
         wanted = [item for item in self.block.activations if self.readers(item)]
         if self.calibration is None:
-            yield from ((item, []) for item in wanted)
+            for item in wanted:
+                yield item, []
+                release_free_memory()
             return
         for items in _rounds(wanted, self.experts):
             grams = {item.label: self._new_grams(item) for item in items}
@@ -150,6 +152,7 @@ class BlockWork:
             for item in items:
                 self._check_rows(item, grams[item.label])
                 yield item, grams.pop(item.label)
+                release_free_memory()
 
     def _check_rows(self, item: Activation, grams: list[Gram]) -> None:
         bad, good = sum(gram.bad_rows for gram in grams), sum(gram.rows for gram in grams)

@@ -15,6 +15,7 @@ import quantc
 from quantc.evaluation import Scores, make_windows, read_text, score
 from quantc.frontend import Source, open_model
 from quantc.progress import LogProgress
+from quantc.runtime import unpack
 
 MODEL = "demo:smollm2"
 TEXT = Path(__file__).parents[2] / "benchmarks/texts/demo.txt"
@@ -68,3 +69,15 @@ def test_two_bits_still_speak(lab: Lab) -> None:
     assert gptq.perplexity_original is not None
     assert gptq.perplexity < 60 * gptq.perplexity_original
     assert gptq.perplexity < 0.1 * nearest.perplexity
+
+
+@pytest.mark.slow
+def test_packed_weights_write_the_text_of_the_dequantized_model(lab: Lab) -> None:
+    out = lab.folder / "greedy"
+    quantc.quantize(MODEL, bits=4, group_size=64, method="rtn", out=out)
+    prompt = lab.source.tokenizer("The harbour silts up twice a year, and", return_tensors="pt").input_ids
+    settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    settings |= {"max_new_tokens": 100, "min_new_tokens": 100}
+    packed = quantc.load(out, dtype=torch.float32).generate(prompt, **settings)
+    dense = unpack(quantc.load(out, dtype=torch.float32), torch.float32).generate(prompt, **settings)
+    assert torch.equal(packed, dense)
