@@ -14,7 +14,7 @@ from . import companions, pipeline
 from .blocks import find_blocks
 from .checkpoint import CheckpointReader, is_checkpoint
 from .checkpoint import verify as verify_checkpoint
-from .checkpoint_writer import CheckpointWriter, writing
+from .checkpoint_writer import CheckpointWriter
 from .derive import derive
 from .errors import UsageError
 from .frontend import Source, open_model, to_meta
@@ -25,6 +25,7 @@ from .plan import Plan, read_plan
 from .progress import LogProgress, Progress
 from .recipe import DEFAULT, Recipe, read_recipe
 from .report import Report
+from .shard_writer import writing
 from .spec import QuantSpec
 from .tokens import calibration_tokens
 

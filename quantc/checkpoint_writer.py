@@ -13,13 +13,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from .checkpoint import DTYPE_NAMES, INDEX, MANIFEST, checksum, is_checkpoint
 from .errors import CheckpointError, UsageError
+from .shard_writer import ShardWriter, writing
 
-SHARD_BYTES = 512 << 20  # a shard is held in memory until it is written
+SHARD_BYTES = 2 << 30
 
 
 class CheckpointWriter:
@@ -34,8 +33,7 @@ class CheckpointWriter:
         self.tensors: dict[str, dict[str, Any]] = {}
         self.weights_bytes = 0
         self._shard_bytes = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
+        self._shard: ShardWriter | None = None
         self._shards: list[list[str]] = []
         if out.exists() and force and not _is_ours(out):
             raise UsageError(
@@ -64,7 +62,8 @@ class CheckpointWriter:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def require_space(self, needed: int) -> None:
-        """Raise CheckpointError when the disk has less free space than `needed` bytes."""
+        """Raise CheckpointError when the disk has less free space than `needed` bytes and a shard's copy take."""
+        needed += min(needed, self._shard_bytes)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise CheckpointError(
@@ -73,14 +72,15 @@ class CheckpointWriter:
             )
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor; it is written with its shard."""
+        """Write a tensor into the shard in work."""
         tensor = tensor.contiguous()
         entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": checksum(tensor)}
         self.tensors[name] = entry
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        if self._pending_bytes >= self._shard_bytes:
-            self._flush()
+        if self._shard is None:
+            self._shard = ShardWriter(self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors")
+        self._shard.add(name, tensor)
+        if self._shard.bytes >= self._shard_bytes:
+            self._finish_shard()
 
     def add_text(self, name: str, text: str) -> None:
         """Write a text file into the checkpoint."""
@@ -89,33 +89,27 @@ class CheckpointWriter:
 
     def finish_weights(self) -> int:
         """Write the last shard; returns the bytes of all weight files."""
-        self._flush()
+        self._finish_shard()
         return self.weights_bytes
 
     def commit(self, config: dict[str, Any], manifest: dict[str, Any]) -> None:
         """Write what is left, name the shards, write the index, config and manifest, and rename the folder."""
-        self._flush()
+        self._finish_shard()
         with writing(self.folder):
             weight_map = self._name_shards()
             index = {"metadata": {"total_size": self.weights_bytes}, "weight_map": weight_map}
             self.add_text(INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
             self.add_text(MANIFEST, json.dumps({**manifest, "tensors": self.tensors}, indent=1) + "\n")
             self.add_text("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-            readable = (self.folder / MANIFEST).stat().st_mode
             for file in self.folder.iterdir():
-                file.chmod(readable)  # safetensors writes for the owner only
                 _sync(file)
             self._swap_in()
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        file = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        with writing(file):
-            save_file(self._pending, file, metadata={"format": "pt"})
-        self.weights_bytes += file.stat().st_size
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    def _finish_shard(self) -> None:
+        if self._shard is not None:
+            self.weights_bytes += self._shard.finish()
+            self._shards.append(self._shard.names)
+            self._shard = None
 
     def _name_shards(self) -> dict[str, str]:
         weight_map = {}
@@ -138,24 +132,6 @@ class CheckpointWriter:
 def _is_ours(out: Path) -> bool:
     """Replacing may only ever cost a checkpoint that can be made again."""
     return out.is_dir() and (is_checkpoint(out) or not any(out.iterdir()))
-
-
-class writing:
-    """Turns a failed write into a CheckpointError that names the file."""
-
-    def __init__(self, file: Path):
-        self._file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or str(error)
-            raise CheckpointError(
-                f"{self._file} could not be written ({reason}); nothing was left behind: free some space or choose "
-                "another --out, and run again."
-            ) from error
 
 
 def _sync(file: Path) -> None:

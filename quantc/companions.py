@@ -12,10 +12,11 @@ import transformers
 
 from . import __version__
 from .checkpoint import PackedEntry, describe_quantization
-from .checkpoint_writer import CheckpointWriter, writing
+from .checkpoint_writer import CheckpointWriter
 from .frontend import Source, model_files
 from .pipeline import Run
 from .recipe import Recipe
+from .shard_writer import writing
 from .spec import QuantSpec
 
 PLAN_FILE = "plan.yaml"

@@ -8,6 +8,8 @@ import sys
 from functools import cache
 from typing import Any
 
+RELEASE_BYTES = 64 << 20
+
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far."""
@@ -15,15 +17,24 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def release_free_memory() -> None:
-    """Hand memory that is free inside this process back to the system, where the C library can.
+class FreeMemory:
+    """Hands memory that is free inside this process back to the system, where the C library can.
 
     glibc keeps freed tensors of up to 32 MB for later, among those that stay: over the blocks of a model of two
-    billion parameters that grew to a gigabyte. Costs about 30 ms.
+    billion parameters that grew to a gigabyte. Handing back costs about 30 ms and every page is fetched anew (a
+    tenth of a small model's CPU time when done at every step), so it waits until RELEASE_BYTES came together.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+
+    def __init__(self) -> None:
+        self._used = 0
+
+    def release(self, used: int) -> None:
+        """Call after freeing; used: bytes of the tensors that the work just done was about."""
+        self._used += used
+        trim = _malloc_trim()
+        if trim is not None and self._used >= RELEASE_BYTES:
+            trim(0)
+            self._used = 0
 
 
 @cache

@@ -24,7 +24,7 @@ from .formats import DENSE
 from .frontend import Source, to_meta
 from .frontend.source import tensors_under
 from .graph import Activation, Block, Linear, ModelGraph
-from .memory import release_free_memory
+from .memory import RELEASE_BYTES, FreeMemory
 from .observe import observed
 from .plan import Plan
 from .progress import Progress
@@ -52,6 +52,7 @@ class Run:
     report: Report
     progress: Progress
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    free_memory: FreeMemory = field(default_factory=FreeMemory)
 
 
 class Pass:
@@ -143,7 +144,7 @@ class BlockWork:
         if self.calibration is None:
             for item in wanted:
                 yield item, []
-                release_free_memory()
+                self._release(item)
             return
         for items in _rounds(wanted, self.experts):
             grams = {item.label: self._new_grams(item) for item in items}
@@ -152,7 +153,11 @@ class BlockWork:
             for item in items:
                 self._check_rows(item, grams[item.label])
                 yield item, grams.pop(item.label)
-                release_free_memory()
+                self._release(item)
+
+    def _release(self, item: Activation) -> None:
+        weights = sum(self._parameter(linear).nbytes for linear in self.readers(item))
+        self.run.free_memory.release(weights + Gram.bytes_for(item.width))
 
     def _check_rows(self, item: Activation, grams: list[Gram]) -> None:
         bad, good = sum(gram.bad_rows for gram in grams), sum(gram.rows for gram in grams)
@@ -241,6 +246,7 @@ def _build_block(
     run.source.load(block.name)
     module = run.source.model.get_submodule(block.name).to(run.device)
     work = BlockWork(run, block, module, calibration)
+    weights = sum(parameter.nbytes for parameter in module.parameters())
     for item in passes:
         item.build(work)
     _write(run, block.name, work.quantized, writer)
@@ -248,7 +254,7 @@ def _build_block(
         work.replace_weights()
         calibration.advance(block)
     to_meta(module)
-    release_free_memory()
+    run.free_memory.release(weights)
 
 
 def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: CheckpointWriter) -> None:
@@ -260,7 +266,7 @@ def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: Chec
             item.build_outside(work)
         _write(run, name, work.quantized, writer)
     to_meta(run.source.model)
-    release_free_memory()
+    run.free_memory.release(RELEASE_BYTES)
 
 
 def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: CheckpointWriter) -> None:

@@ -182,7 +182,7 @@ def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("target", ["quantc.checkpoint_writer.save_file", "pathlib.Path.write_text", "os.fsync"])
+@pytest.mark.parametrize("target", ["pathlib.Path.write_text", "quantc.shard_writer._copy", "os.fsync"])
 @pytest.mark.parametrize("force", [False, True])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, force: bool
@@ -208,7 +208,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_disk_that_fills_in_a_run_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantc.checkpoint_writer.save_file", no_space)
+    monkeypatch.setattr("quantc.shard_writer._copy", no_space)
     with pytest.raises(CheckpointError, match="No space left on device"):
         quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out")
     assert only(tmp_path)
