@@ -1,5 +1,5 @@
 """The passes, one file each; importing this package registers them."""
 
-from . import allocate, quantize
+from . import allocate, quantize, rotate
 
-__all__ = ["allocate", "quantize"]
+__all__ = ["allocate", "quantize", "rotate"]

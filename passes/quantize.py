@@ -10,6 +10,7 @@ import torch
 from ..errors import CalibrationError, ModelError, UsageError
 from ..graph import Linear
 from ..numerics.grids import Grid, fit_grid
+from ..numerics.hadamard import GRAM_BAND, rotate, rotate_gram
 from ..numerics.rounding import Factor, factorize, gptq, round_to_nearest
 from ..pipeline import BlockWork, Fact, OutsideWork, Pass, Run, register
 from ..qtensor import QTensor
@@ -68,9 +69,12 @@ class Quantize(Pass):
             for expert in range(work.experts(activation)):
                 rows = grams[expert].rows if grams else 0
                 gram = grams[expert].matrix if rows else None
-                factor = None if gram is None else self._factor(gram, rows, activation.label)
+                bases: dict[int, Basis] = {}
                 for outcome in outcomes:
-                    outcome.add(work.weight(outcome.linear, expert), gram, rows, factor)
+                    block = outcome.spec.hadamard
+                    if block not in bases:
+                        bases[block] = self._basis(gram, rows, block, activation.label)
+                    outcome.add(work.weight(outcome.linear, expert), bases[block])
             for outcome in outcomes:
                 work.quantized[outcome.linear.name] = outcome.qtensor()
                 work.run.report.linears.append(outcome.report())
@@ -85,16 +89,38 @@ class Quantize(Pass):
         _check_scales(grid, name)
         work.quantized[name] = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
 
-    def _factor(self, gram: torch.Tensor, rows: int, label: str) -> Factor | None:
-        """None where too few rows were seen for the Gram matrix to guide anything."""
-        if rows < len(gram) * FEWEST_ROWS_SHARE:
-            return None
+    def _basis(self, gram: torch.Tensor | None, rows: int, block: int, label: str) -> Basis:
+        if gram is None:
+            return Basis(rows, block)
+        rotated = rotate_gram(gram, block) if block else gram
+        if rows < len(gram) * FEWEST_ROWS_SHARE:  # too few to guide anything
+            return Basis(rows, block, rotated)
         try:
-            return factorize(gram, self.config.damp, self.config.act_order)
+            return Basis(rows, block, rotated, factorize(rotated, self.config.damp, self.config.act_order))
         except ArithmeticError as error:
             raise CalibrationError(
                 f"{label}: {error}; its calibration rows are not finite, so check the model and the text."
             ) from error
+
+
+@dataclass
+class Basis:
+    """What the calibration rows of one activation say to the weights that read it, after its rotation.
+
+    block: order of the rotation's blocks, 0 for none. gram: float32 (K, K), None without calibration. factor: None
+    where weights are rounded to nearest.
+    """
+
+    rows: int
+    block: int
+    gram: torch.Tensor | None = None
+    factor: Factor | None = None
+
+    def turn(self, weight: torch.Tensor) -> torch.Tensor:
+        """float32 (N, K), as it multiplies the rotated rows; rotated in float64."""
+        if not self.block:
+            return weight
+        return torch.cat([rotate(band.double(), self.block).float() for band in weight.split(GRAM_BAND)])
 
 
 class Outcome:
@@ -107,11 +133,9 @@ class Outcome:
         self._rows = 0
         self._energy = self._lost = 0.0
 
-    def add(self, weight: torch.Tensor, gram: torch.Tensor | None, rows: int, factor: Factor | None) -> None:
-        """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise.
-
-        gram: float32 (K, K) over so many calibration rows, or None when there were none.
-        """
+    def add(self, source: torch.Tensor, basis: Basis) -> None:
+        """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise."""
+        weight, gram, factor = basis.turn(source), basis.gram, basis.factor
         importance = gram.diagonal() if gram is not None and factor is not None else None
         grid = fit_grid(weight, self.spec, importance)
         _check_scales(grid, self.linear.name)
@@ -119,7 +143,7 @@ class Outcome:
         tensor = QTensor(self.spec, codes, grid.scales, grid.zeros)
         self._tensors.append(tensor)
         self._factors.append(factor)
-        self._rows += rows
+        self._rows += basis.rows
         self._energy += output_energy(weight, gram)
         self._lost += output_energy(tensor.dequantize() - weight, gram)
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, UsageError
 from .formats import DENSE, Part
+from .numerics.hadamard import fits
 from .spec import QuantSpec
 
 METHOD = "quantc"
@@ -136,7 +137,10 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
 def _read_entry(default: dict[str, Any], own: dict[str, Any]) -> PackedEntry:
     *leading, n, k = (int(size) for size in own.pop("shape"))
     transposed = bool(own.pop("transposed", False))
-    return PackedEntry(QuantSpec.from_dict({**default, **own}), (n, k), tuple(leading), transposed)
+    spec = QuantSpec.from_dict({**default, **own})
+    if not fits(k, spec.hadamard):
+        raise ValueError(f"no Hadamard rotation of {k} inputs in blocks of {spec.hadamard} is known")
+    return PackedEntry(spec, (n, k), tuple(leading), transposed)
 
 
 class CheckpointReader:

@@ -11,6 +11,7 @@ import yaml
 
 from .errors import UsageError
 from .graph import ModelGraph
+from .numerics.hadamard import fits
 from .spec import QuantSpec
 
 KEEP = "keep"
@@ -26,7 +27,7 @@ class Plan:
         entries: dict[str, Any] = {}
         for name, spec in self.specs.items():
             entries[name] = KEEP if spec is None else spec.to_dict()
-        comment = "# quantc plan: edit bits, group_size, grouping, symmetric or rank, or write `keep`.\n"
+        comment = "# quantc plan: edit bits, group_size, grouping, symmetric, rank or hadamard, or write `keep`.\n"
         return comment + yaml.safe_dump({"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None)
 
     def check(self, graph: ModelGraph, extra: set[str]) -> None:
@@ -37,12 +38,26 @@ class Plan:
                 raise UsageError(
                     f"the plan names {name}, which is no linear of this model; did you mean {near[0] if near else '-'}?"
                 )
+        self._check_rotations(graph)
         missing = [name for name in graph.linears if name not in self.specs]
         if missing:
             raise UsageError(
                 f"the plan leaves out {missing[0]} and {len(missing) - 1} more linears; every linear needs a spec, "
                 f"or `{KEEP}`."
             )
+
+    def _check_rotations(self, graph: ModelGraph) -> None:
+        for name, spec in self.specs.items():
+            if spec is None or not spec.hadamard:
+                continue
+            if name not in graph.linears:
+                raise UsageError(f"the plan rotates {name}, but only linears inside the blocks rotate; write 0 for it.")
+            width = graph.linears[name].shape[1]
+            if not fits(width, spec.hadamard):
+                raise UsageError(
+                    f"the plan rotates {name} in blocks of {spec.hadamard}, but its {width} inputs need blocks that "
+                    "divide them and for which a Hadamard matrix is known; write 0 for none."
+                )
 
 
 def read_plan(file: Path) -> Plan:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .numerics.hadamard import rotate_back
 from .spec import QuantSpec
 
 
@@ -40,11 +41,11 @@ class QTensor:
         return centred.mul_(scales).to(dtype)
 
     def effective_weight(self) -> torch.Tensor:
-        """float32 (..., N, K): what x is multiplied with in all, the low-rank addition included."""
+        """float32 (..., N, K): what x is multiplied with in all, low-rank addition and rotation included."""
         weight = self.dequantize()
         if self.low_rank_a is not None and self.low_rank_b is not None:
             weight = weight + self.low_rank_b.float() @ self.low_rank_a.float()
-        return weight
+        return rotate_back(weight, self.spec.hadamard) if self.spec.hadamard else weight
 
 
 def spread_groups(values: torch.Tensor, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:

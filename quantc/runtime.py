@@ -16,6 +16,7 @@ from .errors import CheckpointError
 from .formats import DENSE, Parts
 from .kernels.base import Prepared
 from .kernels.registry import choose
+from .numerics.hadamard import rotate
 from .spec import QuantSpec
 
 
@@ -44,7 +45,7 @@ class _Packed(nn.Module):
             found = kernel, kernel.prepare(self.parts(expert), self.spec, self.matrix_shape, x.dtype)
             self._prepared[key] = found
         kernel, prepared = found
-        return kernel.run(x, prepared)
+        return kernel.run(rotate(x, self.spec.hadamard) if self.spec.hadamard else x, prepared)
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The whole weight (or one expert's), unpacked."""

@@ -29,6 +29,8 @@ class QuantSpec:
         of one input channel.
     symmetric: no stored zero points; the zero point is 2^(bits-1).
     rank: rank R of an optional float16 low-rank addition y += b (a x), 0 for none.
+    hadamard: order of the blocks of the Hadamard rotation that the input passes first (numerics/hadamard.py), 0 for
+        none. Codes and low-rank factors then belong to the rotated input. Nothing is stored for it.
 
     Raises UsageError when a field is out of range.
     """
@@ -38,6 +40,7 @@ class QuantSpec:
     grouping: Grouping = "per_oc"
     symmetric: bool = False
     rank: int = 0
+    hadamard: int = 0
 
     def __post_init__(self) -> None:
         if not _is_count(self.bits) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -55,6 +58,8 @@ class QuantSpec:
             raise UsageError(f"symmetric is {self.symmetric!r}, but it is either true or false; choose one of those.")
         if not _is_count(self.rank) or self.rank < 0:
             raise UsageError(f"rank is {self.rank!r}, but a rank is 0 (none) or more; choose one of those.")
+        if not _is_count(self.hadamard) or self.hadamard < 0:
+            raise UsageError(f"hadamard is {self.hadamard!r}, but a block order is 0 (none) or more; choose one.")
 
     @property
     def levels(self) -> int:
@@ -91,11 +96,12 @@ class QuantSpec:
         return self.stored_bits(shape) / (n * k)
 
     def label(self) -> str:
-        """Short name such as w4g128 or w3g64sym-per_ic-r16."""
+        """Short name such as w4g128 or w3g64sym-per_ic-r16-had."""
         group = "row" if self.group_size == WHOLE_ROW else str(self.group_size)
         text = f"w{self.bits}g{group}" + ("sym" if self.symmetric else "")
         text += "" if self.grouping == "per_oc" else "-per_ic"
-        return text + (f"-r{self.rank}" if self.rank else "")
+        text += f"-r{self.rank}" if self.rank else ""
+        return text + ("-had" if self.hadamard else "")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

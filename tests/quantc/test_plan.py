@@ -53,9 +53,13 @@ def test_yaml_roundtrip_keeps_specs_and_order(tmp_path: Path) -> None:
 
 def test_a_person_can_read_it() -> None:
     text = whole_plan().to_yaml()
-    assert text.startswith("# quantc plan: edit bits, group_size, grouping, symmetric or rank, or write `keep`.")
+    assert text.startswith(
+        "# quantc plan: edit bits, group_size, grouping, symmetric, rank or hadamard, or write `keep`."
+    )
     assert "h.0.down_proj: keep\n" in text
-    assert "h.0.q_proj: {bits: 4, group_size: 32, grouping: per_oc, symmetric: false, rank: 0}" in text
+    assert (
+        "h.0.q_proj: {bits: 4, group_size: 32, grouping: per_oc, symmetric: false, rank: 0,\n    hadamard: 0}" in text
+    )
 
 
 def test_an_edited_plan_says_what_was_edited(tmp_path: Path) -> None:
