@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from benchmarks.common import describe, machine, markdown, quantize, write_json
 from quantc.windows import Window
 
+PRESETS = ("fast", "balanced", "best")
 IDENTITY = ("model", "bits", "group_size", "method", "settings")
 
 
@@ -94,7 +95,8 @@ def measure(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Names
     """One row: quantize, load, score."""
     with tempfile.TemporaryDirectory(prefix="results-") as scratch:
         out = Path(scratch) / "quantized"
-        options = {"bits": row["bits"], "method": row["method"], "group_size": row["group_size"]}
+        how = "preset" if row["method"] in PRESETS else "recipe" if row["method"].endswith(".yaml") else "method"
+        options = {"bits": row["bits"], how: row["method"], "group_size": row["group_size"]}
         calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
         measured, summary = quantize(path, out, asymmetric=True, **options, **calibration)
         return {
@@ -148,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="text to score")
     parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"], help="rtn, gptq, presets, recipe files")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--seq-len", type=int, help="tokens in each [default: the context]")

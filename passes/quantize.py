@@ -9,10 +9,11 @@ import torch
 
 from ..errors import CalibrationError, ModelError, UsageError
 from ..graph import Linear
-from ..numerics.grids import Grid, fit_grid
-from ..numerics.hadamard import GRAM_BAND, rotate, rotate_gram
-from ..numerics.rounding import Factor, factorize, gptq, round_to_nearest
-from ..pipeline import BlockWork, Fact, OutsideWork, Pass, Run, register
+from ..numerics.basis import Basis
+from ..numerics.grids import fit_grid
+from ..numerics.lowrank import compensate
+from ..numerics.rounding import Factor, round_to_nearest
+from ..pipeline import BlockWork, Fact, OutsideWork, Pass, register
 from ..qtensor import QTensor
 from ..report import LinearReport
 from ..spec import QuantSpec
@@ -20,26 +21,27 @@ from ..stats import output_energy
 
 Method = Literal["gptq", "rtn"]
 
-# An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
-FEWEST_ROWS_SHARE = 1 / 16
-
 
 @dataclass(frozen=True)
 class QuantizeConfig:
     """method: gptq (error feedback through the Gram matrix) or rtn (round to nearest, no calibration).
 
     act_order: gptq rounds the inputs with the most energy first. damp: share of the mean Gram diagonal added to it.
+    rounds: of refinement after gptq, each a refit of the scales and a descent over the codes; 0 for none.
     """
 
     method: Method = "gptq"
     act_order: bool = True
     damp: float = 0.01
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in ("gptq", "rtn"):
             raise UsageError(f"method is {self.method!r}, but only gptq and rtn exist; choose one of those.")
         if not self.damp > 0:
             raise UsageError(f"damp is {self.damp}, but damping needs a positive share; 0.01 is usual.")
+        if self.rounds < 0:
+            raise UsageError(f"rounds is {self.rounds}, but refinement has 0 (none) or more; choose one of those.")
 
 
 @register
@@ -55,13 +57,6 @@ class Quantize(Pass):
     def calibrated(self) -> bool:
         return self.config.method == "gptq"
 
-    def plan(self, run: Run) -> None:
-        ranked = next((name for name, spec in run.plan.specs.items() if spec is not None and spec.rank), None)
-        if ranked is not None:
-            raise UsageError(
-                f"the plan gives {ranked} a low-rank addition, but no pass computes one yet; set its rank to 0."
-            )
-
     def build(self, work: BlockWork) -> None:
         for activation, grams in work.statistics():
             specs = work.run.plan.specs
@@ -74,7 +69,7 @@ class Quantize(Pass):
                     block = outcome.spec.hadamard
                     if block not in bases:
                         bases[block] = self._basis(gram, rows, block, activation.label)
-                    outcome.add(work.weight(outcome.linear, expert), bases[block])
+                    outcome.add(work.weight(outcome.linear, expert), bases[block], self.config.rounds)
             for outcome in outcomes:
                 work.quantized[outcome.linear.name] = outcome.qtensor()
                 work.run.report.linears.append(outcome.report())
@@ -86,41 +81,16 @@ class Quantize(Pass):
             return
         weight = work.weight()
         grid = fit_grid(weight, spec)
-        _check_scales(grid, name)
+        _check_scales(grid.scales, name)
         work.quantized[name] = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
 
     def _basis(self, gram: torch.Tensor | None, rows: int, block: int, label: str) -> Basis:
-        if gram is None:
-            return Basis(rows, block)
-        rotated = rotate_gram(gram, block) if block else gram
-        if rows < len(gram) * FEWEST_ROWS_SHARE:  # too few to guide anything
-            return Basis(rows, block, rotated)
         try:
-            return Basis(rows, block, rotated, factorize(rotated, self.config.damp, self.config.act_order))
+            return Basis.of(gram, rows, block, self.config.damp, self.config.act_order)
         except ArithmeticError as error:
             raise CalibrationError(
                 f"{label}: {error}; its calibration rows are not finite, so check the model and the text."
             ) from error
-
-
-@dataclass
-class Basis:
-    """What the calibration rows of one activation say to the weights that read it, after its rotation.
-
-    block: order of the rotation's blocks, 0 for none. gram: float32 (K, K), None without calibration. factor: None
-    where weights are rounded to nearest.
-    """
-
-    rows: int
-    block: int
-    gram: torch.Tensor | None = None
-    factor: Factor | None = None
-
-    def turn(self, weight: torch.Tensor) -> torch.Tensor:
-        """float32 (N, K), as it multiplies the rotated rows; rotated in float64."""
-        if not self.block:
-            return weight
-        return torch.cat([rotate(band.double(), self.block).float() for band in weight.split(GRAM_BAND)])
 
 
 class Outcome:
@@ -133,19 +103,20 @@ class Outcome:
         self._rows = 0
         self._energy = self._lost = 0.0
 
-    def add(self, source: torch.Tensor, basis: Basis) -> None:
+    def add(self, source: torch.Tensor, basis: Basis, rounds: int) -> None:
         """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise."""
-        weight, gram, factor = basis.turn(source), basis.gram, basis.factor
-        importance = gram.diagonal() if gram is not None and factor is not None else None
-        grid = fit_grid(weight, self.spec, importance)
-        _check_scales(grid, self.linear.name)
-        codes = round_to_nearest(weight, grid, self.spec) if factor is None else gptq(weight, factor, grid, self.spec)
-        tensor = QTensor(self.spec, codes, grid.scales, grid.zeros)
+        weight = basis.turn(source)
+        tensor = basis.round(weight, self.spec, rounds)
+        _check_scales(tensor.scales, self.linear.name)
         self._tensors.append(tensor)
-        self._factors.append(factor)
+        self._factors.append(basis.factor)
         self._rows += basis.rows
-        self._energy += output_energy(weight, gram)
-        self._lost += output_energy(tensor.dequantize() - weight, gram)
+        self._energy += output_energy(weight, basis.gram)
+        residual = weight - tensor.dequantize()
+        if self.spec.rank:
+            tensor.low_rank_a, tensor.low_rank_b = compensate(residual, basis.gram, self.spec.rank)
+            residual -= tensor.low_rank_b.float() @ tensor.low_rank_a.float()
+        self._lost += output_energy(residual, basis.gram)
 
     @property
     def error(self) -> float:
@@ -173,18 +144,23 @@ class Outcome:
         )
 
 
-def _check_scales(grid: Grid, name: str) -> None:
-    if not bool(torch.isfinite(grid.scales).all()):
+def _check_scales(scales: torch.Tensor, name: str) -> None:
+    if not bool(torch.isfinite(scales).all()):
         raise ModelError(
             f"{name} has weights so large that their scale overflows float16 (65504); rescale that weight first."
         )
 
 
 def _stack(tensors: list[QTensor]) -> QTensor:
-    zeros = [tensor.zeros for tensor in tensors if tensor.zeros is not None]
+    def stacked(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+        found = [part for part in parts if part is not None]
+        return torch.stack(found) if found else None
+
     return QTensor(
         tensors[0].spec,
         torch.stack([tensor.codes for tensor in tensors]),
         torch.stack([tensor.scales for tensor in tensors]),
-        torch.stack(zeros) if zeros else None,
+        stacked([tensor.zeros for tensor in tensors]),
+        stacked([tensor.low_rank_a for tensor in tensors]),
+        stacked([tensor.low_rank_b for tensor in tensors]),
     )

@@ -22,6 +22,7 @@ from .frontend.source import quiet_transformers, tensors_under
 from .memory import peak_rss_bytes
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
+from .presets import preset as named_preset
 from .progress import LogProgress, Progress
 from .recipe import DEFAULT, Recipe, read_recipe
 from .report import Report
@@ -48,6 +49,7 @@ def quantize(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
+    preset: str | None = None,
     recipe: Recipe | PathLike | None = None,
     plan: PathLike | None = None,
     device: str = "cpu",
@@ -57,11 +59,12 @@ def quantize(
     """Quantize a model into a packed checkpoint and return the report.
 
     model: folder, .gguf file, hub id or demo name. out: output folder, `<model>-quantc-w4g128` or so by default.
-    recipe: a Recipe or a YAML file; the other settings override it. plan: a plan.yaml whose specs are used as they
-    are. Raises a QuantcError whose message is one sentence; nothing is left behind then.
+    preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
+    plan: a plan.yaml whose specs are used as they are. Raises a QuantcError whose message is one sentence; nothing is
+    left behind then.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    chosen = _resolve_recipe(recipe).with_settings(
+    chosen = _resolve_recipe(recipe, preset, method).with_settings(
         allocate={"bits": bits, "group_size": group_size, "symmetric": symmetric, "head_bits": head_bits},
         quantize={"method": method},
         calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
@@ -154,7 +157,15 @@ def default_context(model: PreTrainedModel) -> int:
     return min(512, limit) if isinstance(limit, int) else 512
 
 
-def _resolve_recipe(recipe: Recipe | PathLike | None) -> Recipe:
+def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None, method: str | None) -> Recipe:
+    if preset is not None:
+        if recipe is not None:
+            raise UsageError("a preset is a recipe, so both cannot be given; leave one of them out.")
+        if method == "rtn" and any(name == "rotate" for name, _ in named_preset(preset).passes):
+            raise UsageError(
+                f"the preset {preset} rotates, and a rotated model loses by plain rounding; use gptq, or preset fast."
+            )
+        return named_preset(preset)
     if isinstance(recipe, Recipe):
         return recipe
     return DEFAULT if recipe is None else read_recipe(Path(recipe))

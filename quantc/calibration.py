@@ -22,6 +22,7 @@ from .graph import Block, ModelGraph
 from .stats import BAD_ROWS_LIMIT
 
 BATCH_TOKENS = 2048  # tokens a block runs on at once: enough for full matrix speed, small beside a block
+PROBE_TOKENS = 32  # of the first sample, on which rewrites of a block are proven
 SPILL_BYTES = 4 << 30  # hidden states larger than this live in a memory-mapped file
 
 
@@ -75,25 +76,38 @@ class CalibrationRun:
         self._batches: list[Batch] = []
         self._states: HiddenStates | None = None
         size = max(1, BATCH_TOKENS // self.seq_len)
+        self._probe, _ = self._calls(tokens[:1, :PROBE_TOKENS])
         for start in range(0, self.samples, size):
             self._capture(start, tokens[start : start + size], folder)
 
     def _capture(self, start: int, tokens: torch.Tensor, folder: Path | None) -> None:
+        calls, hidden = self._calls(tokens)
+        if self._states is None:
+            self._states = HiddenStates((self.samples, *hidden.shape[1:]), folder)
+        self._states.write(start, hidden)
+        if self._batches:
+            calls = [_shared(call, known) for call, known in zip(calls, self._batches[0].calls, strict=True)]
+        self._batches.append(Batch(start, tokens.shape[0], calls))
+
+    def _calls(self, tokens: torch.Tensor) -> tuple[list[BlockCall], torch.Tensor]:
+        """What every block is called with for tokens (B, T), hidden states left out, and those of the first block."""
         modules = [self._model.get_submodule(block.name) for block in self.graph.blocks]
         calls: list[BlockCall] = []
 
         def run_block(index: int, call: BlockCall) -> Any:
-            if index == 0:
-                if self._states is None:
-                    self._states = HiddenStates((self.samples, *call.hidden.shape[1:]), folder)
-                self._states.write(start, call.hidden)
-            calls.append(call.with_hidden(None))
+            calls.append(call if index == 0 else call.with_hidden(None))
             return self.graph.blocks[index].returns.wrap(call.hidden)
 
         run_around_blocks(self._model, modules, tokens, run_block)
-        if self._batches:
-            calls = [_shared(call, known) for call, known in zip(calls, self._batches[0].calls, strict=True)]
-        self._batches.append(Batch(start, tokens.shape[0], calls))
+        first = calls[0].hidden
+        calls[0] = calls[0].with_hidden(None)
+        return calls, first
+
+    def probe(self, block: Block) -> BlockCall:
+        """A call of the block with the first tokens of the first sample, on their way to the block."""
+        assert self._states is not None
+        hidden = self._states.read(0, 1)[:, :PROBE_TOKENS].clone()
+        return _moved(self._probe[block.index].with_hidden(hidden), self.device)
 
     def rows(self, block: Block) -> None:
         """Run the block on the whole set; what observers do not keep is dropped."""

@@ -19,6 +19,7 @@ option = click.option
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 BITS = Whole(2, 8)
 COUNT = Whole(1)
+PRESETS = click.Choice(["fast", "balanced", "best"])
 OUTPUT_OPTIONS = options(
     option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else on stderr."),
     option("--quiet", "-q", is_flag=True, help="No progress and no log lines; errors only."),
@@ -60,6 +61,7 @@ QUANTIZE_OPTIONS = options(
     option("--samples", type=COUNT, help="Windows of calibration text. [default: 64]"),
     option("--seq-len", type=COUNT, help="Tokens per window. [default: 512]"),
     option("--seed", type=Whole(0), help="Seed of everything random. [default: 0]"),
+    option("--preset", type=PRESETS, help="fast: gptq; balanced: also rotated; best: also searched. [default: fast]"),
     option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
     option("--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."),
     DEVICE_OPTION,
@@ -98,6 +100,22 @@ def _show_summary(model: str, report: Report) -> None:
 
     command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2"]
     console.show(tables.quantized(report.to_dict(), command))
+
+
+@main.command()
+@click.argument("action", type=click.Choice(["show"]))
+@click.argument("name", type=PRESETS)
+def recipe(action: str, name: str) -> None:
+    """Print the recipe of a preset: fast, balanced or best.
+
+    \b
+    Example: quantc recipe show best > mine.yaml
+    """
+    with console.session(quiet=True):
+        from .presets import preset
+
+        text = preset(name).to_yaml()
+    click.echo(text, nl=False)
 
 
 @main.command("eval")

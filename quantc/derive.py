@@ -101,6 +101,7 @@ def _rebase(block: Block, index: int, name: str) -> Block:
                 label=full(item.label),
                 writers=tuple(map(full, item.writers)),
                 readers=tuple(map(full, item.readers)),
+                scaled_by=tuple(map(full, item.scaled_by)),
             )
             for item in block.activations
         ),

@@ -55,6 +55,8 @@ class Activation:
     writers: what computed it: the norm of a "normed" one, the linears (and norms) behind the others.
     readers: the linears that multiply it, all of width K.
     order: when in the block it is first read, counted from 0; -1 if the probe never reached a reader.
+    scaled_by: those writers whose output it is proportional to, channel by channel: v of a "value" one, the side of a
+        "gated" one that is not activated. head_dim: channels of a head of a "value" one, else 0.
     """
 
     label: str
@@ -63,6 +65,8 @@ class Activation:
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     order: int = -1
+    scaled_by: tuple[str, ...] = ()
+    head_dim: int = 0
 
 
 @dataclass(frozen=True)

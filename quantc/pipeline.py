@@ -30,6 +30,7 @@ from .plan import Plan
 from .progress import Progress
 from .qtensor import QTensor
 from .report import Report
+from .rewrite import Edits, Proof, Refusal, fold_scales, weight_name
 from .stats import BAD_ROWS_LIMIT, Gram
 
 STATISTICS_BYTES = 2 << 30  # Gram matrices held at once; a block that needs more is run several times
@@ -119,6 +120,9 @@ class BlockWork:
     module: nn.Module
     calibration: CalibrationRun | None
     quantized: dict[str, QTensor] = field(default_factory=dict)
+    keep_statistics: bool = False  # for a pass that comes later
+    _kept: dict[str, list[Gram]] = field(default_factory=dict)
+    _proof: Proof | None = None
 
     def weight(self, linear: Linear, expert: int = 0) -> torch.Tensor:
         """float32 (N, K), of one expert of a stack, whichever way round the model stores it."""
@@ -127,7 +131,7 @@ class BlockWork:
         return matrix.T if linear.transposed else matrix
 
     def _parameter(self, linear: Linear) -> nn.Parameter:
-        return self.module.get_parameter(linear.weight_name.removeprefix(self.block.name + "."))
+        return self.module.get_parameter(weight_name(self.block, linear))
 
     def readers(self, activation: Activation) -> list[Linear]:
         """The linears that read an activation and that the plan quantizes."""
@@ -138,9 +142,13 @@ class BlockWork:
         """Every activation that quantized linears read, with its Gram matrices (one per expert of a stack).
 
         Activations come in rounds that fit STATISTICS_BYTES; each round runs the block once on the whole set.
-        Without calibration the lists are empty. The forward passes run on the block's original weights.
+        Without calibration the lists are empty. The forward passes run on the block's original weights. What an
+        earlier pass asked for is kept for later ones where all of it fits.
         """
         wanted = [item for item in self.block.activations if self.readers(item)]
+        if self._kept:
+            yield from self._hand_out(wanted, self._kept)
+            return
         if self.calibration is None:
             for item in wanted:
                 yield item, []
@@ -152,8 +160,42 @@ class BlockWork:
                 self.calibration.rows(self.block)
             for item in items:
                 self._check_rows(item, grams[item.label])
-                yield item, grams.pop(item.label)
-                self._release(item)
+            self._kept = grams if len(items) == len(wanted) and self.keep_statistics else {}
+            yield from self._hand_out(items, grams)
+
+    def _hand_out(
+        self, items: list[Activation], grams: dict[str, list[Gram]]
+    ) -> Iterator[tuple[Activation, list[Gram]]]:
+        for item in items:
+            yield item, grams[item.label] if self.keep_statistics else grams.pop(item.label)
+            self._release(item)
+
+    def divide(self, item: Activation, scales: torch.Tensor) -> str:
+        """Divide an activation by scales (K,) where it is written and multiply its readers by them.
+
+        Proven on a probe first. Returns "" when it was done, else why not; then nothing has changed.
+        """
+        assert self.calibration is not None
+        stored = self.run.source.stored_dtype(item.writers[0] + ".weight") if item.writers else torch.float32
+        try:
+            edits, used = fold_scales(self.block, self.module, item, scales, stored)
+        except Refusal as refusal:
+            return str(refusal)
+        if self._shared(edits):
+            return "another block shares its weights"
+        if self._proof is None:
+            self._proof = Proof(self.block, self.module, self.calibration.probe(self.block))
+        if not self._proof.holds(edits):
+            return "the block's output changed on the probe"
+        for name, value in edits.items():
+            self.module.get_parameter(name).data = value.float()
+        for gram in self._kept.get(item.label, []):
+            gram.divide_rows(used)
+        return ""
+
+    def _shared(self, edits: Edits) -> bool:
+        tied = {*self.run.source.tied, *self.run.source.tied.values()}
+        return any(f"{self.block.name}.{name}" in tied for name in edits)
 
     def _release(self, item: Activation) -> None:
         weights = sum(self._parameter(linear).nbytes for linear in self.readers(item))
@@ -247,7 +289,8 @@ def _build_block(
     module = run.source.model.get_submodule(block.name).to(run.device)
     work = BlockWork(run, block, module, calibration)
     weights = sum(parameter.nbytes for parameter in module.parameters())
-    for item in passes:
+    for number, item in enumerate(passes, start=1):
+        work.keep_statistics = any(later.calibrated for later in passes[number:])
         item.build(work)
     _write(run, block.name, work.quantized, writer)
     if calibration is not None and block is not run.graph.blocks[-1]:

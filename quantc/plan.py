@@ -48,10 +48,13 @@ class Plan:
 
     def _check_rotations(self, graph: ModelGraph) -> None:
         for name, spec in self.specs.items():
-            if spec is None or not spec.hadamard:
+            if spec is None or not (spec.hadamard or spec.rank):
                 continue
             if name not in graph.linears:
-                raise UsageError(f"the plan rotates {name}, but only linears inside the blocks rotate; write 0 for it.")
+                raise UsageError(
+                    f"the plan gives {name} a rotation or a rank, but only linears inside the blocks have them; write "
+                    "0 for both."
+                )
             width = graph.linears[name].shape[1]
             if not fits(width, spec.hadamard):
                 raise UsageError(

@@ -45,13 +45,16 @@ class Report:
     """Everything a run says about itself.
 
     bits_per_weight counts all that is stored for the linears inside the blocks; weights_bytes is the size of
-    all weight files. kept: linears left as they are, with the reason. notes: sentences worth reading.
+    all weight files. kept: linears left as they are, with the reason. rewrites: by pass and kind of activation, how
+    many were rewritten. refused: rewrites that were not made, with the reason. notes: sentences worth reading.
     """
 
     model: str
     output: str
     linears: list[LinearReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    rewrites: dict[str, dict[str, int]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     weights_bytes: int = 0
     source_bytes: int = 0
@@ -70,6 +73,11 @@ class Report:
     def fallbacks(self) -> int:
         return sum(linear.fallbacks for linear in self.linears)
 
+    def count_rewrite(self, by: str, kind: str) -> None:
+        """One more activation of a kind was rewritten by a pass."""
+        counts = self.rewrites.setdefault(by, {})
+        counts[kind] = counts.get(kind, 0) + 1
+
     def summary(self) -> dict[str, Any]:
         """The totals: what `quantc quantize --json` prints."""
         return {
@@ -85,6 +93,8 @@ class Report:
             "wall_seconds": self.wall_seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "kept": self.kept,
+            "rewrites": self.rewrites,
+            "refused": self.refused,
             "notes": self.notes,
         }
 

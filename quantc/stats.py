@@ -27,6 +27,11 @@ class Gram:
             self._upper[start : start + BAND, start:].addmm_(band.T, rows[:, start:])
         self.rows += rows.shape[0]
 
+    def divide_rows(self, scales: torch.Tensor) -> None:
+        """As if every row had been divided by scales (K,)."""
+        inverse = (1 / scales.double()).to(self._upper)
+        self._upper.mul_(inverse[:, None]).mul_(inverse)
+
     def merge(self, other: Gram) -> None:
         """Add what another accumulator saw of the same activation."""
         self._upper += other._upper

@@ -20,10 +20,12 @@ TensorKey = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor came from. `kind` is "norm", "linear", or an activation kind."""
+    """Where a tensor came from. `kind` is "norm", "linear", or an activation kind; the rest as in Activation."""
 
     kind: str
     writers: tuple[str, ...] = ()
+    scaled_by: tuple[str, ...] = ()
+    head_dim: int = 0
 
 
 RESIDUAL = Origin("residual")
@@ -139,7 +141,8 @@ class BlockTracer(TorchFunctionMode):
     def _origin_of_result(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
         if func is F.scaled_dot_product_attention:
             value = args[2] if len(args) > 2 else kwargs["value"]
-            return Origin("value", self._origin(value).writers)
+            source = self._origin(value)
+            return Origin("value", source.writers, source.writers if source.kind == "linear" else (), value.shape[-1])
         origins = [self._origin(value) for value in args if isinstance(value, torch.Tensor)]
         if not origins:
             return None
@@ -157,9 +160,11 @@ class BlockTracer(TorchFunctionMode):
     @staticmethod
     def _origin_of_product(origins: list[Origin]) -> Origin | None:
         writers = tuple(dict.fromkeys(writer for origin in origins for writer in origin.writers))
-        if all(origin.writers for origin in origins) and "activated" in (origins[0].kind, origins[1].kind):
-            return Origin("gated", writers)
-        return None
+        activated = [origin for origin in origins if origin.kind == "activated"]
+        if not activated or not all(origin.writers for origin in origins):
+            return None
+        plain = {writer for origin in origins if origin.kind == "linear" for writer in origin.writers}
+        return Origin("gated", writers, tuple(sorted(plain - set(activated[0].writers))))
 
     def _notice_borrowing(self, name: str, args: tuple[Any, ...]) -> None:
         if name in QUESTIONS:
@@ -254,7 +259,8 @@ class BlockTracer(TorchFunctionMode):
         kind = "rows" if readers[0].kind == "stack" else kinds.get(origin.kind, "other")
         writers = origin.writers[:1] if origin.kind == "norm" else origin.writers
         order = -1 if key is None else list(self.input_origin).index(key)
-        return Activation(label, kind, readers[0].shape[1], writers, tuple(item.name for item in readers), order)
+        names = tuple(item.name for item in readers)
+        return Activation(label, kind, readers[0].shape[1], writers, names, order, origin.scaled_by, origin.head_dim)
 
 
 def _key(tensor: torch.Tensor) -> TensorKey:

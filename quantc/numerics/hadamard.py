@@ -18,7 +18,7 @@ import torch
 CPU = torch.device("cpu")  # always named: a default device ("meta") at the first call must not enter a cache
 LARGEST_FACTOR_BITS = 4  # Sylvester factors reach order 2^4: three matmuls cover 4096, none costs over 16 per value
 SIGNS_PER_DIGEST = 256
-GRAM_BAND = 1024  # rows of a matrix rotated at once in float64
+BAND = 1024  # rows of a matrix rotated at once in float64
 LARGEST_BASE = 1024  # of a whole block: past it the dense base matrix costs more than it mixes
 
 
@@ -100,8 +100,8 @@ def rotation(width: int, block: int, dtype: torch.dtype = torch.float64) -> torc
 
 def rotate_gram(gram: torch.Tensor, block: int) -> torch.Tensor:
     """float32 R^T G R for a symmetric gram (K, K): the Gram matrix of rotated rows. Computed in float64, in bands."""
-    once = torch.cat([rotate(band.double(), block).float() for band in gram.split(GRAM_BAND)])
-    return torch.cat([rotate(band.double(), block).float() for band in once.T.contiguous().split(GRAM_BAND)])
+    once = torch.cat([rotate(band.double(), block).float() for band in gram.split(BAND)])
+    return torch.cat([rotate(band.double(), block).float() for band in once.T.contiguous().split(BAND)])
 
 
 def _checked(x: torch.Tensor, block: int) -> torch.Tensor:

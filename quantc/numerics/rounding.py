@@ -136,7 +136,7 @@ class _Sweep:
         self.errors = torch.empty_like(self.left)
         self.codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
         self.top = spec.levels - 1
-        self.scale_rows, self.zero_rows, rows = _grid_rows(grid, spec, (n, k))
+        self.scale_rows, self.zero_rows, rows = grid_rows(grid, spec, (n, k))
         self.row_of = [rows[column] for column in factor.order.tolist()]
 
     def run(self, low: int, high: int) -> None:
@@ -163,7 +163,7 @@ class _Sweep:
             self.left[column + 1 : high].addr_(self.upper[column, column + 1 : high], error, alpha=-1)
 
 
-def _grid_rows(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def grid_rows(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """(scales, zeros) float32 (R, N), and for every input channel the row of them it uses."""
     n, k = shape
     g = spec.group_length(shape)

@@ -116,13 +116,13 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
     recipe.write_text("")
     plan.write_text("")
     words = "--bits 3 -o out --group-size -1 --method rtn --symmetric --head-bits 8 --calib a.txt --samples 4"
-    more = f"--seq-len 64 --seed 7 --recipe {recipe} --plan {plan} --device cuda --force"
+    more = f"--seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda --force"
     assert run("quantize", "tiny", *words.split(), *more.split()).exit_code == 0
     assert calls == [
         {
             "model": "tiny", "bits": 3, "out": "out", "group_size": -1, "method": "rtn", "symmetric": True,
-            "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7, "recipe": recipe,
-            "plan": plan, "device": "cuda", "force": True,
+            "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7, "preset": "best",
+            "recipe": recipe, "plan": plan, "device": "cuda", "force": True,
         }
     ]  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
         ("quantize m --recipe nowhere.yaml", "File 'nowhere.yaml' does not exist."),
         ("quantize", "Missing argument 'MODEL'."),
         ("quantise m", "No such command 'quantise'; did you mean quantize? See `quantc --help`."),
-        ("frobnicate", "No such command 'frobnicate'; known are quantize, eval,"),
+        ("frobnicate", "No such command 'frobnicate'; known are quantize, recipe, eval,"),
         ("eval m", "Missing option '--text'."),
         ("eval m --text t.txt --dtype int8", "'int8' is not one of 'float32', 'bfloat16', 'float16'."),
         ("inspect nowhere", "nowhere is no folder; pass a checkpoint that `quantc quantize` wrote."),

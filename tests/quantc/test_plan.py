@@ -159,14 +159,33 @@ def test_an_edited_plan_is_followed(model: Path, tmp_path: Path) -> None:
     quantc.load(tmp_path / "out", verify=True)
 
 
-def test_a_rank_in_a_plan_gives_a_checkpoint_that_loads_or_is_refused(model: Path, tmp_path: Path) -> None:
-    plan = edited(model, tmp_path, q_proj={"bits": 4, "rank": 4})
-    try:
+def test_a_rank_in_a_plan_takes_error_away(model: Path, tmp_path: Path) -> None:
+    errors = []
+    for rank in (0, 4):
+        folder = tmp_path / f"rank-{rank}"
+        folder.mkdir()
+        plan = edited(model, folder, q_proj={"bits": 2, "rank": rank})
+        report = quantc.quantize(model, plan=plan, method="rtn", out=folder / "out")
+        errors.append(next(linear.error for linear in report.linears if linear.name.endswith("q_proj")))
+    assert 0 < errors[1] < 0.9 * errors[0]
+    packed = quantc.load(tmp_path / "rank-4/out", verify=True)
+    assert packed.model.layers[0].self_attn.q_proj.low_rank_a.shape[0] == 4
+
+
+@pytest.mark.parametrize("setting", [{"rank": 2}, {"hadamard": 4}])
+def test_only_linears_in_blocks_have_rotations_and_ranks(model: Path, tmp_path: Path, setting: dict[str, int]) -> None:
+    plan = edited(model, tmp_path)
+    content = yaml.safe_load(plan.read_text())
+    content["linears"]["model.embed_tokens.weight"] = {"bits": 8, "group_size": 16, **setting}
+    plan.write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError, match="only linears inside the blocks have them; write 0 for both"):
         quantc.quantize(model, plan=plan, method="rtn", out=tmp_path / "out")
-    except UsageError as error:
-        assert "rank" in str(error)
-    else:
-        quantc.load(tmp_path / "out", verify=True)
+
+
+def test_a_rotation_that_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
+    plan = edited(model, tmp_path, q_proj={"bits": 4, "hadamard": 3})
+    with pytest.raises(UsageError, match="inputs need blocks that divide them and for which a Hadamard matrix is"):
+        quantc.quantize(model, plan=plan, method="rtn", out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])

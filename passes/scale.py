@@ -1,0 +1,97 @@
+"""scale: divides the channels of an activation where it is written, and multiplies them back in its readers.
+
+Channels that carry much get finer steps, those that carry little get coarser ones. Per activation the exponent is
+searched that leaves the least output error of all its readers together, rounded as the plan says (its bits, groups
+and rotation, with error feedback) on a sample of output channels.
+
+Source: AWQ (Lin et al. 2023, arXiv:2306.00978), which searches with plain rounding and mean magnitudes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..graph import Activation, Linear
+from ..numerics.basis import Basis
+from ..pipeline import BlockWork, Fact, Pass, register
+from ..spec import QuantSpec
+from ..stats import Gram, output_energy
+
+# Scales are the root mean square of a channel to these powers. At 1 every channel would carry the same: on
+# SmolLM2-135M at 3 bits, rotated, that triples the KL divergence, while 0.5 takes 2 % off.
+EXPONENTS = (0.0, 0.25, 0.5, 0.75)
+SAMPLED_ROWS = 128  # output channels of each reader on which an exponent is tried
+LARGEST_RATIO = 2.0**7  # of a scale to the mean one
+LEAST_GAIN = 0.005  # share of the error that an exponent must save to be used
+DAMP = 0.01
+FOLDABLE = ("normed", "gated", "value")
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """Nothing to set: exponents are searched for every activation."""
+
+
+@register
+class Scale(Pass):
+    """Scales every activation that a diagonal folds into, where that saves output error."""
+
+    name = "scale"
+    Config = ScaleConfig
+    needs = frozenset({Fact.PLANNED})
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+    def build(self, work: BlockWork) -> None:
+        for item, grams in work.statistics():
+            readers = work.readers(item)
+            if item.kind in FOLDABLE and len(grams) == 1 and all(linear.kind != "stack" for linear in readers):
+                scales = best_scales(work, item, readers, grams[0])
+                refused = "" if scales is None else work.divide(item, scales)
+                if refused:
+                    work.run.report.refused[f"scale {item.label}"] = refused
+                elif scales is not None:
+                    work.run.report.count_rewrite(self.name, item.kind)
+
+
+def best_scales(work: BlockWork, item: Activation, readers: list[Linear], gram: Gram) -> torch.Tensor | None:
+    """Scales (K,) of least error, or None where not scaling is as good."""
+    matrix = gram.matrix
+    energy = matrix.diagonal().double()
+    if not gram.rows or not bool((energy > 0).any()):
+        return None
+    magnitude = (energy / energy[energy > 0].mean()).sqrt()
+    plain = _error(work, readers, matrix, gram.rows, torch.ones_like(magnitude))
+    best, least = None, plain * (1 - LEAST_GAIN)
+    for exponent in EXPONENTS[1:]:
+        scales = magnitude.pow(exponent).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+        error = _error(work, readers, matrix, gram.rows, scales)
+        if error < least:
+            best, least = scales, error
+    return best
+
+
+def _error(work: BlockWork, readers: list[Linear], gram: torch.Tensor, rows: int, scales: torch.Tensor) -> float:
+    """Output error of the readers, rounded with these scales on a sample of their output channels."""
+    inverse = (1 / scales).to(gram)
+    divided = gram * inverse[:, None] * inverse
+    bases: dict[int, Basis] = {}
+    total = 0.0
+    for linear in readers:
+        spec = work.run.plan.specs[linear.name]
+        assert spec is not None
+        if spec.hadamard not in bases:
+            bases[spec.hadamard] = Basis.of(divided, rows, spec.hadamard, DAMP, act_order=True)
+        weight = work.weight(linear)
+        total += _sampled_error(weight * scales.to(weight), bases[spec.hadamard], spec)
+    return total
+
+
+def _sampled_error(weight: torch.Tensor, basis: Basis, spec: QuantSpec) -> float:
+    step = -(-weight.shape[0] // SAMPLED_ROWS)
+    sample = basis.turn(weight[::step])
+    return output_energy(basis.round(sample, spec).dequantize() - sample, basis.gram) * step

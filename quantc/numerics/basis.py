@@ -1,0 +1,76 @@
+"""One activation's Gram matrix made ready for rounding the weights that read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..qtensor import QTensor
+from ..spec import QuantSpec
+from .grids import fit_grid
+from .hadamard import BAND, rotate, rotate_gram
+from .refine import refine
+from .rounding import Factor, factorize, gptq, round_to_nearest
+
+# An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
+FEWEST_ROWS_SHARE = 1 / 16
+
+
+@dataclass
+class Basis:
+    """What the calibration rows of one activation say to the weights that read it, after its rotation.
+
+    rows: how many there were. block: order of the rotation's blocks, 0 for none. gram: float32 (K, K), None without
+    calibration. factor: None where weights are rounded to nearest.
+    """
+
+    rows: int
+    block: int
+    gram: torch.Tensor | None = None
+    factor: Factor | None = None
+
+    @classmethod
+    def of(cls, gram: torch.Tensor | None, rows: int, block: int, damp: float, act_order: bool) -> Basis:
+        """Rotate and factor a Gram matrix; with too few rows to guide anything there is no factor.
+
+        Raises ArithmeticError when the matrix cannot be factorised.
+        """
+        if gram is None:
+            return cls(rows, block)
+        rotated = rotate_gram(gram, block) if block else gram
+        if rows < len(gram) * FEWEST_ROWS_SHARE:
+            return cls(rows, block, rotated)
+        return cls(rows, block, rotated, factorize(rotated, damp, act_order))
+
+    def turn(self, weight: torch.Tensor) -> torch.Tensor:
+        """float32 (N, K), as it multiplies the rotated rows; rotated in float64."""
+        if not self.block:
+            return weight
+        return torch.cat([rotate(band.double(), self.block).float() for band in weight.split(BAND)])
+
+    @cached_property
+    def damped(self) -> torch.Tensor:
+        """float32 (K, K): the Gram matrix as it was factorised, the damping on its diagonal."""
+        assert self.gram is not None
+        assert self.factor is not None
+        damped = self.gram.clone()
+        diagonal = damped.diagonal()
+        diagonal.add_(self.factor.damp * diagonal[diagonal > 0].mean())
+        return damped
+
+    def round(self, weight: torch.Tensor, spec: QuantSpec, rounds: int = 0) -> QTensor:
+        """A turned weight (N, K) on its grid: with error feedback where there is a factor, to nearest otherwise.
+
+        rounds: of refinement after error feedback.
+        """
+        importance = self.gram.diagonal() if self.gram is not None and self.factor is not None else None
+        grid = fit_grid(weight, spec, importance)
+        if self.factor is None:
+            codes = round_to_nearest(weight, grid, spec)
+        else:
+            codes = gptq(weight, self.factor, grid, spec)
+            if rounds:
+                codes, grid = refine(weight, codes, grid, spec, self.damped, rounds)
+        return QTensor(spec, codes, grid.scales, grid.zeros)

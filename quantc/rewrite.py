@@ -1,0 +1,173 @@
+"""Exact rewrites of a block: edits of its parameters that must not change what the block computes.
+
+What structure suggests, numbers prove: every edit is tried in float64 on a probe batch before it is made, and one
+that changes the output is refused and named in the report.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .blocks import BlockCall
+from .graph import Activation, Block, Linear
+
+# parameter, by its name inside the block -> its new value, float64
+Edits = dict[str, torch.Tensor]
+
+# Models cast to float32 inside norms and softmax, so that exact rewrites agree to about 1e-6 of the largest value.
+TOLERANCE = 1e-4
+PROBE_ROWS = 8
+
+
+class Refusal(Exception):
+    """Why a rewrite cannot be made, as the end of a sentence."""
+
+
+def fold_scales(
+    block: Block, module: nn.Module, item: Activation, scales: torch.Tensor, stored: torch.dtype
+) -> tuple[Edits, torch.Tensor]:
+    """Edits that divide an activation by scales (K,) where it is written and multiply its readers by them.
+
+    Returns them with the scales that were used, float64: a norm's new gain must be a value of the dtype it is
+    stored in, and the scales make up for that, so that storing loses nothing. Raises Refusal.
+    """
+    scales = scales.double()
+    if item.kind == "normed":
+        edits, scales = _divide_norm(block, module, item, scales, stored)
+    elif item.kind in ("gated", "value"):
+        edits, scales = _divide_linear(block, module, item, scales)
+    else:
+        raise Refusal("nothing that a diagonal folds into writes it")
+    for linear in block.linears:
+        if linear.reads == item.label:
+            name = weight_name(block, linear)
+            weight = module.get_parameter(name).detach().double()
+            edits[name] = weight * (scales[:, None] if linear.transposed else scales)
+    return edits, scales
+
+
+def weight_name(block: Block, linear: Linear) -> str:
+    """Name of a linear's weight inside the block."""
+    return linear.weight_name.removeprefix(block.name + ".")
+
+
+def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """The nearest powers of two: multiplying by them is exact in every float dtype."""
+    return torch.exp2(torch.log2(scales).round())
+
+
+def _divide_norm(
+    block: Block, module: nn.Module, item: Activation, scales: torch.Tensor, stored: torch.dtype
+) -> tuple[Edits, torch.Tensor]:
+    name = item.writers[0].removeprefix(block.name + ".")
+    norm = module.get_submodule(name)
+    parameters = {key: value.detach().double() for key, value in norm.named_parameters()}
+    gain = _gain_of(norm, parameters, item.width)
+    offset = _offset_of(norm, parameters, gain)
+    others = [key for key in parameters if key != gain]
+    if others:  # a bias is stored in few bits too: then only powers of two divide it exactly
+        scales = powers_of_two(scales)
+    whole = offset + parameters[gain]
+    new = (whole / scales - offset).to(stored).double()
+    used = torch.where(offset + new == 0, 1.0, whole / (offset + new))
+    new = torch.where(offset + new == 0, parameters[gain], new)
+    used = torch.where(whole == 0, 1.0, used)
+    edits = {f"{name}.{gain}": new} | {f"{name}.{key}": parameters[key] / used for key in others}
+    return edits, used
+
+
+def _gain_of(norm: nn.Module, parameters: dict[str, torch.Tensor], width: int) -> str:
+    """The parameter that multiplies: with another value of it, the output's rows are no longer shifts of before."""
+    if any(value.shape != (width,) for value in parameters.values()) or not 1 <= len(parameters) <= 2:
+        raise Refusal("its norm has no plain gain")
+    for name in parameters:
+        change = _output(norm, parameters, {name: parameters[name] + 1}) - _output(norm, parameters, {})
+        if bool((change - change[:1]).abs().max() > 1e-6 * change.abs().max()):
+            return name
+    raise Refusal("its norm has no plain gain")
+
+
+def _offset_of(norm: nn.Module, parameters: dict[str, torch.Tensor], gain: str) -> float:
+    """0 where the norm multiplies by its gain, 1 where it multiplies by one plus its gain."""
+    ones = torch.ones_like(parameters[gain])
+    slope = _output(norm, parameters, {gain: ones}) - _output(norm, parameters, {gain: 0 * ones})
+    found = _output(norm, parameters, {})
+    for offset in (0.0, 1.0):
+        rest = found - slope * (offset + parameters[gain])
+        if bool((rest - rest[:1]).abs().max() <= 1e-5 * found.abs().max()):
+            return offset
+    raise Refusal("its norm has no plain gain")
+
+
+def _output(norm: nn.Module, parameters: dict[str, torch.Tensor], changed: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the norm makes of a few fixed rows, float64."""
+    width = next(iter(parameters.values())).shape[0]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, PROBE_ROWS, width, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        return functional_call(norm, parameters | changed, (rows.to(next(norm.parameters()).device),))[0].double()
+
+
+def _divide_linear(
+    block: Block, module: nn.Module, item: Activation, scales: torch.Tensor
+) -> tuple[Edits, torch.Tensor]:
+    """Rows of the one linear that writes the activation: v, or the side of a gate that is not activated."""
+    writers = [linear for linear in block.linears if linear.name in item.scaled_by and linear.kind != "stack"]
+    if len(writers) != 1:
+        raise Refusal("no single linear writes it")
+    linear, name = writers[0], weight_name(block, writers[0])
+    own = _scales_of_rows(scales, linear.shape[0], item)
+    edits: Edits = {}
+    bias = name.removesuffix("weight") + "bias"
+    if bias in dict(module.named_parameters()):
+        own = powers_of_two(own)
+        edits[bias] = module.get_parameter(bias).detach().double() / own
+    weight = module.get_parameter(name).detach().double()
+    edits[name] = weight / (own if linear.transposed else own[:, None])
+    if linear.shape[0] == item.width:
+        return edits, own
+    repeats = item.width // linear.shape[0]
+    return edits, own.reshape(-1, 1, item.head_dim).expand(-1, repeats, -1).reshape(-1)
+
+
+def _scales_of_rows(scales: torch.Tensor, rows: int, item: Activation) -> torch.Tensor:
+    """(rows,): scales of a writer's rows. Query heads that read the same value channel share one, by geometric mean."""
+    if rows == item.width:
+        return scales
+    if item.kind != "value" or not item.head_dim or item.width % rows or rows % item.head_dim:
+        raise Refusal("the linear that writes it writes something else too")
+    return torch.log(scales).reshape(rows // item.head_dim, -1, item.head_dim).mean(1).exp().reshape(-1)
+
+
+class Proof:
+    """What a block makes of a probe call, in float64, and whether it still does so after edits."""
+
+    def __init__(self, block: Block, module: nn.Module, call: BlockCall):
+        self._block, self._module, self._call = block, module, _doubled(call)
+        self.expected = self._output({})
+
+    def holds(self, edits: Edits) -> bool:
+        """Whether the output stays, to the precision that the model's own casts leave."""
+        changed = (self._output(edits) - self.expected).abs().max()
+        return bool(changed <= TOLERANCE * self.expected.abs().max())
+
+    def _output(self, edits: Edits) -> torch.Tensor:
+        parameters = {name: value.detach().double() for name, value in self._module.named_parameters()}
+        with torch.no_grad():
+            output = functional_call(self._module, parameters | edits, self._call.args, self._call.kwargs)
+        return self._block.returns.unwrap(output)
+
+
+def _doubled(call: BlockCall) -> BlockCall:
+    def double(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.double() if value.is_floating_point() else value
+        if type(value) in (tuple, list):
+            return type(value)(double(item) for item in value)
+        return {key: double(item) for key, item in value.items()} if type(value) is dict else value
+
+    return BlockCall(double(call.args), double(call.kwargs), call.place)
