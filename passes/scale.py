@@ -9,6 +9,7 @@ Source: AWQ (Lin et al. 2023, arXiv:2306.00978), which searches with plain round
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ def best_scales(work: BlockWork, item: Activation, readers: list[Linear], gram: 
     """Scales (K,) of least error, or None where not scaling is as good."""
     matrix = gram.matrix
     energy = matrix.diagonal().double()
-    if not gram.rows or not bool((energy > 0).any()):
+    if not gram.rows or not 0 < float(energy.sum()) < math.inf:  # what overflowed is for quantize to report
         return None
     magnitude = (energy / energy[energy > 0].mean()).sqrt()
     plain = _error(work, readers, matrix, gram.rows, torch.ones_like(magnitude))

@@ -72,6 +72,8 @@ class CalibrationRun:
         self.graph, self.device = graph, device
         self.samples, self.seq_len = tokens.shape
         self.bad_rows: dict[str, int] = {}
+        self.weights: dict[str, torch.Tensor] = {}  # activation -> (samples, T), how much each row counts
+        self.current: Batch | None = None  # in `rows`: what the block is running on
         self._model = model
         self._batches: list[Batch] = []
         self._states: HiddenStates | None = None
@@ -109,6 +111,30 @@ class CalibrationRun:
         hidden = self._states.read(0, 1)[:, :PROBE_TOKENS].clone()
         return _moved(self._probe[block.index].with_hidden(hidden), self.device)
 
+    def states(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first sample, hidden states as they stand) of every batch."""
+        assert self._states is not None
+        for batch in self._batches:
+            yield batch.start, self._states.read(batch.start, batch.count)
+
+    def restart(self, model_inputs: Iterator[tuple[int, torch.Tensor]]) -> None:
+        """Put the hidden states before the first block back in place."""
+        assert self._states is not None
+        for start, hidden in model_inputs:
+            self._states.write(start, hidden)
+
+    def calls(self, block: Block) -> Iterator[tuple[Batch, BlockCall]]:
+        """Every batch, and what the block is called with for it, hidden states left out."""
+        for batch in self._batches:
+            yield batch, _moved(batch.calls[block.index], self.device)
+
+    def row_weights(self, label: str) -> torch.Tensor | None:
+        """(M,): how much the rows of the current batch count, or None where all count alike."""
+        weights = self.weights.get(label)
+        if weights is None or self.current is None:
+            return None
+        return weights[self.current.start : self.current.start + self.current.count].reshape(-1)
+
     def rows(self, block: Block) -> None:
         """Run the block on the whole set; what observers do not keep is dropped."""
         for _ in self._outputs(block):
@@ -140,6 +166,7 @@ class CalibrationRun:
         for batch in self._batches:
             hidden = self._states.read(batch.start, batch.count)
             call = _moved(batch.calls[block.index].with_hidden(hidden), self.device)
+            self.current = batch
             with torch.no_grad(), fast_matmul(self.device):
                 output = run_or_stop(module, call)
             if output is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -79,6 +80,9 @@ class Pass:
 
     def plan(self, run: Run) -> None:
         """Decide; only numbers are looked at."""
+
+    def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
+        """Look at the original model before the build, in sweeps of its own; `folder` holds temporary files."""
 
     def build(self, work: BlockWork) -> None:
         """Work on one block, whose weights are loaded."""
@@ -156,7 +160,7 @@ class BlockWork:
             return
         for items in _rounds(wanted, self.experts):
             grams = {item.label: self._new_grams(item) for item in items}
-            with observed(self.module, self.block, items, partial(_add_rows, grams)):
+            with observed(self.module, self.block, items, partial(_add_rows, grams, self.calibration)):
                 self.calibration.rows(self.block)
             for item in items:
                 self._check_rows(item, grams[item.label])
@@ -239,8 +243,10 @@ class OutsideWork:
         return self.run.source.model.state_dict()[self.name]
 
 
-def _add_rows(grams: dict[str, list[Gram]], label: str, expert: int, rows: torch.Tensor) -> None:
-    grams[label][expert].add(rows)
+def _add_rows(
+    grams: dict[str, list[Gram]], calibration: CalibrationRun, label: str, expert: int, rows: torch.Tensor
+) -> None:
+    grams[label][expert].add(rows, calibration.row_weights(label))
 
 
 def _rounds(items: list[Activation], experts: Any) -> Iterator[list[Activation]]:
@@ -271,6 +277,7 @@ def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: Che
         calibration = CalibrationRun(source.model, graph, tokens, run.device, writer.folder)
         run.progress.step(f"{tokens.shape[0]} x {tokens.shape[1]} tokens")
         run.progress.done()
+        _analyse(run, passes, calibration, tokens, writer.folder)
     _build_outside(run, passes, names, writer)
     run.progress.stage("Quantizing", len(graph.blocks))
     for block in graph.blocks:
@@ -280,6 +287,16 @@ def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: Che
     if calibration is not None:
         for name, rows in calibration.bad_rows.items():
             run.report.notes.append(f"{name} put out {rows} non-finite calibration rows; they were left out")
+
+
+def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
+    analysing = [item for item in passes if type(item).analyse is not Pass.analyse]
+    if not analysing:
+        return
+    inputs = [(start, hidden.clone()) for start, hidden in calibration.states()]
+    for item in analysing:
+        item.analyse(run, calibration, tokens, folder)
+        calibration.restart(iter(inputs))
 
 
 def _build_block(

@@ -15,9 +15,11 @@ class Gram:
         self.width, self.rows, self.bad_rows = width, 0, 0
         self._upper = torch.zeros(width, width, device=device)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Add rows (M, K); rows with NaN or infinity are counted and left out."""
+    def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add rows (M, K), each counted as often as weights (M,) say; rows with NaN or infinity are left out."""
         rows = rows.float()
+        if weights is not None:
+            rows = rows * weights.to(rows).sqrt()[:, None]
         if rows.numel() and not all_finite(rows):
             finite = torch.isfinite(rows).all(1)
             self.bad_rows += int((~finite).sum())

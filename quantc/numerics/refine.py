@@ -1,8 +1,9 @@
 """Better codes and scales after rounding, under f = tr((W' - W) G (W' - W)^T) with G (K, K) symmetric, not negative.
 
 GPTQ rounds every channel once and never returns to it, on a grid fixed beforehand. Here each step solves for one
-unknown with all others fixed, so f never increases (beyond the error of float32): `descend` for one code after the
-other (QuantEase, Behdin et al. 2023, arXiv:2309.01885), `refit` for one scale after the other, `refine` for both.
+unknown with all others fixed, so f never increases: `descend` for one code after the other (QuantEase, Behdin et al.
+2023, arXiv:2309.01885), `refit` for one scale after the other, `refine` for both. Pass the damped G: where f is below
+1e-7 of sum G_kk (W' - W)_k^2, as it can get for a singular G, float32 no longer tells better from worse.
 
 Zero points stay as they are. A zero moved by one together with its codes changes only the codes that are clamped:
 on 8 linears of SmolLM2 at 2 to 4 bits that lowered f for less than 0.1 % of the groups, by less than 3e-5 in all.
@@ -140,7 +141,7 @@ class _Layer:
         self.errors.index_add_(0, channels, steps)
 
     def _fit_groups(self, low: int, high: int) -> torch.Tensor:
-        """Fit the scales of the groups along K that make up the channels [low, high)."""
+        """Fit the scales of the groups along K that make up channels [low, high); their slopes (B, N) after it."""
         block = self.gram[low:high]
         slopes = block @ self.errors
         for start in range(low, high, self.group):
@@ -155,7 +156,7 @@ class _Layer:
         return slopes
 
     def _fit_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        """Fit the scales of channels (B,), each of which has groups of its own along N."""
+        """Fit the scales of channels (B,), which have groups of their own along N; their slopes (B, N) after it."""
         g = self.group
         corner = self.gram[channels][:, channels]
         slopes = self.gram[channels] @ self.errors
