@@ -300,10 +300,10 @@ def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: 
     analysing = [item for item in passes if type(item).analyse is not Pass.analyse]
     if not analysing:
         return
-    inputs = [(start, hidden.clone()) for start, hidden in calibration.states()]
+    before = calibration.snapshot()
     for item in analysing:
         item.analyse(run, calibration, tokens, folder)
-        calibration.restart(iter(inputs))
+        calibration.restart(before)
 
 
 def _build_block(

@@ -175,7 +175,11 @@ def test_a_token_of_huge_gradients_does_not_silence_the_others() -> None:
 # What is left behind
 
 
-def test_the_run_goes_on_from_the_states_before_the_first_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spill_bytes", [calibration.SPILL_BYTES, 0], ids=["in_memory", "in_a_file"])
+def test_the_run_goes_on_from_the_states_before_the_first_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spill_bytes: int
+) -> None:
+    monkeypatch.setattr(calibration, "SPILL_BYTES", spill_bytes)
     run = opened_run(saved(build("mixtral"), tmp_path))
     states = CalibrationRun(run.source.model, run.graph, TOKENS, run.device)
     before = [(start, hidden.clone()) for start, hidden in states.states()]
