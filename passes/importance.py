@@ -1,11 +1,12 @@
 """importance: calibration rows count by what an error at their token costs.
 
 A Gram matrix counts a unit of output error alike at every token. What it costs in KL divergence is, to second order,
-the error times the Fisher information of the output, so that each row is weighted by w = E |d log p(y) / d output|^2,
-with y drawn from the model itself: the mean squared gradient over the outputs of the linears that read the row.
+the error times the Fisher information of the output. It is estimated for each row by |d log p(y) / d output|^2, with
+y drawn once per token from the model itself, summed over the outputs of the linears that read the row. A weight is
+the square root of that: one draw is noisy.
 
-Streams like the build: a forward sweep writes the hidden states before every block to a file, a backward sweep runs
-each block again from there. One block, and the logits of one sample, are in memory at a time.
+Streams like the build: a forward sweep writes the hidden states before every block to files, a backward sweep runs
+each block again from there. In memory are one block, or what lies outside the blocks and the logits of one sample.
 
 Sources: RSQ (Sung et al. 2025, arXiv:2503.01820) weighs tokens by attention; GuidedQuant (Kim et al. 2025,
 arXiv:2505.07004) uses gradients.
@@ -14,6 +15,7 @@ arXiv:2505.07004) uses gradients.
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,16 +25,15 @@ import torch
 from torch import nn
 
 from ..blocks import blocks_replaced
-from ..calibration import CalibrationRun, fast_matmul
+from ..calibration import Batch, CalibrationRun, fast_matmul
 from ..derive import outside_names
 from ..frontend import to_meta
 from ..graph import Block, Linear
 from ..pipeline import Pass, Run, register
 
 # On SmolLM2-135M at 3 bits, rotated and scaled: KL divergence 0.317 without weights, 0.306 at power 1, 0.293 at 0.5.
-# A weight from a single draw is noisy.
 TEMPER = 0.5
-LARGEST_WEIGHT = 20.0  # of a token, to the mean
+LARGEST_WEIGHT = 20.0  # of a token to the mean one, before tempering
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class ImportanceConfig:
 
 @register
 class Importance(Pass):
-    """Weighs the calibration rows of every activation that plain linears read; those of stacked experts stay alike."""
+    """Weighs the calibration rows of every activation that plain linears read at every token.
+
+    Rows of experts, stacked or not, count alike.
+    """
 
     name = "importance"
     Config = ImportanceConfig
@@ -55,23 +59,24 @@ class Importance(Pass):
 
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
         run.progress.stage("Token importance", 2 * len(run.graph.blocks))
-        sweep = _Sweep(run, calibration, tokens, folder)
-        sweep.forward()
-        sweep.start_backward(self.config.seed)
-        for block in reversed(run.graph.blocks):
-            sweep.backward(block)
-            run.progress.step(block.name)
+        with ExitStack() as files:
+            sweep = _Sweep(run, calibration, tokens, folder, files)
+            sweep.forward()
+            sweep.start_backward(self.config.seed)
+            for block in reversed(run.graph.blocks):
+                sweep.backward(block)
+                run.progress.step(block.name)
         run.progress.done()
         for label, squares in sweep.found.items():
-            calibration.weights[label] = _tempered(squares)
-            run.report.count_rewrite(self.name, "activations")
+            if label not in sweep.partial and bool(squares.any()):
+                calibration.weights[label] = _tempered(squares)
+                run.report.count_rewrite(self.name, "activations")
 
 
 def _tempered(squares: torch.Tensor) -> torch.Tensor:
-    """Weights of mean 1 from mean squared gradients (samples, T)."""
-    tiny = torch.finfo(torch.float32).tiny
-    weights = (squares / squares.mean().clamp(min=tiny)).clamp(max=LARGEST_WEIGHT).pow(TEMPER)
-    return weights / weights.mean() if bool(weights.any()) else torch.ones_like(weights)
+    """Weights of mean 1 from squared gradients (samples, T), not all of them zero."""
+    weights = (squares / squares.mean()).clamp(max=LARGEST_WEIGHT).pow(TEMPER)
+    return weights / weights.mean()
 
 
 class _StateFile:
@@ -93,15 +98,22 @@ class _StateFile:
         states = torch.frombuffer(content, dtype=torch.bfloat16).reshape(count, *self._shape[1:])
         return states.to(device, torch.float32)
 
+    def close(self) -> None:
+        """Give the disk space back; nothing can be read afterwards."""
+        self._file.close()
+
 
 class _Sweep:
     """The forward and the backward sweep over the blocks of the original model."""
 
-    def __init__(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path):
-        self.run, self.calibration, self.tokens, self.folder = run, calibration, tokens, folder
+    def __init__(
+        self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path, files: ExitStack
+    ):  # fmt: skip
+        self.run, self.calibration, self.tokens, self.folder, self.files = run, calibration, tokens, folder, files
         self.model = run.source.model
         self.inputs: list[_StateFile] = []  # before every block
         self.found: dict[str, torch.Tensor] = {}  # activation -> (samples, T), summed over readers
+        self.partial: set[str] = set()  # activations that do not have a row for every token
         self.gradients: _StateFile  # at what the block in work puts out
 
     def forward(self) -> None:
@@ -144,25 +156,26 @@ class _Sweep:
         self.found |= {linear.reads: torch.zeros(self.tokens.shape) for linear in watched}
         for batch, call in self.calibration.calls(block):
             hidden = inputs.read(batch.start, batch.count, self.run.device).requires_grad_()
-            hooks = [self._watch(module, block, linear, batch.start) for linear in watched]
-            with torch.enable_grad(), fast_matmul(self.run.device):
+            with ExitStack() as hooks, torch.enable_grad(), fast_matmul(self.run.device):
+                for linear in watched:
+                    hooks.callback(self._watch(module, block, linear, batch).remove)
                 output = block.returns.unwrap(call.with_hidden(hidden).run(module))
             upstream = self.gradients.read(batch.start, batch.count, self.run.device).to(output.dtype)
             (gradient,) = torch.autograd.grad(output, hidden, upstream)
-            for hook in hooks:
-                hook.remove()
             self.gradients.write(batch.start, gradient)
+        inputs.close()
         to_meta(module)
 
-    def _watch(self, module: nn.Module, block: Block, linear: Linear, start: int) -> Any:
+    def _watch(self, module: nn.Module, block: Block, linear: Linear, batch: Batch) -> Any:
+        squares = self.found[linear.reads][batch.start : batch.start + batch.count]
+
         def add(gradient: torch.Tensor) -> None:
-            squares = gradient.detach().float().square().sum(-1).cpu()
-            rows = self.found[linear.reads][start : start + squares.shape[0]]
-            if rows.shape == squares.shape:  # not an expert's share of the rows
-                rows += squares
+            squares.add_(gradient.detach().float().square().sum(-1).cpu().reshape(squares.shape))
 
         def notice(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            if output.requires_grad:
+            if output.shape[:-1].numel() != squares.numel():
+                self.partial.add(linear.reads)
+            elif output.requires_grad:
                 output.register_hook(add)
 
         return module.get_submodule(linear.name.removeprefix(block.name + ".")).register_forward_hook(notice)
@@ -170,7 +183,9 @@ class _Sweep:
     def _snapshot(self) -> _StateFile:
         states = None
         for start, hidden in self.calibration.states():
-            states = states or _StateFile((len(self.tokens), *hidden.shape[1:]), self.folder)
+            if states is None:
+                states = _StateFile((len(self.tokens), *hidden.shape[1:]), self.folder)
+                self.files.enter_context(closing(states))
             states.write(start, hidden)
         assert states is not None
         return states

@@ -17,12 +17,13 @@ import torch
 from ..graph import Activation, Linear
 from ..numerics.basis import Basis
 from ..pipeline import BlockWork, Fact, Pass, register
+from ..rewrite import Refusal
 from ..spec import QuantSpec
 from ..stats import Gram, output_energy
 
 # Scales are the root mean square of a channel to these powers. At 1 every channel would carry the same: on
 # SmolLM2-135M at 3 bits, rotated, that triples the KL divergence, while 0.5 takes 2 % off.
-EXPONENTS = (0.0, 0.25, 0.5, 0.75)
+EXPONENTS = (0.25, 0.5, 0.75)
 SAMPLED_ROWS = 128  # output channels of each reader on which an exponent is tried
 LARGEST_RATIO = 2.0**7  # of a scale to the mean one
 LEAST_GAIN = 0.005  # share of the error that an exponent must save to be used
@@ -51,25 +52,37 @@ class Scale(Pass):
         for item, grams in work.statistics():
             readers = work.readers(item)
             if item.kind in FOLDABLE and len(grams) == 1 and all(linear.kind != "stack" for linear in readers):
-                scales = best_scales(work, item, readers, grams[0])
-                refused = "" if scales is None else work.divide(item, scales)
+                refused = self._scale(work, item, readers, grams[0])
                 if refused:
                     work.run.report.refused[f"scale {item.label}"] = refused
-                elif scales is not None:
-                    work.run.report.count_rewrite(self.name, item.kind)
+
+    def _scale(self, work: BlockWork, item: Activation, readers: list[Linear], gram: Gram) -> str:
+        """Why the activation cannot be scaled, or "" when it is, or is best left alone."""
+        try:
+            scales = best_scales(work, item, readers, gram)
+        except Refusal as refusal:
+            return str(refusal)
+        refused = "" if scales is None else work.divide(item, scales)
+        if scales is not None and not refused:
+            work.run.report.count_rewrite(self.name, item.kind)
+        return refused
 
 
 def best_scales(work: BlockWork, item: Activation, readers: list[Linear], gram: Gram) -> torch.Tensor | None:
-    """Scales (K,) of least error, or None where not scaling is as good."""
+    """Scales (K,) of least error, or None where not scaling is as good.
+
+    Only what can be folded exactly is tried: powers of two where a bias is divided, one scale for all query heads of
+    a value channel. Raises Refusal where nothing can.
+    """
     matrix = gram.matrix
     energy = matrix.diagonal().double()
     if not gram.rows or not 0 < float(energy.sum()) < math.inf:  # what overflowed is for quantize to report
         return None
     magnitude = (energy / energy[energy > 0].mean()).sqrt()
-    plain = _error(work, readers, matrix, gram.rows, torch.ones_like(magnitude))
-    best, least = None, plain * (1 - LEAST_GAIN)
-    for exponent in EXPONENTS[1:]:
-        scales = magnitude.pow(exponent).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+    wanted = [magnitude.pow(exponent).clamp(1 / LARGEST_RATIO, LARGEST_RATIO) for exponent in EXPONENTS]
+    usable = [work.usable_scales(item, scales) for scales in wanted]
+    best, least = None, (1 - LEAST_GAIN) * _error(work, readers, matrix, gram.rows, torch.ones_like(magnitude))
+    for scales in usable:
         error = _error(work, readers, matrix, gram.rows, scales)
         if error < least:
             best, least = scales, error

@@ -30,7 +30,7 @@ class HiddenStates:
     """The hidden states (samples, T, ...) between two blocks, float32, in memory or in a file."""
 
     def __init__(self, shape: tuple[int, ...], folder: Path | None = None):
-        self._file = None
+        self._folder, self._file = folder, None
         if prod(shape) * 4 > SPILL_BYTES:
             self._file = tempfile.NamedTemporaryFile(prefix="hidden-", dir=folder)  # noqa: SIM115
             self._data = torch.from_file(self._file.name, shared=True, size=prod(shape), dtype=torch.float32)
@@ -43,6 +43,15 @@ class HiddenStates:
 
     def read(self, start: int, count: int) -> torch.Tensor:
         return self._data[start : start + count]
+
+    def fill(self, other: HiddenStates) -> None:
+        self._data.copy_(other._data)
+
+    def copy(self) -> HiddenStates:
+        """The same states once more, in a file of their own where these are in one."""
+        twin = HiddenStates(tuple(self._data.shape), self._folder)
+        twin.fill(self)
+        return twin
 
 
 @dataclass
@@ -117,11 +126,15 @@ class CalibrationRun:
         for batch in self._batches:
             yield batch.start, self._states.read(batch.start, batch.count)
 
-    def restart(self, model_inputs: Iterator[tuple[int, torch.Tensor]]) -> None:
-        """Put the hidden states before the first block back in place."""
+    def snapshot(self) -> HiddenStates:
+        """A copy of the hidden states as they stand."""
         assert self._states is not None
-        for start, hidden in model_inputs:
-            self._states.write(start, hidden)
+        return self._states.copy()
+
+    def restart(self, states: HiddenStates) -> None:
+        """Put the hidden states of a snapshot back in place."""
+        assert self._states is not None
+        self._states.fill(states)
 
     def calls(self, block: Block) -> Iterator[tuple[Batch, BlockCall]]:
         """Every batch, and what the block is called with for it, hidden states left out."""

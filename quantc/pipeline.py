@@ -31,7 +31,7 @@ from .plan import Plan
 from .progress import Progress
 from .qtensor import QTensor
 from .report import Report
-from .rewrite import Edits, Proof, Refusal, fold_scales, weight_name
+from .rewrite import Edits, Proof, Refusal, divide_writer, fold_scales, weight_name
 from .stats import BAD_ROWS_LIMIT, Gram
 
 STATISTICS_BYTES = 2 << 30  # Gram matrices held at once; a block that needs more is run several times
@@ -174,15 +174,18 @@ class BlockWork:
             yield item, grams[item.label] if self.keep_statistics else grams.pop(item.label)
             self._release(item)
 
+    def usable_scales(self, item: Activation, scales: torch.Tensor) -> torch.Tensor:
+        """The scales near these (K,) by which `divide` would really divide, float64; raises Refusal."""
+        return divide_writer(self.block, self.module, item, scales, self._writer_dtype(item))[1]
+
     def divide(self, item: Activation, scales: torch.Tensor) -> str:
         """Divide an activation by scales (K,) where it is written and multiply its readers by them.
 
         Proven on a probe first. Returns "" when it was done, else why not; then nothing has changed.
         """
         assert self.calibration is not None
-        stored = self.run.source.stored_dtype(item.writers[0] + ".weight") if item.writers else torch.float32
         try:
-            edits, used = fold_scales(self.block, self.module, item, scales, stored)
+            edits, used = fold_scales(self.block, self.module, item, scales, self._writer_dtype(item))
         except Refusal as refusal:
             return str(refusal)
         if self._shared(edits):
@@ -192,10 +195,14 @@ class BlockWork:
         if not self._proof.holds(edits):
             return "the block's output changed on the probe"
         for name, value in edits.items():
-            self.module.get_parameter(name).data = value.float()
+            parameter = self.module.get_parameter(name)
+            parameter.data = value.to(parameter.dtype)
         for gram in self._kept.get(item.label, []):
             gram.divide_rows(used)
         return ""
+
+    def _writer_dtype(self, item: Activation) -> torch.dtype:
+        return self.run.source.stored_dtype(item.writers[0] + ".weight") if item.writers else torch.float32
 
     def _shared(self, edits: Edits) -> bool:
         tied = {*self.run.source.tied, *self.run.source.tied.values()}
@@ -293,10 +300,10 @@ def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: 
     analysing = [item for item in passes if type(item).analyse is not Pass.analyse]
     if not analysing:
         return
-    inputs = [(start, hidden.clone()) for start, hidden in calibration.states()]
+    before = calibration.snapshot()
     for item in analysing:
         item.analyse(run, calibration, tokens, folder)
-        calibration.restart(iter(inputs))
+        calibration.restart(before)
 
 
 def _build_block(

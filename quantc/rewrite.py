@@ -35,19 +35,24 @@ def fold_scales(
     Returns them with the scales that were used, float64: a norm's new gain must be a value of the dtype it is
     stored in, and the scales make up for that, so that storing loses nothing. Raises Refusal.
     """
-    scales = scales.double()
-    if item.kind == "normed":
-        edits, scales = _divide_norm(block, module, item, scales, stored)
-    elif item.kind in ("gated", "value"):
-        edits, scales = _divide_linear(block, module, item, scales)
-    else:
-        raise Refusal("nothing that a diagonal folds into writes it")
+    edits, scales = divide_writer(block, module, item, scales, stored)
     for linear in block.linears:
         if linear.reads == item.label:
             name = weight_name(block, linear)
             weight = module.get_parameter(name).detach().double()
             edits[name] = weight * (scales[:, None] if linear.transposed else scales)
     return edits, scales
+
+
+def divide_writer(
+    block: Block, module: nn.Module, item: Activation, scales: torch.Tensor, stored: torch.dtype
+) -> tuple[Edits, torch.Tensor]:
+    """The writer's half of `fold_scales`, and the scales that were used."""
+    if item.kind == "normed":
+        return _divide_norm(block, module, item, scales.double(), stored)
+    if item.kind in ("gated", "value"):
+        return _divide_linear(block, module, item, scales.double())
+    raise Refusal("nothing that a diagonal folds into writes it")
 
 
 def weight_name(block: Block, linear: Linear) -> str:

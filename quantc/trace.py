@@ -39,7 +39,8 @@ SHAPING = {
 # Functions of one tensor, value by value (softmax: row by row), as activations and gates are.
 POINTWISE = {
     "silu", "gelu", "relu", "relu_", "relu6", "leaky_relu", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid",
-    "mish", "elu", "square", "pow", "exp", "softmax", "log_softmax", "clamp", "sigmoid_", "silu_", "__pow__",
+    "mish", "elu", "square", "pow", "exp", "softmax", "log_softmax", "clamp", "clamp_", "clip", "clip_", "sigmoid_",
+    "silu_", "__pow__",
 }  # fmt: skip
 PRODUCTS = {"mul", "__mul__", "mul_", "__rmul__", "multiply", "__imul__"}
 SUMS = {"add", "__add__", "add_", "__radd__", "__iadd__", "sub", "__sub__"}
@@ -134,6 +135,8 @@ class BlockTracer(TorchFunctionMode):
         if name in CHOICES and args:
             self.choosers.update(self._origin(args[0]).writers)
         origin = self._origin_of_result(name, func, args, kwargs)
+        if origin is None and name.endswith("_") and not name.endswith("__"):
+            origin = Origin("other")  # changed in place: no longer what it was
         if origin is not None:
             for tensor in output if isinstance(output, (tuple, list)) else [output]:
                 self._remember(tensor, origin)

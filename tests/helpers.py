@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from quantc.calibration import CalibrationRun
+from quantc.derive import derive
+from quantc.frontend import open_model, to_meta
+from quantc.pipeline import BlockWork, Run
+from quantc.plan import Plan
+from quantc.progress import LogProgress
+from quantc.report import Report
+from quantc.spec import QuantSpec
 from tests.families import VOCAB
 from tests.word_tokenizer import make_tokenizer
 
@@ -22,3 +33,28 @@ def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
     make_tokenizer(adds_bos=False).save_pretrained(folder)
     (folder / "text.txt").write_text(tiny_text())
     return folder
+
+
+def opened_run(folder: Path) -> Run:
+    """A run on a model folder, its weights loaded and freed as in a real one; nothing is planned yet."""
+    source = open_model(folder)
+    graph = derive(source.model, source.load, to_meta)
+    return Run(source, graph, Plan(), Report("tiny", "nowhere"), LogProgress())
+
+
+def in_memory_run(model: PreTrainedModel, stored: torch.dtype = torch.float32, **spec: Any) -> Run:
+    """A run on a model that stays loaded, every linear planned as `spec` says, as if its file held dtype `stored`."""
+    for module in model.requires_grad_(False).modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"
+    graph = derive(model, lambda _: None, lambda _: None)
+    source: Any = SimpleNamespace(model=model, tied=dict(model.all_tied_weights_keys), stored_dtype=lambda _: stored)
+    plan = Plan(dict.fromkeys(graph.linears, QuantSpec(**spec)))
+    return Run(source, graph, plan, Report("tiny", "nowhere"), LogProgress())
+
+
+def block_works(run: Run, tokens: torch.Tensor) -> Iterator[BlockWork]:
+    """The blocks of such a run, each on the hidden states before the first one."""
+    calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device)
+    for block in run.graph.blocks:
+        yield BlockWork(run, block, run.source.model.get_submodule(block.name), calibration)

@@ -8,12 +8,11 @@ eight minutes and is not run by the tests, which load the result from `tests/tin
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from outliers import plan_outliers, scale_channels
 from stories import write_stories
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -28,11 +27,6 @@ TRAIN_SEED, HELDOUT_SEED, MODEL_SEED = 1, 2, 3
 TRAIN_STORIES, HELDOUT_STORIES = 26_000, 40
 BATCH_ROWS = 4
 PEAK_LR, WARMUP_STEPS = 2e-3, 100
-
-# Powers of two, so that moving a factor from one weight to another only changes exponents.
-NORM_FACTORS = (64.0, 32.0, 32.0, 16.0)
-VALUE_FACTORS = (32.0, 16.0)
-UP_FACTORS = (64.0, 32.0, 32.0, 32.0, 16.0, 16.0)
 
 
 def train_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
@@ -188,69 +182,6 @@ def unigram_perplexity(train_stories: list[list[int]], encoded: list[list[int]],
     everything = sum(counts.values()) + vocab
     tokens = [token for story in encoded for token in story[1:]]
     return math.exp(-sum(math.log((counts[token] + 1) / everything) for token in tokens) / len(tokens))
-
-
-@dataclass(frozen=True)
-class Channel:
-    """One channel between the weight that makes it and the weights that read it.
-
-    `writer` is a norm weight (K,) or a linear weight (N, K) whose row `row` makes the channel; `columns` of
-    each reader weight (N, K) consume it. The channel is linear in between, so a factor put on the row and
-    taken from the columns does not change the function.
-    """
-
-    writer: str
-    row: int
-    readers: tuple[str, ...]
-    columns: tuple[int, ...]
-
-
-def list_channels(layer: int) -> Iterator[tuple[list[Channel], tuple[float, ...]]]:
-    """The places of a block that get outliers: the channels to choose from and the factors to give out."""
-    block = f"model.layers.{layer}."
-    q, k, v, o = (f"{block}self_attn.{name}_proj.weight" for name in "qkvo")
-    gate, up, down = (f"{block}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-    for norm, readers in (("input", (q, k, v)), ("post_attention", (gate, up))):
-        writer = f"{block}{norm}_layernorm.weight"
-        yield [Channel(writer, i, readers, (i,)) for i in range(HIDDEN)], NORM_FACTORS
-    for kv_head in range(KV_HEADS):
-        rows = range(kv_head * HEAD_DIM, (kv_head + 1) * HEAD_DIM)
-        yield [Channel(v, row, (o,), value_columns(row)) for row in rows], VALUE_FACTORS
-    yield [Channel(up, i, (down,), (i,)) for i in range(INTERMEDIATE)], UP_FACTORS
-
-
-def value_columns(row: int) -> tuple[int, ...]:
-    """The o_proj columns that read a v_proj row: one in every query head that shares the kv head."""
-    kv_head, channel = divmod(row, HEAD_DIM)
-    sharing = HEADS // KV_HEADS
-    return tuple(head * HEAD_DIM + channel for head in range(kv_head * sharing, (kv_head + 1) * sharing))
-
-
-def strength(model: LlamaForCausalLM, channel: Channel) -> float:
-    """Size of the row times size of the columns: how much the channel matters, whatever its scale."""
-    columns = [model.get_parameter(reader)[:, list(channel.columns)] for reader in channel.readers]
-    return (model.get_parameter(channel.writer)[channel.row].norm() * torch.cat(columns).norm()).item()
-
-
-def plan_outliers(model: LlamaForCausalLM) -> list[tuple[Channel, float]]:
-    """The strongest channels of every place with their factors; weak ones would not be missed when lost."""
-    plan: list[tuple[Channel, float]] = []
-    for layer in range(LAYERS):
-        for channels, factors in list_channels(layer):
-            channels.sort(key=lambda channel: strength(model, channel), reverse=True)
-            plan += zip(channels, factors, strict=False)
-    return plan
-
-
-@torch.no_grad()
-def scale_channels(model: LlamaForCausalLM, plan: list[tuple[Channel, float]], sign: int) -> LlamaForCausalLM:
-    """A copy of the model with the outliers built in (sign 1) or taken out again (sign -1)."""
-    scaled = copy.deepcopy(model)
-    for channel, factor in plan:
-        scaled.get_parameter(channel.writer)[channel.row] *= factor**sign
-        for reader in channel.readers:
-            scaled.get_parameter(reader)[:, list(channel.columns)] /= factor**sign
-    return scaled
 
 
 @torch.no_grad()
