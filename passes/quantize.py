@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CalibrationError, ModelError, UsageError
 from ..graph import Linear
-from ..numerics.basis import Basis
+from ..numerics.basis import Basis, Rounding
 from ..numerics.grids import fit_grid
 from ..numerics.lowrank import compensate
 from ..numerics.rounding import Factor, round_to_nearest
@@ -57,10 +57,19 @@ class Quantize(Pass):
     def calibrated(self) -> bool:
         return self.config.method == "gptq"
 
+    @property
+    def rounding(self) -> Rounding:
+        config = self.config
+        return Rounding(config.method == "gptq", config.damp, config.act_order, config.rounds)
+
     def build(self, work: BlockWork) -> None:
         for activation, grams in work.statistics():
             specs = work.run.plan.specs
-            outcomes = [Outcome(linear, spec) for linear in work.readers(activation) if (spec := specs[linear.name])]
+            outcomes = [
+                Outcome(linear, spec, self.rounding)
+                for linear in work.readers(activation)
+                if (spec := specs[linear.name])
+            ]
             for expert in range(work.experts(activation)):
                 rows = grams[expert].rows if grams else 0
                 gram = grams[expert].matrix if rows else None
@@ -69,10 +78,10 @@ class Quantize(Pass):
                     block = outcome.spec.hadamard
                     if block not in bases:
                         bases[block] = self._basis(gram, rows, block, activation.label)
-                    outcome.add(work.weight(outcome.linear, expert), bases[block], self.config.rounds)
+                    outcome.add(work.weight(outcome.linear, expert), bases[block])
             for outcome in outcomes:
                 work.quantized[outcome.linear.name] = outcome.qtensor()
-                work.run.report.linears.append(outcome.report())
+                work.run.report.linears.append(outcome.report(work.run.plan.why))
                 work.run.progress.linear(outcome.linear.name, outcome.error)
 
     def build_outside(self, work: OutsideWork) -> None:
@@ -86,7 +95,7 @@ class Quantize(Pass):
 
     def _basis(self, gram: torch.Tensor | None, rows: int, block: int, label: str) -> Basis:
         try:
-            return Basis.of(gram, rows, block, self.config.damp, self.config.act_order)
+            return self.rounding.basis(gram, rows, block)
         except ArithmeticError as error:
             raise CalibrationError(
                 f"{label}: {error}; its calibration rows are not finite, so check the model and the text."
@@ -96,17 +105,17 @@ class Quantize(Pass):
 class Outcome:
     """One linear on its way to codes, expert by expert."""
 
-    def __init__(self, linear: Linear, spec: QuantSpec):
-        self.linear, self.spec = linear, spec
+    def __init__(self, linear: Linear, spec: QuantSpec, rounding: Rounding):
+        self.linear, self.spec, self.rounding = linear, spec, rounding
         self._tensors: list[QTensor] = []
         self._factors: list[Factor | None] = []
         self._rows = 0
         self._energy = self._lost = 0.0
 
-    def add(self, source: torch.Tensor, basis: Basis, rounds: int) -> None:
+    def add(self, source: torch.Tensor, basis: Basis) -> None:
         """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise."""
         weight = basis.turn(source)
-        tensor = basis.round(weight, self.spec, rounds)
+        tensor = basis.round(weight, self.spec, self.rounding.rounds)
         _check_scales(tensor.scales, self.linear.name)
         self._tensors.append(tensor)
         self._factors.append(basis.factor)
@@ -126,9 +135,9 @@ class Outcome:
     def qtensor(self) -> QTensor:
         return self._tensors[0] if self.linear.kind != "stack" else _stack(self._tensors)
 
-    def report(self) -> LinearReport:
+    def report(self, why: dict[str, str]) -> LinearReport:
         used = [factor for factor in self._factors if factor is not None]
-        fallbacks = len(self._factors) - len(used) if self._rows or used else 0
+        fallbacks = len(self._factors) - len(used) if self.rounding.feedback and self._rows else 0
         return LinearReport(
             name=self.linear.name,
             spec=self.spec,
@@ -141,6 +150,7 @@ class Outcome:
             fallbacks=fallbacks,
             dead_inputs=max((factor.dead for factor in used), default=0),
             damp=max((factor.damp for factor in used), default=0.0),
+            why=why.get(self.linear.name, ""),
         )
 
 

@@ -2,7 +2,7 @@
 
 Channels that carry much get finer steps, those that carry little get coarser ones. Per activation the exponent is
 searched that leaves the least output error of all its readers together, rounded as the plan says (its bits, groups
-and rotation, with error feedback) on a sample of output channels.
+and rotation) and as the recipe will, on a sample of output channels.
 
 Source: AWQ (Lin et al. 2023, arXiv:2306.00978), which searches with plain rounding and mean magnitudes.
 """
@@ -27,7 +27,6 @@ EXPONENTS = (0.25, 0.5, 0.75)
 SAMPLED_ROWS = 128  # output channels of each reader on which an exponent is tried
 LARGEST_RATIO = 2.0**7  # of a scale to the mean one
 LEAST_GAIN = 0.005  # share of the error that an exponent must save to be used
-DAMP = 0.01
 FOLDABLE = ("normed", "gated", "value")
 
 
@@ -99,7 +98,7 @@ def _error(work: BlockWork, readers: list[Linear], gram: torch.Tensor, rows: int
         spec = work.run.plan.specs[linear.name]
         assert spec is not None
         if spec.hadamard not in bases:
-            bases[spec.hadamard] = Basis.of(divided, rows, spec.hadamard, DAMP, act_order=True)
+            bases[spec.hadamard] = work.rounding.basis(divided, rows, spec.hadamard)
         weight = work.weight(linear)
         total += _sampled_error(weight * scales.to(weight), bases[spec.hadamard], spec)
     return total

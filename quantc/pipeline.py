@@ -26,6 +26,7 @@ from .frontend import Source, to_meta
 from .frontend.source import tensors_under
 from .graph import Activation, Block, Linear, ModelGraph
 from .memory import RELEASE_BYTES, FreeMemory
+from .numerics.basis import Rounding
 from .observe import observed
 from .plan import Plan
 from .progress import Progress
@@ -78,6 +79,11 @@ class Pass:
         """Whether `build` asks for statistics, so that the calibration set has to run through the model."""
         return False
 
+    @property
+    def rounding(self) -> Rounding | None:
+        """How this pass rounds weights, for earlier ones that try it; None where it rounds nothing."""
+        return None
+
     def plan(self, run: Run) -> None:
         """Decide; only numbers are looked at."""
 
@@ -124,6 +130,7 @@ class BlockWork:
     module: nn.Module
     calibration: CalibrationRun | None
     quantized: dict[str, QTensor] = field(default_factory=dict)
+    rounding: Rounding = field(default_factory=Rounding)  # what will be done to the weights
     keep_statistics: bool = False  # for a pass that comes later
     _kept: dict[str, list[Gram]] = field(default_factory=dict)
     _proof: Proof | None = None
@@ -311,10 +318,11 @@ def _build_block(
 ) -> None:
     run.source.load(block.name)
     module = run.source.model.get_submodule(block.name).to(run.device)
-    work = BlockWork(run, block, module, calibration)
+    rounding = next((item.rounding for item in passes if item.rounding), Rounding())
+    work = BlockWork(run, block, module, calibration, rounding=rounding)
     weights = sum(parameter.nbytes for parameter in module.parameters())
     for number, item in enumerate(passes, start=1):
-        work.keep_statistics = any(later.calibrated for later in passes[number:])
+        work.keep_statistics = any(type(later).build is not Pass.build for later in passes[number:])
         item.build(work)
     _write(run, block.name, work.quantized, writer)
     if calibration is not None and block is not run.graph.blocks[-1]:

@@ -19,14 +19,20 @@ KEEP = "keep"
 
 @dataclass
 class Plan:
-    """specs: linear -> how it is stored, or None to keep it as it is."""
+    """specs: linear -> how it is stored, or None to keep it as it is.
+
+    why: linear -> remark of the pass that chose its spec; nothing depends on it. given: the user handed the plan in.
+    """
 
     specs: dict[str, QuantSpec | None] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    given: bool = False
 
     def to_yaml(self) -> str:
         entries: dict[str, Any] = {}
         for name, spec in self.specs.items():
-            entries[name] = KEEP if spec is None else spec.to_dict()
+            remark = {"why": self.why[name]} if name in self.why else {}
+            entries[name] = KEEP if spec is None else spec.to_dict() | remark
         comment = "# quantc plan: edit bits, group_size, grouping, symmetric, rank or hadamard, or write `keep`.\n"
         return comment + yaml.safe_dump({"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None)
 
@@ -74,12 +80,21 @@ def read_plan(file: Path) -> Plan:
         ) from error
     if not isinstance(content, dict) or content.get("version") != 1 or not isinstance(content.get("linears"), dict):
         raise UsageError(f"{file} is no quantc plan: it needs `version: 1` and a mapping `linears`.")
-    specs: dict[str, QuantSpec | None] = {}
+    plan = Plan(given=True)
     for name, entry in content["linears"].items():
         if entry != KEEP and not isinstance(entry, dict):
             raise UsageError(f"{file}: the entry of {name} is {entry!r}, but a spec mapping or `{KEEP}` is needed.")
         try:
-            specs[name] = None if entry == KEEP else QuantSpec.from_dict(entry)
+            plan.specs[name] = None if entry == KEEP else _read_spec(plan, name, dict(entry))
         except UsageError as error:
             raise UsageError(f"{file}: {name}: {error}") from error
-    return Plan(specs)
+    return plan
+
+
+def _read_spec(plan: Plan, name: str, entry: dict[str, Any]) -> QuantSpec:
+    why = entry.pop("why", None)
+    if why is not None:
+        if not isinstance(why, str):
+            raise UsageError(f"why is {why!r}, but a remark in words is needed; leave it out if there is none.")
+        plan.why[name] = why
+    return QuantSpec.from_dict(entry)

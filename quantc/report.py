@@ -21,6 +21,7 @@ class LinearReport:
         Gram matrix G of the calibration inputs; without calibration G is the identity.
     method: "gptq", "rtn", or "gptq+rtn" for a stack in which some experts fell back.
     rows: calibration rows seen (summed over experts); fallbacks: experts that saw too few of them.
+    why: what the plan says about the choice of its spec.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LinearReport:
     fallbacks: int = 0
     dead_inputs: int = 0
     damp: float = 0.0
+    why: str = ""
 
     @property
     def weights(self) -> int:

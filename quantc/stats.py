@@ -57,9 +57,14 @@ class Gram:
 
 def output_energy(weight: torch.Tensor, gram: torch.Tensor | None) -> float:
     """tr(W G W^T): the summed square of x W^T over the calibration rows; G is the identity when gram is None."""
+    return float(channel_energies(weight, gram).sum())
+
+
+def channel_energies(weight: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
+    """float64 (N,): the summed square of each channel of x W^T; G is the identity when gram is None."""
     weight = weight.float()
     product = weight if gram is None else weight @ gram
-    return float((product * weight).sum(dtype=torch.float64))
+    return (product * weight).sum(1, dtype=torch.float64)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -18,6 +18,25 @@ from .rounding import Factor, factorize, gptq, round_to_nearest
 FEWEST_ROWS_SHARE = 1 / 16
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded: with error feedback through the Gram matrix of their inputs, or to nearest.
+
+    damp, act_order: see `factorize`. rounds: of refinement after error feedback.
+    """
+
+    feedback: bool = True
+    damp: float = 0.01
+    act_order: bool = True
+    rounds: int = 0
+
+    def basis(self, gram: torch.Tensor | None, rows: int, block: int) -> Basis:
+        """One activation's rows, ready for rounding; raises ArithmeticError when they cannot be factorised."""
+        if not self.feedback:
+            return Basis.unguided(gram, rows, block)
+        return Basis.of(gram, rows, block, self.damp, self.act_order)
+
+
 @dataclass
 class Basis:
     """What the calibration rows of one activation say to the weights that read it, after its rotation.
@@ -32,17 +51,20 @@ class Basis:
     factor: Factor | None = None
 
     @classmethod
+    def unguided(cls, gram: torch.Tensor | None, rows: int, block: int) -> Basis:
+        """Without a factor: weights are rounded to nearest; a Gram matrix, if there is one, only measures errors."""
+        return cls(rows, block, rotate_gram(gram, block) if block and gram is not None else gram)
+
+    @classmethod
     def of(cls, gram: torch.Tensor | None, rows: int, block: int, damp: float, act_order: bool) -> Basis:
         """Rotate and factor a Gram matrix; with too few rows to guide anything there is no factor.
 
         Raises ArithmeticError when the matrix cannot be factorised.
         """
-        if gram is None:
-            return cls(rows, block)
-        rotated = rotate_gram(gram, block) if block else gram
-        if rows < len(gram) * FEWEST_ROWS_SHARE:
-            return cls(rows, block, rotated)
-        return cls(rows, block, rotated, factorize(rotated, damp, act_order))
+        basis = cls.unguided(gram, rows, block)
+        if basis.gram is not None and rows >= len(basis.gram) * FEWEST_ROWS_SHARE:
+            basis.factor = factorize(basis.gram, damp, act_order)
+        return basis
 
     def turn(self, weight: torch.Tensor) -> torch.Tensor:
         """float32 (N, K), as it multiplies the rotated rows; rotated in float64."""

@@ -16,6 +16,7 @@ from quantc.formats import DENSE
 from quantc.numerics.grids import fit_grid
 from quantc.numerics.rounding import round_to_nearest
 from quantc.qtensor import QTensor
+from quantc.recipe import Recipe
 from quantc.report import LinearReport, Report, read_report
 from quantc.spec import QuantSpec
 from quantc.tokens import tokenize_documents
@@ -73,6 +74,20 @@ def test_without_calibration_nothing_counts_as_a_fallback(moe: Path, tmp_path: P
     report = run(moe, tmp_path / "out", method="rtn")
     assert report.fallbacks == 0
     assert {(linear.method, linear.rows) for linear in report.linears} == {("rtn", 0)}
+
+
+def test_rounding_to_nearest_stays_that_where_another_pass_asked_for_statistics(tmp_path: Path) -> None:
+    """The codes are those of the plain run; the report then knows the rows, and measures errors of outputs."""
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    passes = [{"allocate": {}}, {"group_channels": {}}, {"quantize": {}}]
+    recipe = Recipe.from_dict({"version": 1, "passes": passes})
+    measured = run(tmp_path / "model", tmp_path / "out", method="rtn", recipe=recipe)
+    assert {(linear.method, linear.rows, linear.fallbacks) for linear in measured.linears} == {("rtn", 12, 0)}
+    again = run(tmp_path / "model", tmp_path / "again", plan=tmp_path / "out/plan.yaml", method="rtn",
+                bits=None, group_size=None)  # fmt: skip
+    assert {linear.rows for linear in again.linears} == {0}
+    one, two = (CheckpointReader(tmp_path / name).manifest["tensors"] for name in ("out", "again"))
+    assert one == two
 
 
 def test_what_is_kept_is_reported_with_the_reason(moe: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantc.stats import Gram, output_energy
+from quantc.stats import Gram, channel_energies, output_energy
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -68,6 +68,8 @@ def test_output_energy_is_the_square_of_the_outputs() -> None:
     gram = Gram(16)
     gram.add(x)
     assert output_energy(weight, gram.matrix) == pytest.approx(float((x @ weight.T).square().sum()), rel=1e-5)
+    channels = (x @ weight.T).double().square().sum(0)
+    torch.testing.assert_close(channel_energies(weight, gram.matrix), channels, rtol=1e-5, atol=0)
     assert output_energy(weight, None) == pytest.approx(float(weight.square().sum()), rel=1e-6)
 
 
