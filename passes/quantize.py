@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ..errors import CalibrationError, ModelError, UsageError
-from ..graph import Linear
+from ..graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
 from ..numerics.grids import fit_grid
 from ..numerics.lowrank import compensate
@@ -17,7 +17,7 @@ from ..pipeline import BlockWork, Fact, OutsideWork, Pass, register
 from ..qtensor import QTensor
 from ..report import LinearReport
 from ..spec import QuantSpec
-from ..stats import output_energy
+from ..stats import Drift, Gram, output_energy
 
 Method = Literal["gptq", "rtn"]
 
@@ -27,19 +27,26 @@ class QuantizeConfig:
     """method: gptq (error feedback through the Gram matrix) or rtn (round to nearest, no calibration).
 
     act_order: gptq rounds the inputs with the most energy first. damp: share of the mean Gram diagonal added to it.
+    shrink: share taken off what the Gram matrix says about pairs of inputs, for text unlike the calibration text.
     rounds: of refinement after gptq, each a refit of the scales and a descent over the codes; 0 for none.
+    correct: share of what the block's rounded weights change in a linear's input that its own weights make up for.
     """
 
     method: Method = "gptq"
     act_order: bool = True
     damp: float = 0.01
+    shrink: float = 0.0
     rounds: int = 0
+    correct: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in ("gptq", "rtn"):
             raise UsageError(f"method is {self.method!r}, but only gptq and rtn exist; choose one of those.")
         if not self.damp > 0:
             raise UsageError(f"damp is {self.damp}, but damping needs a positive share; 0.01 is usual.")
+        for name, share in (("shrink", self.shrink), ("correct", self.correct)):
+            if not 0 <= share <= 1:
+                raise UsageError(f"{name} is {share}, but it is a share; choose one from 0 (none) to 1.")
         if self.rounds < 0:
             raise UsageError(f"rounds is {self.rounds}, but refinement has 0 (none) or more; choose one of those.")
 
@@ -60,29 +67,37 @@ class Quantize(Pass):
     @property
     def rounding(self) -> Rounding:
         config = self.config
-        return Rounding(config.method == "gptq", config.damp, config.act_order, config.rounds)
+        return Rounding(config.method == "gptq", config.damp, config.act_order, config.rounds, config.shrink)
 
     def build(self, work: BlockWork) -> None:
-        for activation, grams in work.statistics():
-            specs = work.run.plan.specs
-            outcomes = [
-                Outcome(linear, spec, self.rounding)
-                for linear in work.readers(activation)
-                if (spec := specs[linear.name])
-            ]
-            for expert in range(work.experts(activation)):
-                rows = grams[expert].rows if grams else 0
-                gram = grams[expert].matrix if rows else None
-                bases: dict[int, Basis] = {}
-                for outcome in outcomes:
-                    block = outcome.spec.hadamard
-                    if block not in bases:
-                        bases[block] = self._basis(gram, rows, block, activation.label)
-                    outcome.add(work.weight(outcome.linear, expert), bases[block])
+        if self.calibrated and self.config.correct:
+            for item, grams, drift in work.drifting_statistics():
+                self._round(work, item, grams, drift)
+        else:
+            for item, grams in work.statistics():
+                self._round(work, item, grams)
+
+    def _round(self, work: BlockWork, item: Activation, grams: list[Gram], drift: Drift | None = None) -> None:
+        """Round every linear that reads one activation."""
+        specs = work.run.plan.specs
+        outcomes = [
+            Outcome(linear, spec, self.rounding) for linear in work.readers(item) if (spec := specs[linear.name])
+        ]
+        for expert in range(work.experts(item)):
+            rows = grams[expert].rows if grams else 0
+            gram = grams[expert].matrix if rows else None
+            blocks = {outcome.spec.hadamard for outcome in outcomes}
+            bases = {block: self._basis(gram, rows, block, item.label) for block in blocks}
+            correction = drift.correction(gram, self.config.damp) if drift and gram is not None else None
             for outcome in outcomes:
-                work.quantized[outcome.linear.name] = outcome.qtensor()
-                work.run.report.linears.append(outcome.report(work.run.plan.why))
-                work.run.progress.linear(outcome.linear.name, outcome.error)
+                weight = work.weight(outcome.linear, expert)
+                if correction is not None:
+                    weight = weight.addmm(weight, correction, alpha=self.config.correct)
+                outcome.add(weight, bases[outcome.spec.hadamard])
+        for outcome in outcomes:
+            work.quantized[outcome.linear.name] = outcome.qtensor()
+            work.run.report.linears.append(outcome.report(work.run.plan.why))
+            work.run.progress.linear(outcome.linear.name, outcome.error)
 
     def build_outside(self, work: OutsideWork) -> None:
         name, spec = work.name, work.run.plan.specs.get(work.name)
@@ -129,7 +144,7 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """tr(D G D^T) / tr(W G W^T) with D = W' - W, over all experts."""
+        """tr(D G D^T) / tr(W G W^T) with D = W' - W, over all experts; W is corrected where that was asked for."""
         return self._lost / self._energy if self._energy > 0 else 0.0
 
     def qtensor(self) -> QTensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Batch:
 class CalibrationRun:
     """The calibration set on its way through the model.
 
-    `rows(block)` runs a block without changing anything, for observers; `advance(block)` replaces the hidden
+    `runs(block)` hands out the runs of a block on every batch, for observers; `advance(block)` replaces the hidden
     states by the block's outputs. The block's weights must be loaded; the caller owns them.
     """
 
@@ -82,7 +83,7 @@ class CalibrationRun:
         self.samples, self.seq_len = tokens.shape
         self.bad_rows: dict[str, int] = {}
         self.weights: dict[str, torch.Tensor] = {}  # activation -> (samples, T), how much each row counts
-        self.current: Batch | None = None  # in `rows`: what the block is running on
+        self.current: Batch | None = None  # in `runs`: what the block is running on
         self._model = model
         self._batches: list[Batch] = []
         self._states: HiddenStates | None = None
@@ -148,10 +149,19 @@ class CalibrationRun:
             return None
         return weights[self.current.start : self.current.start + self.current.count].reshape(-1)
 
-    def rows(self, block: Block) -> None:
-        """Run the block on the whole set; what observers do not keep is dropped."""
-        for _ in self._outputs(block):
-            pass
+    def runs(self, block: Block) -> Iterator[Callable[[], torch.Tensor | None]]:
+        """For every batch of the set, what runs the block on it: None where an observer has seen enough."""
+        assert self._states is not None
+        module = self._model.get_submodule(block.name)
+        for batch in self._batches:
+            hidden = self._states.read(batch.start, batch.count)
+            self.current = batch
+            yield partial(self._run, module, block, _moved(batch.calls[block.index].with_hidden(hidden), self.device))
+
+    def _run(self, module: nn.Module, block: Block, call: BlockCall) -> torch.Tensor | None:
+        with torch.no_grad(), fast_matmul(self.device):
+            output = run_or_stop(module, call)
+        return None if output is None else block.returns.unwrap(output)
 
     def advance(self, block: Block) -> None:
         """Run the block and let its outputs be the hidden states. Non-finite rows are zeroed and counted.
@@ -160,7 +170,10 @@ class CalibrationRun:
         """
         assert self._states is not None
         bad = 0
-        for batch, output in self._outputs(block):
+        for run in self.runs(block):
+            output, batch = run(), self.current
+            assert output is not None
+            assert batch is not None
             finite = torch.isfinite(output).flatten(2).all(-1)
             bad += int((~finite).sum())
             self._states.write(batch.start, torch.where(finite.reshape(*finite.shape, 1), output, 0.0))
@@ -172,18 +185,6 @@ class CalibrationRun:
             )
         if bad:
             self.bad_rows[block.name] = bad
-
-    def _outputs(self, block: Block) -> Iterator[tuple[Batch, torch.Tensor]]:
-        assert self._states is not None
-        module = self._model.get_submodule(block.name)
-        for batch in self._batches:
-            hidden = self._states.read(batch.start, batch.count)
-            call = _moved(batch.calls[block.index].with_hidden(hidden), self.device)
-            self.current = batch
-            with torch.no_grad(), fast_matmul(self.device):
-                output = run_or_stop(module, call)
-            if output is not None:
-                yield batch, block.returns.unwrap(output)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -7,10 +7,9 @@ states of the calibration set, never the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,18 +23,16 @@ from .errors import CalibrationError, PassError
 from .formats import DENSE
 from .frontend import Source, to_meta
 from .frontend.source import tensors_under
+from .gather import gather, gather_drifting, rounds, stages
 from .graph import Activation, Block, Linear, ModelGraph
 from .memory import RELEASE_BYTES, FreeMemory
 from .numerics.basis import Rounding
-from .observe import observed
 from .plan import Plan
 from .progress import Progress
 from .qtensor import QTensor
 from .report import Report
 from .rewrite import Edits, Proof, Refusal, divide_writer, fold_scales, weight_name
-from .stats import BAD_ROWS_LIMIT, Gram
-
-STATISTICS_BYTES = 2 << 30  # Gram matrices held at once; a block that needs more is run several times
+from .stats import BAD_ROWS_LIMIT, Drift, Gram
 
 
 class Fact(StrEnum):
@@ -165,14 +162,37 @@ class BlockWork:
                 yield item, []
                 self._release(item)
             return
-        for items in _rounds(wanted, self.experts):
-            grams = {item.label: self._new_grams(item) for item in items}
-            with observed(self.module, self.block, items, partial(_add_rows, grams, self.calibration)):
-                self.calibration.rows(self.block)
-            for item in items:
-                self._check_rows(item, grams[item.label])
+        for items in rounds(wanted, self.experts):
+            grams = self._new_grams(items)
+            gather(self.calibration, self.block, self.module, items, grams)
+            self._check_rows(items, grams)
             self._kept = grams if len(items) == len(wanted) and self.keep_statistics else {}
             yield from self._hand_out(items, grams)
+
+    def drifting_statistics(self) -> Iterator[tuple[Activation, list[Gram], Drift | None]]:
+        """Like `statistics`, but the rows are those of the block as far as it is rounded, with their drift.
+
+        The caller puts the rounded readers of what it got into `quantized` before it asks for more. There is no drift
+        where rows are still the original ones, and none for experts, whose rows change with the routing.
+        """
+        assert self.calibration is not None
+        originals: dict[str, torch.Tensor] = {}
+        wanted = [item for item in self.block.activations if self.readers(item)]
+        self._kept = {}
+        for items in [part for stage in stages(wanted) for part in rounds(stage, self.experts)]:
+            grams = self._new_grams(items)
+            if originals:
+                drifts = gather_drifting(self.calibration, self.block, self.module, items, grams, originals)
+            else:
+                drifts = {}
+                gather(self.calibration, self.block, self.module, items, grams)
+            self._check_rows(items, grams)
+            for item in items:
+                yield item, grams.pop(item.label), drifts.pop(item.label, None)
+                self._release(item)
+            rounded = [reader for item in items for reader in self.readers(item)]
+            originals |= {weight_name(self.block, linear): self._parameter(linear).data for linear in rounded}
+            self.replace_weights(rounded)
 
     def _hand_out(
         self, items: list[Activation], grams: dict[str, list[Gram]]
@@ -219,28 +239,30 @@ class BlockWork:
         weights = sum(self._parameter(linear).nbytes for linear in self.readers(item))
         self.run.free_memory.release(weights + Gram.bytes_for(item.width))
 
-    def _check_rows(self, item: Activation, grams: list[Gram]) -> None:
-        bad, good = sum(gram.bad_rows for gram in grams), sum(gram.rows for gram in grams)
-        if bad > BAD_ROWS_LIMIT * (bad + good):
-            raise CalibrationError(
-                f"{bad / (bad + good):.0%} of the rows that {item.readers[0]} receives are NaN or infinite, and past "
-                f"{BAD_ROWS_LIMIT:.0%} statistics mean nothing; check that the model runs in float32 on this text."
-            )
-        if bad:
-            self.run.report.notes.append(f"{item.readers[0]} received {bad} non-finite calibration rows; left out")
+    def _check_rows(self, items: list[Activation], grams: dict[str, list[Gram]]) -> None:
+        for item in items:
+            bad = sum(gram.bad_rows for gram in grams[item.label])
+            share = bad / max(1, bad + sum(gram.rows for gram in grams[item.label]))
+            if share > BAD_ROWS_LIMIT:
+                raise CalibrationError(
+                    f"{share:.0%} of the rows that {item.readers[0]} receives are NaN or infinite, and past "
+                    f"{BAD_ROWS_LIMIT:.0%} statistics mean nothing; check that the model runs in float32 on this text."
+                )
+            if bad:
+                self.run.report.notes.append(f"{item.readers[0]} received {bad} non-finite calibration rows; left out")
 
     def experts(self, item: Activation) -> int:
         """How many Gram matrices the activation has: one per expert of a stack, else one."""
         return max(1, self.block.readers(item)[0].experts)
 
-    def _new_grams(self, item: Activation) -> list[Gram]:
-        return [Gram(item.width, self.run.device) for _ in range(self.experts(item))]
+    def _new_grams(self, items: list[Activation]) -> dict[str, list[Gram]]:
+        device = self.run.device
+        return {item.label: [Gram(item.width, device) for _ in range(self.experts(item))] for item in items}
 
-    def replace_weights(self) -> None:
-        """Put the rounded weights into the module, so that the block runs as the checkpoint will."""
-        for name, tensor in self.quantized.items():
-            linear = self.run.graph.linears[name]
-            rounded = tensor.effective_weight()
+    def replace_weights(self, linears: Iterable[Linear]) -> None:
+        """Put the rounded weights of these into the module, so that the block runs as the checkpoint will."""
+        for linear in linears:
+            rounded = self.quantized[linear.name].effective_weight()
             self._parameter(linear).data = rounded.transpose(-1, -2) if linear.transposed else rounded
 
 
@@ -255,26 +277,6 @@ class OutsideWork:
     def weight(self) -> torch.Tensor:
         """float32, as the model stores it."""
         return self.run.source.model.state_dict()[self.name]
-
-
-def _add_rows(
-    grams: dict[str, list[Gram]], calibration: CalibrationRun, label: str, expert: int, rows: torch.Tensor
-) -> None:
-    grams[label][expert].add(rows, calibration.row_weights(label))
-
-
-def _rounds(items: list[Activation], experts: Any) -> Iterator[list[Activation]]:
-    current: list[Activation] = []
-    held = 0
-    for item in items:
-        size = Gram.bytes_for(item.width) * experts(item)
-        if current and held + size > STATISTICS_BYTES:
-            yield current
-            current, held = [], 0
-        current.append(item)
-        held += size
-    if current:
-        yield current
 
 
 def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: CheckpointWriter) -> None:
@@ -326,7 +328,7 @@ def _build_block(
         item.build(work)
     _write(run, block.name, work.quantized, writer)
     if calibration is not None and block is not run.graph.blocks[-1]:
-        work.replace_weights()
+        work.replace_weights(run.graph.linears[name] for name in work.quantized)
         calibration.advance(block)
     to_meta(module)
     run.free_memory.release(weights)

@@ -55,6 +55,35 @@ class Gram:
         return width * width * 4
 
 
+class Drift:
+    """C = X0^T X over calibration rows X (M, K) and what each of them was, X0 (M, K), before weights were rounded."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        self._cross = torch.zeros(width, width, device=device)
+
+    def add_all(self, originals: list[torch.Tensor], parts: list[torch.Tensor], weights: torch.Tensor | None) -> bool:
+        """Add rows, each counted as often as weights (M,) say; False, with nothing added, where they do not pair."""
+        if [rows.shape for rows in originals] != [rows.shape for rows in parts]:
+            return False
+        for original, rows in zip(originals, parts, strict=True):
+            finite = torch.isfinite(original).all(1) & torch.isfinite(rows).all(1)
+            counted = finite.float() if weights is None else finite * weights.to(rows.device)
+            weighted = torch.where(finite[:, None], original.float() * counted[:, None], 0.0)
+            self._cross.addmm_(weighted.T, torch.where(finite[:, None], rows.float(), 0.0))
+        return True
+
+    def correction(self, gram: torch.Tensor, damp: float) -> torch.Tensor:
+        """float32 A (K, K) with X0 W^T nearest to X (W + W A)^T, for G = X^T X (K, K) and any W (N, K).
+
+        damp: share of the mean diagonal of G that is added to it. Least squares: A = (C - G)(G + damp)^-1.
+        """
+        damped = gram.double()
+        diagonal = damped.diagonal()
+        diagonal.add_(damp * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny))
+        difference = self._cross.double() - gram.double()
+        return torch.cholesky_solve(difference.T, torch.linalg.cholesky(damped)).T.float()
+
+
 def output_energy(weight: torch.Tensor, gram: torch.Tensor | None) -> float:
     """tr(W G W^T): the summed square of x W^T over the calibration rows; G is the identity when gram is None."""
     return float(channel_energies(weight, gram).sum())

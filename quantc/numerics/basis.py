@@ -22,18 +22,23 @@ FEWEST_ROWS_SHARE = 1 / 16
 class Rounding:
     """How weights are rounded: with error feedback through the Gram matrix of their inputs, or to nearest.
 
-    damp, act_order: see `factorize`. rounds: of refinement after error feedback.
+    damp, act_order: see `factorize`. rounds: of refinement after error feedback. shrink: the share by which what is
+    beside the Gram matrix' diagonal is taken back (Ledoit and Wolf 2004): correlations of the calibration text that
+    other text does not have.
     """
 
     feedback: bool = True
     damp: float = 0.01
     act_order: bool = True
     rounds: int = 0
+    shrink: float = 0.0
 
     def basis(self, gram: torch.Tensor | None, rows: int, block: int) -> Basis:
         """One activation's rows, ready for rounding; raises ArithmeticError when they cannot be factorised."""
         if not self.feedback:
             return Basis.unguided(gram, rows, block)
+        if gram is not None and self.shrink:
+            gram = gram.lerp(gram.diagonal().diag(), self.shrink)
         return Basis.of(gram, rows, block, self.damp, self.act_order)
 
 

@@ -1,0 +1,107 @@
+"""Runs a block on the calibration set and sums up the rows that its linears read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from .calibration import CalibrationRun
+from .graph import Activation, Block
+from .observe import observed
+from .stats import Drift, Gram
+
+STATISTICS_BYTES = 2 << 30  # Gram matrices held at once; a block that needs more is run several times
+
+Grams = dict[str, list[Gram]]  # by the activation's label, one for each expert of a stack
+
+
+def rounds(items: list[Activation], experts: Callable[[Activation], int]) -> Iterator[list[Activation]]:
+    """The activations in groups whose Gram matrices fit STATISTICS_BYTES, where one alone does."""
+    current: list[Activation] = []
+    held = 0
+    for item in items:
+        size = Gram.bytes_for(item.width) * experts(item)
+        if current and held + size > STATISTICS_BYTES:
+            yield current
+            current, held = [], 0
+        current.append(item)
+        held += size
+    if current:
+        yield current
+
+
+def stages(items: list[Activation]) -> Iterator[list[Activation]]:
+    """The activations in the order they are read, in groups none of which is computed from another's readers.
+
+    A normed activation starts a group: what is normed came through the readers of those before it.
+    """
+    current: list[Activation] = []
+    for item in sorted(items, key=lambda item: item.order if item.order >= 0 else len(items)):
+        readers = {reader for other in current for reader in other.readers}
+        if current and (item.kind == "normed" or not readers.isdisjoint(item.writers)):
+            yield current
+            current = []
+        current.append(item)
+    if current:
+        yield current
+
+
+def gather(calibration: CalibrationRun, block: Block, module: nn.Module, items: list[Activation], grams: Grams) -> None:
+    """Add the rows of these activations over the whole set to their Gram matrices."""
+
+    def add(label: str, expert: int, rows: torch.Tensor) -> None:
+        grams[label][expert].add(rows, calibration.row_weights(label))
+
+    with observed(module, block, items, add):
+        for run in calibration.runs(block):
+            run()
+
+
+def gather_drifting(
+    calibration: CalibrationRun,
+    block: Block,
+    module: nn.Module,
+    items: list[Activation],
+    grams: Grams,
+    originals: dict[str, torch.Tensor],
+) -> dict[str, Drift]:
+    """Add the rows of these activations, and compare them with those of the block with its original weights.
+
+    originals: by their names inside the block, the weights that are rounded by now. Both blocks run on the same
+    hidden states. There is no drift for experts, nor where the rows do not correspond.
+    """
+    rounded = {name: module.get_parameter(name).data for name in originals}
+    drifts = {item.label: Drift(item.width, calibration.device) for item in items if len(grams[item.label]) == 1}
+    for run in calibration.runs(block):
+        _put(module, originals)
+        before = _rows(run, module, block, items)
+        _put(module, rounded)
+        after = _rows(run, module, block, items)
+        for (label, expert), parts in after.items():
+            weights = calibration.row_weights(label)
+            for rows in parts:
+                grams[label][expert].add(rows, weights)
+            if label in drifts and not drifts[label].add_all(before.get((label, expert), []), parts, weights):
+                del drifts[label]
+    return drifts
+
+
+def _rows(
+    run: Callable[[], object], module: nn.Module, block: Block, items: list[Activation]
+) -> dict[tuple[str, int], list[torch.Tensor]]:
+    """The rows (M, K) of every activation and expert in one run, as often as it is read."""
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def keep(label: str, expert: int, rows: torch.Tensor) -> None:
+        seen.setdefault((label, expert), []).append(rows.clone())
+
+    with observed(module, block, items, keep):
+        run()
+    return seen
+
+
+def _put(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, value in weights.items():
+        module.get_parameter(name).data = value
