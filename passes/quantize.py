@@ -58,7 +58,7 @@ class Quantize(Pass):
         return self.config.method == "gptq"
 
     def build(self, work: BlockWork) -> None:
-        for activation, grams in work.statistics():
+        for activation, grams in work.statistics(self.calibrated):
             specs = work.run.plan.specs
             outcomes = [Outcome(linear, spec) for linear in work.readers(activation) if (spec := specs[linear.name])]
             for expert in range(work.experts(activation)):

@@ -123,6 +123,11 @@ class CalibrationRun:
         for start, hidden in model_inputs:
             self._states.write(start, hidden)
 
+    def map_states(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every batch's hidden states by a function of them."""
+        for start, hidden in list(self.states()):
+            self.restart(iter([(start, change(hidden))]))
+
     def calls(self, block: Block) -> Iterator[tuple[Batch, BlockCall]]:
         """Every batch, and what the block is called with for it, hidden states left out."""
         for batch in self._batches:
