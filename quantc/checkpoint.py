@@ -138,6 +138,11 @@ def read_residual_rotation(config: dict[str, Any]) -> ResidualRotation | None:
     entry: Any = settings.get("residual_rotation")
     if settings.get("version") == VERSION and entry is None:
         return None
+    if settings.get("version") == VERSION:
+        raise CheckpointError(
+            f"the checkpoint's residual_rotation belongs to version {TURNED_VERSION}, but the checkpoint has version "
+            f"{VERSION}; copy it again."
+        )
     try:
         return ResidualRotation(**entry)
     except (TypeError, ValueError) as error:
