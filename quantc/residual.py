@@ -102,22 +102,25 @@ def prove_turn(
 ) -> tuple[BlockTurn, torch.Tensor]:
     """How a block turns, proven on a probe call, and the block's output for that call. Raises Refusal.
 
-    known: writers by kind of block, shared between calls: blocks with the same parameters are searched once.
+    known: writers by kind of block, shared between calls, so that a kind is searched once, or again for a block whose
+    predecessor had zeros for weights.
     """
+    proof = Proof(block, module, call)
+    _check_reached(block, proof, module)
+    width = call.hidden.shape[-1]
+    norms = tuple(_inside(block, norm.name) for norm in block.norms if norm.of_residual)
+    reads = _readers(block, norms)
+    kind = type(module), tuple((name, parameter.shape) for name, parameter in module.named_parameters())
+    for search in (False, True) if kind in known else (True,):
+        if search:
+            known[kind] = find_writers(block, module, proof, width)
+        found = BlockTurn(order, width, reads, known[kind], norms)
+        if proof.holds(dict(found.edits(module)), partial(turn, block=order)):
+            return found, proof.expected.float()
     between = {norm.name for norm in block.norms} & set(block.residual_writers)
     if between:
         raise Refusal(f"{min(between)} stands between a linear and the residual stream")
-    proof = Proof(block, module, call)
-    width = call.hidden.shape[-1]
-    kind = type(module), tuple((name, parameter.shape) for name, parameter in module.named_parameters())
-    if kind not in known:
-        known[kind] = find_writers(block, module, proof, width)
-    norms = tuple(_inside(block, norm.name) for norm in block.norms if norm.of_residual)
-    _check_reached(block, proof, module)
-    found = BlockTurn(order, width, _readers(block, norms), known[kind], norms)
-    if not proof.holds(dict(found.edits(module)), partial(turn, block=order)):
-        raise Refusal(f"the output of {block.name} changed on the probe")
-    return found, proof.expected.float()
+    raise Refusal(f"the output of {block.name} changed on the probe")
 
 
 def find_writers(block: Block, module: nn.Module, proof: Proof, width: int) -> dict[str, int]:
@@ -133,7 +136,8 @@ def find_writers(block: Block, module: nn.Module, proof: Proof, width: int) -> d
         rest = [name for name in reversed(candidates) if name not in found]
         fresh = next((name for name in rest if _writes(module, proof, name, candidates[name], silent)), None)
         if fresh is None:
-            return found
+            biases = [_bias_of(name) for name in found]
+            return found | {name: -1 for name in biases if name in candidates}  # one that is zero shows in no output
         found[fresh] = candidates[fresh]
 
 
@@ -185,7 +189,8 @@ def _readers(block: Block, norms: tuple[str, ...]) -> dict[str, tuple[int, str]]
 def _values_of(norm: nn.Module, width: int) -> _NormValues:
     parameters = {name: value.detach().double() for name, value in norm.named_parameters()}
     if not parameters:
-        return _NormValues(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), "", "")
+        one = torch.tensor(1.0, dtype=torch.float64)
+        return _NormValues(one, 0 * one, "", "")
     gain = gain_of(norm, parameters, width)
     offset = offset_of(norm, parameters, gain)
     whole = offset + parameters[gain]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ class Rewritten:
     def report(self) -> Report:
         return self.run.report
 
-    def model(self, name: str) -> PreTrainedModel:
-        model = build(name)
+    def model(self, original: PreTrainedModel) -> PreTrainedModel:
+        model = copy.deepcopy(original)
         model.load_state_dict(self.changed, strict=False)
         if self.run.residual is not None:
             attach(model, self.run.residual)
@@ -114,7 +115,7 @@ def test_the_rewritten_model_computes_the_same_or_is_refused(name: str, tmp_path
     assert found.report.rewrites.get("rotate", {}).get("residual", 0) == (not refused)
     if name in VALUES_FOLDED:
         assert found.report.rewrites["rotate"]["value"] == len(found.run.graph.blocks)
-    rewritten = found.model(name)
+    rewritten = found.model(original)
     if name not in NO_FLOAT64:
         original, rewritten = in_float64(original), in_float64(rewritten)
     assert difference(logits(rewritten), logits(original)) < 1e-6  # new weights are float32
@@ -215,6 +216,19 @@ def test_norms_keep_no_gain_and_no_bias(tmp_path: Path) -> None:
         changed = rewrite(tmp_path / name).changed
         assert bool((changed[f"{norm}.weight"] == kept).all())
         assert f"{norm}.bias" not in changed or not changed[f"{norm}.bias"].any()
+
+
+@pytest.mark.parametrize("weights", [0, 1])
+def test_zero_weights_and_biases_hide_no_writer(weights: int, tmp_path: Path) -> None:
+    """Biases that are zero in the first block only, or a first block that adds nothing, as in grown models."""
+    model = build("opt")
+    first = model.model.decoder.layers[0]
+    for parameter in (*first.self_attn.out_proj.parameters(), *list(first.fc2.parameters())[1 - weights :]):
+        torch.nn.init.zeros_(parameter)
+    save_with_tokenizer(model, tmp_path)
+    found = rewrite(tmp_path, residual="folded")
+    assert not found.report.refused
+    assert difference(logits(found.model(model)), logits(model)) < 1e-5
 
 
 def test_a_norms_bias_stays_where_a_reader_has_none(tmp_path: Path) -> None:
