@@ -130,9 +130,12 @@ class Rotate(Pass):
             for name, value in found.edits(work.module):
                 work.edit(name, value)
         if self.config.value == "folded":
-            for item in work.block.activations:
-                if item.kind == "value":
-                    self._fold_value(work, item)
+            items = [item for item in work.block.activations if item.kind == "value"]
+            for item in items:
+                self._fold_value(work, item)
+            if not items:
+                reason = f"no output of attention was recognised in {work.block.name}; its rotations stay online"
+                work.run.report.refused.setdefault("rotate value", reason)
 
     def _fold_value(self, work: BlockWork, item: Activation) -> None:
         try:
