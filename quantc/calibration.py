@@ -137,6 +137,12 @@ class CalibrationRun:
         assert self._states is not None
         self._states.fill(states)
 
+    def map_states(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every batch's hidden states by a function of them."""
+        assert self._states is not None
+        for start, hidden in self.states():
+            self._states.write(start, change(hidden))
+
     def calls(self, block: Block) -> Iterator[tuple[Batch, BlockCall]]:
         """Every batch, and what the block is called with for it, hidden states left out."""
         for batch in self._batches:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .spec import QuantSpec
 
 METHOD = "quantc"
 VERSION = 1
+TURNED_VERSION = 2  # of checkpoints with a rotated residual stream, which readers of version 1 would get wrong
 MANIFEST = "quantc.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -96,7 +97,27 @@ class PackedEntry:
         return DENSE.layout(self.spec, self.shape, self.leading)
 
 
-def describe_quantization(entries: dict[str, PackedEntry], default: QuantSpec) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ResidualRotation:
+    """Between the input of one block and the output of another the hidden states (..., width) are rotated.
+
+    order: of the rotation's blocks (numerics/residual.py). first, last: names of those two modules.
+    """
+
+    width: int
+    order: int
+    first: str
+    last: str
+
+    def __post_init__(self) -> None:
+        numbers = all(isinstance(value, int) and value > 0 for value in (self.width, self.order))
+        if not numbers or not fits(self.width, self.order) or not (self.first and self.last):
+            raise ValueError(f"no rotation of a residual stream of {self.width} in blocks of {self.order} is known")
+
+
+def describe_quantization(
+    entries: dict[str, PackedEntry], default: QuantSpec, residual: ResidualRotation | None = None
+) -> dict[str, Any]:
     """`quantization_config` for config.json: the default spec, and per weight its shape and what differs."""
     common = default.to_dict()
     modules = {}
@@ -105,7 +126,27 @@ def describe_quantization(entries: dict[str, PackedEntry], default: QuantSpec) -
         modules[name] = {"shape": [*entry.leading, *entry.shape], **differs}
         if entry.transposed:
             modules[name]["transposed"] = True
-    return {"quant_method": METHOD, "version": VERSION, "default": common, "modules": modules}
+    described = {"quant_method": METHOD, "version": VERSION, "default": common, "modules": modules}
+    if residual is not None:
+        described |= {"version": TURNED_VERSION, "residual_rotation": asdict(residual)}
+    return described
+
+
+def read_residual_rotation(config: dict[str, Any]) -> ResidualRotation | None:
+    """How a config's `quantization_config` says that hidden states are rotated; raises CheckpointError."""
+    settings = config.get("quantization_config") or {}
+    entry: Any = settings.get("residual_rotation")
+    if settings.get("version") == VERSION and entry is None:
+        return None
+    if settings.get("version") == VERSION:
+        raise CheckpointError(
+            f"the checkpoint's residual_rotation belongs to version {TURNED_VERSION}, but the checkpoint has version "
+            f"{VERSION}; copy it again."
+        )
+    try:
+        return ResidualRotation(**entry)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's residual_rotation cannot be read ({error}); copy it again.") from error
 
 
 def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
@@ -121,11 +162,12 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
             f"the checkpoint was quantized by {settings.get('quant_method')!r}, but only {METHOD!r} can be read here; "
             "load it with the tool that wrote it."
         )
-    if settings.get("version") != VERSION:
+    if settings.get("version") not in (VERSION, TURNED_VERSION):
         raise CheckpointError(
-            f"the checkpoint has format version {settings.get('version')!r}, but this quantc reads version {VERSION}; "
-            "install the quantc that wrote it."
+            f"the checkpoint has format version {settings.get('version')!r}, but this quantc reads versions {VERSION} "
+            f"and {TURNED_VERSION}; install the quantc that wrote it."
         )
+    read_residual_rotation(config)
     try:
         return {name: _read_entry(settings.get("default", {}), dict(own)) for name, own in settings["modules"].items()}
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:

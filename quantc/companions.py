@@ -64,7 +64,7 @@ def config_json(run: Run) -> dict[str, Any]:
     config = run.source.model.config.to_dict()
     config["architectures"] = [type(run.source.model).__name__]
     config["dtype"] = str(model_dtype(run.source)).removeprefix("torch.")
-    config["quantization_config"] = describe_quantization(entries, default)
+    config["quantization_config"] = describe_quantization(entries, default, run.residual)
     return config
 
 

@@ -35,6 +35,16 @@ class Linear:
         return self.shape[0] * self.shape[1] * max(1, self.experts)
 
     @property
+    def rows(self) -> int:
+        """The dimension of output channels in the model's own tensor."""
+        return -1 if self.transposed else -2
+
+    @property
+    def columns(self) -> int:
+        """The dimension of input channels in the model's own tensor."""
+        return -2 if self.transposed else -1
+
+    @property
     def weight_name(self) -> str:
         """Name of the tensor in the source model."""
         return self.name if self.kind == "stack" else f"{self.name}.weight"
@@ -42,10 +52,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A module whose output does not depend on its input's scale (nor on its mean, if centred)."""
+    """A module whose output does not depend on its input's scale (nor on its mean, if centred).
+
+    of_residual: its input is the hidden state itself.
+    """
 
     name: str
     centred: bool
+    of_residual: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,23 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import METHOD, read_quantization
+from .checkpoint import METHOD, read_quantization, read_residual_rotation
+from .errors import CheckpointError
 from .runtime import install
 
 
 class QuantcConfig(QuantizationConfigMixin):
     """`quantization_config` of a quantc checkpoint; see docs/format.md."""
 
-    def __init__(self, version: int = 0, default: Any = None, modules: Any = None, **_: Any):
+    def __init__(
+        self, version: int = 0, default: Any = None, modules: Any = None, residual_rotation: Any = None, **_: Any
+    ):
         self.quant_method: Any = METHOD
         self.version = version
         self.default = default or {}
         self.modules = modules or {}
+        if residual_rotation is not None:
+            self.residual_rotation = residual_rotation
 
 
 class QuantcQuantizer(HfQuantizer):
@@ -35,7 +40,7 @@ class QuantcQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = {"quantization_config": self.quantization_config.to_dict()}
-        return install(model, read_quantization(config))
+        return install(model, read_quantization(config), read_residual_rotation(config))
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
         """None: the checkpoint has the model's own names already."""
@@ -55,6 +60,11 @@ class QuantcQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from .runtime import unpack
 
+        if hasattr(self.quantization_config, "residual_rotation"):
+            raise CheckpointError(
+                "this checkpoint's weights belong to rotated hidden states, so that without quantc, which rotates "
+                "them, the unpacked model would be wrong; use quantc.runtime.unpack and keep it in memory."
+            )
         return unpack(model, dtype or torch.float32)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .calibration import CalibrationRun
+from .checkpoint import ResidualRotation
 from .checkpoint_writer import CheckpointWriter
 from .derive import outside_names
 from .errors import CalibrationError, PassError
@@ -53,6 +54,13 @@ class Run:
     progress: Progress
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     free_memory: FreeMemory = field(default_factory=FreeMemory)
+    residual: ResidualRotation | None = None  # that a pass has proven and folds into the blocks
+    edited: set[str] = field(default_factory=set)  # tensors that are no longer the source's
+
+    def shared(self, block: Block, names: Iterable[str]) -> bool:
+        """Whether another part of the model shares one of a block's parameters."""
+        tied = {*self.source.tied, *self.source.tied.values()}
+        return any(f"{block.name}.{name}" in tied for name in names)
 
 
 class Pass:
@@ -86,6 +94,9 @@ class Pass:
 
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
         """Look at the original model before the build, in sweeps of its own; `folder` holds temporary files."""
+
+    def rewrite(self, work: BlockWork) -> None:
+        """Edit one block, whose weights have just been loaded, before any pass builds on it."""
 
     def build(self, work: BlockWork) -> None:
         """Work on one block, whose weights are loaded."""
@@ -150,8 +161,8 @@ class BlockWork:
         """Every activation that quantized linears read, with its Gram matrices (one per expert of a stack).
 
         Activations come in rounds that fit STATISTICS_BYTES; each round runs the block once on the whole set.
-        Without calibration the lists are empty. The forward passes run on the block's original weights. What an
-        earlier pass asked for is kept for later ones where all of it fits.
+        Without calibration the lists are empty. The forward passes run on the block's
+        weights before rounding. What an earlier pass asked for is kept for later ones where all of it fits.
         """
         wanted = [item for item in self.block.activations if self.readers(item)]
         if self._kept:
@@ -215,25 +226,34 @@ class BlockWork:
             edits, used = fold_scales(self.block, self.module, item, scales, self._writer_dtype(item))
         except Refusal as refusal:
             return str(refusal)
-        if self._shared(edits):
+        refused = self.edit_proven(edits)
+        if refused:
+            return refused
+        for gram in self._kept.get(item.label, []):
+            gram.divide_rows(used)
+        return ""
+
+    def edit_proven(self, edits: Edits) -> str:
+        """Make edits that keep the block's output on the probe; "" when they were made, else why not."""
+        assert self.calibration is not None
+        if self.run.shared(self.block, edits):
             return "another block shares its weights"
         if self._proof is None:
             self._proof = Proof(self.block, self.module, self.calibration.probe(self.block))
         if not self._proof.holds(edits):
             return "the block's output changed on the probe"
         for name, value in edits.items():
-            parameter = self.module.get_parameter(name)
-            parameter.data = value.to(parameter.dtype)
-        for gram in self._kept.get(item.label, []):
-            gram.divide_rows(used)
+            self.edit(name, value)
         return ""
+
+    def edit(self, name: str, value: torch.Tensor) -> None:
+        """Give a parameter, by its name inside the block, a new value: rounded to its dtype here and only here."""
+        parameter = self.module.get_parameter(name)
+        parameter.data = value.to(parameter.dtype)
+        self.run.edited.add(f"{self.block.name}.{name}")
 
     def _writer_dtype(self, item: Activation) -> torch.dtype:
         return self.run.source.stored_dtype(item.writers[0] + ".weight") if item.writers else torch.float32
-
-    def _shared(self, edits: Edits) -> bool:
-        tied = {*self.run.source.tied, *self.run.source.tied.values()}
-        return any(f"{self.block.name}.{name}" in tied for name in edits)
 
     def _release(self, item: Activation) -> None:
         weights = sum(self._parameter(linear).nbytes for linear in self.readers(item))
@@ -306,7 +326,7 @@ def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: Che
 
 
 def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
-    analysing = [item for item in passes if type(item).analyse is not Pass.analyse]
+    analysing = [item for item in passes if item.calibrated and type(item).analyse is not Pass.analyse]
     if not analysing:
         return
     before = calibration.snapshot()
@@ -323,6 +343,8 @@ def _build_block(
     rounding = next((item.rounding for item in passes if item.rounding), Rounding())
     work = BlockWork(run, block, module, calibration, rounding=rounding)
     weights = sum(parameter.nbytes for parameter in module.parameters())
+    for item in passes:
+        item.rewrite(work)
     for number, item in enumerate(passes, start=1):
         work.keep_statistics = any(type(later).build is not Pass.build for later in passes[number:])
         item.build(work)
@@ -347,11 +369,16 @@ def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: Chec
 
 
 def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: CheckpointWriter) -> None:
-    """Write what lies under a name: rounded weights as their parts, everything else in the source's dtype."""
+    """Write what lies under a name: rounded weights as their parts, everything else in the source's dtype.
+
+    What was edited and does not fit that dtype exactly is written as float32.
+    """
     packed = {run.graph.linears[name].weight_name for name in quantized if name in run.graph.linears} | set(quantized)
     for name, tensor in tensors_under(run.source.model, prefix):
         if name not in packed and name not in run.source.tied:
-            writer.add(name, tensor.detach().cpu().to(run.source.stored_dtype(name)))
+            stored = tensor.detach().cpu().to(run.source.stored_dtype(name))
+            exact = name not in run.edited or torch.equal(stored.float(), tensor.detach().cpu())
+            writer.add(name, stored if exact else tensor.detach().cpu())
     for name, qtensor in quantized.items():
         for part, tensor in DENSE.pack(qtensor).items():
             writer.add(f"{name}.{part}", tensor.cpu())

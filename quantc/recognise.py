@@ -51,6 +51,16 @@ def linear_modules(block: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Lin
             yield name, (module, "conv1d")
 
 
+def loose_weights(
+    block: nn.Module, modules: dict[str, tuple[nn.Module, LinearKind]]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name of its module, weight) of matrices called `weight` that are not those of linear modules."""
+    for name, parameter in block.named_parameters():
+        owner = name.removesuffix(".weight")
+        if parameter.ndim == 2 and owner != name and owner not in modules and not parameter.is_meta:
+            yield owner, parameter
+
+
 def _is_plain(module: nn.Linear) -> bool:
     """A subclass with a forward of its own (a router, say) counts when numbers show that it changes nothing."""
     if type(module).forward is nn.Linear.forward:

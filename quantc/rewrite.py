@@ -6,6 +6,7 @@ that changes the output is refused and named in the report.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch.func import functional_call
 
 from .blocks import BlockCall
 from .graph import Activation, Block, Linear
+from .numerics.hadamard import rotate
 
 # parameter, by its name inside the block -> its new value, float64
 Edits = dict[str, torch.Tensor]
+Turn = Callable[[torch.Tensor], torch.Tensor]
 
 # Models cast to float32 inside norms and softmax, so that exact rewrites agree to about 1e-6 of what a block adds.
 TOLERANCE = 1e-4
@@ -71,8 +74,8 @@ def _divide_norm(
     name = item.writers[0].removeprefix(block.name + ".")
     norm = module.get_submodule(name)
     parameters = {key: value.detach().double() for key, value in norm.named_parameters()}
-    gain = _gain_of(norm, parameters, item.width)
-    offset = _offset_of(norm, parameters, gain)
+    gain = gain_of(norm, parameters, item.width)
+    offset = offset_of(norm, parameters, gain)
     others = [key for key in parameters if key != gain]
     if others:  # a bias is stored in few bits too: then only powers of two divide it exactly
         scales = powers_of_two(scales)
@@ -92,7 +95,7 @@ def _is_rounded(value: torch.Tensor, stored: torch.dtype) -> bool:
     return bool((value.to(stored).double() - value).abs().max() > TOLERANCE * value.abs().max())
 
 
-def _gain_of(norm: nn.Module, parameters: dict[str, torch.Tensor], width: int) -> str:
+def gain_of(norm: nn.Module, parameters: dict[str, torch.Tensor], width: int) -> str:
     """The parameter that multiplies: with another value of it, the output's rows are no longer shifts of before."""
     if any(value.shape != (width,) for value in parameters.values()) or not 1 <= len(parameters) <= 2:
         raise Refusal("its norm has no plain gain")
@@ -103,7 +106,7 @@ def _gain_of(norm: nn.Module, parameters: dict[str, torch.Tensor], width: int) -
     raise Refusal("its norm has no plain gain")
 
 
-def _offset_of(norm: nn.Module, parameters: dict[str, torch.Tensor], gain: str) -> float:
+def offset_of(norm: nn.Module, parameters: dict[str, torch.Tensor], gain: str) -> float:
     """0 where the norm multiplies by its gain, 1 where it multiplies by one plus its gain."""
     ones = torch.ones_like(parameters[gain])
     slope = _output(norm, parameters, {gain: ones}) - _output(norm, parameters, {gain: 0 * ones})
@@ -155,6 +158,34 @@ def _scales_of_rows(scales: torch.Tensor, rows: int, item: Activation) -> torch.
     return torch.log(scales).reshape(rows // item.head_dim, -1, item.head_dim).mean(1).exp().reshape(-1)
 
 
+def rotate_heads(block: Block, module: nn.Module, item: Activation, order: int) -> Edits:
+    """Edits that rotate every head of an attention's output where v writes it, and its readers with it.
+
+    Attention mixes tokens, not channels: query heads that share a value head get its rotation. Raises Refusal.
+    """
+    writers = [linear for linear in block.linears if linear.name in item.scaled_by and linear.kind != "stack"]
+    if len(writers) != 1 or not item.head_dim:
+        raise Refusal("no single linear writes it")
+    if item.width % writers[0].shape[0] or writers[0].shape[0] % item.head_dim:
+        raise Refusal("the linear that writes it writes something else too")
+
+    def turned(name: str, dim: int) -> torch.Tensor:
+        value = module.get_parameter(name).detach().double().transpose(dim, -1)
+        heads = value.reshape(*value.shape[:-1], -1, item.head_dim)
+        return rotate(heads, order).reshape(value.shape).transpose(dim, -1)
+
+    name = weight_name(block, writers[0])
+    edits = {name: turned(name, writers[0].rows)}
+    bias = name.removesuffix("weight") + "bias"
+    if bias in dict(module.named_parameters()):
+        edits[bias] = turned(bias, -1)
+    for linear in block.linears:
+        if linear.reads == item.label:
+            name = weight_name(block, linear)
+            edits[name] = turned(name, linear.columns)
+    return edits
+
+
 class Proof:
     """What a block adds to the hidden states of a probe call, in float64, and whether it still does so after edits.
 
@@ -170,23 +201,30 @@ class Proof:
 
     def _start(self, call: BlockCall, dtype: torch.dtype) -> None:
         self._dtype, self._call = dtype, _cast(call, dtype)
-        self.expected = self._output({})
+        self.expected = self.output({})
         self._added = (self.expected - self._call.hidden).abs().amax(-1)  # of each token
 
-    def holds(self, edits: Edits) -> bool:
+    def holds(self, edits: Edits, turn: Turn | None = None) -> bool:
         """Whether the output stays, to the precision that the model's own casts leave.
 
+        turn: a rotation of hidden states; then the edited block must give the turned output for the turned input.
         Measured token by token against what the block adds: beside the few huge values that some models carry along
         in the residual stream, every change would look small.
         """
-        changed = (self._output(edits) - self.expected).abs().amax(-1)
-        return bool((changed <= TOLERANCE * self._added).all())
+        expected, hidden, added = self.expected, None, self._added
+        if turn is not None:
+            expected, hidden = turn(expected), turn(self._call.hidden)
+            added = (expected - hidden).abs().amax(-1)
+        changed = (self.output(edits, hidden) - expected).abs().amax(-1)
+        return bool((changed <= TOLERANCE * added).all())
 
-    def _output(self, edits: Edits) -> torch.Tensor:
+    def output(self, edits: Edits, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """What the edited block makes of the probe's hidden states, or of others."""
+        call = self._call if hidden is None else self._call.with_hidden(hidden)
         parameters = {name: value.detach() for name, value in self._module.named_parameters()} | edits
         parameters = {name: value.to(self._dtype) for name, value in parameters.items()}
         with torch.no_grad():
-            output = functional_call(self._module, parameters, self._call.args, self._call.kwargs)
+            output = functional_call(self._module, parameters, call.args, call.kwargs)
         return self._block.returns.unwrap(output)
 
 

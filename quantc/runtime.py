@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import PackedEntry
+from .checkpoint import PackedEntry, ResidualRotation
 from .errors import CheckpointError
 from .formats import DENSE, Parts
 from .kernels.base import Prepared
 from .kernels.registry import choose
 from .numerics.hadamard import rotate
+from .residual_hooks import attach
 from .spec import QuantSpec
 
 
@@ -182,8 +183,10 @@ def _with_bias(y: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def install(model: nn.Module, entries: dict[str, PackedEntry]) -> nn.Module:
+def install(model: nn.Module, entries: dict[str, PackedEntry], residual: ResidualRotation | None = None) -> nn.Module:
     """Put packed modules, on the meta device, in place of the model's weights; returns the model.
+
+    residual: the rotation of the hidden states that the weights were made for.
 
     Raises CheckpointError when the model has no such weight or it has another shape.
     """
@@ -203,6 +206,8 @@ def install(model: nn.Module, entries: dict[str, PackedEntry]) -> nn.Module:
             setattr(parent, leaf, QuantLinear(entry.spec, entry.shape, bias, target.get_parameter("weight").dtype))
         else:
             _install_parameter(model, name, target, entry)
+    if residual is not None:
+        attach(model, residual)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .blocks import BlockCall, Returns
 from .graph import Activation, ActivationKind, Block, Linear, LinearKind, Norm
-from .recognise import StackTable, as_norm, linear_modules, shape_of
+from .recognise import StackTable, as_norm, linear_modules, loose_weights, shape_of
 
 TensorKey = tuple[int, int, int, int]
 
@@ -44,6 +44,7 @@ POINTWISE = {
 }  # fmt: skip
 PRODUCTS = {"mul", "__mul__", "mul_", "__rmul__", "multiply", "__imul__"}
 SUMS = {"add", "__add__", "add_", "__radd__", "__iadd__", "sub", "__sub__"}
+ROUTES = "it routes tokens to experts"
 CHOICES = {"topk", "argmax", "sort", "max"}
 MATRIX_PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "__rmatmul__", "mm"}
 QUESTIONS = {
@@ -68,6 +69,8 @@ class BlockTracer(TorchFunctionMode):
         self.modules: dict[str, tuple[nn.Module, LinearKind]] = dict(linear_modules(block))
         self.weights = {id(module.weight): name for name, (module, _) in self.modules.items()}
         self.stacks = StackTable(block)
+        self.loose = {p.data_ptr(): name for name, p in loose_weights(block, self.modules)}
+        self.loose_uses: dict[str, tuple[int, ...]] = {}  # those that multiplied something -> (N, K)
         self.inputs: dict[str, TensorKey] = {}  # linear -> the tensor it received
         self.stack_uses: dict[str, bool] = {}  # stack -> whether it is stored as (E, K, N)
         self.input_origin: dict[TensorKey, Origin] = {}
@@ -102,6 +105,10 @@ class BlockTracer(TorchFunctionMode):
             for name, (module, kind) in self.modules.items()
         ]  # fmt: skip
         linears += [self._stack(name, transposed, labels[name]) for name, transposed in self.stack_uses.items()]
+        linears += [
+            Linear(name, "linear", (n, k), labels[name], keep=ROUTES if name in self.choosers else "no linear holds it")
+            for name, (n, k) in self.loose_uses.items()
+        ]
         readers: dict[str, list[Linear]] = {}
         for linear in linears:
             readers.setdefault(linear.reads, []).append(linear)
@@ -132,6 +139,8 @@ class BlockTracer(TorchFunctionMode):
         self._notice_borrowing(name, args)
         if name in MATRIX_PRODUCTS and len(args) >= 2:
             self._notice_stack(name, args)
+        if name == "linear" and len(args) >= 2 and isinstance(args[1], torch.Tensor):
+            self._notice_loose(args, output)
         if name in CHOICES and args:
             self.choosers.update(self._origin(args[0]).writers)
         origin = self._origin_of_result(name, func, args, kwargs)
@@ -153,8 +162,8 @@ class BlockTracer(TorchFunctionMode):
             return origins[0]
         if name in POINTWISE:
             return Origin("activated", origins[0].writers)
-        if name in PRODUCTS and len(origins) == 2:
-            return self._origin_of_product(origins)
+        if name in PRODUCTS:
+            return self._origin_of_product(origins) if len(origins) == 2 else origins[0]  # times a number
         if name in SUMS and len(origins) == 2 and RESIDUAL in origins:
             self.added += [writer for origin in origins if origin.kind != "residual" for writer in origin.writers]
             return RESIDUAL
@@ -183,6 +192,14 @@ class BlockTracer(TorchFunctionMode):
             return
         self.stack_uses[found.name] = name != "linear"
         self._record_input(found.name, args[0])
+
+    def _notice_loose(self, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        """A product with a weight that no linear module holds, as of many routers."""
+        name = self.loose.get(args[1].data_ptr())
+        if name is not None and args[1].ndim == 2:
+            self.loose_uses[name] = tuple(args[1].shape)
+            self._record_input(name, args[0])
+            self._remember(output, Origin("linear", (name,)))
 
     def _record_input(self, linear: str, tensor: torch.Tensor) -> None:
         key = _key(tensor)
@@ -219,8 +236,8 @@ class BlockTracer(TorchFunctionMode):
         finally:
             self._paused = False
         if norm is not None:
-            self.norms[name] = norm
             behind = self._origin(args[0])
+            self.norms[name] = replace(norm, of_residual=behind.kind == "residual")
             self._remember(output, Origin("norm", (name, *(w for w in behind.writers if w in self.modules))))
 
     def _remember(self, tensor: Any, origin: Origin) -> None:
@@ -235,7 +252,7 @@ class BlockTracer(TorchFunctionMode):
         """linear -> label of the activation it reads: the first reader's name, with ":in"."""
         first: dict[TensorKey, str] = {}
         labels = {}
-        for name in [*self.modules, *self.stack_uses]:
+        for name in [*self.modules, *self.stack_uses, *self.loose_uses]:
             key = self.inputs.get(name)
             labels[name] = f"{name if key is None else first.setdefault(key, name)}:in"
         return labels
@@ -244,7 +261,7 @@ class BlockTracer(TorchFunctionMode):
         if name in self.borrowed:
             return "its weight is used outside its forward"
         if name in self.choosers:
-            return "it routes tokens to experts"
+            return ROUTES
         if shape_of(module)[0] == 1:
             return "it has a single output"
         return ""

@@ -140,7 +140,7 @@ def test_runtime_and_hf_know_nothing_of_quantizing() -> None:
     assert not parts_imported("quantc.runtime") & quantizing
     numerics = {name for name in imports_of("quantc.runtime") if name.startswith("quantc.numerics.")}
     assert numerics == {"quantc.numerics.hadamard.rotate"}
-    assert parts_imported("quantc.hf") == {"runtime", "checkpoint"}
+    assert parts_imported("quantc.hf") == {"runtime", "checkpoint", "errors"}
 
 
 @pytest.mark.parametrize("module", [*modules_under("cli", "__init__", "plugin", "errors", "command_group", "units")])

@@ -1,9 +1,10 @@
-"""Makes the golden checkpoint of format version 1. Run once per format version; the tests only read.
+"""Makes the golden checkpoints of the format's versions that are not there yet; the tests only read.
 
     python -m tests.golden.make
 
 A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
-can store. `expected.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
+can store; in version 2 its residual stream is rotated too. `expected_<version>.json` keeps, per packed weight, a
+hash of its dequantized float32 values and a few of them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import quantc
 from quantc.checkpoint import CheckpointReader
 from quantc.formats import DENSE
 from quantc.plan import Plan
+from quantc.recipe import Recipe
 from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.helpers import save_with_tokenizer
 
 HERE = Path(__file__).parent
-FOLDER = HERE / "v1"
 BLOCK = "model.layers.0"
 PLAN = Plan(
     {
@@ -71,20 +72,28 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def main() -> None:
+def make(version: str, passes: list[object]) -> None:
+    """Quantize the tiny model by the plan and keep the folder and what its codes stand for."""
+    folder = HERE / version
+    recipe = Recipe.from_dict({"version": 1, "passes": passes})
     # Relative paths, because the checkpoint keeps those it was made from.
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         save_with_tokenizer(build_tiny(), Path("tiny"))
         Path("plan.yaml").write_text(PLAN.to_yaml())
-        quantc.quantize("./tiny", plan="plan.yaml", calib="tiny/text.txt", samples=8, seq_len=32, out="v1")
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        shutil.copytree("v1", FOLDER)
+        quantc.quantize(
+            "./tiny", plan="plan.yaml", recipe=recipe, calib="tiny/text.txt", samples=8, seq_len=32, out=version
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(version, folder)
     expected = {
         name: {"sha256": digest(weight), "shape": list(weight.shape), "first": weight[0, :4].tolist()}
-        for name, weight in unpacked_weights(FOLDER).items()
+        for name, weight in unpacked_weights(folder).items()
     }
-    (HERE / "expected_v1.json").write_text(json.dumps(expected, indent=1) + "\n")
+    (HERE / f"expected_{version}.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if not (HERE / "v1").exists():
+        make("v1", ["allocate", "quantize"])
+    if not (HERE / "v2").exists():
+        make("v2", [{"rotate": {"residual": "folded", "value": "folded"}}, "quantize"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import quantc
-from quantc.checkpoint import VERSION, CheckpointReader, read_quantization, verify
+from quantc.checkpoint import TURNED_VERSION, VERSION, CheckpointReader, read_quantization, verify
 from quantc.formats import DENSE
 from quantc.plan import read_plan
 from quantc.qtensor import QTensor
@@ -26,8 +26,8 @@ def expected(version: str) -> dict[str, Any]:
     return json.loads((HERE / f"expected_{version}.json").read_text())
 
 
-def test_this_version_has_a_golden_checkpoint() -> None:
-    assert f"v{VERSION}" in VERSIONS
+def test_the_versions_that_are_written_have_golden_checkpoints() -> None:
+    assert {f"v{VERSION}", f"v{TURNED_VERSION}"} <= set(VERSIONS)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -112,6 +112,23 @@ def test_version_1_has_these_tensors() -> None:
         f"{block}.mlp.down_proj.scales": ("F16", 32, 1),
         f"{block}.mlp.down_proj.zeros": ("U8", 32, 1),
     }
+
+
+def test_version_2_rotates_its_hidden_states() -> None:
+    reader = CheckpointReader(HERE / "v2")
+    settings = reader.config["quantization_config"]
+    block = "model.layers.0"
+    assert settings["version"] == 2
+    assert settings["residual_rotation"] == {"width": 32, "order": 32, "first": block, "last": block}
+    assert {name for name, entry in reader.entries.items() if entry.spec.hadamard} == {f"{block}.mlp.down_proj"}
+    norm = reader.tensor(f"{block}.input_layernorm.weight")
+    assert norm.dtype == torch.bfloat16
+    assert bool((norm == 1).all())
+    assert reader.tensor(f"{block}.mlp.up_proj.weight").dtype == torch.float32  # kept, but rotated
+    with torch.no_grad():
+        logits = quantc.load(HERE / "v2", dtype=torch.float32)(torch.tensor([[3, 17, 42, 159]])).logits
+    expected = torch.tensor([0.000825, -0.344703, 1.294219, -1.805369])
+    torch.testing.assert_close(logits[0, -1, :4], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_bytes_of_one_small_weight() -> None:

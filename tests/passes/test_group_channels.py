@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import shutil
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from transformers import PreTrainedModel
 
 import quantc
 from quantc.checkpoint import CheckpointReader
 from quantc.errors import PassError, UsageError
-from quantc.evaluation import make_windows, score
-from quantc.frontend import open_model
 from quantc.graph import Activation, Linear
 from quantc.numerics.basis import Basis, Rounding
 from quantc.passes.group_channels import Choice, GroupChannels, GroupChannelsConfig, sample_rows, turn_groups
 from quantc.pipeline import check_order
 from quantc.plan import read_plan
-from quantc.progress import LogProgress
 from quantc.recipe import Recipe
 from quantc.report import Report, read_report
 from quantc.spec import WHOLE_ROW, QuantSpec
 from quantc.stats import Gram
 from tests.families import build
 from tests.helpers import save_with_tokenizer
+from tests.outliers import OutlierLab
 from tests.test_families import TOKENS, put_rounded_weights
-from tests.tiny_model.stories import write_stories
 
-TINY = Path(__file__).parents[1] / "tiny_model"
 ROUNDINGS = [Rounding(feedback=False), Rounding(), Rounding(rounds=2)]
 WHY = re.compile(r"(per_ic|per_oc): output error (\S+) per_ic, (\S+) per_oc(; per_ic has to save 2%)?")
 
@@ -269,61 +262,8 @@ def test_it_stands_between_the_plan_and_the_rounding(order: tuple[str, ...], mes
         check_order(recipe(*order).build_passes())
 
 
-@pytest.fixture(scope="module")
-def outliers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny model as it is stored, and the same function with its outlier channels taken out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TINY)
-        train = importlib.import_module("tests.tiny_model.train")
-    folder = tmp_path_factory.mktemp("tiny")
-    scaled = open_model(TINY / "model").load_whole(torch.float32)
-    planted = find_outliers(train, scaled)
-    plain = train.scale_channels(scaled, planted, -1)
-    assert set(train.plan_outliers(plain)) == set(planted)  # what train.py would plant in it
-    shutil.copytree(TINY / "model", folder / "plain")
-    plain.save_pretrained(folder / "plain")
-    (folder / "text.txt").write_text("\n".join(write_stories(40, 12345)))
-    return {"plain": folder / "plain", "outliers": TINY / "model", "text": folder / "text.txt"}
-
-
-@torch.no_grad()
-def find_outliers(train: ModuleType, model: PreTrainedModel) -> list[Any]:
-    """Channels by how much larger the row that makes them is than the columns that read them, with their factors."""
-
-    def imbalance(channel: Any) -> float:
-        columns = [model.get_parameter(reader)[:, list(channel.columns)] for reader in channel.readers]
-        return float(model.get_parameter(channel.writer)[channel.row].norm() / torch.cat(columns).norm())
-
-    found: list[Any] = []
-    for layer in range(train.LAYERS):
-        for channels, factors in train.list_channels(layer):
-            found += zip(sorted(channels, key=imbalance, reverse=True), factors, strict=False)
-    return found
-
-
 # Measured: 0.97 of the KL divergence that the outliers cost for rtn, 0.96 for gptq.
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_most_of_what_outlier_channels_cost_is_recovered(
-    method: str, outliers: dict[str, Path], tmp_path: Path
-) -> None:
-    original = open_model(TINY / "model").load_whole(torch.float32)
-    stories = [story.strip() for story in (TINY / "heldout.txt").read_text().split("<|endoftext|>")]
-    windows = make_windows(open_model(TINY / "model").tokenizer, stories[:8], context=256)
-
-    def divergence(model: str, *more: str) -> tuple[float, float]:
-        chosen = recipe({"allocate": {"bits": 3, "group_size": 32}}, *more, {"quantize": {"method": method}})
-        out = tmp_path / f"{model}{len(more)}"
-        report = quantc.quantize(
-            outliers[model], recipe=chosen, calib=str(outliers["text"]), samples=16, seq_len=128, out=out
-        )
-        packed = quantc.load(out, dtype=torch.float32)
-        found = score(packed, original, windows, LogProgress()).mean_kl
-        assert found is not None
-        return found, report.bits_per_weight
-
-    (plain, _), (before, bits), (after, bits_after) = (
-        divergence("plain"), divergence("outliers"), divergence("outliers", "group_channels"),
-    )  # fmt: skip
-    assert before > 10 * plain
-    assert (before - after) / (before - plain) > 0.8
-    assert bits_after <= bits
+def test_most_of_what_outlier_channels_cost_is_recovered(method: str, tmp_path: Path) -> None:
+    allocate = {"allocate": {"bits": 3, "group_size": 32}}
+    assert OutlierLab(tmp_path).recovery([allocate], [allocate, "group_channels"], method=method) > 0.8

@@ -92,8 +92,9 @@ def test_rounding_to_nearest_stays_that_where_another_pass_asked_for_statistics(
 
 def test_what_is_kept_is_reported_with_the_reason(moe: Path, tmp_path: Path) -> None:
     report = run(moe, tmp_path / "out", method="rtn")
-    gates = [f"model.layers.{index}.mlp.shared_expert_gate" for index in range(2)]
-    assert report.kept == dict.fromkeys(gates, "it has a single output")
+    mlps = [f"model.layers.{index}.mlp" for index in range(2)]
+    routers = {f"{mlp}.gate": "it routes tokens to experts" for mlp in mlps}
+    assert report.kept == routers | {f"{mlp}.shared_expert_gate": "it has a single output" for mlp in mlps}
 
 
 def test_the_error_is_the_share_of_the_output_that_was_lost(tmp_path: Path) -> None:

@@ -397,8 +397,12 @@ def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"version": 2}, "format version 2, but this quantc reads version 1; install the quantc that wrote it."),
-        ({"version": None}, "format version None, but this quantc reads version 1"),
+        ({"version": 3}, "format version 3, but this quantc reads versions 1 and 2; install the quantc that wrote it."),
+        ({"version": None}, "format version None, but this quantc reads versions 1 and 2"),
+        ({"version": 2}, "residual_rotation cannot be read"),
+        ({"residual_rotation": {}}, "residual_rotation belongs to version 2, but the checkpoint has version 1"),
+        ({"version": 2, "residual_rotation": {"width": 30, "order": 16, "first": "a", "last": "b"}}, "blocks of 16"),
+        ({"version": 2, "residual_rotation": {"width": 32, "order": 16, "angle": 1}}, "residual_rotation cannot"),
         ({"quant_method": "gptq"}, "quantized by 'gptq', but only 'quantc' can be read here"),
         ({"default": {"bits": 4, "codebook": "nf4"}}, "has the unknown key 'codebook'"),
         ({"default": {"bits": 12}}, "bits is 12, but codes have 2 to 8 bits"),

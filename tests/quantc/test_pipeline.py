@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantc
-from quantc import calibration, pipeline
+from quantc import calibration, gather, pipeline
 from quantc.checkpoint import CheckpointReader
 from quantc.errors import CalibrationError, PassError
 from quantc.graph import Activation
@@ -111,7 +111,7 @@ def test_rounds_of_statistics_do_not_change_the_bytes(
     passes_over_a_block = count_calls(monkeypatch, calibration.CalibrationRun, "rows")
     run(models / name, tmp_path / "one")
     once = len(passes_over_a_block)
-    monkeypatch.setattr(pipeline, "STATISTICS_BYTES", 1)
+    monkeypatch.setattr(gather, "STATISTICS_BYTES", 1)
     run(models / name, tmp_path / "many")
     assert len(passes_over_a_block) - once >= 4 * once
     assert checksums(tmp_path / "one") == checksums(tmp_path / "many")
@@ -131,9 +131,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list
 
 
 def test_rounds_fit_the_limit_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "STATISTICS_BYTES", 10 * 10 * 4 * 3)
+    monkeypatch.setattr(gather, "STATISTICS_BYTES", 10 * 10 * 4 * 3)
     items = [Activation(str(i), "normed", width, (), ()) for i, width in enumerate([10, 10, 10, 10, 100, 1])]
-    rounds = [[item.label for item in found] for found in pipeline._rounds(items, lambda _: 1)]
+    rounds = [[item.label for item in found] for found in gather.rounds(items, lambda _: 1)]
     assert rounds == [["0", "1", "2"], ["3"], ["4"], ["5"]]
 
 
