@@ -76,7 +76,7 @@ class GroupChannels(Pass):
         for expert in seen or range(work.experts(item)):
             gram, rows = (grams[expert].matrix, grams[expert].rows) if seen else (None, 0)
             bases: dict[int, Basis] = {}
-            for choice in choices:
+            for choice in (each for each in choices if each.other is not None):
                 block = choice.planned.hadamard
                 if block not in bases:
                     bases[block] = work.rounding.basis(gram, rows, block)
@@ -102,9 +102,7 @@ class Choice:
         self._channels = 0
 
     def add(self, weight: torch.Tensor, basis: Basis, rounding: Rounding) -> None:
-        """Round a sample of one weight (N, K) both ways."""
-        if self.other is None:
-            return
+        """Round a sample of one weight (N, K) both ways; there have to be two."""
         rows = sample_rows(len(weight), self._specs["per_ic"].group_length(self.linear.shape))
         sample = basis.turn(weight[rows.to(weight.device)])
         energies = channel_energies(sample, basis.gram)

@@ -53,7 +53,8 @@ def case(kind: str, n: int = 96, k: int = 64) -> tuple[torch.Tensor, torch.Tenso
 
 def choose(weight: torch.Tensor, basis: Basis, rounding: Rounding, spec: QuantSpec) -> tuple[QuantSpec, str]:
     choice = Choice(Linear("q", "linear", (weight.shape[0], weight.shape[1]), "x"), spec)
-    choice.add(weight, basis, rounding)
+    if choice.other is not None:
+        choice.add(weight, basis, rounding)
     return choice.decide("output error")
 
 
