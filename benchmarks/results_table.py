@@ -36,7 +36,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "seq_len": args.seq_len,
         "windows": args.windows,
         "context": args.context,
-    }
+    } | ({"head_bits": args.head_bits} if args.head_bits else {})
 
 
 def wanted_rows(args: argparse.Namespace, name: str, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,6 +98,8 @@ def measure(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Names
         method = next(item for item in args.methods if Path(item).stem == row["method"])
         how = "preset" if method in PRESETS else "recipe" if method.endswith(".yaml") else "method"
         options = {"bits": row["bits"], how: method, "group_size": row["group_size"]}
+        if args.head_bits:
+            options["head_bits"] = args.head_bits
         calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
         measured, summary = quantize(path, out, asymmetric=True, **options, **calibration)
         return {
@@ -153,6 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--methods", nargs="+", default=["rtn", "fast"], help="rtn, presets, recipe files")
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--head-bits", type=int, help="bits of embedding and head [default: as they are]")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--seq-len", type=int, help="tokens in each [default: the context]")
     parser.add_argument("--windows", type=int, default=40, help="windows scored")
