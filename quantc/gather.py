@@ -82,20 +82,22 @@ def gather_drifting(
     """Add the rows of these activations, and compare them with those of the block with its original weights.
 
     originals: by their names inside the block, the weights that are rounded by now. Both blocks run on the same
-    hidden states. There is no drift for experts, nor where the rows do not correspond.
+    hidden states. There is no drift for experts, which the rounded block may send other tokens.
     """
     rounded = {name: module.get_parameter(name).data for name in originals}
     drifts = {item.label: Drift(item.width, calibration.device) for item in items if len(grams[item.label]) == 1}
     for run in calibration.runs(block):
         _put(module, originals)
-        before = _rows(run, module, block, items)
+        before = _rows(run, module, block, [item for item in items if item.label in drifts])
         _put(module, rounded)
         after = _rows(run, module, block, items)
         for (label, expert), parts in after.items():
             weights = calibration.row_weights(label)
             for rows in parts:
                 grams[label][expert].add(rows, weights)
-            if label in drifts and not drifts[label].add_all(before.get((label, expert), []), parts, weights):
+            routed = sum(map(len, parts)) < calibration.batch_tokens
+            unrounded = before.get((label, expert), [])
+            if label in drifts and (routed or not drifts[label].add_all(unrounded, parts, weights)):
                 del drifts[label]
     return drifts
 
@@ -109,8 +111,9 @@ def _rows(
     def keep(label: str, expert: int, rows: torch.Tensor) -> None:
         seen.setdefault((label, expert), []).append(rows.clone())
 
-    with observed(module, block, items, keep):
-        run()
+    if items:
+        with observed(module, block, items, keep):
+            run()
     return seen
 
 
