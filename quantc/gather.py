@@ -86,12 +86,12 @@ def gather_drifting(
     """
     rounded = {name: module.get_parameter(name).data for name in originals}
     drifts = {item.label: Drift(item.width, calibration.device) for item in items if len(grams[item.label]) == 1}
-    for run in calibration.runs(block):
+
+    def add(run: Callable[[], object]) -> None:
         _put(module, originals)
         before = _rows(run, module, block, [item for item in items if item.label in drifts])
         _put(module, rounded)
-        after = _rows(run, module, block, items)
-        for (label, expert), parts in after.items():
+        for (label, expert), parts in _rows(run, module, block, items).items():
             weights = calibration.row_weights(label)
             for rows in parts:
                 grams[label][expert].add(rows, weights)
@@ -99,6 +99,9 @@ def gather_drifting(
             unrounded = before.get((label, expert), [])
             if label in drifts and (routed or not drifts[label].add_all(unrounded, parts, weights)):
                 del drifts[label]
+
+    for run in calibration.runs(block):
+        add(run)
     return drifts
 
 
