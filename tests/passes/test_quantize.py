@@ -24,7 +24,7 @@ from quantc.qtensor import QTensor
 from quantc.recipe import Recipe
 from quantc.report import LinearReport, Report, read_report
 from quantc.spec import QuantSpec
-from quantc.stats import Gram
+from quantc.stats import Drift, Gram
 from quantc.tokens import tokenize_documents
 from tests.families import VOCAB, build
 from tests.helpers import block_works, in_memory_run, save_with_tokenizer
@@ -225,6 +225,19 @@ def test_no_share_is_no_correction(models: Path, tmp_path: Path) -> None:
     parts = {name for name, checksum in plain.items() if corrected[name] != checksum}
     first = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}  # nothing was rounded before those
     assert {name.rpartition(".")[0] for name in parts} == {*CheckpointReader(tmp_path / "half").entries} - first
+
+
+def test_the_share_of_the_correction_is_added_to_the_weights(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If every correction were W itself, a quarter of it would make all scales a quarter larger."""
+    run_with(models / "llama", tmp_path / "plain", {"samples": 2}, correct=1e-9)
+    monkeypatch.setattr(Drift, "correction", lambda drift, gram, damp: torch.eye(len(gram)))
+    run_with(models / "llama", tmp_path / "quarter", {"samples": 2}, correct=0.25)
+    plain, quarter = CheckpointReader(tmp_path / "plain"), CheckpointReader(tmp_path / "quarter")
+    for name, factor in (("q_proj", 1.0), ("o_proj", 1.25)):
+        scales = f"model.layers.0.self_attn.{name}.scales"
+        torch.testing.assert_close(quarter.tensor(scales), plain.tensor(scales) * factor, rtol=2e-3, atol=0)
 
 
 def test_rounding_to_nearest_corrects_and_distrusts_nothing(models: Path, tmp_path: Path) -> None:

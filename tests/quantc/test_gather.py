@@ -299,6 +299,18 @@ def test_a_model_with_listed_experts_is_corrected_where_it_can_be() -> None:
         assert len(found) == 2 + 2 * 4
 
 
+@pytest.mark.parametrize(("drifts", "rounds"), [(1, 3), (2, 2)])
+def test_a_round_leaves_room_for_the_drift(monkeypatch: pytest.MonkeyPatch, drifts: int, rounds: int) -> None:
+    """The second of cohere's two stages has two activations: with as much again for drift they fit one round."""
+    work = works(build("cohere"))[0]
+    monkeypatch.setattr(gather, "STATISTICS_BYTES", drifts * sum(Gram.bytes_for(width) for width in (64, 104)))
+    sets: list[None] = []
+    gram = work._new_grams
+    monkeypatch.setattr(work, "_new_grams", lambda items: (sets.append(None), gram(items))[1])
+    assert len(list(rounding(work))) == 3
+    assert len(sets) == rounds
+
+
 def rounding(work: BlockWork) -> Iterator[tuple[Activation, list[Gram], Drift | None]]:
     """The drifting statistics of a block whose weights the pass rounds as they come."""
     quantize = Quantize(QuantizeConfig(correct=0.5))
