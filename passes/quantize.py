@@ -89,7 +89,8 @@ class Quantize(Pass):
             gram = grams[expert].matrix if rows else None
             blocks = {outcome.spec.hadamard for outcome in outcomes}
             bases = {block: self._basis(gram, rows, block, item.label) for block in blocks}
-            correction = drift.correction(gram, self.config.damp) if drift and gram is not None else None
+            guided = any(basis.factor for basis in bases.values())
+            correction = drift.correction(gram, self.config.damp) if drift and guided and gram is not None else None
             for outcome in outcomes:
                 weight = work.weight(outcome.linear, expert)
                 if correction is not None:

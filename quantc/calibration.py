@@ -148,6 +148,11 @@ class CalibrationRun:
         for batch in self._batches:
             yield batch, _moved(batch.calls[block.index], self.device)
 
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens the current batch has."""
+        return 0 if self.current is None else self.current.count * self.seq_len
+
     def row_weights(self, label: str) -> torch.Tensor | None:
         """(M,): how much the rows of the current batch count, or None where all count alike."""
         weights = self.weights.get(label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -32,20 +33,31 @@ def rounds(items: list[Activation], experts: Callable[[Activation], int]) -> Ite
         yield current
 
 
-def stages(items: list[Activation]) -> Iterator[list[Activation]]:
-    """The activations in the order they are read, in groups none of which is computed from another's readers.
+def stages(items: list[Activation]) -> list[list[Activation]]:
+    """The activations in groups, in the order they are read, none of which is computed from another's readers.
 
-    A normed activation starts a group: what is normed came through the readers of those before it.
+    What the same norm wrote shares a group, experts in a list among them; a gated or activated one follows the linears
+    that wrote it. Of all others attention, a convolution or the residual stream may stand before them: they come after
+    everything read earlier. Experts that the probe did not reach come last.
     """
-    current: list[Activation] = []
-    for item in sorted(items, key=lambda item: item.order if item.order >= 0 else len(items)):
-        readers = {reader for other in current for reader in other.readers}
-        if current and (item.kind == "normed" or not readers.isdisjoint(item.writers)):
-            yield current
-            current = []
-        current.append(item)
-    if current:
-        yield current
+    found: list[list[Activation]] = []
+    read_in: dict[str, int] = {}  # linear -> the group of what it reads
+    written: dict[tuple[str, ...], int] = {}  # writers -> the group of what they wrote
+    for item in sorted(items, key=lambda item: item.order if item.order >= 0 else math.inf):
+        at = len(found)
+        if item.order < 0:
+            at = max(0, at - 1)
+        elif item.writers in written:
+            at = written[item.writers]
+        elif item.kind in ("gated", "activated") and item.writers and read_in.keys() >= set(item.writers):
+            at = 1 + max(read_in[name] for name in item.writers)
+        if at == len(found):
+            found.append([])
+        found[at].append(item)
+        read_in |= dict.fromkeys(item.readers, at)
+        if item.writers:
+            written.setdefault(item.writers, at)
+    return found
 
 
 def gather(calibration: CalibrationRun, block: Block, module: nn.Module, items: list[Activation], grams: Grams) -> None:
@@ -70,21 +82,26 @@ def gather_drifting(
     """Add the rows of these activations, and compare them with those of the block with its original weights.
 
     originals: by their names inside the block, the weights that are rounded by now. Both blocks run on the same
-    hidden states. There is no drift for experts, nor where the rows do not correspond.
+    hidden states. There is no drift for experts, which the rounded block may send other tokens.
     """
     rounded = {name: module.get_parameter(name).data for name in originals}
     drifts = {item.label: Drift(item.width, calibration.device) for item in items if len(grams[item.label]) == 1}
-    for run in calibration.runs(block):
+
+    def add(run: Callable[[], object]) -> None:
         _put(module, originals)
-        before = _rows(run, module, block, items)
+        before = _rows(run, module, block, [item for item in items if item.label in drifts])
         _put(module, rounded)
-        after = _rows(run, module, block, items)
-        for (label, expert), parts in after.items():
+        for (label, expert), parts in _rows(run, module, block, items).items():
             weights = calibration.row_weights(label)
             for rows in parts:
                 grams[label][expert].add(rows, weights)
-            if label in drifts and not drifts[label].add_all(before.get((label, expert), []), parts, weights):
+            routed = sum(map(len, parts)) < calibration.batch_tokens
+            unrounded = before.get((label, expert), [])
+            if label in drifts and (routed or not drifts[label].add_all(unrounded, parts, weights)):
                 del drifts[label]
+
+    for run in calibration.runs(block):
+        add(run)
     return drifts
 
 
@@ -97,8 +114,9 @@ def _rows(
     def keep(label: str, expert: int, rows: torch.Tensor) -> None:
         seen.setdefault((label, expert), []).append(rows.clone())
 
-    with observed(module, block, items, keep):
-        run()
+    if items:
+        with observed(module, block, items, keep):
+            run()
     return seen
 
 

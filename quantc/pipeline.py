@@ -190,7 +190,7 @@ class BlockWork:
         originals: dict[str, torch.Tensor] = {}
         wanted = [item for item in self.block.activations if self.readers(item)]
         self._kept = {}
-        for items in [part for stage in stages(wanted) for part in rounds(stage, self.experts)]:
+        for items in [part for stage in stages(wanted) for part in rounds(stage, lambda item: 2 * self.experts(item))]:
             grams = self._new_grams(items)
             if originals:
                 drifts = gather_drifting(self.calibration, self.block, self.module, items, grams, originals)

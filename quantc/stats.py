@@ -56,32 +56,42 @@ class Gram:
 
 
 class Drift:
-    """C = X0^T X over calibration rows X (M, K) and what each of them was, X0 (M, K), before weights were rounded."""
+    """D = (X0 - X)^T X over calibration rows X (M, K) and what each of them was, X0, before weights were rounded.
+
+    Differences are summed, not X0^T X: where nothing has drifted, D is exactly zero.
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
-        self._cross = torch.zeros(width, width, device=device)
+        self._sum = torch.zeros(width, width, device=device)
 
     def add_all(self, originals: list[torch.Tensor], parts: list[torch.Tensor], weights: torch.Tensor | None) -> bool:
-        """Add rows, each counted as often as weights (M,) say; False, with nothing added, where they do not pair."""
+        """Add rows, each counted as often as weights (M,) say; False, with nothing added, where they do not pair.
+
+        A row that is not finite on either side adds nothing.
+        """
         if [rows.shape for rows in originals] != [rows.shape for rows in parts]:
             return False
         for original, rows in zip(originals, parts, strict=True):
-            finite = torch.isfinite(original).all(1) & torch.isfinite(rows).all(1)
-            counted = finite.float() if weights is None else finite * weights.to(rows.device)
-            weighted = torch.where(finite[:, None], original.float() * counted[:, None], 0.0)
-            self._cross.addmm_(weighted.T, torch.where(finite[:, None], rows.float(), 0.0))
+            difference = original.float() - rows.float()
+            finite = torch.isfinite(difference).all(1)
+            if weights is not None:
+                difference = difference * weights.to(difference)[:, None]
+            self._sum.addmm_(difference[finite].T, rows[finite].float())
         return True
 
     def correction(self, gram: torch.Tensor, damp: float) -> torch.Tensor:
         """float32 A (K, K) with X0 W^T nearest to X (W + W A)^T, for G = X^T X (K, K) and any W (N, K).
 
-        damp: share of the mean diagonal of G that is added to it. Least squares: A = (C - G)(G + damp)^-1.
+        damp: share of the mean diagonal of G that is added to it. Least squares: A = D (G + damp)^-1; zero where that
+        is not positive definite.
         """
         damped = gram.double()
         diagonal = damped.diagonal()
         diagonal.add_(damp * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny))
-        difference = self._cross.double() - gram.double()
-        return torch.cholesky_solve(difference.T, torch.linalg.cholesky(damped)).T.float()
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            return torch.zeros_like(gram)
+        return torch.cholesky_solve(self._sum.double().T, lower).T.float()
 
 
 def output_energy(weight: torch.Tensor, gram: torch.Tensor | None) -> float:

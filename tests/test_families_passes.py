@@ -29,7 +29,7 @@ RECIPE = Recipe.from_dict(
             "rotate",
             "scale",
             {"compensate": {"rank": 2}},
-            {"quantize": {"rounds": 1}},
+            {"quantize": {"rounds": 1, "shrink": 0.1, "correct": 0.5}},
         ],
     }
 )

@@ -1,7 +1,8 @@
-"""The quantize pass: experts that saw too little, kept linears, and weights no scale can hold."""
+"""The quantize pass: experts that saw too little, kept linears, weights no scale can hold, corrected targets."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantc
+from quantc import calibration, gather, pipeline
+from quantc.calibration import CalibrationRun
 from quantc.checkpoint import CheckpointReader
-from quantc.errors import ModelError
+from quantc.errors import CalibrationError, ModelError, UsageError
 from quantc.formats import DENSE
+from quantc.numerics import basis
 from quantc.numerics.grids import fit_grid
 from quantc.numerics.rounding import round_to_nearest
+from quantc.passes.quantize import Quantize, QuantizeConfig
 from quantc.qtensor import QTensor
 from quantc.recipe import Recipe
 from quantc.report import LinearReport, Report, read_report
 from quantc.spec import QuantSpec
+from quantc.stats import Drift, Gram
 from quantc.tokens import tokenize_documents
-from tests.families import build
-from tests.helpers import save_with_tokenizer
+from tests.families import VOCAB, build
+from tests.helpers import block_works, in_memory_run, save_with_tokenizer
 from tests.word_tokenizer import make_tokenizer
 
 
@@ -164,3 +170,138 @@ def test_weights_that_no_scale_can_hold_are_refused(tmp_path: Path, method: str)
         f"{name} has weights so large that their scale overflows float16 (65504); rescale that weight first."
     )
     assert not (tmp_path / "out").exists()
+
+
+# Targets that make up for what the block's rounded weights changed, and distrusted correlations
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a stage of several activations first, one later, one with experts too, and a plain one."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("falcon_h1", "cohere", "qwen2_moe", "llama"):
+        save_with_tokenizer(build(name), folder / name)
+    return folder
+
+
+def run_with(model: Path, out: Path, run_settings: dict[str, Any] | None = None, **quantize: Any) -> dict[str, str]:
+    """Checksums of the tensors that a 3-bit recipe with these settings of quantize wrote."""
+    passes = [{"allocate": {}}, {"quantize": quantize}]
+    settings = {"bits": 3, "samples": 6, "seq_len": 32, **(run_settings or {})}
+    run(model, out, recipe=Recipe.from_dict({"version": 1, "passes": passes}), **settings)
+    return {name: entry["sha256"] for name, entry in CheckpointReader(out).manifest["tensors"].items()}
+
+
+def output_errors(name: str, correct: float) -> list[float]:
+    """For each block alone, rounded at 3 bits: the share of what it adds to tokens that were not calibrated on."""
+    tokens, other = torch.randint(0, VOCAB, (40, 48), generator=torch.Generator().manual_seed(0)).split([32, 8])
+    described = in_memory_run(build(name), bits=3, group_size=32)
+    states = CalibrationRun(described.source.model, described.graph, other, described.device)
+    entered = torch.cat([hidden for _, hidden in states.states()])
+    errors = []
+    for work in block_works(described, tokens):
+        original = torch.cat([output for run in states.runs(work.block) if (output := run()) is not None])
+        Quantize(QuantizeConfig(correct=correct)).build(work)
+        work.replace_weights(described.graph.linears[linear] for linear in work.quantized)
+        rounded = torch.cat([output for run in states.runs(work.block) if (output := run()) is not None])
+        errors.append(float((rounded - original).norm() / (original - entered).norm()))
+    return errors
+
+
+@pytest.mark.parametrize(("name", "most"), [("llama", 0.95), ("gpt2", 0.9), ("olmo2", 0.97), ("bloom", 0.8)])
+def test_correcting_lowers_what_a_block_puts_out_wrongly(
+    name: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _: False)
+    plain, corrected = output_errors(name, 0.0), output_errors(name, 0.5)
+    assert len(plain) == 2
+    assert all(after < most * before for before, after in zip(plain, corrected, strict=True))
+
+
+def test_no_share_is_no_correction(models: Path, tmp_path: Path) -> None:
+    plain = run_with(models / "llama", tmp_path / "plain")
+    assert run_with(models / "llama", tmp_path / "none", correct=0, shrink=0) == plain
+    corrected = run_with(models / "llama", tmp_path / "half", correct=0.5)
+    parts = {name for name, checksum in plain.items() if corrected[name] != checksum}
+    first = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}  # nothing was rounded before those
+    assert {name.rpartition(".")[0] for name in parts} == {*CheckpointReader(tmp_path / "half").entries} - first
+
+
+def test_the_share_of_the_correction_is_added_to_the_weights(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If every correction were W itself, a quarter of it would make all scales a quarter larger."""
+    run_with(models / "llama", tmp_path / "plain", {"samples": 2}, correct=1e-9)
+    monkeypatch.setattr(Drift, "correction", lambda drift, gram, damp: torch.eye(len(gram)))
+    run_with(models / "llama", tmp_path / "quarter", {"samples": 2}, correct=0.25)
+    plain, quarter = CheckpointReader(tmp_path / "plain"), CheckpointReader(tmp_path / "quarter")
+    for name, factor in (("q_proj", 1.0), ("o_proj", 1.25)):
+        scales = f"model.layers.0.self_attn.{name}.scales"
+        torch.testing.assert_close(quarter.tensor(scales), plain.tensor(scales) * factor, rtol=2e-3, atol=0)
+
+
+def test_rounding_to_nearest_corrects_and_distrusts_nothing(models: Path, tmp_path: Path) -> None:
+    plain = run_with(models / "llama", tmp_path / "plain", method="rtn")
+    assert run_with(models / "llama", tmp_path / "half", method="rtn", correct=0.5, shrink=0.5) == plain
+
+
+def test_what_too_few_rows_guide_is_not_corrected(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight rows are enough for a width of 64 here, but not for the feed-forward's 104."""
+    monkeypatch.setattr(basis, "FEWEST_ROWS_SHARE", 0.1)
+    few: dict[str, Any] = {"samples": 1, "seq_len": 8}
+    half = run_with(models / "llama", tmp_path / "half", few, correct=0.5)
+    plain = run_with(models / "llama", tmp_path / "plain", few)
+    nearest = run_with(models / "llama", tmp_path / "nearest", few, method="rtn")
+    for name, checksum in nearest.items():
+        if "down_proj" in name:
+            assert half[name] == checksum
+    assert half["model.layers.0.mlp.up_proj.qweight"] not in (
+        plain["model.layers.0.mlp.up_proj.qweight"], nearest["model.layers.0.mlp.up_proj.qweight"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "cohere", "qwen2_moe"])
+def test_rounds_of_statistics_and_reruns_do_not_change_corrected_bytes(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rounds: list[int] = []  # activations of each
+    gathered = pipeline.gather_drifting
+    monkeypatch.setattr(pipeline, "gather_drifting", lambda *args: (rounds.append(len(args[3])), gathered(*args))[1])
+    expected = run_with(models / name, tmp_path / "one", correct=0.5)
+    few = len(rounds)
+    assert run_with(models / name, tmp_path / "again", correct=0.5) == expected
+    rounds.clear()
+    monkeypatch.setattr(gather, "STATISTICS_BYTES", 1)
+    assert run_with(models / name, tmp_path / "many", correct=0.5) == expected
+    assert len(rounds) > few
+    assert set(rounds) == {1}
+
+
+def test_all_correlations_taken_off_leave_the_diagonal(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrunk = run_with(models / "llama", tmp_path / "shrunk", shrink=1, rounds=1)
+    matrix = Gram.matrix.fget
+    assert matrix is not None
+    monkeypatch.setattr(Gram, "matrix", property(lambda gram: matrix(gram).diagonal().diag()))
+    assert run_with(models / "llama", tmp_path / "diagonal", rounds=1) == shrunk
+    monkeypatch.undo()
+    assert run_with(models / "llama", tmp_path / "plain", rounds=1) != shrunk
+
+
+@pytest.mark.parametrize("name", ["correct", "shrink"])
+@pytest.mark.parametrize("share", [-0.1, 1.5, math.nan])
+def test_what_is_not_a_share_is_refused_by_name(name: str, share: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.from_dict({"version": 1, "passes": ["allocate", {"quantize": {name: share}}]})
+    assert str(caught.value).endswith(f"{name} is {share}, but it is a share; choose one from 0 (none) to 1.")
+
+
+def test_rows_that_overflow_are_named_where_weights_are_corrected_too(tmp_path: Path) -> None:
+    model = build("llama")
+    model.model.layers[1].post_attention_layernorm.weight.data.fill_(3e38)
+    save_with_tokenizer(model, tmp_path / "model")
+    with pytest.raises(CalibrationError, match=r"100% of the rows that model\.layers\.1\.mlp\.gate_proj receives"):
+        run_with(tmp_path / "model", tmp_path / "out", correct=0.5)

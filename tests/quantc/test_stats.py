@@ -1,11 +1,11 @@
-"""Gram matrices against float64, however the rows arrive."""
+"""Gram matrices and drift against float64, however the rows arrive."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from quantc.stats import Gram, channel_energies, output_energy
+from quantc.stats import Drift, Gram, channel_energies, output_energy
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -81,3 +81,99 @@ def test_rows_that_are_not_finite_are_counted_and_left_out() -> None:
     expected.add(rows[torch.tensor([0, 1, 2, 4, 5, 6, 8, 9])])
     assert (gram.rows, gram.bad_rows) == (8, 2)
     assert torch.equal(gram.matrix, expected.matrix)
+
+
+# Drift
+
+
+def drifting(count: int = 200, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlated rows, and what they were: turned a little, with noise that the rows do not explain."""
+    mixing = torch.eye(width) + 0.1 * rows(width, width, seed=3)
+    after = rows(count, width) @ mixing
+    before = after + 0.1 * after @ rows(width, width, seed=4) / width**0.5 + 0.2 * rows(count, width, seed=5)
+    return before, after
+
+
+def correction(before: torch.Tensor, after: torch.Tensor, damp: float, *weights: torch.Tensor) -> torch.Tensor:
+    gram, drift = Gram(after.shape[1]), Drift(after.shape[1])
+    gram.add(after, *weights)
+    assert drift.add_all([before], [after], weights[0] if weights else None)
+    return drift.correction(gram.matrix, damp)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_correction_is_the_least_squares_optimum(weighted: bool) -> None:
+    before, after = drifting()
+    counts = rows(200, 1, seed=6).square() if weighted else torch.ones(200, 1)
+    weight, root = rows(6, 24, seed=7), counts.sqrt().double()
+    found = correction(before, after, 1e-9, *([counts[:, 0]] if weighted else []))
+    assert found.dtype == torch.float32
+    corrected = weight.double() + weight.double() @ found.double()
+    best = torch.linalg.lstsq(root * after.double(), root * (before @ weight.T).double()).solution.T
+    torch.testing.assert_close(corrected, best, rtol=1e-3, atol=1e-3)
+    errors = [
+        float((root * (after.double() @ w.T - (before @ weight.T).double())).norm())
+        for w in (weight.double(), corrected)
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("damp", [0.001, 0.01, 1.0])
+def test_a_correction_never_adds_error_to_the_rows_it_was_made_from(damp: float) -> None:
+    """Damping shortens the way from the weights to the optimum; a share of the correction does so too."""
+    before, after = drifting(30)
+    weight = rows(6, 24, seed=7)
+    found = correction(before, after, damp)
+    errors = [float((after @ (weight + share * weight @ found).T - before @ weight.T).norm()) for share in (0, 0.5, 1)]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_fewer_rows_than_inputs_give_a_correction_for_those_rows() -> None:
+    before, after = drifting(10)
+    found = correction(before, after, 1e-4)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(after + after @ found.T, before, rtol=0, atol=0.02)
+    unseen = torch.linalg.svd(after).Vh[10:]
+    assert float((unseen @ found.T).norm()) < 0.01 * float(found.norm())
+
+
+def test_dead_inputs_are_corrected_by_nothing() -> None:
+    before, after = drifting()
+    after[:, 5] = 0
+    found = correction(before, after, 0.01)
+    assert not found[:, 5].any()
+    assert found[5].any()
+
+
+def test_a_gram_matrix_that_cannot_be_factorised_gives_no_correction() -> None:
+    before, after = drifting()
+    drift = Drift(24)
+    assert drift.add_all([before], [after], None)
+    assert not drift.correction(-torch.eye(24), 0.01).any()
+    assert drift.correction(torch.eye(24), 0.01).any()
+
+
+def test_rows_that_have_not_drifted_give_no_correction_at_all() -> None:
+    _, after = drifting()
+    assert not correction(after.clone(), after, 0.01).any()
+    assert not Drift(24).correction(torch.zeros(24, 24), 0.01).any()
+
+
+def test_rows_that_are_not_finite_on_either_side_drift_nowhere() -> None:
+    before, after = drifting()
+    whole = torch.ones(200, dtype=torch.bool)
+    whole[[3, 50]] = False
+    drift, expected = Drift(24), Drift(24)
+    assert expected.add_all([before[whole]], [after[whole]], None)
+    before[3, 1], after[50, 2] = torch.inf, torch.nan
+    assert drift.add_all([before], [after], None)
+    gram = after[whole].T @ after[whole]
+    torch.testing.assert_close(drift.correction(gram, 0.01), expected.correction(gram, 0.01))
+
+
+def test_rows_that_do_not_pair_add_nothing() -> None:
+    before, after = drifting()
+    drift = Drift(24)
+    for original in ([], [before, before], [before[:-1]], [before[:100], before[100:]]):
+        assert not drift.add_all(original, [after], None)
+    assert not drift.correction(torch.eye(24), 0.01).any()
