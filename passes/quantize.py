@@ -95,7 +95,7 @@ class Quantize(Pass):
                 weight = work.weight(outcome.linear, expert)
                 if correction is not None:
                     weight = weight.addmm(weight, correction, alpha=self.config.correct)
-                outcome.add(weight, bases[outcome.spec.hadamard])
+                outcome.add(weight, bases[outcome.spec.hadamard], gram)
         for outcome in outcomes:
             work.quantized[outcome.linear.name] = outcome.qtensor()
             work.run.report.linears.append(outcome.report(work.run.plan.why))
@@ -129,20 +129,22 @@ class Outcome:
         self._rows = 0
         self._energy = self._lost = 0.0
 
-    def add(self, source: torch.Tensor, basis: Basis) -> None:
-        """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise."""
+    def add(self, source: torch.Tensor, basis: Basis, gram: torch.Tensor | None) -> None:
+        """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise.
+
+        gram: (K, K), as it was measured: not rotated, not shrunk.
+        """
         weight = basis.turn(source)
         tensor = basis.round(weight, self.spec, self.rounding.rounds)
         _check_scales(tensor.scales, self.linear.name)
+        if self.spec.rank:
+            residual = weight - tensor.dequantize()
+            tensor.low_rank_a, tensor.low_rank_b = compensate(residual, basis.gram, self.spec.rank)
         self._tensors.append(tensor)
         self._factors.append(basis.factor)
         self._rows += basis.rows
-        self._energy += output_energy(weight, basis.gram)
-        residual = weight - tensor.dequantize()
-        if self.spec.rank:
-            tensor.low_rank_a, tensor.low_rank_b = compensate(residual, basis.gram, self.spec.rank)
-            residual -= tensor.low_rank_b.float() @ tensor.low_rank_a.float()
-        self._lost += output_energy(residual, basis.gram)
+        self._energy += output_energy(source, gram)
+        self._lost += output_energy(source - tensor.effective_weight(), gram)
 
     @property
     def error(self) -> float:
