@@ -220,7 +220,7 @@ def test_correcting_lowers_what_a_block_puts_out_wrongly(
 
 def test_no_share_is_no_correction(models: Path, tmp_path: Path) -> None:
     plain = run_with(models / "llama", tmp_path / "plain")
-    assert run_with(models / "llama", tmp_path / "none", correct=0, shrink=0) == plain
+    assert run_with(models / "llama", tmp_path / "none", correct=0) == plain
     corrected = run_with(models / "llama", tmp_path / "half", correct=0.5)
     parts = {name for name, checksum in plain.items() if corrected[name] != checksum}
     first = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}  # nothing was rounded before those
