@@ -55,10 +55,14 @@ class Scale(Pass):
                 if refused:
                     work.run.report.refused[f"scale {item.label}"] = refused
 
+    def search(self, work: BlockWork, item: Activation, readers: list[Linear], gram: Gram) -> torch.Tensor | None:
+        """See `best_scales`."""
+        return best_scales(work, item, readers, gram)
+
     def _scale(self, work: BlockWork, item: Activation, readers: list[Linear], gram: Gram) -> str:
         """Why the activation cannot be scaled, or "" when it is, or is best left alone."""
         try:
-            scales = best_scales(work, item, readers, gram)
+            scales = self.search(work, item, readers, gram)
         except Refusal as refusal:
             return str(refusal)
         refused = "" if scales is None else work.divide(item, scales)
