@@ -14,13 +14,13 @@ def _recipe(*passes: str, rounds: int = 0) -> Recipe:
     return recipe.with_settings(quantize={"rounds": rounds})
 
 
-# fast: error feedback, and nothing to compute beside the weights at inference. balanced: rotated inputs, which take
-# a fifth to a quarter off the KL divergence at 3 bits and cost a Hadamard transform for each activation. best: twice
-# the time to quantize, the same cost at inference.
+# fast: error feedback, and nothing to compute beside the weights at inference. balanced: inputs are rotated where that
+# pays, which takes a fifth to a quarter off the KL divergence at 3 bits and costs a Hadamard transform for each
+# activation. best: twice the time to quantize, the same cost at inference.
 PRESETS: dict[str, Recipe] = {
     "fast": DEFAULT,
     "balanced": _recipe("allocate", "rotate", "quantize"),
-    "best": _recipe("allocate", "rotate", "scale", "quantize", rounds=2),
+    "best": _recipe("allocate", "scale", "rotate", "quantize", rounds=2),
 }
 
 

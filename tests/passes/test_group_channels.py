@@ -16,13 +16,14 @@ from quantc.checkpoint import CheckpointReader
 from quantc.errors import PassError, UsageError
 from quantc.graph import Activation, Linear
 from quantc.numerics.basis import Basis, Rounding
-from quantc.passes.group_channels import Choice, GroupChannels, GroupChannelsConfig, sample_rows, turn_groups
+from quantc.passes.group_channels import Choice, GroupChannels, GroupChannelsConfig, turn_groups
 from quantc.pipeline import check_order
 from quantc.plan import read_plan
 from quantc.recipe import Recipe
 from quantc.report import Report, read_report
 from quantc.spec import WHOLE_ROW, QuantSpec
 from quantc.stats import Gram
+from quantc.trial import sample_rows
 from tests.families import build
 from tests.helpers import save_with_tokenizer
 from tests.outliers import OutlierLab
@@ -129,7 +130,7 @@ def test_what_would_cost_more_bits_stays_and_says_so() -> None:
 
 @pytest.mark.parametrize(("n", "g"), [(10, 4), (300, 64), (1000, 64), (4096, 128), (513, 512), (5000, 24), (9, 9)])
 def test_samples_are_whole_groups_spread_over_the_outputs(n: int, g: int) -> None:
-    rows = sample_rows(n, g)
+    rows = sample_rows(n, g, 256)
     assert len(rows) >= min(n, 256)
     assert rows.unique().numel() == len(rows)
     assert int(rows[-1]) < n
@@ -174,6 +175,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.usefixtures("rotation_pays")
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
 def test_per_ic_weights_are_packed_loaded_and_run_as_they_were_rounded(family: str, chain: str, tmp_path: Path) -> None:
