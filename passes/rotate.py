@@ -82,6 +82,7 @@ class Rotate(Pass):
         self._turns: dict[str, BlockTurn] = {}
         self._folds = "folded" in (config.residual, config.value)
         self._measures = True
+        self._tried = self._off = 0  # linears
 
     @property
     def calibrated(self) -> bool:
@@ -166,7 +167,21 @@ class Rotate(Pass):
                     ratio = error_ratio(work, item, readers, grams)
                 except ArithmeticError:  # statistics that are not finite are for quantize to report
                     continue
-                _decide(work.run, readers, ratio)
+                self._decide(work.run, readers, ratio)
+        if self._off and work.block is work.run.graph.blocks[-1]:
+            work.run.report.notes.append(
+                f"rotate left out {self._off} of {self._tried} linears: rotated they lose more"
+            )
+
+    def _decide(self, run: Run, readers: list[Linear], ratio: float | None) -> None:
+        measured = "no output error to compare" if ratio is None else f"output error {ratio:.3g} times that without"
+        pays = ratio is not None and ratio < 1
+        self._tried += len(readers)
+        self._off += 0 if pays else len(readers)
+        for linear in readers:
+            run.plan.remark(linear.name, f"rotated: {measured}" if pays else f"not rotated: {measured}")
+            if not pays:
+                _drop(run, linear)
 
     def _fold_value(self, work: BlockWork, item: Activation) -> None:
         try:
@@ -205,15 +220,6 @@ def error_ratio(work: BlockWork, item: Activation, readers: list[Linear], grams:
 def _rotation(work: BlockWork, linear: Linear) -> int:
     spec = work.run.plan.specs[linear.name]
     return 0 if spec is None else spec.hadamard
-
-
-def _decide(run: Run, readers: list[Linear], ratio: float | None) -> None:
-    measured = "no output error to compare" if ratio is None else f"output error {ratio:.3g} times that without"
-    pays = ratio is not None and ratio < 1
-    for linear in readers:
-        run.plan.remark(linear.name, f"rotated: {measured}" if pays else f"not rotated: {measured}")
-        if not pays:
-            _drop(run, linear)
 
 
 def _order_of_head(item: Activation) -> int:

@@ -23,7 +23,6 @@ from quantc.recipe import Recipe
 from quantc.report import Report, read_report
 from quantc.spec import WHOLE_ROW, QuantSpec
 from quantc.stats import Gram
-from quantc.trial import sample_rows
 from tests.families import build
 from tests.helpers import save_with_tokenizer
 from tests.outliers import OutlierLab
@@ -126,19 +125,6 @@ def test_what_would_cost_more_bits_stays_and_says_so() -> None:
     weight, gram = case("outlier inputs", n=12)
     spec, why = choose(weight, Rounding().basis(gram, 400, 0), Rounding(), QuantSpec(3, 32))
     assert (spec, why) == (QuantSpec(3, 32), "per_oc: per_ic groups need more bits")
-
-
-@pytest.mark.parametrize(("n", "g"), [(10, 4), (300, 64), (1000, 64), (4096, 128), (513, 512), (5000, 24), (9, 9)])
-def test_samples_are_whole_groups_spread_over_the_outputs(n: int, g: int) -> None:
-    rows = sample_rows(n, g, 256)
-    assert len(rows) >= min(n, 256)
-    assert rows.unique().numel() == len(rows)
-    assert int(rows[-1]) < n
-    if len(rows) < n:
-        groups = rows.reshape(-1, g)
-        assert bool((groups[:, 0] % g == 0).all())
-        assert bool((groups == groups[:, :1] + torch.arange(g)).all())
-        assert int(rows[-1]) >= n * (1 - 1 / len(groups)) - g
 
 
 @pytest.mark.parametrize(("rows", "expected"), [((400, 400), "per_ic"), ((400, 3), "per_oc"), ((2, 3), "per_oc")])

@@ -136,6 +136,18 @@ def test_the_plan_says_what_was_measured(
     assert plan.specs["model.layers.0.self_attn.k_proj"] == QuantSpec(4, 32, hadamard=block)
 
 
+def test_the_report_counts_what_is_not_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotate, "error_ratio", lambda _, item, *__: 1.1 if item.kind == "normed" else 0.9)
+    tokens = torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(1))
+    run = in_memory_run(build("llama"), bits=4, group_size=32)
+    step = Rotate(RotateConfig())
+    step.plan(run)
+    for work in block_works(run, tokens):
+        assert not run.report.notes
+        step.build(work)
+    assert run.report.notes == ["rotate left out 10 of 14 linears: rotated they lose more"]
+
+
 def test_a_plan_that_was_handed_in_stays() -> None:
     run = in_memory_run(build("llama"), bits=4, group_size=32, hadamard=16)
     run.plan.given, before = True, dict(run.plan.specs)
