@@ -21,10 +21,11 @@ from typing import Literal
 import torch
 
 from ..graph import Activation, Linear
-from ..numerics.basis import FEWEST_ROWS_SHARE, Basis, Rounding
+from ..numerics.basis import Basis, Rounding
 from ..pipeline import BlockWork, Fact, Pass, Run, register
 from ..spec import Grouping, QuantSpec
 from ..stats import Gram, channel_energies
+from ..trial import guides, lost_energies, sample_rows
 
 SAMPLED_ROWS = 256  # output channels, at least, on which both are tried: whole groups of them
 # Share of the error that per_ic must save. Fewer kernels run it (torch's int4 operator does not), so that a draw goes
@@ -53,6 +54,9 @@ class GroupChannels(Pass):
     def calibrated(self) -> bool:
         return self.config.error == "output"
 
+    def uncalibrated(self) -> Pass:
+        return GroupChannels(replace(self.config, error="weight"))
+
     def plan(self, run: Run) -> None:
         if run.plan.given:
             run.report.notes.append("group_channels left the plan that was handed in as it is")
@@ -68,11 +72,12 @@ class GroupChannels(Pass):
             except ArithmeticError:  # statistics that are not finite are for quantize to report
                 continue
             for choice in choices:
-                plan.specs[choice.linear.name], plan.why[choice.linear.name] = choice.decide(error)
+                plan.specs[choice.linear.name], why = choice.decide(error)
+                plan.remark(choice.linear.name, why)
 
     def _measure(self, work: BlockWork, item: Activation, choices: list[Choice], grams: list[Gram]) -> str:
         """Round every choice both ways, for all experts that saw enough rows; says which error was compared."""
-        seen = [expert for expert, gram in enumerate(grams) if self.calibrated and _has_enough_rows(gram)]
+        seen = [expert for expert, gram in enumerate(grams) if self.calibrated and guides(gram)]
         for expert in seen or range(work.experts(item)):
             gram, rows = (grams[expert].matrix, grams[expert].rows) if seen else (None, 0)
             bases: dict[int, Basis] = {}
@@ -82,10 +87,6 @@ class GroupChannels(Pass):
                     bases[block] = work.rounding.basis(gram, rows, block)
                 choice.add(work.weight(choice.linear, expert), bases[block], work.rounding)
         return "output error" if seen else "weight error"
-
-
-def _has_enough_rows(gram: Gram) -> bool:
-    return gram.rows >= gram.width * FEWEST_ROWS_SHARE
 
 
 class Choice:
@@ -103,13 +104,13 @@ class Choice:
 
     def add(self, weight: torch.Tensor, basis: Basis, rounding: Rounding) -> None:
         """Round a sample of one weight (N, K) both ways; there have to be two."""
-        rows = sample_rows(len(weight), self._specs["per_ic"].group_length(self.linear.shape))
+        rows = sample_rows(len(weight), self._specs["per_ic"].group_length(self.linear.shape), SAMPLED_ROWS)
         sample = basis.turn(weight[rows.to(weight.device)])
         energies = channel_energies(sample, basis.gram)
         self._channels += len(rows)
         for grouping, spec in self._specs.items():
-            errors = basis.round(sample, spec, rounding.rounds).dequantize() - sample
-            shares = (channel_energies(errors, basis.gram) / energies).clamp(max=1)  # more than lost it cannot be
+            lost = lost_energies(sample, basis, spec, rounding.rounds)
+            shares = (lost / energies).clamp(max=1)  # more than lost it cannot be
             self._lost[grouping] += float(torch.where(energies > 0, shares, 0.0).sum())
 
     def decide(self, error: str) -> tuple[QuantSpec, str]:
@@ -137,12 +138,3 @@ def turn_groups(spec: QuantSpec, shape: tuple[int, int]) -> QuantSpec | None:
         if candidate.stored_bits(shape) <= spec.stored_bits(shape):
             return candidate
     return None
-
-
-def sample_rows(n: int, g: int) -> torch.Tensor:
-    """int64 (M,): output channels of whole groups of g, spread over n channels; all of them where there are few."""
-    whole, wanted = n // g, -(-SAMPLED_ROWS // g)
-    if whole <= wanted:
-        return torch.arange(n)
-    first = torch.arange(wanted) * whole // wanted * g
-    return (first[:, None] + torch.arange(g)).reshape(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -64,6 +64,9 @@ class Quantize(Pass):
     @property
     def calibrated(self) -> bool:
         return self.config.method == "gptq"
+
+    def uncalibrated(self) -> Pass:
+        return Quantize(replace(self.config, method="rtn"))
 
     @property
     def rounding(self) -> Rounding:

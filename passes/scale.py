@@ -18,13 +18,13 @@ from ..graph import Activation, Linear
 from ..numerics.basis import Basis
 from ..pipeline import BlockWork, Fact, Pass, register
 from ..rewrite import Refusal
-from ..spec import QuantSpec
-from ..stats import Gram, output_energy
+from ..stats import Gram
+from ..trial import lost_energy
 
 # Scales are the root mean square of a channel to these powers. At 1 every channel would carry the same: on
 # SmolLM2-135M at 3 bits, rotated, that triples the KL divergence, while 0.5 takes 2 % off.
 EXPONENTS = (0.25, 0.5, 0.75)
-SAMPLED_ROWS = 128  # output channels of each reader on which an exponent is tried
+SAMPLED_ROWS = 128  # output channels of each reader, at least, on which an exponent is tried
 LARGEST_RATIO = 2.0**7  # of a scale to the mean one
 LEAST_GAIN = 0.005  # share of the error that an exponent must save to be used
 FOLDABLE = ("normed", "gated", "value")
@@ -104,11 +104,5 @@ def _error(work: BlockWork, readers: list[Linear], gram: torch.Tensor, rows: int
         if spec.hadamard not in bases:
             bases[spec.hadamard] = work.rounding.basis(divided, rows, spec.hadamard)
         weight = work.weight(linear)
-        total += _sampled_error(weight * scales.to(weight), bases[spec.hadamard], spec)
+        total += lost_energy(weight * scales.to(weight), bases[spec.hadamard], spec, SAMPLED_ROWS)
     return total
-
-
-def _sampled_error(weight: torch.Tensor, basis: Basis, spec: QuantSpec) -> float:
-    step = -(-weight.shape[0] // SAMPLED_ROWS)
-    sample = basis.turn(weight[::step])
-    return output_energy(basis.round(sample, spec).dequantize() - sample, basis.gram) * step

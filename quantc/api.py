@@ -20,11 +20,12 @@ from .errors import UsageError
 from .frontend import Source, open_model, to_meta
 from .frontend.source import quiet_transformers, tensors_under
 from .memory import peak_rss_bytes
+from .numerics.basis import Rounding
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .presets import preset as named_preset
 from .progress import LogProgress, Progress
-from .recipe import DEFAULT, Recipe, read_recipe
+from .recipe import DEFAULT, NO_TEXT, Recipe, read_recipe, without_text
 from .report import Report
 from .shard_writer import writing
 from .spec import QuantSpec
@@ -59,26 +60,29 @@ def quantize(
     """Quantize a model into a packed checkpoint and return the report.
 
     model: folder, .gguf file, hub id or demo name. out: output folder, `<model>-quantc-w4g128` or so by default.
+    calib: builtin, self, a file or a data set; none rounds without calibration text.
     preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
     plan: a plan.yaml whose specs are used as they are. Raises a QuantcError whose message is one sentence; nothing is
     left behind then.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    chosen = _resolve_recipe(recipe, preset, method).with_settings(
+    chosen = _resolve_recipe(recipe, preset).with_settings(
         allocate={"bits": bits, "group_size": group_size, "symmetric": symmetric, "head_bits": head_bits},
         quantize={"method": method},
         calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
     )
     given_plan = _given_plan(plan, bits, group_size, symmetric, head_bits)
-    passes = chosen.build_passes()
+    passes, notes = _build_passes(chosen, method)
     pipeline.check_order(passes, planned=plan is not None)
 
     source = open_model(model)
     folder = Path(out) if out is not None else Path(default_name(source.name, passes, given_plan))
     with CheckpointWriter(folder, force) as writer:
         graph = derive(source.model, source.load, to_meta)
-        report = Report(model=source.name, output=str(folder))
-        run = Run(source, graph, given_plan, report, progress or LogProgress(), _device(device))
+        report = Report(model=source.name, output=str(folder), notes=notes)
+        report.calibration = NO_TEXT if chosen.calibration.source == NO_TEXT else ""
+        rounding = next((item.rounding for item in passes if item.rounding), Rounding())
+        run = Run(source, graph, given_plan, report, progress or LogProgress(), _device(device), rounding)
         report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
         for item in passes:
             item.plan(run)
@@ -157,18 +161,24 @@ def default_context(model: PreTrainedModel) -> int:
     return min(512, limit) if isinstance(limit, int) else 512
 
 
-def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None, method: str | None) -> Recipe:
+def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None) -> Recipe:
     if preset is not None:
         if recipe is not None:
             raise UsageError("a preset is a recipe, so both cannot be given; leave one of them out.")
-        if method == "rtn" and any(name == "rotate" for name, _ in named_preset(preset).passes):
-            raise UsageError(
-                f"the preset {preset} rotates, and a rotated model loses by plain rounding; use gptq, or preset fast."
-            )
         return named_preset(preset)
     if isinstance(recipe, Recipe):
         return recipe
     return DEFAULT if recipe is None else read_recipe(Path(recipe))
+
+
+def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[str]]:
+    """The passes that run, and notes on those that do not, or not as the recipe says."""
+    passes = recipe.build_passes()
+    if recipe.calibration.source != NO_TEXT:
+        return passes, []
+    if method == "gptq":
+        raise UsageError("gptq needs calibration text, and there is none; leave the method out, or give a text.")
+    return without_text(passes)
 
 
 def _given_plan(plan: PathLike | None, *settings: object) -> Plan:

@@ -57,7 +57,7 @@ QUANTIZE_OPTIONS = options(
     option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
     option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
     option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
-    option("--calib", metavar="SOURCE", help="builtin, self, a data set, or a text file. [default: builtin]"),
+    option("--calib", metavar="SOURCE", help="builtin, self, none, a data set, or a text file. [default: builtin]"),
     option("--samples", type=COUNT, help="Windows of calibration text. [default: 64]"),
     option("--seq-len", type=COUNT, help="Tokens per window. [default: 512]"),
     option("--seed", type=Whole(0), help="Seed of everything random. [default: 0]"),

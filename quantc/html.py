@@ -108,7 +108,7 @@ def _header(report: dict[str, Any]) -> str:
     facts = "\n".join(
         f"<div><dt>{name}</dt><dd>{figure}<small>{detail}</small></dd></div>" for name, figure, detail in cells
     )
-    calibration = f", calibrated on {escape(report['calibration'])}" if report["calibration"] else ""
+    calibration = f", calibration {escape(report['calibration'])}" if report["calibration"] else ""
     return (
         f"<h1>{escape(report['output'])}</h1>\n"
         f'<p class="dim">Quantized from {escape(report["model"])}{calibration}</p>\n<dl>\n{facts}\n</dl>'

@@ -53,6 +53,7 @@ class Run:
     report: Report
     progress: Progress
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rounding: Rounding = field(default_factory=Rounding)  # what will be done to the weights
     free_memory: FreeMemory = field(default_factory=FreeMemory)
     residual: ResidualRotation | None = None  # that a pass has proven and folds into the blocks
     edited: set[str] = field(default_factory=set)  # tensors that are no longer the source's
@@ -83,6 +84,15 @@ class Pass:
     def calibrated(self) -> bool:
         """Whether `build` asks for statistics, so that the calibration set has to run through the model."""
         return False
+
+    @property
+    def analyses(self) -> bool:
+        """Whether `analyse` has something to do."""
+        return type(self).analyse is not Pass.analyse
+
+    def uncalibrated(self) -> Pass | None:
+        """This pass where there is no calibration text; None leaves it out."""
+        return None if self.calibrated else self
 
     @property
     def rounding(self) -> Rounding | None:
@@ -138,10 +148,13 @@ class BlockWork:
     module: nn.Module
     calibration: CalibrationRun | None
     quantized: dict[str, QTensor] = field(default_factory=dict)
-    rounding: Rounding = field(default_factory=Rounding)  # what will be done to the weights
     keep_statistics: bool = False  # for a pass that comes later
     _kept: dict[str, list[Gram]] = field(default_factory=dict)
     _proof: Proof | None = None
+
+    @property
+    def rounding(self) -> Rounding:
+        return self.run.rounding
 
     def weight(self, linear: Linear, expert: int = 0) -> torch.Tensor:
         """float32 (N, K), of one expert of a stack, whichever way round the model stores it."""
@@ -326,7 +339,7 @@ def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: Che
 
 
 def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
-    analysing = [item for item in passes if item.calibrated and type(item).analyse is not Pass.analyse]
+    analysing = [item for item in passes if item.calibrated and item.analyses]
     if not analysing:
         return
     before = calibration.snapshot()
@@ -340,8 +353,7 @@ def _build_block(
 ) -> None:
     run.source.load(block.name)
     module = run.source.model.get_submodule(block.name).to(run.device)
-    rounding = next((item.rounding for item in passes if item.rounding), Rounding())
-    work = BlockWork(run, block, module, calibration, rounding=rounding)
+    work = BlockWork(run, block, module, calibration)
     weights = sum(parameter.nbytes for parameter in module.parameters())
     for item in passes:
         item.rewrite(work)

@@ -21,12 +21,16 @@ KEEP = "keep"
 class Plan:
     """specs: linear -> how it is stored, or None to keep it as it is.
 
-    why: linear -> remark of the pass that chose its spec; nothing depends on it. given: the user handed the plan in.
+    why: linear -> remarks of the passes that chose its spec; nothing depends on it. given: the user handed the plan in.
     """
 
     specs: dict[str, QuantSpec | None] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     given: bool = False
+
+    def remark(self, name: str, why: str) -> None:
+        """Add to what is said about a linear."""
+        self.why[name] = f"{self.why[name]}; {why}" if name in self.why else why
 
     def to_yaml(self) -> str:
         entries: dict[str, Any] = {}

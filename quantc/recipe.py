@@ -19,11 +19,12 @@ from .errors import UsageError
 from .pipeline import REGISTRY, Pass
 
 VERSION = 1
+NO_TEXT = "none"
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What the model runs on: source (builtin, self, a file or a data set), and windows cut from it."""
+    """What the model runs on: source (builtin, self, a file, a data set, or none), and windows cut from it."""
 
     source: str = "builtin"
     samples: int = 64
@@ -101,6 +102,13 @@ def read_recipe(file: Path) -> Recipe:
     return Recipe.from_dict(content)
 
 
+def without_text(wanted: list[Pass]) -> tuple[list[Pass], list[str]]:
+    """The passes of a run that has no calibration text, and notes on those that are left out or do something else."""
+    pairs = [(item, item.uncalibrated()) for item in wanted]
+    notes = [_describe_change(item, other) for item, other in pairs if item is not other]
+    return [other for _, other in pairs if other is not None], notes
+
+
 def from_mapping(kind: type, content: Any, where: str) -> Any:
     """A frozen dataclass from a mapping: unknown keys and wrong types are UsageErrors."""
     mapping = _mapping(content, where)
@@ -121,6 +129,14 @@ def _read_pass(entry: Any) -> tuple[str, Any]:
     ((name, settings),) = entry.items()
     _refuse_unknown({name: settings}, list(REGISTRY), "passes")
     return name, from_mapping(REGISTRY[name].Config, settings or {}, f"pass {name}")
+
+
+def _describe_change(item: Pass, other: Pass | None) -> str:
+    if other is None:
+        return f"{item.name} was left out: it needs calibration text"
+    before, after = asdict(item.config), asdict(other.config)
+    changes = [f"{key} {after[key]} instead of {before[key]}" for key in after if after[key] != before[key]]
+    return f"without calibration text {item.name} has {', '.join(changes)}"
 
 
 def _mapping(content: Any, where: str) -> dict[str, Any]:

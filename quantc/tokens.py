@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .calib_data import load_documents
 from .errors import CalibrationError
 from .pipeline import Run
-from .recipe import CalibrationConfig
+from .recipe import NO_TEXT, CalibrationConfig
 from .windows import leading_bos
 
 
@@ -23,7 +23,7 @@ def calibration_tokens(run: Run, wanted: CalibrationConfig) -> torch.Tensor:
     if data.source == "self":
         whole = run.source.load_whole(torch.bfloat16)
         return generate_tokens(whole, data.samples, data.seq_len, data.seed, leading_bos(tokenizer))
-    documents = load_documents(data.source, also_known=("self",))
+    documents = load_documents(data.source, also_known=("self", NO_TEXT))
     return tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed)
 
 

@@ -6,9 +6,16 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 from transformers.utils import logging as hf_logging
 
 torch.set_num_threads(1)
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()
+
+
+@pytest.fixture
+def rotation_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass rotate measures on no activation that its rotation loses more."""
+    monkeypatch.setattr("quantc.passes.rotate.error_ratio", lambda *_: 0.5)

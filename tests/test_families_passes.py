@@ -26,8 +26,8 @@ RECIPE = Recipe.from_dict(
         "passes": [
             {"allocate": {"bits": 8, "group_size": 32}},
             "importance",
-            "rotate",
             "scale",
+            "rotate",
             {"compensate": {"rank": 2}},
             {"quantize": {"rounds": 1, "shrink": 0.1, "correct": 0.5}},
         ],
@@ -62,6 +62,7 @@ def check_report(name: str, report: Report) -> None:
     assert {label for label, reason in possible.items() if reason not in PROVEN} <= refused.keys()
 
 
+@pytest.mark.usefixtures("rotation_pays")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_passes_together_give_the_logits_of_the_rounded_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from quantc.checkpoint import CheckpointReader
 from quantc.errors import PassError, UsageError
 from quantc.graph import Activation, Linear
 from quantc.numerics.basis import Basis, Rounding
-from quantc.passes.group_channels import Choice, GroupChannels, GroupChannelsConfig, sample_rows, turn_groups
+from quantc.passes.group_channels import Choice, GroupChannels, GroupChannelsConfig, turn_groups
 from quantc.pipeline import check_order
 from quantc.plan import read_plan
 from quantc.recipe import Recipe
@@ -127,19 +127,6 @@ def test_what_would_cost_more_bits_stays_and_says_so() -> None:
     assert (spec, why) == (QuantSpec(3, 32), "per_oc: per_ic groups need more bits")
 
 
-@pytest.mark.parametrize(("n", "g"), [(10, 4), (300, 64), (1000, 64), (4096, 128), (513, 512), (5000, 24), (9, 9)])
-def test_samples_are_whole_groups_spread_over_the_outputs(n: int, g: int) -> None:
-    rows = sample_rows(n, g)
-    assert len(rows) >= min(n, 256)
-    assert rows.unique().numel() == len(rows)
-    assert int(rows[-1]) < n
-    if len(rows) < n:
-        groups = rows.reshape(-1, g)
-        assert bool((groups[:, 0] % g == 0).all())
-        assert bool((groups == groups[:, :1] + torch.arange(g)).all())
-        assert int(rows[-1]) >= n * (1 - 1 / len(groups)) - g
-
-
 @pytest.mark.parametrize(("rows", "expected"), [((400, 400), "per_ic"), ((400, 3), "per_oc"), ((2, 3), "per_oc")])
 def test_experts_that_saw_too_little_have_no_say(rows: tuple[int, int], expected: str) -> None:
     """Of two experts, the second prefers per_ic, and more strongly than the first prefers per_oc."""
@@ -174,6 +161,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.usefixtures("rotation_pays")
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
 def test_per_ic_weights_are_packed_loaded_and_run_as_they_were_rounded(family: str, chain: str, tmp_path: Path) -> None:

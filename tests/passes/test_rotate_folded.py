@@ -274,10 +274,11 @@ def test_it_composes_with_importance_and_scale(order: list[str], tmp_path: Path)
     assert difference(logits(quantc.load(tmp_path / "packed", dtype=torch.float32)), logits(model)) < 0.03
 
 
-def test_plain_rounding_stays_plain(tmp_path: Path) -> None:
+def test_before_plain_rounding_nothing_is_folded(tmp_path: Path) -> None:
     report = packed(tmp_path, build("llama"), recipe().with_settings(quantize={"method": "rtn"}))
     assert {linear.method for linear in report.linears} == {"rtn"}
-    assert report.rewrites["rotate"]["residual"] == 1
+    assert not report.rewrites
+    assert "residual_rotation" not in CheckpointReader(tmp_path / "packed").config["quantization_config"]
 
 
 def test_every_way_of_loading_rotates(tmp_path: Path) -> None:

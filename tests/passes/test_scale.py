@@ -187,15 +187,7 @@ def test_scaling_recovers_nearly_all_that_the_outliers_cost(
     assert lab.recovery([allocate], [allocate, "scale"], method=method) > 0.9  # measured: 0.99 and more
 
 
-# Rotated, the outliers' energy lies in a few directions of the inputs, which only error feedback can spare, and only
-# while it has the bits to: measured 0.92 at 4 bits, -20 without error feedback. At 3 bits 0.06 alone.
-def test_rotation_recovers_most_of_it_at_4_bits_and_needs_error_feedback(lab: OutlierLab) -> None:
-    allocate = {"allocate": {"bits": 4, "group_size": 32}}
-    assert lab.recovery([allocate], [allocate, "rotate"], method="gptq") > 0.5
-    assert lab.recovery([allocate], [allocate, "rotate"], method="rtn") < 0
-
-
 def test_rotation_and_scaling_together_recover_it_at_3_bits(lab: OutlierLab) -> None:
     allocate = {"allocate": {"bits": 3, "group_size": 32}}
-    assert lab.recovery([allocate], [allocate, "rotate", "scale"], method="gptq") > 0.9  # measured: 1.02
-    assert lab.kl(allocate, "rotate", "scale", method="gptq") < lab.kl(allocate, "scale", method="gptq")
+    assert lab.recovery([allocate], [allocate, "scale", "rotate"], method="gptq") > 0.9  # measured: 1.02
+    assert lab.kl(allocate, "scale", "rotate", method="gptq") < lab.kl(allocate, "scale", method="gptq")

@@ -12,6 +12,8 @@ from quantc.errors import UsageError
 from quantc.pipeline import check_order
 from quantc.presets import PRESETS, preset
 from quantc.recipe import DEFAULT, Recipe
+from tests.families import build
+from tests.helpers import save_with_tokenizer
 from tests.quantc.cli_runner import run
 
 
@@ -39,5 +41,10 @@ def test_a_preset_and_a_recipe_exclude_each_other() -> None:
 
 @pytest.mark.parametrize("name", ["balanced", "best"])
 def test_no_preset_rotates_before_plain_rounding(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"the preset {name} rotates, and a rotated model loses by plain rounding"):
-        quantc.quantize("nowhere", bits=4, preset=name, method="rtn", out=tmp_path / "out")
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    report = quantc.quantize(
+        tmp_path / "model", bits=4, preset=name, method="rtn", out=tmp_path / "out",
+        calib=str(tmp_path / "model/text.txt"), samples=4, seq_len=32,
+    )  # fmt: skip
+    assert {(linear.method, linear.spec.hadamard) for linear in report.linears} == {("rtn", 0)}
+    assert "rotate was left out: a rotated model loses by rounding to nearest" in report.notes

@@ -1,0 +1,37 @@
+"""Trials of a rounding: samples are whole groups, and what they lose stands for the whole weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantc.numerics.basis import Rounding
+from quantc.spec import QuantSpec
+from quantc.stats import output_energy
+from quantc.trial import lost_energy, sample_rows
+
+
+@pytest.mark.parametrize(("n", "g"), [(10, 4), (300, 64), (1000, 64), (4096, 128), (513, 512), (5000, 24), (9, 9)])
+def test_samples_are_whole_groups_spread_over_the_outputs(n: int, g: int) -> None:
+    rows = sample_rows(n, g, 256)
+    assert len(rows) >= min(n, 256)
+    assert rows.unique().numel() == len(rows)
+    assert int(rows[-1]) < n
+    if len(rows) < n:
+        groups = rows.reshape(-1, g)
+        assert bool((groups[:, 0] % g == 0).all())
+        assert bool((groups == groups[:, :1] + torch.arange(g)).all())
+        assert int(rows[-1]) >= n * (1 - 1 / len(groups)) - g
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("block", [0, 64])
+@pytest.mark.parametrize("spec", [QuantSpec(3, 32), QuantSpec(3, 50, "per_ic")], ids=QuantSpec.label)
+def test_a_sample_loses_what_the_whole_weight_loses(spec: QuantSpec, block: int, feedback: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 64, generator=generator) for rows in (1000, 400))
+    basis = Rounding(feedback).basis(x.T @ x, 400, block)
+    turned = basis.turn(weight)
+    whole = output_energy(basis.round(turned, spec).dequantize() - turned, basis.gram)
+    assert lost_energy(weight, basis, spec, 1000) == pytest.approx(whole, rel=1e-4)
+    assert lost_energy(weight, basis, spec, 200) == pytest.approx(whole, rel=0.1)
