@@ -157,7 +157,7 @@ CHAINS = {
     "rtn": [PER_IC, {"quantize": {"method": "rtn"}}],
     "gptq in order": [PER_IC, {"quantize": {"act_order": False}}],
     "refined, rotated, low rank": [PER_IC, "rotate", {"compensate": {"rank": 2}}, {"quantize": {"rounds": 1}}],
-    "chosen": [{"allocate": {"bits": 3, "group_size": 16}}, "group_channels", "quantize"],
+    "chosen": [{"allocate": {"bits": 3, "group_size": 16}}, "group_channels", {"quantize": {"shrink": 0.0}}],
 }
 
 
