@@ -11,7 +11,7 @@ from math import isfinite
 from typing import Any
 
 from .spec import QuantSpec
-from .units import duration, number, plural, ratio, size
+from .units import duration, number, plural, ratio, rewritten, size
 
 # Geometry of a chart panel, in SVG units.
 PANEL_WIDTH, PANEL_HEIGHT = 220, 64
@@ -88,8 +88,10 @@ def render(report: dict[str, Any]) -> str:
     sections = [
         _header(report),
         _chart(report["linears"]),
-        _list_kept(report["kept"]),
-        _list_notes(report["notes"]),
+        _section("Rewritten", [escape(line) for line in rewritten(report["rewrites"])]),
+        _section("Not rewritten", _with_reasons(report["refused"])),
+        _section("Kept as they are", _with_reasons(report["kept"])),
+        _section("Notes", [escape(note) for note in report["notes"]]),
     ]
     body = "\n".join(section for section in [*sections, _table(report["linears"])] if section)
     title = f"{escape(report['output'])} · quantc report"
@@ -168,13 +170,8 @@ def _kind(name: str) -> str:
     return found.group(1) if found else name
 
 
-def _list_kept(kept: dict[str, str]) -> str:
-    items = [f'{escape(name)} <span class="dim">{escape(reason)}</span>' for name, reason in kept.items()]
-    return _section("Kept as they are", items)
-
-
-def _list_notes(notes: list[str]) -> str:
-    return _section("Notes", [escape(note) for note in notes])
+def _with_reasons(reasons: dict[str, str]) -> list[str]:
+    return [f'{escape(name)} <span class="dim">{escape(reason)}</span>' for name, reason in reasons.items()]
 
 
 def _section(title: str, items: list[str]) -> str:

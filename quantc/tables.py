@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .spec import QuantSpec
-from .units import duration, number, plural, ratio, size
+from .units import duration, number, plural, ratio, rewritten, size
 
 WORST = 5  # linears named in the summary of a run
 Facts = list[tuple[str, str, str]]  # name, figure, what it means
@@ -26,7 +26,7 @@ def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType
     worst = sorted(report["linears"], key=_error, reverse=True)[:WORST]
     if worst:
         parts += [_heading("Largest errors"), _worst(worst)]
-    parts += _kept(report["kept"]) + _notes(report["notes"])
+    parts += _remarks(report)
     parts += [_heading("Next"), _command(next_command)]
     return Group(*parts)
 
@@ -39,7 +39,7 @@ def inspected(report: dict[str, Any]) -> RenderableType:
     for linear in report["linears"]:
         table.add_row(*_inspect_row(linear, stacks))
     parts = [table, _heading(report["output"]), _facts(_totals(report))]
-    return Group(*parts, *_kept(report["kept"]), *_notes(report["notes"]))
+    return Group(*parts, *_remarks(report))
 
 
 def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
@@ -130,25 +130,30 @@ def _inspect_row(linear: dict[str, Any], stacks: bool) -> list[str]:
     ]
 
 
-def _kept(kept: dict[str, str]) -> list[RenderableType]:
-    if not kept:
-        return []
-    reasons: dict[str, list[str]] = {}
-    for name, reason in kept.items():
-        reasons.setdefault(reason, []).append(name)
-    lines = [_kept_line(names, reason) for reason, names in reasons.items()]
-    return [_heading("Kept as they are"), _indented(Group(*lines))]
+def _remarks(report: dict[str, Any]) -> list[RenderableType]:
+    """What was rewritten, refused and kept, and the notes."""
+    return [
+        *_lines("Rewritten", [Text(line) for line in rewritten(report["rewrites"])]),
+        *_lines("Not rewritten", _by_reason(report["refused"])),
+        *_lines("Kept as they are", _by_reason(report["kept"])),
+        *_lines("Notes", [Text(note) for note in report["notes"]]),
+    ]
 
 
-def _kept_line(names: list[str], reason: str) -> Text:
+def _by_reason(reasons_of: dict[str, str]) -> list[Text]:
+    names_of: dict[str, list[str]] = {}
+    for name, reason in reasons_of.items():
+        names_of.setdefault(reason, []).append(name)
+    return [_reason_line(names, reason) for reason, names in names_of.items()]
+
+
+def _reason_line(names: list[str], reason: str) -> Text:
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return Text.assemble(", ".join(names[:2]) + more, (f"  {reason}", "dim"))
 
 
-def _notes(notes: list[str]) -> list[RenderableType]:
-    if not notes:
-        return []
-    return [_heading("Notes"), _indented(Group(*(Text(note) for note in notes)))]
+def _lines(title: str, lines: list[Text]) -> list[RenderableType]:
+    return [_heading(title), _indented(Group(*lines))] if lines else []
 
 
 def _command(words: list[str]) -> RenderableType:

@@ -50,3 +50,10 @@ def ratio(part: float, whole: float) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun, such as 1 linear or 3 linears."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def rewritten(rewrites: dict[str, dict[str, int]]) -> list[str]:
+    """A line for each pass: how many activations of which kind, or how many tensors, it has rewritten."""
+    return [
+        f"{by}: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) for by, kinds in rewrites.items()
+    ]

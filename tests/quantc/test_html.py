@@ -44,7 +44,15 @@ def linear(name: str, error: float, **more: Any) -> dict[str, Any]:
 
 
 def report(linears: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    base = {"model": "tiny", "output": "tiny-w4", "bits_per_weight": 4.156, "expert_fallbacks": 0, "kept": {}}
+    base = {
+        "model": "tiny",
+        "output": "tiny-w4",
+        "bits_per_weight": 4.156,
+        "expert_fallbacks": 0,
+        "kept": {},
+        "rewrites": {},
+        "refused": {},
+    }
     sizes = {"weights_bytes": 2_500_000, "source_bytes": 10_000_000, "peak_rss_bytes": 10**9}
     times = {"wall_seconds": 65.0, "cpu_seconds": 120.0, "calibration": "builtin", "notes": []}
     return {**base, **sizes, **times, "linears": linears, **more}
@@ -81,7 +89,7 @@ def test_all_text_is_escaped() -> None:
     evil = '<script>alert("x")</script>'
     everywhere = report(
         [linear(f"model.layers.0.{evil}", 0.1, method=evil)],
-        model=evil, output=evil, calibration=evil, kept={evil: evil}, notes=[evil],
+        model=evil, output=evil, calibration=evil, kept={evil: evil}, refused={evil: evil}, notes=[evil],
     )  # fmt: skip
     text = render(everywhere)
     assert evil not in text
@@ -109,3 +117,11 @@ def test_a_report_without_linears_is_a_page_without_chart() -> None:
     page = Page(render(report([])))
     assert "svg" not in page.tags
     assert "table" in page.tags
+
+
+def test_what_was_rewritten_and_what_was_not_is_told() -> None:
+    page = render(
+        report(rewrites={"scale": {"normed": 1200, "value": 4}}, refused={"rotate value": "nothing writes it"})
+    )
+    assert "<p>scale: 1,200 normed, 4 value</p>" in page
+    assert "nothing writes it" in page
