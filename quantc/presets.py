@@ -16,7 +16,7 @@ def _recipe(*passes: str, **quantize: float) -> Recipe:
 
 # fast: error feedback, and nothing to compute beside the weights at inference. balanced: inputs are rotated where that
 # pays, at the cost of a Hadamard transform for each activation. best: the same cost at inference, and four times the
-# CPU seconds to quantize. `importance` is in none: it takes 1 to 5 % off the KL divergence for twice the time.
+# CPU seconds to quantize. `importance` is in none: twice the time for no sure gain.
 PRESETS: dict[str, Recipe] = {
     "fast": DEFAULT,
     "balanced": _recipe("allocate", "rotate", "quantize"),
