@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+import quantc
 from quantc.calibration import CalibrationRun
 from quantc.derive import derive
 from quantc.frontend import open_model, to_meta
@@ -33,6 +34,12 @@ def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
     make_tokenizer(adds_bos=False).save_pretrained(folder)
     (folder / "text.txt").write_text(tiny_text())
     return folder
+
+
+def quantize_saved(folder: Path, **settings: Any) -> Report:
+    """Quantize what `save_with_tokenizer` put into `folder`/model, on its text, into `folder`/packed."""
+    text = str(folder / "model/text.txt")
+    return quantc.quantize(folder / "model", out=folder / "packed", calib=text, samples=4, seq_len=32, **settings)
 
 
 def opened_run(folder: Path) -> Run:

@@ -15,7 +15,7 @@ from quantc.formats import DENSE
 from quantc.frontend import open_model, to_meta
 from quantc.graph import ModelGraph
 from tests.families import FAMILIES, VOCAB, build
-from tests.helpers import save_with_tokenizer
+from tests.helpers import quantize_saved, save_with_tokenizer
 
 ROUTER = "it routes tokens to experts"
 TOKENS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -49,10 +49,7 @@ def test_quantize_write_load_gives_the_logits_of_the_rounded_model(
     monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
     model = build(name)
     save_with_tokenizer(model, tmp_path / "model")
-    report = quantc.quantize(
-        tmp_path / "model", bits=4, group_size=32, out=tmp_path / "packed", calib=str(tmp_path / "model/text.txt"),
-        samples=4, seq_len=32,
-    )  # fmt: skip
+    report = quantize_saved(tmp_path, bits=4, group_size=32)
     assert report.linears
     packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
     put_rounded_weights(model, tmp_path / "packed")

@@ -16,7 +16,7 @@ from quantc.passes.rotate import SMALLEST_BLOCK
 from quantc.recipe import Recipe
 from quantc.report import Report
 from tests.families import FAMILIES, build
-from tests.helpers import save_with_tokenizer
+from tests.helpers import quantize_saved, save_with_tokenizer
 from tests.quantc.test_rewrite import CHANGED, EXPECTED, KINDS, REFUSED, SHARED
 from tests.test_families import TOKENS, put_rounded_weights
 
@@ -70,10 +70,7 @@ def test_all_passes_together_give_the_logits_of_the_rounded_model(
     monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
     model = build(name)
     save_with_tokenizer(model, tmp_path / "model")
-    report = quantc.quantize(
-        tmp_path / "model", recipe=RECIPE, out=tmp_path / "packed", calib=str(tmp_path / "model/text.txt"), samples=4,
-        seq_len=32,
-    )  # fmt: skip
+    report = quantize_saved(tmp_path, recipe=RECIPE)
     check_report(name, report)
     packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from quantc.recipe import Recipe
 from quantc.spec import QuantSpec
 from quantc.stats import Gram, output_energy
 from tests.families import VOCAB, build
-from tests.helpers import block_works, in_memory_run, save_with_tokenizer
+from tests.helpers import block_works, in_memory_run, quantize_saved, save_with_tokenizer
 from tests.outliers import OutlierLab
 from tests.test_families import TOKENS, put_rounded_weights
 
@@ -32,10 +32,7 @@ FAMILIES = ["llama", "gpt2", "mixtral", "gemma3_text", "phi3"]
 def test_a_rotated_checkpoint_has_the_logits_of_the_rounded_model(family: str, tmp_path: Path) -> None:
     model = build(family)
     save_with_tokenizer(model, tmp_path / "model")
-    report = quantc.quantize(
-        tmp_path / "model", recipe=Recipe.from_dict(ROTATED), out=tmp_path / "packed",
-        calib=str(tmp_path / "model/text.txt"), samples=4, seq_len=32,
-    )  # fmt: skip
+    report = quantize_saved(tmp_path, recipe=Recipe.from_dict(ROTATED))
     assert report.linears
     assert all(linear.spec.hadamard == block_order(linear.shape[1]) for linear in report.linears)
     packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
@@ -51,10 +48,7 @@ def test_a_rotated_checkpoint_has_the_logits_of_the_rounded_model(family: str, t
 @pytest.mark.usefixtures("rotation_pays")
 def test_codes_belong_to_the_rotated_weight(tmp_path: Path) -> None:
     save_with_tokenizer(build("llama"), tmp_path / "model")
-    quantc.quantize(
-        tmp_path / "model", recipe=Recipe.from_dict(ROTATED), out=tmp_path / "packed",
-        calib=str(tmp_path / "model/text.txt"), samples=4, seq_len=32,
-    )  # fmt: skip
+    quantize_saved(tmp_path, recipe=Recipe.from_dict(ROTATED))
     packed = quantc.load(tmp_path / "packed", dtype=torch.float32)
     linear = packed.model.layers[0].self_attn.q_proj
     source = build("llama").model.layers[0].self_attn.q_proj.weight
