@@ -18,7 +18,7 @@ from torch import nn
 from .blocks import BlockCall
 from .graph import Block
 from .numerics.residual import turn
-from .rewrite import TOLERANCE, Edits, Proof, Refusal, gain_of, offset_of, weight_name
+from .rewrite import TOLERANCE, Edits, Proof, Refusal, bias_name, gain_of, offset_of, weight_name
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BlockTurn:
     def _moves_shift(self, norm: str, parameters: dict[str, nn.Parameter]) -> bool:
         """Whether every reader has a bias that can take the norm's: divided by small gains it would be large."""
         behind = [name for name, (_, before) in self.reads.items() if before == norm]
-        return all(name.endswith("weight") and _bias_of(name) in parameters for name in behind)
+        return all(name.endswith("weight") and bias_name(name) in parameters for name in behind)
 
     def _shifts(
         self, parameters: dict[str, nn.Parameter], norms: dict[str, _NormValues]
@@ -94,7 +94,7 @@ class BlockTurn:
         for weight, (dim, norm) in self.reads.items():
             if norm and norms[norm].shift_name and self._moves_shift(norm, parameters):
                 matrix = parameters[weight].detach().double().transpose(dim, -1)
-                yield _bias_of(weight), matrix @ norms[norm].shift
+                yield bias_name(weight), matrix @ norms[norm].shift
 
 
 def prove_turn(
@@ -136,7 +136,7 @@ def find_writers(block: Block, module: nn.Module, proof: Proof, width: int) -> d
         rest = [name for name in reversed(candidates) if name not in found]
         fresh = next((name for name in rest if _writes(module, proof, name, candidates[name], silent)), None)
         if fresh is None:
-            biases = [_bias_of(name) for name in found]
+            biases = [bias_name(name) for name in found]
             return found | {name: -1 for name in biases if name in candidates}  # one that is zero shows in no output
         found[fresh] = candidates[fresh]
 
@@ -196,10 +196,6 @@ def _values_of(norm: nn.Module, width: int) -> _NormValues:
     whole = offset + parameters[gain]
     shift = next((name for name in parameters if name != gain), "")
     return _NormValues(whole, parameters[shift] if shift else torch.zeros_like(whole), gain, shift, offset)
-
-
-def _bias_of(weight: str) -> str:
-    return weight.removesuffix("weight") + "bias"
 
 
 def _inside(block: Block, name: str) -> str:

@@ -63,6 +63,11 @@ def weight_name(block: Block, linear: Linear) -> str:
     return linear.weight_name.removeprefix(block.name + ".")
 
 
+def bias_name(weight: str) -> str:
+    """Name of the bias that stands beside a weight, where there is one."""
+    return weight.removesuffix("weight") + "bias"
+
+
 def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
     """The nearest powers of two: multiplying by them is exact in every float dtype."""
     return torch.exp2(torch.log2(scales).round())
@@ -127,17 +132,22 @@ def _output(norm: nn.Module, parameters: dict[str, torch.Tensor], changed: dict[
         return functional_call(norm, parameters | changed, (rows.to(next(norm.parameters()).device),))[0].double()
 
 
+def _only_writer(block: Block, item: Activation) -> Linear:
+    """The one linear that an activation is proportional to; raises Refusal."""
+    writers = [linear for linear in block.linears if linear.name in item.scaled_by and linear.kind != "stack"]
+    if len(writers) != 1:
+        raise Refusal("no single linear writes it")
+    return writers[0]
+
+
 def _divide_linear(
     block: Block, module: nn.Module, item: Activation, scales: torch.Tensor
 ) -> tuple[Edits, torch.Tensor]:
     """Rows of the one linear that writes the activation: v, or the side of a gate that is not activated."""
-    writers = [linear for linear in block.linears if linear.name in item.scaled_by and linear.kind != "stack"]
-    if len(writers) != 1:
-        raise Refusal("no single linear writes it")
-    linear, name = writers[0], weight_name(block, writers[0])
+    linear = _only_writer(block, item)
+    name, bias = weight_name(block, linear), bias_name(weight_name(block, linear))
     own = _scales_of_rows(scales, linear.shape[0], item)
     edits: Edits = {}
-    bias = name.removesuffix("weight") + "bias"
     if bias in dict(module.named_parameters()):
         own = powers_of_two(own)
         edits[bias] = module.get_parameter(bias).detach().double() / own
@@ -163,10 +173,8 @@ def rotate_heads(block: Block, module: nn.Module, item: Activation, order: int) 
 
     Attention mixes tokens, not channels: query heads that share a value head get its rotation. Raises Refusal.
     """
-    writers = [linear for linear in block.linears if linear.name in item.scaled_by and linear.kind != "stack"]
-    if len(writers) != 1 or not item.head_dim:
-        raise Refusal("no single linear writes it")
-    if item.width % writers[0].shape[0] or writers[0].shape[0] % item.head_dim:
+    writer = _only_writer(block, item)
+    if not item.head_dim or item.width % writer.shape[0] or writer.shape[0] % item.head_dim:
         raise Refusal("the linear that writes it writes something else too")
 
     def turned(name: str, dim: int) -> torch.Tensor:
@@ -174,9 +182,8 @@ def rotate_heads(block: Block, module: nn.Module, item: Activation, order: int) 
         heads = value.reshape(*value.shape[:-1], -1, item.head_dim)
         return rotate(heads, order).reshape(value.shape).transpose(dim, -1)
 
-    name = weight_name(block, writers[0])
-    edits = {name: turned(name, writers[0].rows)}
-    bias = name.removesuffix("weight") + "bias"
+    name, bias = weight_name(block, writer), bias_name(weight_name(block, writer))
+    edits = {name: turned(name, writer.rows)}
     if bias in dict(module.named_parameters()):
         edits[bias] = turned(bias, -1)
     for linear in block.linears:
