@@ -129,7 +129,7 @@ def main() -> None:
         for method in ("rtn", "gptq")
         for search in ("none", "published_scale", "scale")
     ]
-    write_json(args.out, {"model": args.model, "machine": machine(), "rows": rows})
+    write_json(args.out, {"model": Path(args.model).name, "machine": machine(), "rows": rows})
     print(markdown([{key: f"{v:.4f}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]))
 
 
