@@ -80,12 +80,11 @@ class GroupChannels(Pass):
         seen = [expert for expert, gram in enumerate(grams) if self.calibrated and guides(gram)]
         for expert in seen or range(work.experts(item)):
             gram, rows = (grams[expert].matrix, grams[expert].rows) if seen else (None, 0)
-            bases: dict[int, Basis] = {}
-            for choice in (each for each in choices if each.other is not None):
-                block = choice.planned.hadamard
-                if block not in bases:
-                    bases[block] = work.rounding.basis(gram, rows, block)
-                choice.add(work.weight(choice.linear, expert), bases[block], work.rounding)
+            open_choices = [choice for choice in choices if choice.other is not None]
+            bases = work.rounding.bases(gram, rows, [choice.planned for choice in open_choices])
+            for choice in open_choices:
+                basis = bases[choice.planned.hadamard]
+                choice.add(work.weight(choice.linear, expert), basis, work.rounding)
         return "output error" if seen else "weight error"
 
 

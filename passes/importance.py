@@ -87,9 +87,6 @@ class _StateFile:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._sample_bytes = 2 * prod(shape[1:])
 
-    def __del__(self) -> None:
-        self._file.close()
-
     def write(self, start: int, states: torch.Tensor) -> None:
         self._file.seek(start * self._sample_bytes)
         self._file.write(states.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().data)

@@ -90,8 +90,7 @@ class Quantize(Pass):
         for expert in range(work.experts(item)):
             rows = grams[expert].rows if grams else 0
             gram = grams[expert].matrix if rows else None
-            blocks = {outcome.spec.hadamard for outcome in outcomes}
-            bases = {block: self._basis(gram, rows, block, item.label) for block in blocks}
+            bases = self._bases(gram, rows, outcomes, item.label)
             guided = any(basis.factor for basis in bases.values())
             correction = drift.correction(gram, self.config.damp) if drift and guided and gram is not None else None
             for outcome in outcomes:
@@ -113,9 +112,9 @@ class Quantize(Pass):
         _check_scales(grid.scales, name)
         work.quantized[name] = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
 
-    def _basis(self, gram: torch.Tensor | None, rows: int, block: int, label: str) -> Basis:
+    def _bases(self, gram: torch.Tensor | None, rows: int, outcomes: list[Outcome], label: str) -> dict[int, Basis]:
         try:
-            return self.rounding.basis(gram, rows, block)
+            return self.rounding.bases(gram, rows, [outcome.spec for outcome in outcomes])
         except ArithmeticError as error:
             raise CalibrationError(
                 f"{label}: {error}; its calibration rows are not finite, so check the model and the text."

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 
 from ..graph import Activation, Linear
-from ..numerics.basis import Basis
 from ..pipeline import BlockWork, Fact, Pass, register
 from ..rewrite import Refusal
 from ..stats import Gram
@@ -96,13 +95,10 @@ def _error(work: BlockWork, readers: list[Linear], gram: torch.Tensor, rows: int
     """Output error of the readers, rounded with these scales on a sample of their output channels."""
     inverse = (1 / scales).to(gram)
     divided = gram * inverse[:, None] * inverse
-    bases: dict[int, Basis] = {}
+    specs = {linear: spec for linear in readers if (spec := work.run.plan.specs[linear.name])}
+    bases = work.rounding.bases(divided, rows, specs.values())
     total = 0.0
-    for linear in readers:
-        spec = work.run.plan.specs[linear.name]
-        assert spec is not None
-        if spec.hadamard not in bases:
-            bases[spec.hadamard] = work.rounding.basis(divided, rows, spec.hadamard)
+    for linear, spec in specs.items():
         weight = work.weight(linear)
         total += lost_energy(weight * scales.to(weight), bases[spec.hadamard], spec, SAMPLED_ROWS)
     return total

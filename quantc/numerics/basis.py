@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,8 +39,14 @@ class Rounding:
         if not self.feedback:
             return Basis.unguided(gram, rows, block)
         if gram is not None and self.shrink:
-            gram = gram.lerp(gram.diagonal().diag(), self.shrink)
+            shrunk = gram * (1 - self.shrink)
+            shrunk.diagonal().copy_(gram.diagonal())
+            gram = shrunk
         return Basis.of(gram, rows, block, self.damp, self.act_order)
+
+    def bases(self, gram: torch.Tensor | None, rows: int, specs: Iterable[QuantSpec]) -> dict[int, Basis]:
+        """`basis` for every rotation among specs, by the order of its blocks."""
+        return {block: self.basis(gram, rows, block) for block in {spec.hadamard for spec in specs}}
 
 
 @dataclass
