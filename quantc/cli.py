@@ -61,7 +61,11 @@ QUANTIZE_OPTIONS = options(
     option("--samples", type=COUNT, help="Windows of calibration text. [default: 64]"),
     option("--seq-len", type=COUNT, help="Tokens per window. [default: 512]"),
     option("--seed", type=Whole(0), help="Seed of everything random. [default: 0]"),
-    option("--preset", type=PRESETS, help="fast: gptq; balanced: also rotated; best: also searched. [default: fast]"),
+    option(
+        "--preset",
+        type=PRESETS,
+        help="fast: gptq; balanced: also rotated; best: also scaled, corrected. [default: fast]",
+    ),
     option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
     option("--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."),
     DEVICE_OPTION,
