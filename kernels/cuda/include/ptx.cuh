@@ -157,6 +157,13 @@ INLINE uint4 load_once(const uint4* pointer) {
     return v;
 }
 
+// What another block may have written during this launch: past the first-level cache, which knows nothing of it.
+INLINE float load_fresh(const float* pointer) {
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(pointer) : "memory");
+    return value;
+}
+
 template <class V>
 INLINE V ld_shared(const V* pointer) {
     return *pointer;
