@@ -137,7 +137,7 @@ def describe_cupy() -> str:
 
 def describe_cuda_kernels() -> str:
     """One sentence for each kind of GPU: the CUDA kernels are ready, or why they cannot run."""
-    places = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    places: list[torch.device | None] = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return " ".join(dict.fromkeys(map(_cuda_kernels_on, places or [None])))
 
 

@@ -104,9 +104,7 @@ class FakeMachine:
 
     def _install_torch(self) -> None:
         self.monkeypatch.setattr(torch.version, "cuda", "13.0")
-        self.torch_cuda(
-            is_available=True, device_count=2, get_device_capability=(9, 0), get_device_name="NVIDIA H100"
-        )
+        self.torch_cuda(is_available=True, device_count=2, get_device_capability=(9, 0), get_device_name="NVIDIA H100")
         self.monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
         self.monkeypatch.setattr(
             torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=self.streams[index])
