@@ -27,3 +27,7 @@ class CheckpointError(QuantcError):
 
 class PassError(QuantcError):
     """Passes are in an order that cannot work, or a pass broke what it promised to keep."""
+
+
+class KernelError(QuantcError):
+    """A compiled kernel cannot be built, loaded or started on this machine."""

@@ -31,3 +31,17 @@ class Launch:
     block: tuple[int, int, int]
     shared: int
     arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a program may take on every architecture; spilling registers is never allowed.
+
+    registers: per thread. shared_bytes: static shared memory per block. minimum_arch: the first that can run it, as
+    in sm_80. everyday: compiled by the fast tests too; the others wait for the slow ones.
+    """
+
+    registers: int
+    shared_bytes: int
+    minimum_arch: int = 75
+    everyday: bool = True

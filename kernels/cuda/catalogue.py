@@ -1,0 +1,15 @@
+"""Every program that the CUDA kernels use, with its budget: what the tests compile for every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .program import Budget, Program
+
+# One function of each launcher module; a new launcher adds its own here.
+LAUNCHERS: tuple[Callable[[], dict[Program, Budget]], ...] = ()
+
+
+def programs() -> dict[Program, Budget]:
+    """The variants of all launchers."""
+    return {program: budget for variants in LAUNCHERS for program, budget in variants().items()}

@@ -1,0 +1,50 @@
+"""Compiled kernels on disk, by key. Whatever is wrong with the folder or a file in it: the answer is "not there"."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def folder() -> Path:
+    """Where entries lie: in $QUANTC_CACHE, else in quantc/ of $XDG_CACHE_HOME or ~/.cache; there a subfolder cuda."""
+    own, shared = os.environ.get("QUANTC_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    base = Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "quantc"
+    return base / "cuda"
+
+
+def load(key: str) -> bytes | None:
+    """What was stored under a key; None if nothing was, or if it cannot be read or its checksum is wrong."""
+    try:
+        data = (folder() / key).read_bytes()
+    except OSError:
+        return None
+    digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else None
+
+
+def store(key: str, content: bytes) -> None:
+    """Keep content under a key. The file appears whole, so other processes may read and write the same key."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        _write_whole(folder() / key, hashlib.sha256(content).digest() + content)
+    except OSError as error:
+        log.debug("a compiled kernel is not kept in %s: %s", folder(), error)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
