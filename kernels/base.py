@@ -13,7 +13,7 @@ Prepared = Any
 
 
 class Kernel(Protocol):
-    """A way to compute y = x W^T for a packed weight W (N, K).
+    """A way to compute y = x W^T + bias for a packed weight W (N, K), x rotated first where the spec says so.
 
     name: shown by `quantc doctor`. supports: None, or the reason why not, as the end of a sentence that starts
     with the kernel's name. prepare: the stored parts in the order the kernel wants, once at load time. run: y.
@@ -27,5 +27,5 @@ class Kernel(Protocol):
 
     def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Prepared: ...
 
-    def run(self, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
-        """x (..., K) of the prepared dtype to y (..., N) of the same dtype, without bias."""
+    def run(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., K) of the prepared dtype to y (..., N) of the same dtype; bias (N,) of any floating dtype."""

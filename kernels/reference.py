@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ..formats import DENSE, Parts
+from ..numerics.hadamard import rotate
 from ..spec import QuantSpec
 
 
@@ -31,12 +32,13 @@ class Reference:
     def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> PackedParts:
         return PackedParts(parts, spec, shape)
 
-    def run(self, x: torch.Tensor, prepared: PackedParts) -> torch.Tensor:
+    def run(self, x: torch.Tensor, prepared: PackedParts, bias: torch.Tensor | None = None) -> torch.Tensor:
+        x = rotate(x, prepared.spec.hadamard) if prepared.spec.hadamard else x
         tensor = DENSE.unpack(prepared.parts, prepared.spec, prepared.shape)
         y = F.linear(x, tensor.dequantize(x.dtype))
         if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
             y = y + F.linear(F.linear(x, tensor.low_rank_a.to(x.dtype)), tensor.low_rank_b.to(x.dtype))
-        return y
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 REFERENCE = Reference()

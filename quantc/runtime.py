@@ -16,7 +16,6 @@ from .errors import CheckpointError
 from .formats import DENSE, Parts
 from .kernels.base import Prepared
 from .kernels.registry import choose
-from .numerics.hadamard import rotate
 from .residual_hooks import attach
 from .spec import QuantSpec
 
@@ -37,8 +36,8 @@ class _Packed(nn.Module):
         tensors = {name: getattr(self, name) for name in self._parts}
         return tensors if expert is None else {name: tensor[expert] for name, tensor in tensors.items()}
 
-    def multiply(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-        """x (..., K) to x W^T (..., N), by the kernel chosen for x's device and dtype."""
+    def multiply(self, x: torch.Tensor, expert: int | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., K) to x W^T + bias (..., N), by the kernel chosen for x's device and dtype."""
         key = (-1 if expert is None else expert, x.dtype, x.device)
         found = self._prepared.get(key)
         if found is None:
@@ -46,7 +45,7 @@ class _Packed(nn.Module):
             found = kernel, kernel.prepare(self.parts(expert), self.spec, self.matrix_shape, x.dtype)
             self._prepared[key] = found
         kernel, prepared = found
-        return kernel.run(rotate(x, self.spec.hadamard) if self.spec.hadamard else x, prepared)
+        return kernel.run(x, prepared, bias)
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The whole weight (or one expert's), unpacked."""
@@ -91,8 +90,7 @@ class QuantLinear(_Packed):
         return stand_in
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.multiply(x, bias=self.bias)
 
 
 class PackedWeight(_Packed):
@@ -126,7 +124,7 @@ class PackedWeight(_Packed):
         if func is F.embedding and isinstance(args[1], PackedWeight):
             return args[1].rows(args[0])
         if func is F.linear and isinstance(args[1], PackedWeight):
-            return _with_bias(args[1].multiply(args[0]), args, kwargs)
+            return args[1].multiply(args[0], bias=_bias_of(args, kwargs))
         if name in ("bmm", "matmul", "__matmul__") and isinstance(args[1], PackedWeight):
             stack = args[1]
             return torch.stack([stack.multiply(x, expert) for expert, x in enumerate(args[0])])
@@ -171,16 +169,17 @@ class ExpertWeight:
         name = getattr(func, "__name__", "")
         if (func is F.linear or name in ("matmul", "__matmul__", "mm")) and isinstance(args[1], ExpertWeight):
             weight = args[1]
-            return _with_bias(weight.stack.multiply(args[0], weight.expert), args, kwargs)
+            return weight.stack.multiply(args[0], weight.expert, _bias_of(args, kwargs))
         raise CheckpointError(
             f"the model uses an expert's packed weight in {name}, which works on unpacked weights only; "
             "quantize this model with its experts kept."
         )
 
 
-def _with_bias(y: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> torch.Tensor:
-    bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-    return y if bias is None else y + bias.to(y.dtype)
+def _bias_of(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> torch.Tensor | None:
+    """Of a call of F.linear or matmul; the latter has none."""
+    bias: torch.Tensor | None = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+    return bias
 
 
 def install(model: nn.Module, entries: dict[str, PackedEntry], residual: ResidualRotation | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ...formats import DENSE, Parts
+from ...numerics.hadamard import rotate
 from ...spec import QuantSpec
 from ..base import Prepared
 
@@ -25,6 +26,7 @@ class Int4Weight:
     packed: torch.Tensor  # uint8 (N, K / 2), torch's own order
     scales_and_zeros: torch.Tensor  # bfloat16 (K / g, N, 2): scale, and what code 8 stands for
     group_size: int
+    hadamard: int  # order of the input's rotation, 0 for none
 
 
 class TorchInt4:
@@ -57,14 +59,17 @@ class TorchInt4:
             torch.ops.aten._convert_weight_to_int4pack_for_cpu(tensor.codes.to(torch.int32), 1),
             pairs.transpose(0, 1).contiguous().to(dtype),
             spec.group_length(shape),
+            spec.hadamard,
         )
 
-    def run(self, x: torch.Tensor, prepared: Int4Weight) -> torch.Tensor:
+    def run(self, x: torch.Tensor, prepared: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        x = rotate(x, prepared.hadamard) if prepared.hadamard else x
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, prepared.packed, prepared.group_size, prepared.scales_and_zeros
         )
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 TORCH_INT4 = TorchInt4()

@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     decode(const uint4* tiles, const u16* scales, const u8* zeros, const u16* x, u16* y, const u16* bias,
            const u16* low_rank_b, const float* low_rank_t, float* partial, int* counters, int M, int N, int K,
            int tiles_k, int group, int groups, int rank) {
-    __shared__ __align__(16) float parts[WARPS * TOKENS * TOKEN_STRIDE];
+    __shared__ float parts[WARPS * TOKENS * TOKEN_STRIDE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int strip = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
     const int share = split * WARPS + warp, shares = splits * WARPS;

@@ -1,0 +1,195 @@
+"""The packed matmul on NVIDIA GPUs as a torch operator, and as a kernel for the registry."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.nn import functional as F
+
+from ...formats import Parts
+from ...numerics.hadamard import rotate
+from ...spec import QuantSpec
+from . import packed
+from .crossover import crossover
+from .device import device_index, shared_limit, unavailable
+from .launch import launch, refusal
+from .layout import CODE_BITS, CudaWeight, Variant, prepare, sets_in_tile
+from .packed import ELEMENTS, Device, Product, Workspace
+from .program import Program
+
+X_STEP = 8  # inputs: a row of x is read 16 bytes at a time
+WORKSPACE_FLOATS = 8 << 20  # room for the sums of 264 blocks of 256 rows and 64 tokens, twice
+WORKSPACE_COUNTERS = 1 << 16
+MATMUL_FROM = 80  # compute capability with asynchronous copies
+
+LIBRARY = torch.library.Library("quantc", "FRAGMENT")
+LIBRARY.define(
+    "cuda_matmul(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, Tensor? low_rank_a, Tensor? low_rank_b, "
+    "Tensor? bias, int n, int bits, bool per_ic, int sets, int group, int groups, int hadamard) -> Tensor"
+)
+
+
+class CudaPacked:
+    """Own CUDA kernels for float16 and bfloat16: y is computed from packed weights, and only for many tokens through
+    the unpacked weight."""
+
+    name = "cuda"
+
+    def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+        _, k = shape
+        reason = unavailable(device)
+        if reason is not None:
+            return reason
+        capability = _capability(device_index(device))
+        unit = 32 if spec.grouping == "per_oc" else 16
+        checks = [
+            (dtype in ELEMENTS, f"runs in float16 and bfloat16, not in {str(dtype)[6:]}"),
+            (dtype != torch.bfloat16 or capability >= MATMUL_FROM, "needs compute capability 8.0 for bfloat16"),
+            (spec.bits in CODE_BITS, f"has codes of {', '.join(map(str, CODE_BITS))} bits, not {spec.bits}"),
+            (k % X_STEP == 0, f"needs inputs in steps of {X_STEP}, not {k}"),
+            (
+                sets_in_tile(spec, shape) is not None,
+                f"needs {spec.grouping} groups of a multiple of {unit}, not {spec.group_length(shape)}",
+            ),
+        ]
+        reason = next((reason for holds, reason in checks if not holds), None)
+        if reason is not None:
+            return reason
+        variant = Variant(spec.bits, spec.grouping == "per_ic", spec.symmetric, sets_in_tile(spec, shape) or 1)
+        needed = _programs(variant, dtype, capability, shared_limit(device_index(device)))
+        return next(filter(None, (refusal(program, device, shared) for program, shared in needed)), None)
+
+    def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> CudaWeight:
+        return prepare(parts, spec, shape)
+
+    def run(self, x: torch.Tensor, prepared: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        w, v = prepared, prepared.variant
+        y: torch.Tensor = torch.ops.quantc.cuda_matmul(
+            x, w.tiles, w.scales, w.zeros, w.low_rank_a, w.low_rank_b, bias,
+            w.shape[0], v.bits, v.per_ic, v.sets, w.group, w.groups, w.hadamard,
+        )  # fmt: skip
+        return y
+
+
+CUDA_PACKED = CudaPacked()
+
+
+@torch.library.impl(LIBRARY, "cuda_matmul", "CUDA")
+def _cuda_matmul(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    low_rank_a: torch.Tensor | None,
+    low_rank_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    bits: int,
+    per_ic: bool,
+    sets: int,
+    group: int,
+    groups: int,
+    hadamard: int,
+) -> torch.Tensor:
+    k = x.shape[-1]
+    variant = Variant(bits, per_ic, zeros is None, sets)
+    weight = CudaWeight(variant, (n, k), tiles, scales, zeros, group, groups, low_rank_a, low_rank_b, hadamard)
+    return multiply(x, weight, bias)
+
+
+@torch.library.register_fake("quantc::cuda_matmul", lib=LIBRARY)
+def _fake_cuda_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor:
+    n = weight_and_bias[6]
+    assert isinstance(n, int)
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def multiply(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it."""
+    n, k = weight.shape
+    turned = rotate(x, weight.hadamard) if weight.hadamard else x
+    rows = _aligned(turned.reshape(-1, k))
+    y = x.new_empty(*x.shape[:-1], n)
+    if y.numel() == 0:
+        return y
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    index = device_index(x.device)
+    if rows.shape[0] >= crossover(_capability(index)) and rows.shape[0] > packed.DECODE_TOKENS[-1]:
+        return _through_unpacked(rows, weight, bias, y)
+    low_rank_t = None
+    if weight.low_rank_a is not None:
+        low_rank_t = F.linear(rows, weight.low_rank_a.to(rows.dtype)).float()
+    product = Product(rows, y.view(-1, n), weight, bias, low_rank_t)
+    shape = packed.decode_launch if rows.shape[0] <= packed.DECODE_TOKENS[-1] else packed.matmul_launch
+    launch(shape(product, _device(index), _workspace(index, torch.cuda.current_stream(index).cuda_stream)))
+    return y
+
+
+def _through_unpacked(
+    rows: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None, y: torch.Tensor
+) -> torch.Tensor:
+    n, _ = weight.shape
+    stream = torch.cuda.current_stream(rows.device).cuda_stream
+    unpacked = _unpacked_buffer(device_index(rows.device), stream, rows.dtype, weight.shape)
+    launch(packed.dequantize_launch(weight, unpacked))
+    out = y.view(-1, n)
+    if bias is None:
+        torch.mm(rows, unpacked.T, out=out)
+    else:
+        torch.addmm(bias, rows, unpacked.T, out=out)
+    if weight.low_rank_a is not None and weight.low_rank_b is not None:
+        t = F.linear(rows, weight.low_rank_a.to(rows.dtype))
+        out.addmm_(t, weight.low_rank_b.to(rows.dtype).T)
+    return y
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Contiguous, at an address that 16-byte loads can start from."""
+    rows = rows.contiguous()
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
+def _programs(variant: Variant, dtype: torch.dtype, capability: int, limit: int) -> list[tuple[Program, int]]:
+    """With the dynamic shared memory of each."""
+    needed = [(packed.decode_program(variant, dtype, tokens), 0) for tokens in packed.DECODE_TOKENS]
+    needed.append((packed.dequantize_program(variant, dtype), 0))
+    if capability >= MATMUL_FROM:
+        needed += [packed.matmul_program_for(variant, dtype, tokens, limit) for tokens in packed.MATMUL_TOKENS]
+    return needed
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    return Device(torch.cuda.get_device_properties(index).multi_processor_count, shared_limit(index))
+
+
+# Streams run beside each other and must not share these; a stream's launches run one after another and may.
+
+
+@functools.cache
+def _workspace(index: int, stream: int) -> Workspace:
+    device = torch.device("cuda", index)
+    return Workspace(
+        torch.empty(WORKSPACE_FLOATS, device=device),
+        torch.zeros(WORKSPACE_COUNTERS, dtype=torch.int32, device=device),
+    )
+
+
+_buffers: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+
+
+def _unpacked_buffer(index: int, stream: int, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """Room for one unpacked weight (N, K), kept: as large as the largest so far."""
+    size = shape[0] * shape[1]
+    found = _buffers.get((index, stream, dtype))
+    if found is None or found.numel() < size:
+        found = torch.empty(size, dtype=dtype, device=torch.device("cuda", index))
+        _buffers[index, stream, dtype] = found
+    return found[:size].view(shape)

@@ -1,0 +1,155 @@
+"""The packed matmul, run on a CPU under sanitizers, against the dequantized weight in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from quantc.formats import DENSE
+from quantc.kernels.cuda import packed
+from quantc.kernels.cuda.layout import CODE_BITS, CudaWeight, prepare
+from quantc.kernels.cuda.packed import Device, Product, Workspace
+from quantc.kernels.cuda.program import Launch
+from quantc.spec import WHOLE_ROW, QuantSpec
+from tests.kernels.test_kernels import random_qtensor
+from tests.simt.harness import run, unavailable
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+SMALL = Device(multiprocessors=2, shared_limit=99 * 1024)  # so that K is split, and as on GPUs for games
+LARGE = Device(multiprocessors=132, shared_limit=227 * 1024)
+ONE = Device(multiprocessors=1, shared_limit=99 * 1024)
+Shape = Callable[[Product, Device, Workspace], Launch]
+DTYPES = (torch.float16, torch.bfloat16)
+
+# Every code width, both groupings with every number of sets, symmetric and not, low-rank parts; N and K that end
+# inside a tile; groups that end inside one, span several, or leave the last one short.
+CASES = [
+    (QuantSpec(2, 96), (64, 704), 1),
+    (QuantSpec(2, 64, "per_ic"), (130, 72), 3),
+    (QuantSpec(3, WHOLE_ROW), (130, 200), 8),
+    (QuantSpec(3, 32, "per_ic"), (100, 200), 5),
+    (QuantSpec(3, 128), (7, 640), 16),
+    (QuantSpec(4, 64), (70, 136), 3),
+    (QuantSpec(4, 32, rank=3), (64, 320), 9),
+    (QuantSpec(4, 256, symmetric=True), (65, 520), 2),
+    (QuantSpec(4, WHOLE_ROW, "per_ic", symmetric=True), (1, 8), 1),
+    (QuantSpec(5, 16, "per_ic"), (100, 72), 5),
+    (QuantSpec(5, 64), (33, 200), 11),
+    (QuantSpec(6, 128), (64, 1024), 12),
+    (QuantSpec(6, 48, "per_ic", rank=2), (96, 64), 4),
+    (QuantSpec(8, 64, symmetric=True), (40, 256), 16),
+    (QuantSpec(8, 32), (72, 104), 7),
+]
+
+
+def workspace() -> Workspace:
+    """As uninitialised as on a GPU: a sum that nobody wrote shows."""
+    return Workspace(torch.full((1 << 18,), float("nan")), torch.zeros(256, dtype=torch.int32))
+
+
+def check(shape: Shape, spec: QuantSpec, size: tuple[int, int], m: int, dtype: torch.dtype, device: Device) -> Launch:
+    tensor = random_qtensor(spec, size)
+    weight = prepare(DENSE.pack(tensor), spec, size)
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, size[1], generator=generator).to(dtype)
+    bias = torch.randn(size[0], generator=generator).to(dtype)
+    y, space = torch.full((m, size[0]), float("nan"), dtype=dtype), workspace()
+    low_rank_t = None if tensor.low_rank_a is None else x.float() @ tensor.low_rank_a.float().T
+    launch = shape(Product(x, y, weight, bias, low_rank_t), device, space)
+    run(launch)
+    matrix = tensor.effective_weight().double()
+    expected = x.double() @ matrix.T + bias.double()
+    # Weights are rounded to the dtype at most once, and so is the result.
+    allowed = 2 * torch.finfo(dtype).eps * (x.double().abs() @ matrix.abs().T + bias.double().abs() + 1)
+    assert float(((y.double() - expected).abs() / allowed).max()) <= 1
+    assert not space.counters.any()
+    return launch
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "size", "m"), CASES, ids=str)
+def test_decode(spec: QuantSpec, size: tuple[int, int], m: int, dtype: torch.dtype) -> None:
+    check(packed.decode_launch, spec, size, m, dtype, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "m"),
+    [(spec, size, 3 * m + 10 * (index % 3)) for index, (spec, size, m) in enumerate(CASES)],
+    ids=str,
+)
+def test_matmul(spec: QuantSpec, size: tuple[int, int], m: int) -> None:
+    check(packed.matmul_launch, spec, size, m, DTYPES[m % 2], SMALL)
+
+
+def test_more_tokens_and_rows_than_a_block_has() -> None:
+    launch = check(packed.matmul_launch, QuantSpec(4, 32), (300, 128), 70, torch.float16, ONE)
+    assert launch.grid[0] == 2
+    assert launch.grid[2] == 2
+
+
+def test_a_pipeline_is_as_deep_as_shared_memory_allows() -> None:
+    spec, size = QuantSpec(8, 64), (64, 512)
+    deep = check(packed.matmul_launch, spec, size, 40, torch.bfloat16, LARGE)
+    shallow = check(packed.matmul_launch, spec, size, 40, torch.bfloat16, SMALL)
+    assert dict(deep.program.defines)["STAGES"] == 4
+    assert dict(shallow.program.defines)["STAGES"] == 3
+    assert shallow.shared <= SMALL.shared_limit < deep.shared
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_splitting_k_changes_no_more_than_the_order_of_sums(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "best_splits", lambda *_: splits)
+    for shape in (packed.decode_launch, packed.matmul_launch):
+        assert check(shape, QuantSpec(3, 64), (70, 328), 6, torch.float16, SMALL).grid[1] == splits
+
+
+def test_the_same_bits_whatever_block_ends_last() -> None:
+    tensor = random_qtensor(QuantSpec(4, 64), (64, 1024))
+    weight = prepare(DENSE.pack(tensor), tensor.spec, tensor.shape)
+    x = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0)).half()
+    results = []
+    for backwards in (False, True):
+        y = torch.empty(2, 64, dtype=torch.float16)
+        launch = packed.decode_launch(Product(x, y, weight), SMALL, workspace())
+        assert launch.grid[1] > 1
+        run(launch, backwards=backwards)
+        results.append(y)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_the_unpacked_weight_is_the_reference_bit_for_bit(bits: int, dtype: torch.dtype) -> None:
+    for group, grouping, symmetric in ((32, "per_oc", False), (16, "per_ic", False), (64, "per_oc", True)):
+        spec, size = QuantSpec(bits, group, grouping, symmetric), (70, 136)  # type: ignore[arg-type]
+        tensor = random_qtensor(spec, size)
+        weight: CudaWeight = prepare(DENSE.pack(tensor), spec, size)
+        out = torch.full(size, float("nan"), dtype=dtype)
+        run(packed.dequantize_launch(weight, out))
+        assert torch.equal(out, tensor.dequantize(torch.float32).to(dtype))
+
+
+def test_every_code_with_every_zero_point() -> None:
+    """Scales of one: weights are whole numbers, and exact in both types."""
+    for bits, dtype in itertools.product(CODE_BITS, DTYPES):
+        spec, size = QuantSpec(bits, 64), (64, 1 << max(bits, 3))
+        tensor = random_qtensor(spec, size)
+        assert tensor.zeros is not None
+        tensor.codes = torch.arange(size[1], dtype=torch.uint8).remainder(1 << bits).expand(size).contiguous()
+        tensor.scales.fill_(1)
+        tensor.zeros.copy_(torch.arange(tensor.zeros.numel()).remainder(1 << bits).view_as(tensor.zeros))
+        out = torch.empty(size, dtype=dtype)
+        run(packed.dequantize_launch(prepare(DENSE.pack(tensor), spec, size), out))
+        assert torch.equal(out.float(), tensor.dequantize(torch.float32))
+
+
+def test_splits_fill_the_gpu_and_fit_the_workspace() -> None:
+    assert packed.best_splits(64, 64, 8, 132, 1000) == 4  # 4096 x 4096: 256 blocks on 264 places
+    assert packed.best_splits(1000, 64, 8, 132, 1000) == 1
+    assert packed.best_splits(64, 64, 8, 132, 2) == 2
+    assert packed.best_splits(1, 3, 8, 132, 1000) == 1  # no tile for a second split
+    assert packed.best_splits(4, 64, 1, 132, 0) == 1
