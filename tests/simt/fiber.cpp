@@ -84,20 +84,20 @@ static void print_threads() {
     const int count = (int)threads.size();
     for (int first = 0, last; first < count; first = last) {
         const Thread& one = threads[first];
-        const bool left = one.state == State::left;
+        const bool waits = one.state == State::at_barrier || one.state == State::at_warp_operation;
         for (last = first + 1; last < count; ++last) {
             const Thread& next = threads[last];
             if (next.state != one.state) break;
-            if (!left && (std::strcmp(next.operation, one.operation) || !same(next.site, one.site))) break;
+            if (waits && (std::strcmp(next.operation, one.operation) || !same(next.site, one.site))) break;
         }
         if (last == first + 1)
             std::fprintf(stderr, "  thread %d ", first);
         else
             std::fprintf(stderr, "  threads %d-%d ", first, last - 1);
-        if (left)
-            std::fprintf(stderr, "left the kernel\n");
-        else
+        if (waits)
             std::fprintf(stderr, "at %s (%s)\n", one.operation, text(one.site).c_str());
+        else
+            std::fprintf(stderr, one.state == State::left ? "left the kernel\n" : "still on the way\n");
     }
 }
 
@@ -120,7 +120,6 @@ static void run_next() {
     if (block.ready.empty()) stuck();
     current = block.ready.front();
     block.ready.pop_front();
-    current->state = State::ready;
     threadIdx = current->index;
     if (&current->stack != running) switch_to(current->stack);
 }
@@ -129,6 +128,7 @@ static void run_next() {
 static void release(Thread* threads, int count) {
     for (int i = 0; i < count; ++i) {
         Thread& thread = threads[block.backwards ? count - 1 - i : i];
+        thread.state = State::ready;
         block.ready.push_back(&thread);
     }
 }

@@ -18,7 +18,15 @@ from quantc.kernels.cuda.program import Argument, Launch, Program
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "kernels" / "cuda"
-COMMON = ("g++", "-g", "-std=c++17", "-fno-omit-frame-pointer", "-DQUANTC_HOST", f"-I{KERNELS / 'include'}", f"-I{HERE}")
+COMMON = (
+    "g++",
+    "-g",
+    "-std=c++17",
+    "-fno-omit-frame-pointer",
+    "-DQUANTC_HOST",
+    f"-I{KERNELS / 'include'}",
+    f"-I{HERE}",
+)
 RUNTIME = (*COMMON, "-O2", "-c")
 # contract=off: a * b + c stays two roundings, so that what must be one is written as fmaf. Locals that were never
 # written hold a pattern (-1.7e38 as a float) and not by chance a zero.

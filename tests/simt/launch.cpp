@@ -35,8 +35,10 @@ std::vector<Argument> read_arguments(const char* path, Header& header) {
 void write_buffers(const char* path) {
     FILE* file = std::fopen(path, "wb");
     if (!file) fail("cannot write %s", path);
-    for (const Buffer& buffer : buffers)
-        if (buffer.size && std::fwrite(buffer.memory, 1, buffer.size, file) != buffer.size) fail("cannot write %s", path);
+    for (const Buffer& buffer : buffers) {
+        const size_t written = buffer.size ? std::fwrite(buffer.memory, 1, buffer.size, file) : 0;
+        if (written != buffer.size) fail("cannot write %s", path);
+    }
     if (std::fclose(file)) fail("cannot write %s", path);
 }
 

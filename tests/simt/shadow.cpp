@@ -11,7 +11,7 @@ extern "C" char __data_start, _end;  // the linker's: static variables lie betwe
 
 namespace simt {
 
-// When, as far as order goes. Barriers are counted over all blocks: a count before the block's first is another block's.
+// When, as far as order goes. Barriers are counted over all blocks: a count before the block's first is another's.
 struct Access {
     u32 epoch, warp_epoch;
     u16 thread, line;
@@ -47,7 +47,8 @@ static Cell& cell_at(size_t address) {
 
 static std::string name_byte(size_t address) {
     const size_t base = (size_t)dynamic_shared.memory;
-    if (address - base < dynamic_shared.size) return "byte " + std::to_string(address - base) + " of dynamic shared memory";
+    const bool dynamic = address - base < dynamic_shared.size;
+    if (dynamic) return "byte " + std::to_string(address - base) + " of dynamic shared memory";
     char name[256] = "";
     void* start = nullptr;
     size_t size = 0;
@@ -69,8 +70,8 @@ static void check_access(const char* what, const void* pointer, size_t size, siz
     }
     const long long offset = (long long)(address - base);
     if (offset > -(1 << 20) && offset < (1 << 20) && __asan_region_is_poisoned((void*)pointer, size))
-        fail_at(site, "%s out of bounds: %zu bytes at byte %lld of %zu bytes of dynamic shared memory", what, size, offset,
-                dynamic_shared.size);
+        fail_at(site, "%s out of bounds: %zu bytes at byte %lld of %zu bytes of dynamic shared memory", what, size,
+                offset, dynamic_shared.size);
     fail_at(site, "%s: the address is not in shared memory", what);
 }
 
@@ -102,8 +103,9 @@ static void record_read(Cell& cell, const Access& now) {
     const Access before = cell.read;
     if (before.epoch != now.epoch) {
         cell.several = false;
-    } else if (!in_order(before, now) && !(cell.several && same_warp(before, now) && !same_warp(cell.other_read, now))) {
-        cell.other_read = before;
+    } else if (!in_order(before, now)) {
+        const bool two_warps = cell.several && same_warp(before, now) && !same_warp(cell.other_read, now);
+        if (!two_warps) cell.other_read = before;
         cell.several = true;
     }
     cell.read = now;
