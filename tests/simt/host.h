@@ -1,8 +1,8 @@
 // The twins of what ptx.cuh asks of a GPU, on a CPU: the same names and meanings, and a report where a GPU would give
 // wrong numbers or stop.
 //
-// What a kernel's source must keep to: every lane of a warp reaches a warp operation (and every thread a barrier) at the
-// same line; one thread alone writes a byte of shared memory between two barriers, even if all would write the same.
+// What a kernel's source must keep to: every lane of a warp reaches a warp operation, and every thread a barrier, at
+// the same line; one thread alone writes a byte of shared memory between barriers, even if all would write the same.
 // Not seen here: races on global memory, a missing memory_fence, a block that waits for another one (it never ends).
 #pragma once
 
