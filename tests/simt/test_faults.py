@@ -21,7 +21,7 @@ REPORTS = {
     "left before barrier": r"barrier divergence: not all(.|\n)*threads 0-39 at sync_block(.|\n)*thread 40 left",
     "different barriers": r"barrier divergence: .* different barriers\n  threads 0-31 at (.|\n)*threads 32-63 at ",
     "left before shuffle": r"warp divergence: not all 32 lanes(.|\n)*thread 33 left(.|\n)*34-63 at shuffle_xor",
-    "different operations": r"warp divergence: lanes of one(.|\n)*thread 7 at sync_warp \(faults.cu:\d+\)(.|\n)*32-63 still",
+    "different operations": r"warp divergence: lanes(.|\n)*thread 7 at sync_warp \(faults.cu:\d+\)(.|\n)*32-63 still",
     "global write beyond": r"heap-buffer-overflow(.|\n)*WRITE of size 4(.|\n)*faults.cu(.|\n)*, thread 63",
     "global read beyond": r"heap-buffer-overflow(.|\n)*READ of size 4(.|\n)*faults.cu(.|\n)*, thread 63",
     "shared beyond": r"st_shared out of bounds: 4 bytes at byte 1024 of 1024 bytes of dynamic(.|\n)*thread 63",
