@@ -89,8 +89,7 @@ def prepare(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> CudaWeight
 
 def arrange_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes uint8 (N, K) as int32 (strips, tiles_k, bits, 32, 4); what is missing in the last tiles is code 0."""
-    parts = [_arrange(part, bits) for part in codes.split(STRIPS_AT_ONCE * TILE)]
-    return torch.cat(parts) if parts else codes.new_empty(0, 0, bits, 32, 4, dtype=torch.int32)
+    return torch.cat([_arrange(part, bits) for part in codes.split(STRIPS_AT_ONCE * TILE)])
 
 
 def _arrange(codes: torch.Tensor, bits: int) -> torch.Tensor:

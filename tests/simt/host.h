@@ -125,6 +125,8 @@ INLINE uint4 load_once(const uint4* pointer, simt::Site site = simt::Site()) {
     return *pointer;
 }
 
+INLINE float load_fresh(const float* pointer) { return *pointer; }
+
 template <class V>
 INLINE V ld_shared(const V* pointer, simt::Site site = simt::Site()) {
     V value;
