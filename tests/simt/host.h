@@ -1,0 +1,192 @@
+// The twins of what ptx.cuh asks of a GPU, on a CPU: the same names and meanings, and a report where a GPU would give
+// wrong numbers or stop.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct alignas(8) uint2 {
+    u32 x, y;
+};
+struct alignas(16) uint4 {
+    u32 x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+#include "warp.h"
+
+#define __global__
+#define __device__
+#define __shared__ static  // blocks run one after another
+#define __launch_bounds__(...)
+#define __forceinline__ inline
+#define __align__(n) alignas(n)
+
+#define INLINE inline
+#define DYNAMIC_SHARED(name) u8* const name = simt::dynamic_shared.memory
+
+#ifndef QUANTC_AMPERE
+#define QUANTC_AMPERE 1
+#endif
+
+using std::max;
+using std::min;
+
+INLINE u32 __float_as_uint(float value) {
+    u32 bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+INLINE float __uint_as_float(u32 bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+INLINE int __float_as_int(float value) { return (int)__float_as_uint(value); }
+INLINE float __int_as_float(int bits) { return __uint_as_float((u32)bits); }
+
+INLINE int __popc(u32 word) { return __builtin_popcount(word); }
+INLINE int __ffs(int word) { return __builtin_ffs(word); }
+INLINE int __clz(int word) { return word ? __builtin_clz((u32)word) : 32; }
+INLINE u32 __brev(u32 word) {
+    u32 result = 0;
+    for (int i = 0; i < 32; ++i) result |= (word >> i & 1) << (31 - i);
+    return result;
+}
+
+// --- integers and pairs of 16-bit floats --------------------------------------------------------------------------
+
+template <int TABLE>
+INLINE u32 lop3(u32 a, u32 b, u32 c) {
+    u32 result = 0;
+    for (int index = 0; index < 8; ++index)
+        if (TABLE >> index & 1) result |= (index & 4 ? a : ~a) & (index & 2 ? b : ~b) & (index & 1 ? c : ~c);
+    return result;
+}
+
+namespace simt {
+// On an older GPU the instruction does not exist: ptx.cuh gives zeros there, which nobody can mean.
+template <class T>
+void check_supported(const char* operation, Site site) {
+    if (!QUANTC_AMPERE && std::is_same<T, Bfloat>::value)
+        fail("%s of bfloat16 (%s): needs an Ampere GPU", operation, site.text().c_str());
+}
+}  // namespace simt
+
+template <class T>
+INLINE u32 fma2(u32 a, u32 b, u32 c, simt::Site site = simt::Site()) {
+    simt::check_supported<T>("fma2", site);
+    return simt::fma_bits<T>(a & 0xffff, b & 0xffff, c & 0xffff) | simt::fma_bits<T>(a >> 16, b >> 16, c >> 16) << 16;
+}
+
+template <class T>
+INLINE u32 pack2(float low, float high, simt::Site site = simt::Site()) {
+    simt::check_supported<T>("pack2", site);
+    return simt::encode<T>(low) | simt::encode<T>(high) << 16;
+}
+
+template <class T>
+INLINE float2 unpack2(u32 pair) {
+    return {(float)simt::decode<T>(pair & 0xffff), (float)simt::decode<T>(pair >> 16)};
+}
+
+// --- tensor cores -------------------------------------------------------------------------------------------------
+
+template <class T>
+INLINE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], simt::Site site = simt::Site()) {
+    simt::check_supported<T>("mma", site);
+    simt::MmaPost post = {d, a, b};
+    simt::meet_warp("mma", site, &post, simt::perform_mma<T>);
+}
+
+INLINE void ldmatrix_trans(u32 (&result)[4], const void* row, simt::Site site = simt::Site()) {
+    simt::LdmatrixPost post = {result, row, site};
+    simt::meet_warp("ldmatrix_trans", site, &post, simt::perform_ldmatrix_trans);
+}
+
+// --- memory -------------------------------------------------------------------------------------------------------
+
+INLINE uint4 load_once(const uint4* pointer, simt::Site site = simt::Site()) {
+    if ((size_t)pointer % 16) simt::fail("misaligned load_once (%s): 16 bytes at once", site.text().c_str());
+    return *pointer;
+}
+
+template <class V>
+INLINE V ld_shared(const V* pointer, simt::Site site = simt::Site()) {
+    simt::check_access("ld_shared", pointer, sizeof(V), alignof(V), site);
+    simt::note_read(pointer, sizeof(V), site);
+    V value;
+    simt::copy_raw(&value, pointer, sizeof(V));
+    return value;
+}
+
+template <class V>
+INLINE void st_shared(V* pointer, V value, simt::Site site = simt::Site()) {
+    simt::check_access("st_shared", pointer, sizeof(V), alignof(V), site);
+    simt::note_write(pointer, sizeof(V), site);
+    simt::copy_raw(pointer, &value, sizeof(V));
+}
+
+// What is copied is taken now and arrives at the wait that covers its group; meanwhile nobody may touch the place.
+INLINE void cp_async16(void* shared, const void* global, bool valid, simt::Site site = simt::Site()) {
+    simt::check_access("cp_async16", shared, 16, 16, site);
+    if ((size_t)global % 16) simt::fail("misaligned cp_async16 (%s): the global address", site.text().c_str());
+    simt::note_write(shared, 16, site, QUANTC_AMPERE);
+    simt::Copy copy = {shared, {0, 0}, simt::current->groups, site};
+    if (valid) {
+        const uint4 words = *(const uint4*)global;
+        std::memcpy(copy.words, &words, 16);
+    }
+    if (QUANTC_AMPERE)
+        simt::current->copies.push_back(copy);
+    else
+        simt::copy_raw(shared, copy.words, 16);
+}
+
+INLINE void cp_async_commit() { ++simt::current->groups; }
+
+template <int PENDING>
+INLINE void cp_async_wait() {
+    auto& copies = simt::current->copies;
+    size_t arrived = 0;
+    for (; arrived < copies.size() && copies[arrived].group < simt::current->groups - PENDING; ++arrived) {
+        simt::copy_raw(copies[arrived].shared, copies[arrived].words, 16);
+        simt::note_arrival(copies[arrived]);
+    }
+    copies.erase(copies.begin(), copies.begin() + (long)arrived);
+}
+
+// --- threads ------------------------------------------------------------------------------------------------------
+
+INLINE void sync_block(simt::Site site = simt::Site()) { simt::meet_block(site); }
+INLINE void sync_warp(simt::Site site = simt::Site()) {
+    simt::meet_warp("sync_warp", site, nullptr, simt::perform_nothing);
+}
+
+template <class V>
+INLINE V shuffle_xor(V value, int mask, simt::Site site = simt::Site()) {
+    const int self = simt::current->number % 32, lane = self ^ mask;
+    return simt::shuffle_from("shuffle_xor", value, lane >= 0 && lane < 32 ? lane : self, site);
+}
+
+template <class V>
+INLINE V shuffle(V value, int lane, simt::Site site = simt::Site()) {
+    return simt::shuffle_from("shuffle", value, lane & 31, site);
+}
+
+// One CPU thread: what was written is seen.
+INLINE void memory_fence() {}
+
+INLINE int atomic_increment(int* counter) { return (*counter)++; }
