@@ -20,6 +20,7 @@ setup(
     package_dir=MOUNTED,
     package_data={
         "quantc": ["py.typed"],
+        "quantc.kernels": ["cuda/*.cu", "cuda/include/*.cuh"],
         "quantc.calib_data": ["text/*.txt"],
     },
 )

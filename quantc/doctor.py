@@ -41,6 +41,7 @@ def examine_machine() -> dict[str, str]:
         "memory": f"{size(memory.total)}, of which {size(memory.available)} free",
         "cuda": describe_cuda(),
         "cupy": describe_cupy(),
+        "cuda kernels": describe_cuda_kernels(),
     }
 
 
@@ -123,10 +124,30 @@ def describe_cuda() -> str:
 
 def describe_cupy() -> str:
     """One sentence on CuPy, which compiles the CUDA kernels."""
+    from .kernels.cuda.device import cupy_extra
+
     if find_spec("cupy") is None:
-        return "CuPy is not installed; CUDA kernels need it: pip install 'quantc[cuda12]' or 'quantc[cuda13]'."
+        return f"CuPy is not installed; CUDA kernels need it: pip install {cupy_extra()}."
     try:
         import cupy
     except Exception as error:  # a broken CUDA installation raises anything from ImportError to OSError
         return f"CuPy is installed but cannot be imported: {str(error).strip().splitlines()[0]}"
     return f"CuPy {cupy.__version__} is installed."
+
+
+def describe_cuda_kernels() -> str:
+    """One sentence for each kind of GPU: the CUDA kernels are ready, or why they cannot run."""
+    places: list[torch.device | None] = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return " ".join(dict.fromkeys(map(_cuda_kernels_on, places or [None])))
+
+
+def _cuda_kernels_on(place: torch.device | None) -> str:
+    from .kernels.cuda import cubin_cache
+    from .kernels.cuda.build import nvrtc_version
+    from .kernels.cuda.device import architecture, device_index, unavailable
+
+    reason = unavailable(place)
+    if reason is not None:
+        return f"Not ready: a CUDA kernel {reason}."
+    made_by = "NVRTC {}.{}".format(*nvrtc_version())
+    return f"Ready: compiled for {architecture(device_index(place))} by {made_by}, kept in {cubin_cache.folder()}."

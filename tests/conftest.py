@@ -15,6 +15,11 @@ hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+
+
 @pytest.fixture
 def rotation_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass rotate measures on no activation that its rotation loses more."""
