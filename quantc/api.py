@@ -19,8 +19,10 @@ from .derive import derive
 from .errors import UsageError
 from .frontend import Source, open_model, to_meta
 from .frontend.source import quiet_transformers, tensors_under
+from .kernels.cuda.gptq import panel_for
 from .memory import peak_rss_bytes
 from .numerics.basis import Rounding
+from .numerics.rounding import using_panel
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .presets import preset as named_preset
@@ -90,7 +92,8 @@ def quantize(
         writer.require_space(companions.estimate_bytes(run))
         tokens = calibration_tokens(run, chosen.calibration) if any(item.calibrated for item in passes) else None
 
-        pipeline.build(run, passes, tokens, writer)
+        with using_panel(panel_for(run.device)):
+            pipeline.build(run, passes, tokens, writer)
 
         companions.write_companions(run, writer)
         _finish_report(run, writer, started, cpu_started)

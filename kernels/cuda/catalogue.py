@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from . import gptq, gram, hadamard
 from .program import Budget, Program
 
 # One function of each launcher module; a new launcher adds its own here.
-LAUNCHERS: tuple[Callable[[], dict[Program, Budget]], ...] = ()
+LAUNCHERS: tuple[Callable[[], dict[Program, Budget]], ...] = (gptq.programs, gram.programs, hadamard.programs)
 
 
 def programs() -> dict[Program, Budget]:

@@ -36,11 +36,11 @@ INLINE Point load_point(const Channel& channel, int column) {
 }
 
 // Row j of feed: U (j, j + 1), U (j, j + 2), ..., then zeros, and U (j, j) last, a place that is never needed otherwise.
-INLINE void load_feed(float* feed, const float* upper, int K, int count) {
+INLINE void load_feed(float* feed, const float* upper, int row_step, int column_step, int count) {
     for (int index = threadIdx.x; index < count * PANEL; index += THREADS) {
         const int row = index / PANEL, place = index % PANEL;
         const int column = place == PANEL - 1 ? row : row + 1 + place;
-        st_shared(feed + index, column < count ? upper[(u64)row * K + column] : 0.0f);
+        st_shared(feed + index, column < count ? upper[(u64)row * row_step + (u64)column * column_step] : 0.0f);
     }
 }
 
@@ -77,17 +77,17 @@ INLINE void sweep(float (&values)[PANEL], const Channel& channel, Point point) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) gptq_panel(
     const float* left,    // (K, N), rows in rounding order, the errors of all columns before `low` fed in
-    const float* upper,   // (K, K), factor of the inverse Gram matrix
+    const float* upper,   // (K, K), factor of the inverse Gram matrix, in the two steps given below
     const float* scales,  // (R, N)
     const float* zeros,   // (R, N)
     const int* row_of,    // (K,), the row of scales and zeros of each column
     u8* codes,            // (K, N), written in rows [low, low + count)
     float* errors,        // (K, N), likewise
-    int N, int K, int low, int count,
+    int N, int row_step, int column_step, int low, int count,
     float top) {  // the largest code
     DYNAMIC_SHARED(memory);
     float* feed = (float*)memory;
-    load_feed(feed, upper + (u64)low * K + low, K, count);
+    load_feed(feed, upper + (u64)low * row_step + (u64)low * column_step, row_step, column_step, count);
     sync_block();
     const int n = blockIdx.x * THREADS + threadIdx.x;
     if (n >= N) return;

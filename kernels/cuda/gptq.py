@@ -1,90 +1,87 @@
-"""The GPTQ sweep over a panel of columns on a GPU: gptq.cu's programs and launches."""
+"""The GPTQ sweep over a panel of columns on a GPU: gptq.cu's programs, launches, and the panel that `gptq` can use."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from ...numerics.rounding import Sweep
+from .launch import launch, refusal
 from .program import Budget, Launch, Program
 
 PANELS = (32, 64, 128)  # columns a program can hold in registers
 REGISTERS = {32: 80, 64: 128, 128: 192}
 THREADS = 64  # output channels of a thread block
-# What a sweep should ask for: the work of a panel grows with its columns, the number of matrix products between
-# panels falls with them.
+# The work of a panel grows with the square of its columns, the matrix products between panels get fewer with them.
 BEST_COLUMNS = 64
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The state of a sweep over weight (N, K), transposed, rows in rounding order; contiguous, on one device.
+class CudaPanel:
+    """Rounds panels of sweeps on a GPU, one launch each."""
 
-    left: float32 (K, N), what is still to be rounded, with the errors of all columns before the panel fed in.
-    upper: float32 (K, K), upper Cholesky factor of the inverse Gram matrix. scales, zeros: float32 (R, N).
-    row_of: int32 (K,), the row of scales and zeros that each column uses. top: the largest code.
-    codes: uint8 (K, N) and errors: float32 (K, N) are written: each error is over its pivot, upper[k, k].
-    """
+    columns = BEST_COLUMNS
 
-    left: torch.Tensor
-    upper: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-    row_of: torch.Tensor
-    codes: torch.Tensor
-    errors: torch.Tensor
-    top: int
+    def round(self, sweep: Sweep, low: int, high: int) -> None:
+        """See Panel in numerics/rounding.py."""
+        launch(panel_launch(sweep, low, high))
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for tensors that the kernel would read or write wrongly."""
-        k, n = self.left.shape
-        r = self.scales.shape[0]
-        needed = {
-            "left": ((k, n), torch.float32),
-            "upper": ((k, k), torch.float32),
-            "scales": ((r, n), torch.float32),
-            "zeros": ((r, n), torch.float32),
-            "row_of": ((k,), torch.int32),
-            "codes": ((k, n), torch.uint8),
-            "errors": ((k, n), torch.float32),
-        }
-        for name, (shape, dtype) in needed.items():
-            tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-                found = f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(f"{name} must be contiguous {shape} {dtype}, and is {found} {tensor.stride()}")
+
+def panel_for(device: torch.device) -> CudaPanel | None:
+    """What `using_panel` takes for weights on a device: None where it has no kernels, and torch does it all."""
+    if device.type != "cuda" or any(refusal(_program(size), device, _shared(size)) for size in PANELS[:2]):
+        return None
+    return CudaPanel()
 
 
 def programs() -> dict[Program, Budget]:
     """Every variant that `panel_launch` can ask for."""
-    return {_program(panel): Budget(REGISTERS[panel], 0, everyday=panel == BEST_COLUMNS) for panel in PANELS}
+    return {_program(size): Budget(REGISTERS[size], 0, everyday=size == BEST_COLUMNS) for size in PANELS}
 
 
-def panel_launch(columns: Columns, low: int, high: int) -> Launch:
-    """Round columns [low, high): writes those rows of codes and errors. Nothing is fed into columns from high on.
+def panel_launch(sweep: Sweep, low: int, high: int) -> Launch:
+    """Fill in codes and errors of columns [low, high) of a sweep. Nothing is fed into columns from high on.
 
-    Raises ValueError for a panel that is empty, outside the weight, or wider than the largest of PANELS.
+    Raises ValueError for a panel that is empty, outside the weight, or wider than the largest of PANELS, and for
+    tensors that the kernel would read or write wrongly.
     """
-    k, n = columns.left.shape
+    _check(sweep)
+    k, n = sweep.left.shape
     if not 0 <= low < high <= min(k, low + PANELS[-1]):
         raise ValueError(f"a panel has 1 to {PANELS[-1]} of {k} columns, not [{low}, {high})")
-    panel = next(panel for panel in PANELS if high - low <= panel)
-    tensors = (columns.left, columns.upper, columns.scales, columns.zeros, columns.row_of, columns.codes, columns.errors)
+    size = next(size for size in PANELS if high - low <= size)
+    tensors = (sweep.left, sweep.upper, sweep.scales, sweep.zeros, sweep.rows, sweep.codes, sweep.errors)
     return Launch(
-        program=_program(panel),
+        program=_program(size),
         grid=(-(-n // THREADS), 1, 1),
         block=(THREADS, 1, 1),
-        shared=panel * panel * 4,
-        arguments=(*tensors, n, k, low, high - low, float(columns.top)),
+        shared=_shared(size),
+        arguments=(*tensors, n, *sweep.upper.stride(), low, high - low, float(sweep.top)),
     )
 
 
-def round_panel(columns: Columns, low: int, high: int) -> None:
-    """Run `panel_launch` on the GPU that the tensors lie on."""
-    from .launch import launch
-
-    launch(panel_launch(columns, low, high))
+def _program(size: int) -> Program:
+    return Program("gptq.cu", "gptq_panel", (("PANEL", size),))
 
 
-def _program(panel: int) -> Program:
-    return Program("gptq.cu", "gptq_panel", (("PANEL", panel),))
+def _shared(size: int) -> int:
+    """Bytes for the panel's part of the factor."""
+    return size * size * 4
+
+
+def _check(sweep: Sweep) -> None:
+    k, n = sweep.left.shape
+    r = sweep.scales.shape[0]
+    needed = {
+        "left": ((k, n), torch.float32),
+        "upper": ((k, k), torch.float32),
+        "scales": ((r, n), torch.float32),
+        "zeros": ((r, n), torch.float32),
+        "rows": ((k,), torch.int32),
+        "codes": ((k, n), torch.uint8),
+        "errors": ((k, n), torch.float32),
+    }
+    for name, (shape, dtype) in needed.items():
+        tensor = getattr(sweep, name)
+        strided = name != "upper" and not tensor.is_contiguous()
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or strided:
+            found = f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
+            raise ValueError(f"{name} must be contiguous {shape} {dtype}, and is {found}")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from .launch import launch
 from .program import Budget, Launch, Program
 
 TYPES = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
 STEP_ROWS = 32
 # Tiles of 128 read X half as often as those of 64; below this width there are fewer of them than multiprocessors.
 WIDE = 2048
-# Tensor cores cut the sums they carry on: over m rows that is up to m / 16 * 2^-23 of each. Past these rows a new launch
-# adds to H, which rounds.
+# Tensor cores cut the sums they carry on: over m rows that is up to m / 16 * 2^-23 of each. Past these rows another
+# launch adds to H, which rounds.
 MOST_ROWS = 4096
 ALIGNMENT = 16  # bytes of one copy
 MULTIPLE = 8  # of values: rows then are aligned too
@@ -63,8 +64,6 @@ def gram_launch(x: torch.Tensor, h: torch.Tensor) -> Launch:
 
 def add_gram(x: torch.Tensor, h: torch.Tensor) -> None:
     """Run `gram_launch` on the GPU that x (M, K) and h lie on, MOST_ROWS rows at a time."""
-    from .launch import launch
-
     for rows in x.split(MOST_ROWS):
         launch(gram_launch(rows, h))
 

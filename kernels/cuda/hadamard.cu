@@ -8,12 +8,12 @@
 // Columns: a row holds K / (m rest) blocks, each of m lines of `rest` values; a column is what lies below each other.
 // Those of all rows and blocks are numbered through.
 //
-// Defined from outside: TYPE (Half, Bfloat or float), VALUES (1, 2, 4 or 8 columns of a thread, at most rest),
-// OUTPUTS (1, 2, 4 or 8).
+// Defined from outside: TYPE (Half, Bfloat or float), VALUES (columns of a thread: 8, or 1 where rest is less), OUTPUTS
+// (1, 2, 4 or 8).
 #include "hadamard.cuh"
 
 constexpr int THREADS = 128;
-constexpr int VALUE_BITS = VALUES == 8 ? 3 : VALUES == 4 ? 2 : VALUES - 1;
+constexpr int VALUE_BITS = VALUES == 8 ? 3 : 0;
 
 template <class T>
 struct Storage {

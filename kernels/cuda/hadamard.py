@@ -7,13 +7,16 @@ import functools
 import torch
 
 from ...numerics.hadamard import base_order, hadamard_matrix, signs
+from .launch import launch
 from .program import Budget, Launch, Program
 
 TYPES = {torch.float16: "Half", torch.bfloat16: "Bfloat", torch.float32: "float"}
 THREADS = 128
 LARGEST_REST = 1 << 14  # 64 KB of float32, the most that a block of Turing can ask for
 SHARED_VALUES = 1 << 13  # of one block where more than one output is a choice: 32 KB, several blocks a multiprocessor
-MOST = 8  # values and outputs of a thread: 64 sums in registers
+# Values and outputs of a thread: 64 sums in registers. Few widths have a shorter rest, and no model's is known: there a
+# thread has one value.
+MOST = 8
 ALIGNMENT = 16  # bytes of one load
 
 
@@ -33,7 +36,7 @@ def supports(width: int, block: int, dtype: torch.dtype, arch: int) -> str | Non
 
 def programs() -> dict[Program, Budget]:
     """Every variant that `hadamard_launch` can ask for."""
-    shapes = [(MOST, 1), (MOST, 2), (MOST, 4), (MOST, MOST), (4, MOST), (2, MOST), (1, MOST)]
+    shapes = [(MOST, 1), (MOST, 2), (MOST, 4), (MOST, MOST), (1, MOST)]
     return {
         _program(dtype, values, outputs): Budget(
             registers=128,
@@ -55,7 +58,7 @@ def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
     base = _checked(x, out, block)
     rows, width = x.shape
     rest = block // base
-    values, outputs = min(MOST, rest), _outputs(base, rest)
+    values, outputs = MOST if rest >= MOST else 1, _outputs(base, rest)
     span = max(rest, THREADS * values)
     spans = -(-rows * (width // base) // span)
     return Launch(
@@ -69,8 +72,6 @@ def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     """rotate(x (..., K), block) of numerics/hadamard.py for x on a GPU; raises ValueError as `hadamard_launch` does."""
-    from .launch import launch
-
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if rows.data_ptr() % ALIGNMENT:
         rows = rows.clone()
@@ -107,10 +108,10 @@ def _program(dtype: torch.dtype, values: int, outputs: int) -> Program:
 
 def _checked(x: torch.Tensor, out: torch.Tensor, block: int) -> int:
     """The order of the base matrix; raises ValueError for what the kernel would read or write wrongly."""
-    if x.dim() != 2 or x.shape != out.shape or x.dtype != out.dtype or not x.is_contiguous() or not out.is_contiguous():
-        raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} are not contiguous (M, K) of one dtype"
-        )
+    alike = x.shape == out.shape and x.dtype == out.dtype
+    if x.dim() != 2 or not alike or not x.is_contiguous() or not out.is_contiguous():
+        found = f"x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype}"
+        raise ValueError(f"{found} are not contiguous (M, K) of one dtype")
     if x.data_ptr() % ALIGNMENT or out.data_ptr() % ALIGNMENT:
         raise ValueError(f"x and out begin at multiples of {ALIGNMENT} bytes")
     reason = supports(x.shape[1], block, x.dtype, arch=80)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def test_tiles_below_the_diagonal_are_left_alone() -> None:
 
 
 def test_wide_rows_take_wide_tiles() -> None:
-    x, h = random_rows(3, WIDE + 8, torch.float16)[:, :], torch.zeros(WIDE + 8, WIDE + 8)
+    x, h = random_rows(3, WIDE + 8, torch.float16), torch.zeros(WIDE + 8, WIDE + 8)
     item = gram_launch(x, h)
     assert item.grid == (17 * 18 // 2, 1, 1)
     assert dict(item.program.defines)["TILE"] == 128
@@ -53,7 +55,15 @@ def test_the_wide_tile_gives_the_same_sums() -> None:
     x, h = random_rows(70, 200, torch.bfloat16), torch.zeros(200, 200)
     wide = next(p for p in programs() if dict(p.defines) == {"TYPE": "Bfloat", "TILE": 128})
     item = gram_launch(x, h)
-    run(type(item)(wide, (3, 1, 1), (256, 1, 1), 4 * 32 * 128 * 2, item.arguments))
+    run(replace(item, program=wide, grid=(3, 1, 1), block=(256, 1, 1), shared=2 * item.shared))
+    check(h, torch.zeros_like(h), x)
+
+
+def test_turing_copies_at_once_and_gives_the_same_sums() -> None:
+    x, h = random_rows(70, 72, torch.float16), torch.zeros(72, 72)
+    item = gram_launch(x, h)
+    program = replace(item.program, defines=(*item.program.defines, ("QUANTC_AMPERE", 0)))
+    run(replace(item, program=program))
     check(h, torch.zeros_like(h), x)
 
 
