@@ -18,11 +18,20 @@ from quantc.kernels.cuda.program import Argument, Launch, Program
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "kernels" / "cuda"
+COMMON = (
+    "g++",
+    "-g",
+    "-std=c++17",
+    "-fno-omit-frame-pointer",
+    "-DQUANTC_HOST",
+    f"-I{KERNELS / 'include'}",
+    f"-I{HERE}",
+)
+RUNTIME = (*COMMON, "-O2", "-c")
 # contract=off: a * b + c stays two roundings, so that what must be one is written as fmaf. Locals that were never
 # written hold a pattern (-1.7e38 as a float) and not by chance a zero.
-FLAGS = (
-    *("-O1", "-g", "-std=c++17", "-ffp-contract=off", "-fno-omit-frame-pointer"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+KERNEL = (
+    *(*COMMON, "-O1", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     *("-ftrivial-auto-var-init=pattern", "-Werror=uninitialized", "-Werror=return-type"),
 )
 SANITIZERS = {
@@ -70,8 +79,14 @@ def run(launch: Launch, *, folder: Path = KERNELS, backwards: bool = False, time
         except subprocess.TimeoutExpired:
             raise SimtError(f"{launch.program.entry} did not end within {timeout} s") from None
         if done.returncode != 0:
-            raise SimtError(f"{launch.program} failed ({done.returncode}):\n{done.stderr}")
+            raise SimtError(f"{launch.program.entry} failed:\n{_shorten(done.stderr)}")
         _decode(storages, taken.read_bytes())
+
+
+def _shorten(report: str) -> str:
+    """Without AddressSanitizer's picture of the memory around."""
+    before, picture, after = report.partition("Shadow bytes around the buggy address:")
+    return before + after.partition("ABORTING\n")[2] if picture else report
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -116,32 +131,49 @@ def _decode(storages: list[torch.UntypedStorage], image: bytes) -> None:
 
 
 def _compile(program: Program, folder: Path) -> Path:
-    """The program's executable: one kept in the temporary folder if nothing it depends on changed."""
-    source = (folder / program.source).resolve()
+    """The program's executable."""
     defines = [f"-D{name}={value}" for name, value in program.defines]
-    command = ["g++", *FLAGS, "-DQUANTC_HOST", f'-DQUANTC_SOURCE="{source}"', f"-DQUANTC_ENTRY={program.entry}"]
-    command += [*defines, f"-I{KERNELS / 'include'}", f"-I{HERE}", str(HERE / "main.cpp")]
+    source = [f'-DQUANTC_SOURCE="{(folder / program.source).resolve()}"', f"-DQUANTC_ENTRY={program.entry}"]
+    command = [*KERNEL, *defines, *source, str(HERE / "main.cpp"), *map(str, _runtime()), "-o", "program"]
+    return _built(program.entry, command, _headers(folder)) / "program"
+
+
+def _runtime() -> list[Path]:
+    sources = sorted(HERE.glob("*.cpp"))
+    sources.remove(HERE / "main.cpp")
+    objects = _built("runtime", [*RUNTIME, *map(str, sources)], [*sources, *_headers(HERE)])
+    return sorted(objects.glob("*.o"))
+
+
+def _built(name: str, command: list[str], dependencies: list[Path]) -> Path:
+    """A folder with what the command writes: one kept in the temporary folder if nothing it depends on changed."""
     key = hashlib.sha256("\0".join([_compiler(), *command]).encode())
-    for path in _sources(folder):
+    for path in dependencies:
         key.update(str(path).encode() + path.read_bytes())
     cache = Path(tempfile.gettempdir(), f"quantc-simt-{os.getuid()}")
     cache.mkdir(mode=0o700, exist_ok=True)
-    executable = cache / f"{program.entry}-{key.hexdigest()[:32]}"
-    if not executable.exists():
-        # Written aside and renamed: another process may want the same one now.
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            built = Path(aside, "program")
-            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise SimtError(f"{program} does not compile:\n{done.stderr}")
-            built.rename(executable)
-    return executable
+    built = cache / f"{name}-{key.hexdigest()[:32]}"
+    if built.exists():
+        return built
+    # Written aside and renamed: another process may want the same one now.
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as aside:
+        made = Path(aside, "made")
+        made.mkdir()
+        done = subprocess.run(command, cwd=made, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SimtError(f"{name} does not compile:\n{done.stderr}")
+        try:
+            made.rename(built)
+        except OSError:  # the other process was first
+            if not built.exists():
+                raise
+    return built
 
 
-def _sources(folder: Path) -> list[Path]:
-    """Whatever an executable may depend on."""
+def _headers(folder: Path) -> list[Path]:
+    """Whatever a source in the folder may include, and the sources themselves."""
     own = [HERE / "main.cpp", *HERE.glob("*.h"), *(KERNELS / "include").rglob("*.cuh")]
-    return sorted({*own, *(path for path in folder.rglob("*") if path.suffix in (".cu", ".cuh", ".h"))})
+    return sorted({*own, *(path for path in folder.glob("*") if path.suffix in (".cu", ".cuh", ".h"))})
 
 
 @functools.cache

@@ -1,11 +1,15 @@
 // The twins of what ptx.cuh asks of a GPU, on a CPU: the same names and meanings, and a report where a GPU would give
 // wrong numbers or stop.
+//
+// What a kernel's source must keep to: every lane of a warp reaches a warp operation, and every thread a barrier, at
+// the same line; one thread alone writes a byte of shared memory between barriers, even if all would write the same.
+// Not seen here: races on global memory, a missing memory_fence, a block that waits for another one (it never ends).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 struct alignas(8) uint2 {
     u32 x, y;
@@ -25,7 +29,7 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-#include "warp.h"
+#include "runtime.h"
 
 #define __global__
 #define __device__
@@ -35,7 +39,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 #define __align__(n) alignas(n)
 
 #define INLINE inline
-#define DYNAMIC_SHARED(name) u8* const name = simt::dynamic_shared.memory
+#define DYNAMIC_SHARED(name) u8* const name = simt::dynamic_memory()
 
 #ifndef QUANTC_AMPERE
 #define QUANTC_AMPERE 1
@@ -81,7 +85,7 @@ namespace simt {
 template <class T>
 void check_supported(const char* operation, Site site) {
     if (!QUANTC_AMPERE && std::is_same<T, Bfloat>::value)
-        fail("%s of bfloat16 (%s): needs an Ampere GPU", operation, site.text().c_str());
+        fail_at(site, "%s of bfloat16 needs an Ampere GPU", operation);
 }
 }  // namespace simt
 
@@ -107,77 +111,66 @@ INLINE float2 unpack2(u32 pair) {
 template <class T>
 INLINE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], simt::Site site = simt::Site()) {
     simt::check_supported<T>("mma", site);
-    simt::MmaPost post = {d, a, b};
-    simt::meet_warp("mma", site, &post, simt::perform_mma<T>);
+    simt::multiply<T>(d, a, b, site);
 }
 
 INLINE void ldmatrix_trans(u32 (&result)[4], const void* row, simt::Site site = simt::Site()) {
-    simt::LdmatrixPost post = {result, row, site};
-    simt::meet_warp("ldmatrix_trans", site, &post, simt::perform_ldmatrix_trans);
+    simt::load_rows_transposed(result, row, site);
 }
 
 // --- memory -------------------------------------------------------------------------------------------------------
 
 INLINE uint4 load_once(const uint4* pointer, simt::Site site = simt::Site()) {
-    if ((size_t)pointer % 16) simt::fail("misaligned load_once (%s): 16 bytes at once", site.text().c_str());
+    if ((size_t)pointer % 16) simt::fail_at(site, "misaligned load_once: the address must be a multiple of 16");
     return *pointer;
 }
 
 template <class V>
 INLINE V ld_shared(const V* pointer, simt::Site site = simt::Site()) {
-    simt::check_access("ld_shared", pointer, sizeof(V), alignof(V), site);
-    simt::note_read(pointer, sizeof(V), site);
     V value;
-    simt::copy_raw(&value, pointer, sizeof(V));
+    simt::load(&value, pointer, sizeof(V), alignof(V), site);
     return value;
 }
 
 template <class V>
 INLINE void st_shared(V* pointer, V value, simt::Site site = simt::Site()) {
-    simt::check_access("st_shared", pointer, sizeof(V), alignof(V), site);
-    simt::note_write(pointer, sizeof(V), site);
-    simt::copy_raw(pointer, &value, sizeof(V));
+    simt::store(pointer, &value, sizeof(V), alignof(V), site);
 }
 
 // What is copied is taken now and arrives at the wait that covers its group; meanwhile nobody may touch the place.
 INLINE void cp_async16(void* shared, const void* global, bool valid, simt::Site site = simt::Site()) {
-    simt::check_access("cp_async16", shared, 16, 16, site);
-    if ((size_t)global % 16) simt::fail("misaligned cp_async16 (%s): the global address", site.text().c_str());
-    simt::note_write(shared, 16, site, QUANTC_AMPERE);
-    simt::Copy copy = {shared, {0, 0}, simt::current->groups, site};
-    if (valid) {
-        const uint4 words = *(const uint4*)global;
-        std::memcpy(copy.words, &words, 16);
-    }
-    if (QUANTC_AMPERE)
-        simt::current->copies.push_back(copy);
-    else
-        simt::copy_raw(shared, copy.words, 16);
+    if ((size_t)global % 16) simt::fail_at(site, "misaligned cp_async16: the global address must be a multiple of 16");
+    const uint4 value = valid ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
+    simt::queue_copy(shared, &value, !QUANTC_AMPERE, site);
 }
 
-INLINE void cp_async_commit() { ++simt::current->groups; }
+INLINE void cp_async_commit() { simt::commit_copies(); }
 
 template <int PENDING>
 INLINE void cp_async_wait() {
-    auto& copies = simt::current->copies;
-    size_t arrived = 0;
-    for (; arrived < copies.size() && copies[arrived].group < simt::current->groups - PENDING; ++arrived) {
-        simt::copy_raw(copies[arrived].shared, copies[arrived].words, 16);
-        simt::note_arrival(copies[arrived]);
-    }
-    copies.erase(copies.begin(), copies.begin() + (long)arrived);
+    simt::wait_for_copies(PENDING);
 }
 
 // --- threads ------------------------------------------------------------------------------------------------------
 
 INLINE void sync_block(simt::Site site = simt::Site()) { simt::meet_block(site); }
-INLINE void sync_warp(simt::Site site = simt::Site()) {
-    simt::meet_warp("sync_warp", site, nullptr, simt::perform_nothing);
+INLINE void sync_warp(simt::Site site = simt::Site()) { simt::meet_warp(site); }
+
+namespace simt {
+template <class V>
+V shuffle_from(const char* operation, V value, int from_lane, Site site) {
+    static_assert(std::is_arithmetic<V>::value && (sizeof(V) == 4 || sizeof(V) == 8), "what __shfl_sync takes");
+    u64 bits = 0;
+    std::memcpy(&bits, &value, sizeof(V));
+    bits = exchange(operation, bits, from_lane, site);
+    std::memcpy(&value, &bits, sizeof(V));
+    return value;
 }
+}  // namespace simt
 
 template <class V>
 INLINE V shuffle_xor(V value, int mask, simt::Site site = simt::Site()) {
-    const int self = simt::current->number % 32, lane = self ^ mask;
+    const int self = simt::current_lane(), lane = self ^ mask;
     return simt::shuffle_from("shuffle_xor", value, lane >= 0 && lane < 32 ? lane : self, site);
 }
 

@@ -146,12 +146,14 @@ extern "C" __global__ void __launch_bounds__(64) fault(int fault, const float* _
             result = ld_shared(values + 4 * self);
             break;
         case WAIT_WITHOUT_BARRIER:
-            st_shared(values + 4 * self, 1.0f);
-            sync_block();
             copy_in();
             cp_async_commit();
             cp_async_wait<0>();
-            result = ld_shared(values + 4 * other);
+            sync_warp();
+            copy_in();
+            cp_async_commit();
+            cp_async_wait<0>();
+            if (self & 1) result = ld_shared(values + 4 * other);
             break;
         case COPY_OVER_READ:
             st_shared(values + self, 1.0f);

@@ -1,8 +1,8 @@
 // Half and bfloat16 in software: values as doubles, which hold both exactly, and one rounding to nearest, even.
-#pragma once
-
 #include <cmath>
 #include <cstring>
+
+#include "ptx.cuh"
 
 namespace simt {
 
@@ -66,5 +66,12 @@ u32 fma_bits(u32 a_bits, u32 b_bits, u32 c_bits) {
     }
     return encode<T>(sum);
 }
+
+template double decode<Half>(u32);
+template double decode<Bfloat>(u32);
+template u32 encode<Half>(double);
+template u32 encode<Bfloat>(double);
+template u32 fma_bits<Half>(u32, u32, u32);
+template u32 fma_bits<Bfloat>(u32, u32, u32);
 
 }  // namespace simt
