@@ -33,11 +33,13 @@ def on_gpu(tensor: torch.Tensor, index: int = 0) -> torch.Tensor:
 class FakeDriver:
     """Keeps what it is asked; `refuses` names a function that fails. kinds: the C types of the kernel's parameters."""
 
+    machine: FakeMachine
     kinds: tuple[Any, ...] = ()
     refuses: str | None = None
     context: int = 1
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     arguments: list[Any] = field(default_factory=list)
+    loaded_on: list[int] = field(default_factory=list)  # the current device at each load
 
     def of(self, name: str) -> list[tuple[Any, ...]]:
         return [call[1:] for call in self.calls if call[0] == name]
@@ -49,6 +51,7 @@ class FakeDriver:
         return self.context
 
     def moduleLoadData(self, image: bytes) -> int:
+        self.loaded_on.append(self.machine.current)
         return self._record("moduleLoadData", image) * 100
 
     def moduleGetFunction(self, module: int, name: str) -> int:
@@ -75,7 +78,7 @@ class FakeMachine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.monkeypatch = monkeypatch
-        self.driver = FakeDriver()
+        self.driver = FakeDriver(self)
         self.current = 0
         self.streams = {0: 0, 1: 0}
         self.devices_set: list[int] = []  # through CuPy's runtime

@@ -12,6 +12,7 @@ import pytest
 from quantc.errors import KernelError
 from quantc.kernels.cuda import build, cubin_cache
 from quantc.kernels.cuda.build import Compiled, Resources, compile_program, parse_resources, read_request
+from quantc.kernels.cuda.launch import MAX_DYNAMIC_SHARED
 from quantc.kernels.cuda.program import Program
 from tests.kernels.cuda.fakes import FakeMachine
 from tests.kernels.cuda.needs import needs_nvrtc
@@ -97,7 +98,12 @@ def test_a_log_that_does_not_tell_is_no_error(log: str) -> None:
 def compiled(machine: FakeMachine, sources: Path, monkeypatch: pytest.MonkeyPatch) -> list[build.Request]:
     """What was compiled, by a compiler that always makes MADE."""
     requests: list[build.Request] = []
-    monkeypatch.setattr(build, "_compile", lambda request: requests.append(request) or MADE)
+
+    def compile_request(request: build.Request) -> Compiled:
+        requests.append(request)
+        return MADE
+
+    monkeypatch.setattr(build, "_compile", compile_request)
     return requests
 
 
@@ -198,3 +204,15 @@ def test_processes_that_write_the_same_entry_leave_a_whole_one() -> None:
     assert seen <= {b"a" * 100_000, b"b" * 100_000}
     assert [process.returncode for process in processes] == [0, 0]
     assert [path.name for path in cubin_cache.folder().iterdir()] == ["key"]
+
+
+@needs_nvrtc
+def test_the_fake_machine_has_what_cupy_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy.cuda import driver, nvrtc, runtime
+
+    fake = FakeMachine(monkeypatch)
+    assert set(vars(fake.cuda.nvrtc)) <= set(dir(nvrtc))
+    assert set(vars(fake.cuda.runtime)) <= set(dir(runtime))
+    assert {name for name in dir(fake.driver) if name[0] != "_"} - set(vars(fake.driver)) - {"of"} <= set(dir(driver))
+    assert runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin == 97
+    assert driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == MAX_DYNAMIC_SHARED

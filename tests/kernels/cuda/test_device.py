@@ -10,6 +10,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -184,11 +185,10 @@ def test_an_nvrtc_that_does_not_list_what_it_knows_is_trusted(machine: FakeMachi
 
 
 def test_the_machine_is_examined_once(machine: FakeMachine) -> None:
-    asked: list[str] = []
-    machine.cuda.nvrtc.getVersion = lambda: asked.append("version") or (13, 5)
+    ask = machine.cuda.nvrtc.getVersion = Mock(return_value=(13, 5))
     for _ in range(3):
         assert unavailable(GPU) is None
-    assert len(asked) == 1
+    assert ask.call_count == 1
 
 
 def test_a_failure_is_remembered_for_its_device_and_logged_once(

@@ -65,13 +65,10 @@ def test_the_grid_and_torchs_current_stream_arrive(machine: FakeMachine, built: 
 def test_a_program_is_loaded_once_for_each_device(machine: FakeMachine, built: Any, scale: Program) -> None:
     machine.streams = {0: 10, 1: 11}
     machine.driver.kinds = (POINTER,)
-    current: list[int] = []
-    load = machine.driver.moduleLoadData
-    machine.driver.moduleLoadData = lambda image: current.append(machine.current) or load(image)  # type: ignore[method-assign]
     for index in (0, 1, 1, 0):
         launch.launch(job(scale, on_gpu(torch.zeros(1), index)))
     assert built == [(scale, "sm_90")] * 2
-    assert current == [0, 1]
+    assert machine.driver.loaded_on == [0, 1]
     assert machine.driver.of("moduleGetFunction") == [(100, "scale"), (400, "scale")]
     assert [call[-2] for call in machine.driver.of("launchKernel")] == [10, 11, 11, 10]
     assert machine.current == 0
