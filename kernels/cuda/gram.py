@@ -1,14 +1,16 @@
-"""H += X^T X on tensor cores: gram.cu's programs and launches."""
+"""H += X^T X on tensor cores: gram.cu's programs, launches, and what calibration can use of them."""
 
 from __future__ import annotations
 
 import torch
 
-from .launch import launch
+from .device import architecture, device_index
+from .launch import launch, refusal
 from .program import Budget, Launch, Program
 
 TYPES = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
 STEP_ROWS = 32
+TILES = (64, 128)
 # Tiles of 128 read X half as often as those of 64; below this width there are fewer of them than multiprocessors.
 WIDE = 2048
 # Tensor cores cut the sums they carry on: over m rows that is up to m / 16 * 2^-23 of each. Past these rows another
@@ -39,7 +41,7 @@ def programs() -> dict[Program, Budget]:
             everyday=dtype == torch.float16,
         )
         for dtype in TYPES
-        for tile in (64, 128)
+        for tile in TILES
     }
 
 
@@ -51,15 +53,39 @@ def gram_launch(x: torch.Tensor, h: torch.Tensor) -> Launch:
     """
     _check(x, h)
     rows, width = x.shape
-    tile = 128 if width >= WIDE else 64
+    tile = TILES[width >= WIDE]
     tiles = -(-width // tile)
     return Launch(
         program=_program(x.dtype, tile),
         grid=(tiles * (tiles + 1) // 2, 1, 1),
         block=(2 * tile, 1, 1),
-        shared=2 * 2 * STEP_ROWS * tile * 2,
+        shared=_shared(tile),
         arguments=(x, h, rows, width),
     )
+
+
+class Bfloat16Products:
+    """Adds Gram matrices of float32 rows rounded to bfloat16: what the products of those rows are made of too, where
+    calibration runs them in bfloat16.
+
+    Rounding adds about (2^-9)^2 / 12 of each diagonal entry, a share of 3e-7, and the damping adds 1e-2. The output
+    error of GPTQ on 256 x 512 weights at 3 and 4 bits moved by less than 0.2 %, up as often as down.
+    """
+
+    def __call__(self, rows: torch.Tensor, upper: torch.Tensor) -> bool:
+        """See AddProducts in quantc/stats.py."""
+        if rows.shape[1] % MULTIPLE:
+            return False
+        add_gram(rows.to(torch.bfloat16).contiguous(), upper)
+        return True
+
+
+def products_for(device: torch.device) -> Bfloat16Products | None:
+    """What `using_products` takes on a device: None where it has no such kernel, and torch does it in float32."""
+    if device.type != "cuda" or any(refusal(_program(torch.bfloat16, tile), device, _shared(tile)) for tile in TILES):
+        return None
+    arch = int(architecture(device_index(device)).removeprefix("sm_"))
+    return Bfloat16Products() if supports(MULTIPLE, torch.bfloat16, arch) is None else None
 
 
 def add_gram(x: torch.Tensor, h: torch.Tensor) -> None:
@@ -70,6 +96,11 @@ def add_gram(x: torch.Tensor, h: torch.Tensor) -> None:
 
 def _program(dtype: torch.dtype, tile: int) -> Program:
     return Program("gram.cu", "gram", (("TYPE", TYPES[dtype]), ("TILE", tile)))
+
+
+def _shared(tile: int) -> int:
+    """Bytes of two bands of 16-bit values, twice."""
+    return 2 * 2 * STEP_ROWS * tile * 2
 
 
 def _check(x: torch.Tensor, h: torch.Tensor) -> None:

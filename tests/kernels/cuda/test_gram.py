@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quantc.kernels.cuda import gram
 from quantc.kernels.cuda.gram import WIDE, gram_launch, programs, supports
+from quantc.stats import Gram, using_products
 from tests.simt.harness import run
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -65,6 +67,27 @@ def test_turing_copies_at_once_and_gives_the_same_sums() -> None:
     program = replace(item.program, defines=(*item.program.defines, ("QUANTC_AMPERE", 0)))
     run(replace(item, program=program))
     check(h, torch.zeros_like(h), x)
+
+
+def test_calibration_gets_the_products_of_rounded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "launch", run)
+    x = random_rows(70, 136, torch.float32)
+    kernel, torch_alone = Gram(136), Gram(136)
+    with using_products(gram.Bfloat16Products()):
+        kernel.add(x)
+    torch_alone.add(x.bfloat16())
+    torch.testing.assert_close(kernel.matrix, torch_alone.matrix, rtol=1e-5, atol=1e-4)
+    assert kernel.rows == 70
+
+
+def test_widths_it_cannot_copy_are_left_to_torch() -> None:
+    upper = torch.zeros(9, 9)
+    assert not gram.Bfloat16Products()(torch.ones(3, 9), upper)
+    assert (upper == 0).all()
+
+
+def test_the_cpu_has_no_products_of_its_own() -> None:
+    assert gram.products_for(torch.device("cpu")) is None
 
 
 def test_no_rows_change_nothing() -> None:
