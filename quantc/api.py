@@ -19,8 +19,11 @@ from .derive import derive
 from .errors import UsageError
 from .frontend import Source, open_model, to_meta
 from .frontend.source import quiet_transformers, tensors_under
+from .kernels.cuda.gptq import panel_for
+from .kernels.cuda.gram import products_for
 from .memory import peak_rss_bytes
 from .numerics.basis import Rounding
+from .numerics.rounding import using_panel
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .presets import preset as named_preset
@@ -29,6 +32,7 @@ from .recipe import DEFAULT, NO_TEXT, Recipe, read_recipe, without_text
 from .report import Report
 from .shard_writer import writing
 from .spec import QuantSpec
+from .stats import using_products
 from .tokens import calibration_tokens
 
 if TYPE_CHECKING:
@@ -90,7 +94,8 @@ def quantize(
         writer.require_space(companions.estimate_bytes(run))
         tokens = calibration_tokens(run, chosen.calibration) if any(item.calibrated for item in passes) else None
 
-        pipeline.build(run, passes, tokens, writer)
+        with using_panel(panel_for(run.device)), using_products(products_for(run.device)):
+            pipeline.build(run, passes, tokens, writer)
 
         companions.write_companions(run, writer)
         _finish_report(run, writer, started, cpu_started)

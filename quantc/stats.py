@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
 import torch
 
 BAD_ROWS_LIMIT = 0.1  # share of non-finite calibration rows past which a run stops
 BAND = 128  # columns a Gram update handles at once: below the diagonal nothing is computed, 1.7 x faster
+
+
+class AddProducts(Protocol):
+    """Another way to add rows^T rows, for rows (M, K) float32, to upper (K, K) float32 on and above the diagonal.
+
+    False, with nothing done, where it does not take such rows. Below the diagonal it may write anything.
+    """
+
+    def __call__(self, rows: torch.Tensor, upper: torch.Tensor) -> bool: ...
+
+
+_add_products: ContextVar[AddProducts | None] = ContextVar("add_products", default=None)
+
+
+@contextmanager
+def using_products(add_products: AddProducts | None) -> Iterator[None]:
+    """Inside, Gram matrices add rows this way where it takes them; None changes nothing."""
+    token = _add_products.set(add_products or _add_products.get())
+    try:
+        yield
+    finally:
+        _add_products.reset(token)
 
 
 class Gram:
@@ -24,9 +51,9 @@ class Gram:
             finite = torch.isfinite(rows).all(1)
             self.bad_rows += int((~finite).sum())
             rows = rows[finite]
-        for start in range(0, rows.shape[1], BAND):
-            band = rows[:, start : start + BAND]
-            self._upper[start : start + BAND, start:].addmm_(band.T, rows[:, start:])
+        add_products = _add_products.get()
+        if add_products is None or not add_products(rows, self._upper):
+            _add_by_bands(rows, self._upper)
         self.rows += rows.shape[0]
 
     def divide_rows(self, scales: torch.Tensor) -> None:
@@ -53,6 +80,12 @@ class Gram:
     @staticmethod
     def bytes_for(width: int) -> int:
         return width * width * 4
+
+
+def _add_by_bands(rows: torch.Tensor, upper: torch.Tensor) -> None:
+    for start in range(0, rows.shape[1], BAND):
+        band = rows[:, start : start + BAND]
+        upper[start : start + BAND, start:].addmm_(band.T, rows[:, start:])
 
 
 class Drift:

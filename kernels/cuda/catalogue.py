@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import packed
+from . import gptq, gram, hadamard, packed
 from .program import Budget, Program
 
 # One function of each launcher module; a new launcher adds its own here.
-LAUNCHERS: tuple[Callable[[], dict[Program, Budget]], ...] = (packed.programs,)
+LAUNCHERS: tuple[Callable[[], dict[Program, Budget]], ...] = (
+    gptq.programs,
+    gram.programs,
+    hadamard.programs,
+    packed.programs,
+)
 
 
 def programs() -> dict[Program, Budget]:

@@ -7,7 +7,12 @@ are still to be rounded, through the Gram matrix of the inputs (GPTQ, Frantar et
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -118,49 +123,92 @@ def gptq(weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec) -> t
 
     The grid stays fixed, so the rounding order is free (act order) and leaves no permutation to inference.
     """
-    sweep = _Sweep(weight, factor, grid, spec)
-    sweep.run(0, weight.shape[1])
+    sweep = Sweep(weight, factor, grid, spec)
+    _round_columns(sweep, _panel.get() or COLUMN_BY_COLUMN, 0, weight.shape[1])
     codes = torch.empty_like(sweep.codes)
     codes[factor.order] = sweep.codes
     return codes.T.contiguous()
 
 
-class _Sweep:
-    """State of one GPTQ sweep; rows are input channels in rounding order, so that a column of W is contiguous."""
+class Sweep:
+    """State of one GPTQ sweep; rows are input channels in rounding order, so that a column of W is contiguous.
+
+    left: float32 (K, N), what is still to be rounded. upper: float32 (K, K), that of the Factor, of any strides.
+    scales, zeros: float32 (R, N), and row_of, for each column the row of them it uses; rows is row_of as an int32
+    tensor (K,). top: the largest code. codes: uint8 (K, N) and errors: float32 (K, N), over their pivots upper[k, k],
+    are filled in.
+    """
 
     def __init__(self, weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec):
         n, k = weight.shape
         self.upper = factor.upper
-        self.pivots = factor.upper.diagonal().tolist()
         self.left = weight.float().T[factor.order].contiguous()
         self.errors = torch.empty_like(self.left)
         self.codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
         self.top = spec.levels - 1
-        self.scale_rows, self.zero_rows, rows = grid_rows(grid, spec, (n, k))
+        self.scales, self.zeros, rows = grid_rows(grid, spec, (n, k))
         self.row_of = [rows[column] for column in factor.order.tolist()]
 
-    def run(self, low: int, high: int) -> None:
-        """Round columns [low, high), whose values already hold the error of every column before low."""
-        if high - low <= LEAF_COLUMNS:
-            for column in range(low, high):
-                self._round_column(column, high)
-            return
-        middle = (low + high) // 2
-        self.run(low, middle)
-        self.left[middle:high].addmm_(self.upper[low:middle, middle:high].T, self.errors[low:middle], alpha=-1)
-        self.run(middle, high)
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        return torch.tensor(self.row_of, dtype=torch.int32, device=self.left.device)
 
-    def _round_column(self, column: int, high: int) -> None:
-        row = self.row_of[column]
-        scale, zero = self.scale_rows[row], self.zero_rows[row]
-        value = self.left[column]
-        code = value.div(scale).round_().add_(zero).clamp_(0, self.top)
-        self.codes[column] = code
-        error = self.errors[column]
-        torch.sub(value, code.sub_(zero).mul_(scale), out=error)
-        error.div_(self.pivots[column])
-        if column + 1 < high:
-            self.left[column + 1 : high].addr_(self.upper[column, column + 1 : high], error, alpha=-1)
+    @cached_property
+    def pivots(self) -> list[float]:
+        return [float(pivot) for pivot in self.upper.diagonal().tolist()]
+
+
+class Panel(Protocol):
+    """A way to round neighbouring columns of a sweep, and how many of them at once are best."""
+
+    columns: int
+
+    def round(self, sweep: Sweep, low: int, high: int) -> None:
+        """Fill in codes and errors of columns [low, high); each error goes into those after it, up to high only."""
+
+
+class ColumnByColumn:
+    """By torch, on any device: a handful of operations for each column."""
+
+    columns = LEAF_COLUMNS
+
+    def round(self, sweep: Sweep, low: int, high: int) -> None:
+        """See Panel."""
+        for column in range(low, high):
+            row = sweep.row_of[column]
+            scale, zero = sweep.scales[row], sweep.zeros[row]
+            value, error = sweep.left[column], sweep.errors[column]
+            code = value.div(scale).round_().add_(zero).clamp_(0, sweep.top)
+            sweep.codes[column] = code
+            torch.sub(value, code.sub_(zero).mul_(scale), out=error)
+            error.div_(sweep.pivots[column])
+            if column + 1 < high:
+                sweep.left[column + 1 : high].addr_(sweep.upper[column, column + 1 : high], error, alpha=-1)
+
+
+COLUMN_BY_COLUMN = ColumnByColumn()
+_panel: ContextVar[Panel | None] = ContextVar("panel", default=None)
+
+
+@contextmanager
+def using_panel(panel: Panel | None) -> Iterator[None]:
+    """Inside, `gptq` rounds by a panel made for the device of its weights; None changes nothing."""
+    token = _panel.set(panel or _panel.get())
+    try:
+        yield
+    finally:
+        _panel.reset(token)
+
+
+def _round_columns(sweep: Sweep, panel: Panel, low: int, high: int) -> None:
+    """Round columns [low, high), whose values already hold the error of every column before low."""
+    if high - low <= panel.columns:
+        panel.round(sweep, low, high)
+        return
+    middle = (low + high) // 2
+    _round_columns(sweep, panel, low, middle)
+    sweep.left[middle:high].addmm_(sweep.upper[low:middle, middle:high].T, sweep.errors[low:middle], alpha=-1)
+    _round_columns(sweep, panel, middle, high)
 
 
 def grid_rows(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantc.stats import Drift, Gram, channel_energies, output_energy
+from quantc.stats import Drift, Gram, channel_energies, output_energy, using_products
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -177,3 +177,27 @@ def test_rows_that_do_not_pair_add_nothing() -> None:
     for original in ([], [before, before], [before[:-1]], [before[:100], before[100:]]):
         assert not drift.add_all(original, [after], None)
     assert not drift.correction(torch.eye(24), 0.01).any()
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_another_way_to_add_products_is_asked_first(takes: bool) -> None:
+    asked = []
+
+    def add_products(given: torch.Tensor, upper: torch.Tensor) -> bool:
+        asked.append(given)
+        if takes:
+            upper.addmm_(given.T, given)
+        return takes
+
+    x = rows(20, 150)
+    x[3, 4] = torch.nan
+    gram = Gram(150)
+    with using_products(add_products), using_products(None):
+        gram.add(x, torch.full((20,), 4.0))
+    gram.add(x)
+
+    finite = x[torch.isfinite(x).all(1)]
+    (given,) = asked
+    assert torch.equal(given, 2 * finite)
+    assert (gram.rows, gram.bad_rows) == (38, 2)
+    torch.testing.assert_close(gram.matrix, 5 * finite.T @ finite, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,121 @@
+"""The online rotation of quantc/numerics/hadamard.py on a GPU: hadamard.cu's programs, tables and launches."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ...numerics.hadamard import base_order, hadamard_matrix, signs
+from .launch import launch
+from .program import Budget, Launch, Program
+
+TYPES = {torch.float16: "Half", torch.bfloat16: "Bfloat", torch.float32: "float"}
+THREADS = 128
+LARGEST_REST = 1 << 14  # 64 KB of float32, the most that a block of Turing can ask for
+SHARED_VALUES = 1 << 13  # of one block where more than one output is a choice: 32 KB, several blocks a multiprocessor
+# Values and outputs of a thread: 64 sums in registers. Few widths have a shorter rest, and no model's is known: there a
+# thread has one value.
+MOST = 8
+ALIGNMENT = 16  # bytes of one load
+
+
+def supports(width: int, block: int, dtype: torch.dtype, arch: int) -> str | None:
+    """None, or why rows of a width are not rotated in blocks of this order; arch: such as 80 for sm_80."""
+    base = base_order(block)
+    if base is None or width % block:
+        return f"rotates in blocks of a Hadamard order that divides the width, and {block} of {width} is none"
+    if dtype not in TYPES:
+        return f"rotates float16, bfloat16 and float32, not {dtype}"
+    if dtype == torch.bfloat16 and arch < 80:
+        return "rounds to bfloat16 from compute capability 8.0 on"
+    if block // base > LARGEST_REST:
+        return f"keeps powers of two up to {LARGEST_REST} in shared memory, and {block} = {base} * {block // base}"
+    return None
+
+
+def programs() -> dict[Program, Budget]:
+    """Every variant that `hadamard_launch` can ask for."""
+    shapes = [(MOST, 1), (MOST, 2), (MOST, 4), (MOST, MOST), (1, MOST)]
+    return {
+        _program(dtype, values, outputs): Budget(
+            registers=128,
+            shared_bytes=0,
+            minimum_arch=80 if dtype == torch.bfloat16 else 75,
+            everyday=dtype == torch.float16 and values == MOST and outputs in (1, MOST),
+        )
+        for dtype in TYPES
+        for values, outputs in shapes
+    }
+
+
+def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
+    """out (M, K) = rotate(x (M, K), block), both contiguous, 16-byte aligned, of one dtype, in memory of their own.
+
+    The tables of a width are made at its first call: make that one before a graph is captured. Raises ValueError for
+    tensors or a block that the kernel does not take.
+    """
+    base = _checked(x, out, block)
+    rows, width = x.shape
+    rest = block // base
+    values, outputs = MOST if rest >= MOST else 1, _outputs(base, rest)
+    span = max(rest, THREADS * values)
+    spans = -(-rows * (width // base) // span)
+    return Launch(
+        program=_program(x.dtype, values, outputs),
+        grid=(spans * -(-base // outputs), 1, 1),
+        block=(THREADS, 1, 1),
+        shared=outputs * span * 4,
+        arguments=(x, out, *tables(width, base, x.device), rows, width, base, rest.bit_length() - 1, block**-0.5),
+    )
+
+
+def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
+    """rotate(x (..., K), block) of numerics/hadamard.py for x on a GPU; raises ValueError as `hadamard_launch` does."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if rows.data_ptr() % ALIGNMENT:
+        rows = rows.clone()
+    out = torch.empty_like(rows)
+    launch(hadamard_launch(rows, out, block))
+    return out.view(x.shape)
+
+
+@functools.cache
+def tables(width: int, base: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 (1, ceil(width / 32)) of the signs and (base, ceil(base / 32)) of H_base: see `pack_signs`."""
+    with torch.inference_mode(False):
+        return pack_signs(signs(width)[None]).to(device), pack_signs(hadamard_matrix(base)).to(device)
+
+
+def pack_signs(matrix: torch.Tensor) -> torch.Tensor:
+    """int32 (R, ceil(C / 32)) of a matrix (R, C) of +-1: bit c % 32 of word (r, c / 32) is set where (r, c) is -1."""
+    negative = torch.nn.functional.pad((matrix < 0).long(), (0, -matrix.shape[1] % 32)).unflatten(1, (-1, 32))
+    words = (negative << torch.arange(32)).sum(2)
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).to(torch.int32)
+
+
+def _outputs(base: int, rest: int) -> int:
+    """Columns of H_base that a thread block sums, as many as leave it within SHARED_VALUES."""
+    if base == 1 and rest >= MOST:
+        return 1
+    return max(1, min(MOST, SHARED_VALUES // rest))
+
+
+def _program(dtype: torch.dtype, values: int, outputs: int) -> Program:
+    defines = (("TYPE", TYPES[dtype]), ("VALUES", values), ("OUTPUTS", outputs))
+    return Program("hadamard.cu", "hadamard", defines)
+
+
+def _checked(x: torch.Tensor, out: torch.Tensor, block: int) -> int:
+    """The order of the base matrix; raises ValueError for what the kernel would read or write wrongly."""
+    alike = x.shape == out.shape and x.dtype == out.dtype
+    if x.dim() != 2 or not alike or not x.is_contiguous() or not out.is_contiguous():
+        found = f"x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype}"
+        raise ValueError(f"{found} are not contiguous (M, K) of one dtype")
+    if x.data_ptr() % ALIGNMENT or out.data_ptr() % ALIGNMENT:
+        raise ValueError(f"x and out begin at multiples of {ALIGNMENT} bytes")
+    reason = supports(x.shape[1], block, x.dtype, arch=80)
+    base = base_order(block)
+    if reason is not None or base is None:
+        raise ValueError(f"the kernel {reason}")
+    return base
