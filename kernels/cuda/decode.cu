@@ -5,8 +5,12 @@
 //     sum over the group of (code - zero) scale x = scale (sum (code - MID) x - (zero - MID) sum x)
 // where the sums of x come from a row of ones. per_ic scales change with every input and go onto the weights.
 //
-// Needs what tile.cuh needs, and TOKENS (8, 16) and WARPS.
+// With ROTATED a block first rotates the part of x that it reads, in shared memory, while its first tiles are on their
+// way: every block does that work again, and no second launch is needed.
+//
+// Needs what tile.cuh needs, and TOKENS (8, 16), WARPS and ROTATED (0, 1).
 #include "finish.cuh"
+#include "hadamard.cuh"
 #include "tile.cuh"
 
 constexpr int COLUMNS = TOKENS / 8;
@@ -51,16 +55,62 @@ struct Sums {
     }
 };
 
-// B fragments of half a tile's inputs, from input k on: steps 2 h and 2 h + 1. Zeros past M and K.
-INLINE void read_x(u32 (&b)[2][COLUMNS][2], const u16* x, int k, int M, int K, int lane) {
-    const int input = k + lane % 4 * 8;
+// The online rotation of a row of K inputs (see hadamard.cuh), null and zero without one.
+struct Rotation {
+    const u32* signs;
+    const u32* base_signs;
+    int base, rest_bits;
+    float scale;
+};
+
+// Inputs [from, to) of x (M, K), `width` from one row to the next.
+struct Rows {
+    const u16* x;
+    int M, from, to, width;
+
+    // B fragments of half a tile's inputs, from input k on. Zeros past M and K.
+    INLINE void read(u32 (&b)[2][COLUMNS][2], int k, int lane) const {
+        const int input = k + lane % 4 * 8;
 #pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) {
-        const int token = 8 * n + lane / 4;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (token < M && input < K) v = *(const uint4*)(x + (size_t)token * K + input);
-        b[0][n][0] = v.x, b[0][n][1] = v.y, b[1][n][0] = v.z, b[1][n][1] = v.w;
+        for (int n = 0; n < COLUMNS; ++n) {
+            const int token = 8 * n + lane / 4;
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (token < M && input < to) {
+                const uint4* at = (const uint4*)(x + (size_t)token * width + input - from);
+                v = ROTATED ? ld_shared(at) : *at;
+            }
+            b[0][n][0] = v.x, b[0][n][1] = v.y, b[1][n][0] = v.z, b[1][n][1] = v.w;
+        }
     }
+};
+
+// Rows of x rotated into shared memory: whole Hadamard blocks around inputs [low, high). shared: M * 2 + 4 bytes for
+// each of these inputs. All threads call it.
+INLINE Rows rotate_rows(u8* shared, const u16* x, const Rotation& rotation, int M, int K, int low, int high) {
+    using T = ELEMENT;
+    constexpr int THREADS = WARPS * 32;
+    const int order = rotation.base << rotation.rest_bits;
+    const int from = low / order * order, to = min(K, (high + order - 1) / order * order), width = to - from;
+    float* values = (float*)shared;
+    u16* rotated = (u16*)(values + width);
+    for (int m = 0; m < M; ++m) {
+        for (int index = 2 * threadIdx.x; index < width; index += 2 * THREADS) {
+            const float2 pair = unpack2<T>(*(const u32*)(x + (size_t)m * K + from + index));
+            const float first = pair.x * rotation.scale, second = pair.y * rotation.scale;
+            st_shared(values + index, is_negative(rotation.signs, from + index) ? -first : first);
+            st_shared(values + index + 1, is_negative(rotation.signs, from + index + 1) ? -second : second);
+        }
+        sync_block();
+        if (rotation.base > 1)
+            base_shared<THREADS>(values, width, rotation.base, rotation.rest_bits, rotation.base_signs);
+        sylvester_shared<THREADS>(values, width, 0, rotation.rest_bits);
+        for (int index = 2 * threadIdx.x; index < width; index += 2 * THREADS) {
+            const u32 pair = pack2<T>(ld_shared(values + index), ld_shared(values + index + 1));
+            st_shared((u32*)(rotated + m * width + index), pair);
+        }
+        sync_block();
+    }
+    return {rotated, M, from, to, width};
 }
 
 INLINE void multiply_half(Sums& sums, const Stage& stage, const u32 (&b)[2][COLUMNS][2], int h) {
@@ -92,7 +142,9 @@ INLINE void multiply_half(Sums& sums, const Stage& stage, const u32 (&b)[2][COLU
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     decode(const uint4* tiles, const u16* scales, const u8* zeros, const u16* x, u16* y, const u16* bias,
            const u16* low_rank_b, const float* low_rank_t, float* partial, int* counters, int M, int N, int K,
-           int tiles_k, int group, int groups, int rank) {
+           int tiles_k, int group, int groups, int rank, const u32* signs, const u32* base_signs, int base,
+           int rest_bits, float scale) {
+    DYNAMIC_SHARED(shared);
     __shared__ float parts[WARPS * TOKENS * TOKEN_STRIDE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int strip = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
@@ -115,13 +167,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         next.scales.read(scales, zeros, strip, k, tiles_k, group, groups, lane);
     };
     if (first < end) read(first);
+    Rows rows = {x, M, 0, K, K};
+    if (ROTATED) {
+        const int low = (int)((long long)tiles_k * split / splits), high = (int)((long long)tiles_k * (split + 1) / splits);
+        const Rotation rotation = {signs, base_signs, base, rest_bits, scale};
+        rows = rotate_rows(shared, x, rotation, M, K, low * TILE, high * TILE);
+    }
     for (int k = first; k < end; ++k) {
         const Stage stage = next;
         if (k + 1 < end) read(k + 1);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             u32 b[2][COLUMNS][2];
-            read_x(b, x, k * TILE + 32 * h, M, K, lane);
+            rows.read(b, k * TILE + 32 * h, lane);
             multiply_half(sums, stage, b, h);
             const int input = k * TILE + 32 * (h + 1);
             if (!PER_IC && (SETS == 2 || h == 1) && (input % group == 0 || input == end * TILE))

@@ -15,10 +15,9 @@ from .crossover import crossover
 from .device import device_index, shared_limit, unavailable
 from .launch import launch, refusal
 from .layout import CODE_BITS, CudaWeight, Variant, prepare, sets_in_tile
-from .packed import ELEMENTS, Device, Product, Workspace
+from .packed import ELEMENTS, X_STEP, Device, Product, Workspace
 from .program import Program
 
-X_STEP = 8  # inputs: a row of x is read 16 bytes at a time
 WORKSPACE_FLOATS = 8 << 20  # room for the sums of 264 blocks of 256 rows and 64 tokens, twice
 WORKSPACE_COUNTERS = 1 << 16
 MATMUL_FROM = 80  # compute capability with asynchronous copies
@@ -57,7 +56,7 @@ class CudaPacked:
         if reason is not None:
             return reason
         variant = Variant(spec.bits, spec.grouping == "per_ic", spec.symmetric, sets_in_tile(spec, shape) or 1)
-        needed = _programs(variant, dtype, capability, shared_limit(device_index(device)))
+        needed = _programs(variant, spec.hadamard > 0, dtype, capability, shared_limit(device_index(device)))
         return next(filter(None, (refusal(program, device, shared) for program, shared in needed)), None)
 
     def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> CudaWeight:
@@ -108,8 +107,8 @@ def _fake_cuda_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor
 def multiply(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it."""
     n, k = weight.shape
-    turned = rotate(x, weight.hadamard) if weight.hadamard else x
-    rows = _aligned(turned.reshape(-1, k))
+    fused = packed.rotates(weight, x.numel() // k)
+    rows = _aligned((rotate(x, weight.hadamard) if weight.hadamard and not fused else x).reshape(-1, k))
     y = x.new_empty(*x.shape[:-1], n)
     if y.numel() == 0:
         return y
@@ -120,7 +119,7 @@ def multiply(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> 
     low_rank_t = None
     if weight.low_rank_a is not None:
         low_rank_t = F.linear(rows, weight.low_rank_a.to(rows.dtype)).float()
-    product = Product(rows, y.view(-1, n), weight, bias, low_rank_t)
+    product = Product(rows, y.view(-1, n), weight, bias, low_rank_t, unrotated=fused)
     shape = packed.decode_launch if rows.shape[0] <= packed.DECODE_TOKENS[-1] else packed.matmul_launch
     launch(shape(product, _device(index), _workspace(index, torch.cuda.current_stream(index).cuda_stream)))
     return y
@@ -150,9 +149,13 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
-def _programs(variant: Variant, dtype: torch.dtype, capability: int, limit: int) -> list[tuple[Program, int]]:
+def _programs(
+    variant: Variant, rotated: bool, dtype: torch.dtype, capability: int, limit: int
+) -> list[tuple[Program, int]]:
     """With the dynamic shared memory of each."""
     needed = [(packed.decode_program(variant, dtype, tokens), 0) for tokens in packed.DECODE_TOKENS]
+    if rotated:
+        needed.append((packed.decode_program(variant, dtype, packed.DECODE_TOKENS[0], True), 0))
     needed.append((packed.dequantize_program(variant, dtype), 0))
     if capability >= MATMUL_FROM:
         needed += [packed.matmul_program_for(variant, dtype, tokens, limit) for tokens in packed.MATMUL_TOKENS]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from typing import Any
 
 import torch
 
+from ...numerics.hadamard import base_order
+from . import hadamard
 from .layout import TILE, CudaWeight, Variant
 from .program import Budget, Launch, Program
 
 ELEMENTS = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
 
+X_STEP = 8  # inputs: a row of x is read 16 bytes at a time
 DECODE_WARPS = 8
 DECODE_TOKENS = (8, 16)
 MATMUL_STRIPS, MATMUL_SLICES = 4, 1
@@ -22,6 +26,7 @@ MATMUL_STAGES = (4, 3, 2)  # as many as shared memory holds
 DEQUANTIZE_WARPS = 8
 TOKEN_STRIDE = 68  # as in include/finish.cuh
 BLOCKS_PER_MULTIPROCESSOR = 2  # that the registers of most variants allow
+FUSED_TOKENS, FUSED_INPUTS = 1, 4096  # up to which every block rotates x again rather than one launch for all
 SPLIT_COST = 0.02  # of the whole time, for each further split: the sums travel through memory
 
 
@@ -50,6 +55,7 @@ class Product:
     weight: CudaWeight
     bias: torch.Tensor | None = None
     low_rank_t: torch.Tensor | None = None
+    unrotated: bool = False  # x is still to be rotated as the weight says; decode_launch can do that
 
 
 def decode_launch(product: Product, device: Device, workspace: Workspace) -> Launch:
@@ -59,9 +65,17 @@ def decode_launch(product: Product, device: Device, workspace: Workspace) -> Lau
     strips, tiles_k = product.weight.tiles.shape[:2]
     room = workspace.partial.numel() // (strips * tokens * TILE)
     splits = best_splits(strips, tiles_k, DECODE_WARPS, device.multiprocessors, room)
-    program = decode_program(product.weight.variant, product.x.dtype, tokens)
-    grid = (strips, splits, 1)
-    return Launch(program, grid, (32 * DECODE_WARPS, 1, 1), 0, _arguments(product, workspace))
+    program = decode_program(product.weight.variant, product.x.dtype, tokens, product.unrotated)
+    shared = _rotation_bytes(product.weight, m, splits) if product.unrotated else 0
+    arguments = (*_arguments(product, workspace), *_rotation_arguments(product))
+    return Launch(program, (strips, splits, 1), (32 * DECODE_WARPS, 1, 1), shared, arguments)
+
+
+def rotates(weight: CudaWeight, m: int) -> bool:
+    """Whether decode_launch should rotate x (m, K) itself."""
+    order = weight.hadamard
+    fits = m <= FUSED_TOKENS and weight.shape[1] <= FUSED_INPUTS and weight.low_rank_a is None
+    return order > 0 and order % X_STEP == 0 and fits
 
 
 def matmul_launch(product: Product, device: Device, workspace: Workspace) -> Launch:
@@ -102,9 +116,9 @@ def best_splits(blocks: int, tiles_k: int, workers: int, multiprocessors: int, r
     return min(range(1, max(1, min(ceil(tiles_k / workers), room)) + 1), key=rounds)
 
 
-def decode_program(variant: Variant, dtype: torch.dtype, tokens: int) -> Program:
-    """decode.cu for up to `tokens` tokens, one of DECODE_TOKENS."""
-    return _program("decode", variant, dtype, TOKENS=tokens, WARPS=DECODE_WARPS)
+def decode_program(variant: Variant, dtype: torch.dtype, tokens: int, rotated: bool = False) -> Program:
+    """decode.cu for up to `tokens` tokens, one of DECODE_TOKENS; rotated: with the rotation of x."""
+    return _program("decode", variant, dtype, TOKENS=tokens, WARPS=DECODE_WARPS, ROTATED=int(rotated))
 
 
 def matmul_program(variant: Variant, dtype: torch.dtype, tokens: int, stages: int) -> Program:
@@ -143,6 +157,23 @@ def _matmul_shared(variant: Variant, tokens: int, stages: int) -> int:
     return max(stages * (tiles + x), MATMUL_STRIPS * tokens * TOKEN_STRIDE * 4)
 
 
+def _rotation_bytes(weight: CudaWeight, m: int, splits: int) -> int:
+    """Dynamic shared memory of decode.cu: a row in float32 and m rows in 16 bits, of the widest split's inputs."""
+    k, order, tiles_k = weight.shape[1], weight.hadamard, weight.tiles.shape[1]
+    edges = [tiles_k * split // splits * TILE for split in range(splits + 1)]
+    widths = [min(k, -(-high // order) * order) - low // order * order for low, high in pairwise(edges)]
+    return max(widths) * (4 + 2 * m)
+
+
+def _rotation_arguments(product: Product) -> tuple[Any, ...]:
+    """Of decode, after the others."""
+    if not product.unrotated:
+        return (None, None, 0, 0, 0.0)
+    order, k = product.weight.hadamard, product.weight.shape[1]
+    base = base_order(order) or 1
+    return (*hadamard.tables(k, base, product.x.device), base, (order // base).bit_length() - 1, order**-0.5)
+
+
 def _arguments(product: Product, workspace: Workspace) -> tuple[Any, ...]:
     """Of decode and matmul."""
     weight = product.weight
@@ -169,6 +200,9 @@ def programs() -> dict[Program, Budget]:
             for tokens in DECODE_TOKENS:
                 shared = DECODE_WARPS * tokens * TOKEN_STRIDE * 4 + 16
                 budgets[decode_program(variant, dtype, tokens)] = Budget(255, shared, oldest, everyday)
+            if variant.sets == 1:
+                shared = DECODE_WARPS * DECODE_TOKENS[0] * TOKEN_STRIDE * 4 + 16
+                budgets[decode_program(variant, dtype, DECODE_TOKENS[0], True)] = Budget(255, shared, oldest, everyday)
             for tokens in MATMUL_TOKENS:
                 budgets[matmul_program(variant, dtype, tokens, MATMUL_STAGES[0])] = Budget(200, 16, 80, everyday)
             budgets[dequantize_program(variant, dtype)] = Budget(128, 0, oldest, everyday)

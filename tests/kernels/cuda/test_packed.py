@@ -14,6 +14,7 @@ from quantc.kernels.cuda import packed
 from quantc.kernels.cuda.layout import CODE_BITS, CudaWeight, prepare
 from quantc.kernels.cuda.packed import Device, Product, Workspace
 from quantc.kernels.cuda.program import Launch
+from quantc.numerics.hadamard import rotate
 from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.kernels.test_kernels import random_qtensor
 from tests.simt.harness import run, unavailable
@@ -158,6 +159,38 @@ def test_every_code_with_every_zero_point() -> None:
         out = torch.empty(size, dtype=dtype)
         run(packed.dequantize_launch(prepare(DENSE.pack(tensor), spec, size), out))
         assert torch.equal(out.float(), tensor.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("order", "k", "m", "splits"), [(64, 320, 1, 2), (8, 72, 2, 1), (96, 192, 1, 3), (320, 320, 3, 2), (512, 512, 1, 1)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_rotates_what_it_reads(
+    order: int, k: int, m: int, splits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "best_splits", lambda *_: splits)
+    tensor = random_qtensor(QuantSpec(4, 64, hadamard=order), (70, k))
+    weight = prepare(DENSE.pack(tensor), tensor.spec, tensor.shape)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    fused, apart = torch.empty(m, 70, dtype=dtype), torch.empty(m, 70, dtype=dtype)
+    run(packed.decode_launch(Product(x, fused, weight, unrotated=True), SMALL, workspace()))
+    run(packed.decode_launch(Product(rotate(x, order), apart, weight), SMALL, workspace()))
+    size = rotate(x.double(), order).abs() @ tensor.dequantize(torch.float64).abs().T
+    # The rotated inputs may differ in their last place, by the order of float32 sums.
+    assert bool(((fused.double() - apart.double()).abs() <= 2 * torch.finfo(dtype).eps * size).all())
+
+
+def test_when_decode_rotates() -> None:
+    def weight(order: int, k: int, rank: int = 0) -> CudaWeight:
+        tensor = random_qtensor(QuantSpec(4, 64, hadamard=order, rank=rank), (8, k))
+        return prepare(DENSE.pack(tensor), tensor.spec, tensor.shape)
+
+    assert packed.rotates(weight(64, 128), 1)
+    assert not packed.rotates(weight(64, 128), 2)
+    assert not packed.rotates(weight(64, 128, rank=1), 1)  # which needs the rotated x itself
+    assert not packed.rotates(weight(4, 128), 1)
+    assert not packed.rotates(weight(0, 128), 1)
+    assert not packed.rotates(weight(64, 8192), 1)
 
 
 def test_splits_fill_the_gpu_and_fit_the_workspace() -> None:
