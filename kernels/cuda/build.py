@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from .program import Program
 FOLDER = Path(__file__).parent  # sources; the headers are in include/
 CACHE_FORMAT = 1  # of an entry's bytes
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")  # with -v the log says what the kernel takes
+
+
+ELF_HEADER = 64  # bytes, of a 64-bit image
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,24 @@ def _compile(request: Request) -> Compiled:
     try:
         nvrtc.compileProgram(handle, request.options)
         log = str(nvrtc.getProgramLog(handle))
-        return Compiled(nvrtc.getCUBIN(handle), parse_resources(log, request.program.entry))
+        return Compiled(whole_image(nvrtc.getCUBIN(handle)), parse_resources(log, request.program.entry))
     except nvrtc.NVRTCError as error:
         raise KernelError(_complaint(request, error, str(nvrtc.getProgramLog(handle)))) from error
     finally:
         nvrtc.destroyProgram(handle)
+
+
+def whole_image(cubin: bytes) -> bytes:
+    """A cubin with its last byte, which CuPy (14.2) takes for the end of a string and leaves out.
+
+    It is the highest byte of the last program header's alignment, a zero. CuPy itself loads images without it;
+    NVIDIA's own tools call them invalid.
+    """
+    if len(cubin) < ELF_HEADER or not cubin.startswith(b"\x7fELF"):
+        return cubin
+    (offset,) = struct.unpack_from("<Q", cubin, 32)
+    size, count = struct.unpack_from("<HH", cubin, 54)
+    return cubin + b"\0" if len(cubin) == offset + size * count - 1 else cubin
 
 
 def _complaint(request: Request, error: Exception, log: str) -> str:

@@ -41,6 +41,7 @@ INLINE void store_fragments(float* sums, const float (&acc)[ROW_TILES][TOKENS / 
 template <class T>
 INLINE void write_output(const Output& o, int token, int row, float value) {
     if (o.bias) value += unpack2<T>(o.bias[row]).x;
+#pragma unroll 1  // rare: not worth the code
     for (int r = 0; r < o.rank; ++r)
         value += o.low_rank_t[(size_t)token * o.rank + r] * unpack2<Half>(o.low_rank_b[(size_t)row * o.rank + r]).x;
     o.y[(size_t)token * o.N + row] = (u16)pack2<T>(value, 0.0f);
@@ -77,6 +78,7 @@ INLINE void finish(const float* parts, const Output& o, int row, int token, int 
         const int n = index % ROWS, m = index / ROWS;
         if (token + m >= o.M || row + n >= o.N) continue;
         float value = 0;
+#pragma unroll 4
         for (int s = 0; s < splits; ++s) value += load_fresh(all + (size_t)s * SIZE + index);
         write_output<T>(o, token + m, row + n, value);
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -216,3 +217,17 @@ def test_the_fake_machine_has_what_cupy_has(monkeypatch: pytest.MonkeyPatch) -> 
     assert {name for name in dir(fake.driver) if name[0] != "_"} - set(vars(fake.driver)) - {"of"} <= set(dir(driver))
     assert runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin == 97
     assert driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == MAX_DYNAMIC_SHARED
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90", "sm_120"])
+def test_an_image_is_whole(scale: Program, sources: Path, architecture: str) -> None:
+    image = compile_program(scale, architecture).cubin
+    (programs, sections), (size, count, section_size, section_count) = (
+        struct.unpack_from("<QQ", image, 32),
+        struct.unpack_from("<HHHH", image, 54),
+    )
+    assert len(image) == max(programs + size * count, sections + section_size * section_count)
+    assert build.whole_image(image) == image
+    assert build.whole_image(image[:-1]) == image
+    assert build.whole_image(b"no image") == b"no image"
