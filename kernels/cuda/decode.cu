@@ -1,9 +1,11 @@
 // y = x W^T for few tokens (M <= TOKENS): bound by reading the weight, so every byte of it is read once, 16 at a time.
 //
-// A block owns 64 rows and a share of K, cut into one run of tiles per warp. Codes meet x on the tensor cores as
-// integers (exact in 16 bits); for per_oc groups scale and zero point are applied to the sums of a group, in float32:
-//     sum over the group of (code - zero) scale x = scale (sum (code - MID) x - (zero - MID) sum x)
-// where the sums of x come from a row of ones. per_ic scales change with every input and go onto the weights.
+// A block owns 64 rows and a share of K, cut into one run of tiles per warp. Codes meet x on the tensor cores as whole
+// numbers (exact in 16 bits), each with an offset that makes it cheap to unpack; for per_oc groups offset, zero point and
+// scale are applied to the sums of a group, in float32:
+//     sum over the group of (code - zero) scale x = scale (sum (code + offset) x - sum offset x - zero sum x)
+// where the last two sums are rows of one more product. Offsets are at most 1024: what float32 sums lose to them is a
+// tenth of what float16 weights would lose. per_ic scales change with every input and go onto the weights.
 //
 // With ROTATED a block first rotates the part of x that it reads, in shared memory, while its first tiles are on their
 // way: every block does that work again, and no second launch is needed.
@@ -18,12 +20,57 @@ constexpr int COLUMNS = TOKENS / 8;
 struct Stage {
     TileCodes codes;
     TileScales scales;
+    bool closes[SETS];  // per_oc: whether a group, or this warp's part of it, ends with the set's inputs
+};
+
+// A warp's run of tiles [first, end), one after the other.
+struct Reader {
+    const uint4* next;
+    const u16* scales;
+    const u8* zeros;
+    int left, lane;
+    int per_group, within, set;  // per_oc: a group's length in parts of TILE / SETS inputs, where in it, its number
+    int sets[SETS];              // per_ic: of the next tile
+
+    INLINE Reader(const uint4* tiles, const u16* scales, const u8* zeros, int strip, int first, int end, int tiles_k,
+                  int group, int groups, int lane)
+        : next(tiles + ((size_t)strip * tiles_k + first) * (BITS * 32) + lane),
+          scales(scales),
+          zeros(zeros),
+          left(end - first),
+          lane(lane),
+          per_group(group / (TILE / SETS)),
+          within(first * SETS % per_group),
+          set(strip * groups + first * SETS / per_group) {
+#pragma unroll
+        for (int index = 0; index < SETS; ++index)
+            sets[index] = set_number(strip, first, index, tiles_k, group, groups);
+    }
+
+    // Nothing where no tile is left.
+    INLINE void read(Stage& stage) {
+        if (left <= 0) return;
+        --left;
+        stage.codes.read(next);
+        next += BITS * 32;
+#pragma unroll
+        for (int index = 0; index < SETS; ++index) {
+            if (PER_IC) continue;
+            sets[index] = set;
+            stage.closes[index] = ++within == per_group || (left == 0 && index == SETS - 1);
+            if (within == per_group) within = 0, ++set;
+        }
+        stage.scales.read(scales, zeros, sets, lane);
+        if (!PER_IC) return;
+#pragma unroll
+        for (int index = 0; index < SETS; ++index) ++sets[index];
+    }
 };
 
 struct Sums {
     float acc[4][COLUMNS][4];    // finished
-    float group[4][COLUMNS][4];  // of (code - MID) x in the running group
-    float x[COLUMNS][4];         // of x in it: each row of the fragment the same
+    float group[4][COLUMNS][4];  // of (code + offset) x in the running group
+    float x[COLUMNS][4];         // of x in it (two tokens), and of offset x
 
     INLINE void clear_group() {
 #pragma unroll
@@ -46,8 +93,8 @@ struct Sums {
             for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
                 for (int d = 0; d < 4; ++d) {
-                    float sum = group[i][n][d];
-                    if (!SYMMETRIC) sum -= own.zero_above_mid(i % 2 * 2 + d / 2) * x[n][d];
+                    const float zero = own.zero_point(i % 2 * 2 + d / 2);
+                    const float sum = (group[i][n][d] - x[n][2 + d % 2]) - zero * x[n][d % 2];
                     acc[i][n][d] += (d / 2 ? scale.y : scale.x) * sum;
                 }
         }
@@ -113,7 +160,19 @@ INLINE Rows rotate_rows(u8* shared, const u16* x, const Rotation& rotation, int 
     return {rotated, M, from, to, width};
 }
 
-INLINE void multiply_half(Sums& sums, const Stage& stage, const u32 (&b)[2][COLUMNS][2], int h) {
+// Codes::offset of pairs 2 n and 2 n + 1, in registers. An instruction has room for one constant, the mask: where the
+// compiler knew the other one, it would fetch it again for every pair.
+struct Offsets {
+    u32 pair[4];
+
+    // nothing: 0, without the compiler's knowledge.
+    INLINE explicit Offsets(u32 nothing) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) pair[n] = Codes::offset(2 * n) + nothing;
+    }
+};
+
+INLINE void multiply_half(Sums& sums, const Stage& stage, const Offsets& offsets, const u32 (&b)[2][COLUMNS][2], int h) {
     using T = ELEMENT;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -125,18 +184,29 @@ INLINE void multiply_half(Sums& sums, const Stage& stage, const u32 (&b)[2][COLU
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
                 const int p = i % 2 * 8 + 4 * s + q;
-                a[q] = PER_IC ? weights(codes, stage.scales.quarter(t), p) : codes.centred(p);
+                a[q] = PER_IC ? weights(codes, stage.scales.quarter(t), p) : codes.shifted(p, offsets.pair[p % 8 / 2]);
             }
 #pragma unroll
             for (int n = 0; n < COLUMNS; ++n) mma<T>(PER_IC ? sums.acc[i][n] : sums.group[i][n], a, b[s][n]);
         }
     }
-    if (PER_IC || SYMMETRIC) return;
-    const u32 ones[4] = {power<T>(0), power<T>(0), power<T>(0), power<T>(0)};
+    if (PER_IC) return;
 #pragma unroll
-    for (int s = 0; s < 2; ++s)
+    for (int s = 0; s < 2; ++s) {
+        const u32 a[4] = {power<T>(0), offsets.pair[2 * s], power<T>(0), offsets.pair[2 * s + 1]};
 #pragma unroll
-        for (int n = 0; n < COLUMNS; ++n) mma<T>(sums.x[n], ones, b[s][n]);
+        for (int n = 0; n < COLUMNS; ++n) mma<T>(sums.x[n], a, b[s][n]);
+    }
+}
+
+INLINE void multiply_tile(Sums& sums, const Stage& stage, const Offsets& offsets, const Rows& rows, int k, int lane) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        u32 b[2][COLUMNS][2];
+        rows.read(b, k * TILE + 32 * h, lane);
+        multiply_half(sums, stage, offsets, b, h);
+        if (!PER_IC && (SETS == 2 || h == 1) && stage.closes[h * (SETS - 1)]) sums.close_group(stage.scales, h);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
@@ -161,30 +231,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             for (int d = 0; d < 4; ++d) sums.acc[i][n][d] = 0;
     sums.clear_group();
 
-    Stage next;
-    const auto read = [&](int k) {
-        next.codes.read(tiles + ((size_t)strip * tiles_k + k) * (BITS * 32), lane);
-        next.scales.read(scales, zeros, strip, k, tiles_k, group, groups, lane);
-    };
-    if (first < end) read(first);
+    Reader reader(tiles, scales, zeros, strip, first, end, tiles_k, group, groups, lane);
+    Stage even, odd;  // tiles take turns, so that no registers are copied
+    reader.read(even);
     Rows rows = {x, M, 0, K, K};
     if (ROTATED) {
         const int low = (int)((long long)tiles_k * split / splits), high = (int)((long long)tiles_k * (split + 1) / splits);
         const Rotation rotation = {signs, base_signs, base, rest_bits, scale};
         rows = rotate_rows(shared, x, rotation, M, K, low * TILE, high * TILE);
     }
-    for (int k = first; k < end; ++k) {
-        const Stage stage = next;
-        if (k + 1 < end) read(k + 1);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            u32 b[2][COLUMNS][2];
-            rows.read(b, k * TILE + 32 * h, lane);
-            multiply_half(sums, stage, b, h);
-            const int input = k * TILE + 32 * (h + 1);
-            if (!PER_IC && (SETS == 2 || h == 1) && (input % group == 0 || input == end * TILE))
-                sums.close_group(stage.scales, h);
-        }
+    const Offsets offsets((u32)M >> 31);
+    for (int k = first; k < end; k += 2) {
+        const bool more = k + 1 < end;
+        if (more) reader.read(odd);
+        multiply_tile(sums, even, offsets, rows, k, lane);
+        if (!more) break;
+        if (k + 2 < end) reader.read(even);
+        multiply_tile(sums, odd, offsets, rows, k + 1, lane);
     }
     store_fragments<4>(parts + warp * TOKENS * TOKEN_STRIDE, sums.acc, 0, lane, false);
     const Output output = {y, bias, low_rank_b, low_rank_t, partial, counters, M, N, rank};

@@ -11,9 +11,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const int lane = threadIdx.x % 32, k = blockIdx.x * WARPS + threadIdx.x / 32, strip = blockIdx.y;
     if (k >= tiles_k) return;
     TileCodes codes;
-    codes.read(tiles + ((size_t)strip * tiles_k + k) * (BITS * 32), lane);
+    codes.read(tiles + ((size_t)strip * tiles_k + k) * (BITS * 32) + lane);
     TileScales tile_scales;
-    tile_scales.read(scales, zeros, strip, k, tiles_k, group, groups, lane);
+    int sets[SETS];
+#pragma unroll
+    for (int index = 0; index < SETS; ++index) sets[index] = set_number(strip, k, index, tiles_k, group, groups);
+    tile_scales.read(scales, zeros, sets, lane);
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
         const Codes own = codes.quarter(t);

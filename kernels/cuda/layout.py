@@ -12,6 +12,7 @@ from ...formats import DENSE, Parts
 from ...spec import QuantSpec
 
 TILE = 64
+PAIRS = 16  # of codes that a lane has of a quarter
 LOWER_PLANE = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}  # bits of a code in its lower plane; the rest is in the upper
 CODE_BITS = tuple(LOWER_PLANE)
 STRIPS_AT_ONCE = 32  # tiles are arranged for 2048 rows at a time: the codes take 12 bytes each meanwhile
@@ -93,16 +94,34 @@ def arrange_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _arrange(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    pairs = _pairs_of_lanes(codes)
+    quarters = _pairs_of_lanes(codes)
     low = LOWER_PLANE[bits]
-    planes = [_plane(pairs & ((1 << low) - 1), low)]
+    planes = [_plane(quarters & ((1 << low) - 1), low, [low_place(pair, low) for pair in range(PAIRS)])]
     if bits > low:
-        planes.append(_plane(pairs >> low, bits - low))
+        planes.append(_plane(quarters >> low, bits - low, [high_place(pair, bits) for pair in range(PAIRS)]))
     return torch.cat(planes, dim=2)
 
 
+def low_place(pair: int, low: int) -> tuple[int, int]:
+    """Word and bit of a pair in the lower plane of a quarter: as low_word and low_bit in tile.cuh."""
+    word, place = divmod(_other_bits(pair), 8 // low)
+    return word, place * low + pair % 2 * 8
+
+
+def high_place(pair: int, bits: int) -> tuple[int, int]:
+    """Word and bit of a pair in the upper plane of a quarter: as high_word and high_bit in tile.cuh."""
+    low = LOWER_PLANE[bits]
+    high = bits - low
+    word, place = divmod(_other_bits(pair), 8 // high)
+    return word, (low_place(pair, low)[1] % 8 + low + place // (8 // low) * high + pair % 2 * 8) % 16
+
+
+def _other_bits(pair: int) -> int:
+    return pair // 8 * 4 + pair % 8 // 4 * 2 + pair % 4 // 2
+
+
 def _pairs_of_lanes(codes: torch.Tensor) -> torch.Tensor:
-    """int32 (strips, tiles_k, 64 pairs by quarter, 32 lanes, 2) of codes (N, K)."""
+    """int32 (strips, tiles_k, 4 quarters, 16 pairs, 32 lanes, 2) of codes (N, K)."""
     n, k = codes.shape
     padded = F.pad(codes, (0, -k % TILE, 0, -n % TILE)).to(torch.int32)
     strips, tiles_k = padded.shape[0] // TILE, padded.shape[1] // TILE
@@ -110,16 +129,16 @@ def _pairs_of_lanes(codes: torch.Tensor) -> torch.Tensor:
     strip, z, i, odd, r, tile, h, c, s, half, which = range(11)
     split = padded.reshape(strips, 2, 2, 2, 8, tiles_k, 2, 4, 2, 2, 2)
     order = split.permute(strip, tile, h, z, i, s, half, odd, r, c, which)
-    return order.reshape(strips, tiles_k, TILE, 32, 2)
+    return order.reshape(strips, tiles_k, 4, PAIRS, 32, 2)
 
 
-def _plane(pairs: torch.Tensor, width: int) -> torch.Tensor:
-    """int32 (strips, tiles_k, width, 32, 4): the lanes' pairs of width-bit numbers as words of 16 / width pairs."""
-    strips, tiles_k = pairs.shape[:2]
-    per_word = 16 // width
-    places = torch.arange(per_word, device=pairs.device, dtype=torch.int32).mul_(width).view(-1, 1, 1)
-    halves = (pairs.view(strips, tiles_k, 4 * width, per_word, 32, 2) << places).sum(3, dtype=torch.int32)
-    words = halves[..., 0] | halves[..., 1] << 16
+def _plane(quarters: torch.Tensor, width: int, places: list[tuple[int, int]]) -> torch.Tensor:
+    """int32 (strips, tiles_k, width, 32, 4): the lanes' pairs of width-bit numbers, each at its word and bit."""
+    strips, tiles_k = quarters.shape[:2]
+    words = quarters.new_zeros(strips, tiles_k, 4, width, 32)
+    for pair, (word, bit) in enumerate(places):
+        halves = quarters[:, :, :, pair]
+        words[:, :, :, word] |= halves[..., 0] << bit | halves[..., 1] << (16 + bit)
     return words.view(strips, tiles_k, width, 4, 32).transpose(-1, -2).contiguous()
 
 

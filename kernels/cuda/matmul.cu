@@ -45,7 +45,7 @@ struct Work {
 #pragma unroll
         for (int index = 0; index < SETS; ++index) {
             u8* to = own + CODE_BYTES + index * SET_BYTES;
-            const size_t at = set_number(strip, k, index, tiles_k, group, groups) * TILE;
+            const size_t at = (size_t)set_number(strip, k, index, tiles_k, group, groups) * TILE;
             if (lane < 8) cp_async16(to + lane * 16, scales + at + lane * 8, true);
             if (!SYMMETRIC && lane >= 8 && lane < 12) cp_async16(to + lane * 16, zeros + at + (lane - 8) * 16, true);
         }

@@ -9,7 +9,8 @@
 // so that the 16 bytes of x at inputs 32 h + 8 c are this lane's B fragments of both steps as they lie. The two codes of
 // a pair are in the lower and the upper half of a word, at the same place. Codes of 3, 5 and 6 bits are cut into planes
 // of 2 + 1, 4 + 1 and 4 + 2 bits, so that codes fill words; a lane's part of a quarter is LOW + HIGH = BITS words, of a
-// tile BITS times 16 bytes: the lower plane of all quarters, then the upper.
+// tile BITS times 16 bytes: the lower plane of all quarters, then the upper. low_bit and high_bit say where in its word
+// a pair is: so that few words need be shifted before a mask cuts codes out where a float has its last bits.
 //
 // Scales and zero points come in sets of 64 float16 and 64 bytes. A tile has SETS of them. per_oc: one for each row, in
 // the order of z, r, i, q % 2, so that a lane reads four at once; two sets where a group ends at input 32. per_ic: one
@@ -28,7 +29,8 @@ constexpr int MID = 1 << (BITS - 1);
 
 // --- codes --------------------------------------------------------------------------------------------------------
 
-// A float whose last mantissa bits count in steps of one: a code put there is that many more.
+// A float 2^e with e <= mantissa whose mantissa bits from `mantissa - e` on count in steps of one: a code put there is
+// added to it.
 template <class T>
 struct Magic;
 
@@ -53,37 +55,61 @@ INLINE u32 power(int exponent) {
 // -(2^(mantissa - place) + offset) in both halves; offset < 2^(mantissa - place).
 template <class T>
 INLINE u32 minus_magic(int place, int offset) {
-    const int exponent = Magic<T>::mantissa - place;
-    return twice(0x8000u | (u32)(Magic<T>::bias + exponent) << Magic<T>::mantissa | (u32)offset << place);
+    return twice(0x8000u | (u32)offset << place) | power<T>(Magic<T>::mantissa - place);
 }
+
+// Pairs with neighbouring rows (p, p + 1) are eight bits apart; e numbers the others, 4 i + 2 s + q / 2.
+INLINE int other_bits(int p) { return p / 8 * 4 + p % 8 / 4 * 2 + p % 4 / 2; }
+INLINE int low_word(int p) { return other_bits(p) / (8 / LOW); }
+INLINE int low_bit(int p) { return other_bits(p) % (8 / LOW) * LOW + p % 2 * 8; }
+INLINE int high_word(int p) { return other_bits(p) / (8 / UPPER); }
+INLINE int high_bit(int p) {  // LOW bits above the lower plane's, but for the number of its word, or eight more
+    return ((low_bit(p) % 8 + LOW) + other_bits(p) % (8 / UPPER) / (8 / LOW) * UPPER + p % 2 * 8) % 16;
+}
+
+// Where the codes of pair p are put in a float: as they lie where the mantissa has room.
+INLINE int place_of(int p) { return low_bit(p) % 8 + BITS <= Magic<ELEMENT>::mantissa ? low_bit(p) % 8 : 0; }
 
 // Bits of `word` from `from` on, moved to `to`; others are garbage.
 INLINE u32 moved(u32 word, int from, int to) { return from >= to ? word >> (from - to) : word << (to - from); }
 
-// A lane's codes of one quarter.
+constexpr bool TOO_WIDE = BITS > Magic<ELEMENT>::mantissa;  // 8 bits where bfloat16 has 7
+
+// A lane's codes of one quarter. p is known once loops are unrolled, and with it all but a few operations.
 struct Codes {
     u32 low[LOW];
     u32 high[UPPER];
 
-    // Pair p as numbers code - MID, exactly. p is known once loops are unrolled, and all but four operations with it.
+    // Pair p as numbers code + offset, exactly: an operation for each plane and a share of a shift. offset: offset(p).
+    INLINE u32 shifted(int p, u32 offset) const {
+        if (TOO_WIDE) return wide(p);
+        const int place = place_of(p);
+        u32 code = (moved(low[low_word(p)], low_bit(p), place) & twice(((1u << LOW) - 1) << place)) | offset;
+        if (HIGH)
+            code |= moved(high[high_word(p)], high_bit(p), place + LOW) & twice(((1u << HIGH) - 1) << (place + LOW));
+        return code;
+    }
+
+    // A pair of what `shifted` adds; the same for all i and for both neighbouring rows, so that there are four.
+    static INLINE u32 offset(int p) {
+        using T = ELEMENT;
+        return TOO_WIDE ? power<T>(BITS - 1) | 0x80008000u : power<T>(Magic<T>::mantissa - place_of(p));
+    }
+
+    // Pair p as numbers code - MID, exactly.
     INLINE u32 centred(int p) const {
         using T = ELEMENT;
-        constexpr int mantissa = Magic<T>::mantissa;
-        const int from = p % (16 / LOW) * LOW;
-        const u32 word = low[p / (16 / LOW)];
-        if (BITS > mantissa) {  // 8 bits where bfloat16 has 7: two nibbles, and all steps exact
-            const u32 lower = (word >> from & 0x000f000fu) | power<T>(mantissa);
-            const u32 upper = (word >> (from + 4) & 0x000f000fu) | power<T>(mantissa);
-            const u32 magic = minus_magic<T>(0, 0);
-            const u32 below = fma2<T>(lower, power<T>(0), magic), above = fma2<T>(upper, power<T>(0), magic);
-            return fma2<T>(fma2<T>(above, power<T>(4), below), power<T>(0), power<T>(BITS - 1) | 0x80008000u);
-        }
-        const int place = from % 8 + BITS <= mantissa ? from % 8 : 0;  // as it lies where the mantissa has room
-        u32 code = (moved(word, from, place) & twice(((1u << LOW) - 1) << place)) | power<T>(mantissa);
-        if (HIGH)
-            code |= moved(high[p / (16 / UPPER)], p % (16 / UPPER) * UPPER, place + LOW) &
-                    twice(((1u << HIGH) - 1) << (place + LOW));
-        return fma2<T>(code, power<T>(-place), minus_magic<T>(place, MID));
+        return TOO_WIDE ? wide(p) : fma2<T>(shifted(p, offset(p)), power<T>(0), minus_magic<T>(place_of(p), MID));
+    }
+
+    // Codes - MID of two nibbles, all steps exact.
+    INLINE u32 wide(int p) const {
+        using T = ELEMENT;
+        const u32 word = low[low_word(p)], magic = minus_magic<T>(0, 0);
+        const u32 lower = (word >> low_bit(p) & 0x000f000fu) | power<T>(Magic<T>::mantissa);
+        const u32 upper = (word >> (low_bit(p) + 4) & 0x000f000fu) | power<T>(Magic<T>::mantissa);
+        const u32 below = fma2<T>(lower, power<T>(0), magic), above = fma2<T>(upper, power<T>(0), magic);
+        return fma2<T>(fma2<T>(above, power<T>(4), below), power<T>(0), power<T>(BITS - 1) | 0x80008000u);
     }
 };
 
@@ -91,10 +117,11 @@ struct Codes {
 struct TileCodes {
     u32 words[4 * BITS];
 
-    INLINE void read(const uint4* tile, int lane) {
+    // own: the lane's first 16 bytes.
+    INLINE void read(const uint4* own) {
 #pragma unroll
         for (int u = 0; u < BITS; ++u) {
-            const uint4 v = load_once(tile + u * 32 + lane);
+            const uint4 v = load_once(own + u * 32);
             words[4 * u] = v.x, words[4 * u + 1] = v.y, words[4 * u + 2] = v.z, words[4 * u + 3] = v.w;
         }
     }
@@ -112,10 +139,10 @@ struct TileCodes {
 // --- scales and zero points ---------------------------------------------------------------------------------------
 
 // Number of set `index` of tile (strip, k), in the order of memory: per_oc (strips, groups), per_ic (groups, tiles_k).
-INLINE size_t set_number(int strip, int k, int index, int tiles_k, int group, int groups) {
+INLINE int set_number(int strip, int k, int index, int tiles_k, int group, int groups) {
     const int within = index * (TILE / SETS);
-    if (PER_IC) return (size_t)((strip * TILE + within) / group) * tiles_k + k;
-    return (size_t)strip * groups + (k * TILE + within) / group;
+    if (PER_IC) return (strip * TILE + within) / group * tiles_k + k;
+    return strip * groups + (k * TILE + within) / group;
 }
 
 // A lane's scales and zero points of one quarter.
@@ -155,9 +182,7 @@ struct Scales {
         }
     }
 
-    INLINE float zero_above_mid(int index) const {
-        return SYMMETRIC ? 0.0f : (float)((int)(zero[index / 4] >> (index % 4 * 8) & 0xff) - MID);
-    }
+    INLINE int zero_point(int index) const { return SYMMETRIC ? MID : zero[index / 4] >> (index % 4 * 8) & 0xff; }
 };
 
 // A tile's scales in registers: those of quarters that share them are there once.
@@ -167,14 +192,14 @@ struct TileScales {
 
     static INLINE int index(int t) { return SETS > 1 ? t : PER_IC ? t / 2 : t % 2; }
 
-    // From global memory.
-    INLINE void read(const u16* scales, const u8* zeros, int strip, int k, int tiles_k, int group, int groups, int lane) {
+    // From global memory; sets: the numbers of the tile's.
+    INLINE void read(const u16* scales, const u8* zeros, const int (&sets)[SETS], int lane) {
 #pragma unroll
         for (int d = 0; d < count; ++d) {
             const int t = PER_IC && SETS == 1 ? 2 * d : d;
 #pragma unroll
             for (int i = 0; i < Scales::sets; ++i) {
-                const size_t at = set_number(strip, k, Scales::set(t, i), tiles_k, group, groups) * TILE;
+                const size_t at = (size_t)sets[Scales::set(t, i)] * TILE;
                 distinct[d].read(i, scales + at, zeros + at, t, lane, [](auto pointer) { return *pointer; });
             }
         }
@@ -206,8 +231,8 @@ INLINE u32 weights(const Codes& codes, const Scales& scales, int p) {
     const int second = PER_IC ? first + 1 : first;
     u32 numbers = codes.centred(p);
     if (!SYMMETRIC) {
-        const u32 minus_zero = pack2<T>(-scales.zero_above_mid(first), -scales.zero_above_mid(second));
-        numbers = fma2<T>(numbers, power<T>(0), minus_zero);
+        const float above_first = MID - scales.zero_point(first), above_second = MID - scales.zero_point(second);
+        numbers = fma2<T>(numbers, power<T>(0), pack2<T>(above_first, above_second));
     }
     const u32 pair = scales.scale[first / 2];
     return times_scale<T>(numbers, PER_IC ? pair : twice(first % 2 ? pair >> 16 : pair & 0xffffu));

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from quantc.formats import DENSE
-from quantc.kernels.cuda.layout import CODE_BITS, LOWER_PLANE, TILE, CudaWeight, arrange_codes, prepare, sets_in_tile
+from quantc.kernels.cuda.layout import (
+    CODE_BITS,
+    LOWER_PLANE,
+    PAIRS,
+    TILE,
+    CudaWeight,
+    arrange_codes,
+    high_place,
+    low_place,
+    prepare,
+    sets_in_tile,
+)
 from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.kernels.test_kernels import random_qtensor
 
@@ -20,14 +31,26 @@ def code_at(tiles: torch.Tensor, row: int, k: int, bits: int) -> int:
     h, c, s, half, which = column // 32, column // 8 % 4, column // 4 % 2, column // 2 % 2, column % 2
     pair, quarter, lane = 8 * i + 4 * s + 2 * half + odd, 2 * h + z, 4 * r + c
     low = LOWER_PLANE[bits]
+    planes = [(low, 0, 0, low_place(pair, low))]
+    if bits > low:
+        planes.append((bits - low, 4 * low, low, high_place(pair, bits)))
     code = 0
-    for width, first_word, shift in ((low, 0, 0), (bits - low, 4 * low, low)):
-        if width:
-            word, place = divmod((16 * quarter + pair) * width, 16)
-            word += first_word
-            value = int(tiles[strip, tile, word // 4, lane, word % 4]) & 0xFFFFFFFF
-            code |= (value >> (16 * which + place) & ((1 << width) - 1)) << shift
+    for width, first_word, shift, (word, bit) in planes:
+        word += first_word + quarter * width
+        value = int(tiles[strip, tile, word // 4, lane, word % 4]) & 0xFFFFFFFF
+        code |= (value >> (16 * which + bit) & ((1 << width) - 1)) << shift
     return code
+
+
+@pytest.mark.parametrize("bits", CODE_BITS)
+def test_pairs_fill_their_words(bits: int) -> None:
+    low = LOWER_PLANE[bits]
+    planes = [(low, [low_place(pair, low) for pair in range(PAIRS)])]
+    if bits > low:
+        planes.append((bits - low, [high_place(pair, bits) for pair in range(PAIRS)]))
+    for width, places in planes:
+        taken = {(word, bit + step) for word, bit in places for step in range(width)}
+        assert taken == {(word, bit) for word in range(width) for bit in range(16)}
 
 
 @pytest.mark.parametrize("bits", CODE_BITS)
