@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .formats import DENSE, Parts
 from .kernels.base import Prepared
 from .kernels.registry import choose
-from .numerics.hadamard import rotate
+from .kernels.rotation import rotate
 from .residual_hooks import attach
 from .spec import QuantSpec
 
