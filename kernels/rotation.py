@@ -11,9 +11,9 @@ from .cuda import hadamard as on_cuda
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     """x (..., K) rotated in blocks of an order: see rotate in numerics/hadamard.py, whose errors it raises.
 
-    The kernel passes no gradients on: where they are wanted torch rotates.
+    The kernel passes no gradients on, and torch.compile cannot look into its launch: there torch rotates.
     """
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    if x.is_cuda and not differentiable and on_cuda.refused(x.shape[-1], block, x.dtype, x.device) is None:
+    torch_only = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    if x.is_cuda and not torch_only and on_cuda.refused(x.shape[-1], block, x.dtype, x.device) is None:
         return on_cuda.rotate(x, block)
     return hadamard.rotate(x, block)
