@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from ..formats import DENSE, Parts
-from ..numerics.hadamard import rotate
 from ..spec import QuantSpec
+from .rotation import rotate
 
 
 @dataclass(frozen=True)

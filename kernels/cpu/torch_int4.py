@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ...formats import DENSE, Parts
-from ...numerics.hadamard import rotate
 from ...spec import QuantSpec
 from ..base import Prepared
+from ..rotation import rotate
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_STEP = 16  # output channels the packed layout handles together

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from ...formats import Parts
-from ...numerics.hadamard import rotate
 from ...spec import QuantSpec
+from ..rotation import rotate
 from . import packed
 from .crossover import crossover
 from .device import device_index, shared_limit, unavailable

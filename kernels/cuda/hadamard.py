@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
 from ...numerics.hadamard import base_order, hadamard_matrix, signs
-from .launch import launch
+from .device import architecture, device_index, unavailable
+from .launch import launch, refusal
 from .program import Budget, Launch, Program
 
 TYPES = {torch.float16: "Half", torch.bfloat16: "Bfloat", torch.float32: "float"}
@@ -49,24 +51,36 @@ def programs() -> dict[Program, Budget]:
     }
 
 
+@functools.cache
+def refused(width: int, block: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """None once `rotate` can run on a device, else why not; compiles the kernel at the first call."""
+    reason = unavailable(device)
+    if reason is not None:
+        return reason
+    reason = supports(width, block, dtype, int(architecture(device_index(device)).removeprefix("sm_")))
+    if reason is not None:
+        return reason
+    shape = _Shape.of(block)
+    return refusal(_program(dtype, shape.values, shape.outputs), device, shape.shared)
+
+
 def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
     """out (M, K) = rotate(x (M, K), block), both contiguous, 16-byte aligned, of one dtype, in memory of their own.
 
     The tables of a width are made at its first call: make that one before a graph is captured. Raises ValueError for
     tensors or a block that the kernel does not take.
     """
-    base = _checked(x, out, block)
+    _check(x, out, block)
     rows, width = x.shape
-    rest = block // base
-    values, outputs = MOST if rest >= MOST else 1, _outputs(base, rest)
-    span = max(rest, THREADS * values)
-    spans = -(-rows * (width // base) // span)
+    shape = _Shape.of(block)
+    spans = -(-rows * (width // shape.base) // shape.span)
+    bits = shape.rest.bit_length() - 1
     return Launch(
-        program=_program(x.dtype, values, outputs),
-        grid=(spans * -(-base // outputs), 1, 1),
+        program=_program(x.dtype, shape.values, shape.outputs),
+        grid=(spans * -(-shape.base // shape.outputs), 1, 1),
         block=(THREADS, 1, 1),
-        shared=outputs * span * 4,
-        arguments=(x, out, *tables(width, base, x.device), rows, width, base, rest.bit_length() - 1, block**-0.5),
+        shared=shape.shared,
+        arguments=(x, out, *tables(width, shape.base, x.device), rows, width, shape.base, bits, block**-0.5),
     )
 
 
@@ -90,15 +104,34 @@ def tables(width: int, base: int, device: torch.device) -> tuple[torch.Tensor, t
 def pack_signs(matrix: torch.Tensor) -> torch.Tensor:
     """int32 (R, ceil(C / 32)) of a matrix (R, C) of +-1: bit c % 32 of word (r, c / 32) is set where (r, c) is -1."""
     negative = torch.nn.functional.pad((matrix < 0).long(), (0, -matrix.shape[1] % 32)).unflatten(1, (-1, 32))
-    words = (negative << torch.arange(32)).sum(2)
+    words = (negative << torch.arange(32, device=matrix.device)).sum(2)
     return torch.where(words < 1 << 31, words, words - (1 << 32)).to(torch.int32)
 
 
-def _outputs(base: int, rest: int) -> int:
-    """Columns of H_base that a thread block sums, as many as leave it within SHARED_VALUES."""
-    if base == 1 and rest >= MOST:
-        return 1
-    return max(1, min(MOST, SHARED_VALUES // rest))
+@dataclass(frozen=True)
+class _Shape:
+    """How a block of an order is spread. span: columns of a thread block; shared: its bytes."""
+
+    base: int
+    rest: int
+    values: int
+    outputs: int
+
+    @classmethod
+    def of(cls, block: int) -> _Shape:
+        base = base_order(block) or 1
+        rest = block // base
+        alone = base == 1 and rest >= MOST
+        outputs = 1 if alone else max(1, min(MOST, SHARED_VALUES // rest))
+        return cls(base, rest, MOST if rest >= MOST else 1, outputs)
+
+    @property
+    def span(self) -> int:
+        return max(self.rest, THREADS * self.values)
+
+    @property
+    def shared(self) -> int:
+        return self.outputs * self.span * 4
 
 
 def _program(dtype: torch.dtype, values: int, outputs: int) -> Program:
@@ -106,8 +139,8 @@ def _program(dtype: torch.dtype, values: int, outputs: int) -> Program:
     return Program("hadamard.cu", "hadamard", defines)
 
 
-def _checked(x: torch.Tensor, out: torch.Tensor, block: int) -> int:
-    """The order of the base matrix; raises ValueError for what the kernel would read or write wrongly."""
+def _check(x: torch.Tensor, out: torch.Tensor, block: int) -> None:
+    """Raises ValueError for what the kernel would read or write wrongly."""
     alike = x.shape == out.shape and x.dtype == out.dtype
     if x.dim() != 2 or not alike or not x.is_contiguous() or not out.is_contiguous():
         found = f"x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype}"
@@ -115,7 +148,5 @@ def _checked(x: torch.Tensor, out: torch.Tensor, block: int) -> int:
     if x.data_ptr() % ALIGNMENT or out.data_ptr() % ALIGNMENT:
         raise ValueError(f"x and out begin at multiples of {ALIGNMENT} bytes")
     reason = supports(x.shape[1], block, x.dtype, arch=80)
-    base = base_order(block)
-    if reason is not None or base is None:
+    if reason is not None:
         raise ValueError(f"the kernel {reason}")
-    return base
