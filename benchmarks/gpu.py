@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import describe, machine, markdown, write_json
-from benchmarks.gpu_timing import copies_for, copy_bandwidth, matmul_rate, seconds
+from benchmarks.gpu_timing import copies_for, copy_bandwidth, matmul_rate, seconds, wall_seconds
 
 SHAPES = {  # (N, K)
     "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
@@ -133,6 +133,50 @@ def check_products() -> list[dict[str, Any]]:
     return rows
 
 
+def time_rotations(bandwidth: float) -> list[dict[str, Any]]:
+    """The online rotation beside torch's matmuls and beside one read and one write of x."""
+    from quantc.kernels.cuda import hadamard
+    from quantc.numerics.hadamard import block_order, rotate
+
+    rows = []
+    for width in (4096, 14336, 28672):
+        for m in (1, 16, 1024):
+            x, block = torch.randn(m, width, device="cuda").half(), block_order(width)
+            own = seconds(lambda _, x=x, block=block: hadamard.rotate(x, block), 8)
+            usual = seconds(lambda _, x=x, block=block: rotate(x, block), 8)
+            moved = 2 * x.numel() * x.element_size()
+            rows.append({
+                "K": width, "order": block, "M": m, "us": own * 1e6, "torch_us": usual * 1e6,
+                "ratio": usual / own, "of_copy_bandwidth": moved / own / bandwidth,
+            })  # fmt: skip
+    return rows
+
+
+def time_quantizing() -> list[dict[str, Any]]:
+    """A GPTQ sweep and a Gram matrix by the kernels and by torch."""
+    from quantc.kernels.cuda.gptq import panel_for
+    from quantc.kernels.cuda.gram import add_gram
+    from quantc.numerics.grids import fit_grid
+    from quantc.numerics.rounding import factorize, gptq, using_panel
+    from quantc.spec import QuantSpec
+
+    rows = []
+    for n, k in ((4096, 4096), (4096, 14336)):
+        x = torch.randn(2 * k, k, device="cuda").bfloat16()
+        gram = torch.zeros(k, k, device="cuda")
+        own = seconds(lambda _, x=x, gram=gram: add_gram(x, gram), 2)
+        usual = seconds(lambda _, x=x, gram=gram: gram.addmm_(x.float().T, x.float()), 2)
+        rows.append({"what": f"Gram matrix, {2 * k} x {k}", "ms": own * 1e3, "torch_ms": usual * 1e3})
+        weight, spec = torch.randn(n, k, device="cuda"), QuantSpec(4, GROUP)
+        factor, grid = factorize(x.float().T @ x.float()), fit_grid(weight, spec)
+        times = []
+        for panel in (panel_for(torch.device("cuda", torch.cuda.current_device())), None):
+            with using_panel(panel):
+                times.append(wall_seconds(lambda w=weight, f=factor, g=grid, s=spec: gptq(w, f, g, s)))
+        rows.append({"what": f"GPTQ sweep, {n} x {k}", "ms": times[0] * 1e3, "torch_ms": times[1] * 1e3})
+    return rows
+
+
 def compare_text(checkpoint: Path, tokens: int = 200) -> dict[str, Any]:
     """Greedy text in float16 beside the reference kernel's in float32, and the margin where they part."""
     import transformers
@@ -174,6 +218,8 @@ def show(result: dict[str, Any]) -> None:
     print(markdown(verdicts(result["matmul"])))
     worst = max(result["checks"], key=lambda row: row["worst"])
     print(f"products: worst {worst['worst']:.2f} of the tolerance ({worst['spec']}, {worst['dtype']})")
+    for key in ("rotation", "quantizing"):
+        print(markdown([{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in result[key]]))
     print(f"unpacking is faster from: {result['crossover']}")
     if "text" in result:
         print(f"greedy text: {result['text']}")
@@ -202,6 +248,7 @@ def main() -> int:
         "matmul": [row for model in args.models for shape in SHAPES[model] for bits in args.bits
                    for row in time_shape(shape, bits, bandwidth)],
         "crossover": measure_crossover(args.bits[0]),
+        "rotation": time_rotations(bandwidth), "quantizing": time_quantizing(),
     }  # fmt: skip
     if args.checkpoint:
         result["text"] = compare_text(args.checkpoint)

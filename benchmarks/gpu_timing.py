@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from math import ceil
 
@@ -30,6 +31,18 @@ def seconds(call: Callable[[int], object], turns: int) -> float:
             call(turn)
     graph.replay()
     return statistics.median(_replay(graph) for _ in range(REPLAYS)) / turns
+
+
+def wall_seconds(call: Callable[[], object]) -> float:
+    """Time of one call that no graph can hold, the best of three after one to warm up."""
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:
