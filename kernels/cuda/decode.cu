@@ -209,7 +209,12 @@ INLINE void multiply_tile(Sums& sums, const Stage& stage, const Offsets& offsets
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+// Blocks that share a multiprocessor. Where the compiler is not told it aims at two, and spills for it.
+constexpr int BLOCKS = TOKENS == 8 && BITS <= 4 && !PER_IC && SETS == 1 ? 2 : 1;
+// Whether a tile is read while the one before is multiplied: two of them must fit into registers.
+constexpr bool AHEAD = !PER_IC || SETS < 4 || TOKENS == 8;
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     decode(const uint4* tiles, const u16* scales, const u8* zeros, const u16* x, u16* y, const u16* bias,
            const u16* low_rank_b, const float* low_rank_t, float* partial, int* counters, int M, int N, int K,
            int tiles_k, int group, int groups, int rank, const u32* signs, const u32* base_signs, int base,
@@ -233,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 
     Reader reader(tiles, scales, zeros, strip, first, end, tiles_k, group, groups, lane);
     Stage even, odd;  // tiles take turns, so that no registers are copied
-    reader.read(even);
+    if (AHEAD) reader.read(even);
     Rows rows = {x, M, 0, K, K};
     if (ROTATED) {
         const int low = (int)((long long)tiles_k * split / splits), high = (int)((long long)tiles_k * (split + 1) / splits);
@@ -241,7 +246,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         rows = rotate_rows(shared, x, rotation, M, K, low * TILE, high * TILE);
     }
     const Offsets offsets((u32)M >> 31);
-    for (int k = first; k < end; k += 2) {
+    for (int k = first; !AHEAD && k < end; ++k) {
+        reader.read(even);
+        multiply_tile(sums, even, offsets, rows, k, lane);
+    }
+    for (int k = first; AHEAD && k < end; k += 2) {
         const bool more = k + 1 < end;
         if (more) reader.read(odd);
         multiply_tile(sums, even, offsets, rows, k, lane);
