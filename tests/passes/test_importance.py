@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantc import calibration
+from quantc import backward, calibration
 from quantc.calibration import CalibrationRun
 from quantc.graph import ModelGraph
-from quantc.passes import importance
-from quantc.passes.importance import LARGEST_WEIGHT, TEMPER, Importance, ImportanceConfig
+from quantc.passes.importance import LARGEST_WEIGHT, TEMPER, Importance, ImportanceConfig, _tempered
 from quantc.pipeline import _analyse
 from tests.families import VOCAB, build
 from tests.helpers import opened_run
@@ -101,7 +100,7 @@ def weights_of(squares: torch.Tensor) -> torch.Tensor:
 def test_the_streamed_sweep_gives_the_gradients_of_the_whole_model(
     name: str, tmp_path: Path, exact: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importance, "_StateFile", KeptStates)
+    monkeypatch.setattr(backward, "StateFile", KeptStates)
     model = build(name)
     states = analysed(saved(model, tmp_path))
     found, expected = states.weights, expected_weights(model, states.graph)
@@ -156,7 +155,7 @@ def test_weights_have_mean_one_and_follow_the_seed(tmp_path: Path) -> None:
 
 
 def test_gradients_that_are_all_alike_weigh_alike() -> None:
-    torch.testing.assert_close(importance._tempered(torch.full((2, 5), 3e-9)), torch.ones(2, 5))
+    torch.testing.assert_close(_tempered(torch.full((2, 5), 3e-9)), torch.ones(2, 5))
 
 
 def test_without_gradients_rows_count_alike(tmp_path: Path) -> None:
@@ -167,7 +166,7 @@ def test_without_gradients_rows_count_alike(tmp_path: Path) -> None:
 
 
 def test_a_token_of_huge_gradients_does_not_silence_the_others() -> None:
-    weights = importance._tempered(torch.tensor([[1.0] * 999 + [1e6]]))
+    weights = _tempered(torch.tensor([[1.0] * 999 + [1e6]]))
     assert weights.max() / weights.median() == pytest.approx((LARGEST_WEIGHT * 1001) ** TEMPER, rel=0.05)
     assert weights.mean() == pytest.approx(1, abs=1e-5)
 

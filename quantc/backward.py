@@ -1,0 +1,162 @@
+"""Gradients of the model's own log-likelihood, at the output of every linear, by one backward sweep over the blocks.
+
+To second order, the KL divergence that a change of an output costs is its Fisher information; an estimate from one
+draw is |d log p(y) / d output|^2 with y drawn once per token from the model itself.
+
+Streams like the build: a forward sweep writes the hidden states before every block to files, a backward sweep runs
+each block again from there. In memory are one block, or what lies outside the blocks and the logits of one sample.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import blocks_replaced
+from .calibration import Batch, CalibrationRun, fast_matmul
+from .derive import outside_names
+from .frontend import to_meta
+from .graph import Block, Linear
+from .pipeline import Run
+
+See = Callable[[Linear, Batch, torch.Tensor], None]
+Visit = Callable[[Block, nn.Module], None]
+
+
+class StateFile:
+    """Hidden states (samples, T, ...) in a temporary file as bfloat16, read and written by ranges of samples."""
+
+    def __init__(self, shape: tuple[int, ...], folder: Path):
+        self._shape = shape
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._sample_bytes = 2 * prod(shape[1:])
+
+    def write(self, start: int, states: torch.Tensor) -> None:
+        self._file.seek(start * self._sample_bytes)
+        self._file.write(states.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().data)
+
+    def read(self, start: int, count: int, device: torch.device) -> torch.Tensor:
+        """float32 (count, T, ...)."""
+        self._file.seek(start * self._sample_bytes)
+        content = bytearray(self._file.read(count * self._sample_bytes))
+        states = torch.frombuffer(content, dtype=torch.bfloat16).reshape(count, *self._shape[1:])
+        return states.to(device, torch.float32)
+
+    def close(self) -> None:
+        """Give the disk space back; nothing can be read afterwards."""
+        self._file.close()
+
+
+class BackwardSweep:
+    """The forward and the backward sweep over the blocks of the original model; use it in a `with` statement.
+
+    tokens: (samples, T), the calibration set or its first samples; whole batches of it are swept backward. see: is
+    given the gradient (..., N) at the output of every linear that is a module, batch by batch.
+    """
+
+    def __init__(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path, see: See):
+        self.run, self.calibration, self.tokens, self.folder, self.see = run, calibration, tokens, folder, see
+        self.model = run.source.model
+        self.files = ExitStack()
+        self.inputs: list[StateFile] = []  # before every block
+        self.gradients: StateFile  # at what the block in work puts out
+
+    def __enter__(self) -> BackwardSweep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
+
+    def forward(self, visit: Visit | None = None) -> None:
+        """Through all blocks; visit: is given each one, loaded, before it runs."""
+        for block in self.run.graph.blocks:
+            self.inputs.append(self._snapshot())
+            module = self._load(block.name)
+            if visit is not None:
+                visit(block, module)
+            self.calibration.advance(block)
+            to_meta(module)
+            self.run.progress.step(block.name)
+
+    def backward(self, seed: int) -> None:
+        """From tokens drawn from the model, to the first block."""
+        self._start_backward(seed)
+        for block in reversed(self.run.graph.blocks):
+            self._backward(block)
+            self.run.progress.step(block.name)
+
+    def _start_backward(self, seed: int) -> None:
+        """Gradients of the log-likelihood of the drawn tokens, at what the last block puts out."""
+        generator = torch.Generator(self.run.device).manual_seed(seed)
+        for name in outside_names(self.model, [block.name for block in self.run.graph.blocks]):
+            self.run.source.load(name)
+        self.gradients = self._snapshot()  # each sample's states give way to its gradient
+        for sample in range(len(self.tokens)):
+            hidden = self.gradients.read(sample, 1, self.run.device)
+            self.gradients.write(sample, self._output_gradient(sample, hidden, generator))
+        to_meta(self.model)
+
+    def _output_gradient(self, sample: int, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        blocks = self.run.graph.blocks
+        modules: list[nn.Module] = [self.model.get_submodule(block.name) for block in blocks]
+        leaf = hidden.requires_grad_()
+        with torch.enable_grad(), blocks_replaced(modules, lambda i, *_: blocks[i].returns.wrap(leaf)):
+            tokens = self.tokens[sample : sample + 1].to(self.run.device)
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        slope = torch.softmax(logits.detach().float(), -1)
+        drawn = torch.multinomial(slope[0], 1, generator=generator)
+        slope[0].scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=slope.dtype))
+        (gradient,) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
+        return gradient
+
+    def _backward(self, block: Block) -> None:
+        """Run a block again with gradients: those of its linears are shown, that of its input is handed on."""
+        module = self._load(block.name)
+        inputs = self.inputs.pop()
+        watched = [linear for linear in block.quantized if linear.kind != "stack"]
+        for batch, call in self.calibration.calls(block):
+            if batch.start + batch.count > len(self.tokens):
+                break
+            hidden = inputs.read(batch.start, batch.count, self.run.device).requires_grad_()
+            with ExitStack() as hooks, torch.enable_grad(), fast_matmul(self.run.device):
+                for linear in watched:
+                    hooks.callback(self._watch(module, block, linear, batch).remove)
+                output = block.returns.unwrap(call.with_hidden(hidden).run(module))
+            upstream = self.gradients.read(batch.start, batch.count, self.run.device).to(output.dtype)
+            (gradient,) = torch.autograd.grad(output, hidden, upstream)
+            self.gradients.write(batch.start, gradient)
+        inputs.close()
+        to_meta(module)
+
+    def _watch(self, module: nn.Module, block: Block, linear: Linear, batch: Batch) -> Any:
+        def show(gradient: torch.Tensor) -> None:
+            self.see(linear, batch, gradient.detach())
+
+        def notice(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(show)
+
+        return module.get_submodule(linear.name.removeprefix(block.name + ".")).register_forward_hook(notice)
+
+    def _snapshot(self) -> StateFile:
+        states = None
+        for start, hidden in self.calibration.states():
+            if start + len(hidden) > len(self.tokens):
+                break
+            if states is None:
+                states = StateFile((len(self.tokens), *hidden.shape[1:]), self.folder)
+                self.files.enter_context(closing(states))
+            states.write(start, hidden)
+        assert states is not None, "the first batch is larger than the samples that are swept backward"
+        return states
+
+    def _load(self, block: str) -> nn.Module:
+        self.run.source.load(block)
+        return self.model.get_submodule(block).to(self.run.device)
