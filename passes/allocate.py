@@ -111,7 +111,7 @@ class Allocate(Pass):
         if run.plan.given:
             return
         specs = run.plan.specs
-        found = measure(run, calibration, tokens, folder, lambda linear: _widths(specs[linear.name]))
+        found = measure(run, tokens, folder, lambda linear: _widths(specs[linear.name]))
         weights = sum(run.graph.linears[name].weights for name in found)
         budget = int(self.config.avg_bits * weights)
         units = [

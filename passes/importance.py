@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..backward import BackwardSweep
+from ..backward import BackwardSweep, Reader
 from ..calibration import Batch, CalibrationRun
 from ..graph import Linear
 from ..pipeline import Pass, Run, register
@@ -49,7 +49,7 @@ class Importance(Pass):
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
         run.progress.stage("Token importance", 2 * len(run.graph.blocks))
         found = _Squares(tokens.shape)
-        with BackwardSweep(run, calibration, tokens, folder, found.add) as sweep:
+        with BackwardSweep(run, calibration, tokens, folder, found) as sweep:
             sweep.forward()
             sweep.backward(self.config.seed)
         run.progress.done()
@@ -59,7 +59,7 @@ class Importance(Pass):
                 run.report.count_rewrite(self.name, "activations")
 
 
-class _Squares:
+class _Squares(Reader):
     """Squared gradients of tokens, summed over the linears that read an activation."""
 
     def __init__(self, shape: torch.Size):
@@ -67,8 +67,8 @@ class _Squares:
         self.of: dict[str, torch.Tensor] = {}  # activation -> (samples, T)
         self.partial: set[str] = set()  # activations that do not have a row for every token
 
-    def add(self, linear: Linear, batch: Batch, gradient: torch.Tensor) -> None:
-        """See BackwardSweep."""
+    def gradient(self, linear: Linear, batch: Batch, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """See Reader."""
         squares = self.of.setdefault(linear.reads, torch.zeros(self.shape))[batch.start : batch.start + batch.count]
         if gradient.shape[:-1].numel() != squares.numel():
             self.partial.add(linear.reads)

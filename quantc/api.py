@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,8 @@ PathLike = str | os.PathLike[str]
 def quantize(
     model: PathLike,
     *,
-    bits: int | None = None,
+    bits: float | None = None,
+    avg_bits: float | None = None,
     out: PathLike | None = None,
     group_size: int | None = None,
     method: str | None = None,
@@ -63,44 +66,131 @@ def quantize(
 ) -> Report:
     """Quantize a model into a packed checkpoint and return the report.
 
-    model: folder, .gguf file, hub id or demo name. out: output folder, `<model>-quantc-w4g128` or so by default.
+    model: folder, .gguf file, hub id or demo name. bits: of every code; with a fraction it means avg_bits: what a
+    weight inside the blocks takes on average, all that is stored counted, shared out by predicted loss. out: output
+    folder, `<model>-quantc-w4g128` or so by default.
     calib: builtin, self, a file or a data set; none rounds without calibration text.
     preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
     plan: a plan.yaml whose specs are used as they are. Raises a QuantcError whose message is one sentence; nothing is
     left behind then.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    chosen = _resolve_recipe(recipe, preset).with_settings(
-        allocate={"bits": bits, "group_size": group_size, "symmetric": symmetric, "head_bits": head_bits},
-        quantize={"method": method},
+    job = _Job.of(
+        recipe, preset, plan, method,
+        allocate={**_widths(bits, avg_bits), "group_size": group_size, "symmetric": symmetric, "head_bits": head_bits},
         calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
-    )
-    given_plan = _given_plan(plan, bits, group_size, symmetric, head_bits)
-    passes, notes = _build_passes(chosen, method)
-    pipeline.check_order(passes, planned=plan is not None)
+    )  # fmt: skip
 
     source = open_model(model)
-    folder = Path(out) if out is not None else Path(default_name(source.name, passes, given_plan))
+    folder = Path(out) if out is not None else Path(default_name(source.name, job.passes, job.plan))
     with CheckpointWriter(folder, force) as writer:
-        graph = derive(source.model, source.load, to_meta)
-        report = Report(model=source.name, output=str(folder), notes=notes)
-        report.calibration = NO_TEXT if chosen.calibration.source == NO_TEXT else ""
-        rounding = next((item.rounding for item in passes if item.rounding), Rounding())
-        run = Run(source, graph, given_plan, report, progress or LogProgress(), _device(device), rounding)
-        report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
-        for item in passes:
-            item.plan(run)
-        run.plan.check(graph, set(graph.outside_weights))
+        run = job.open(source, str(folder), progress, device)
         writer.require_space(companions.estimate_bytes(run))
-        tokens = calibration_tokens(run, chosen.calibration) if any(item.calibrated for item in passes) else None
+        tokens = job.tokens(run)
 
         with using_panel(panel_for(run.device)), using_products(products_for(run.device)):
-            pipeline.build(run, passes, tokens, writer)
+            pipeline.build(run, job.passes, tokens, writer)
 
         companions.write_companions(run, writer)
         _finish_report(run, writer, started, cpu_started)
-        writer.commit(companions.config_json(run), companions.manifest_json(run, chosen, tokens))
-    return report
+        writer.commit(companions.config_json(run), companions.manifest_json(run, job.recipe, tokens))
+    return run.report
+
+
+def plan(
+    model: PathLike,
+    *,
+    avg_bits: float,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    head_bits: int | None = None,
+    calib: str | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    preset: str | None = None,
+    recipe: Recipe | PathLike | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Run:
+    """How a model would be stored in an average of bits: the run as far as its plan, with a report; nothing is rounded.
+
+    Settings as in `quantize`, which takes the plan (`result.plan.to_yaml()`) back.
+    """
+    started, cpu_started = time.perf_counter(), time.process_time()
+    job = _Job.of(
+        recipe, preset, None, None,
+        allocate={"avg_bits": avg_bits, "group_size": group_size, "symmetric": symmetric, "head_bits": head_bits},
+        calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
+    )  # fmt: skip
+    run = job.open(open_model(model), "", progress, device)
+    tokens = job.tokens(run)
+    assert tokens is not None, "an average needs calibration text, and allocate has refused to do without"
+    with (
+        tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder,
+        using_panel(panel_for(run.device)),
+        using_products(products_for(run.device)),
+    ):
+        pipeline.analyse(run, job.passes, tokens, Path(folder))
+    run.report.wall_seconds = time.perf_counter() - started
+    run.report.cpu_seconds = time.process_time() - cpu_started
+    run.report.peak_rss_bytes = peak_rss_bytes()
+    return run
+
+
+@dataclass
+class _Job:
+    """What a run is to do, before a model is opened."""
+
+    recipe: Recipe
+    passes: list[Pass]
+    plan: Plan
+    notes: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe | PathLike | None,
+        preset: str | None,
+        plan: PathLike | None,
+        method: str | None,
+        allocate: dict[str, Any],
+        calibration: dict[str, Any],
+    ) -> _Job:
+        chosen = _resolve_recipe(recipe, preset).with_settings(
+            allocate=allocate, quantize={"method": method}, calibration=calibration
+        )
+        given_plan = _given_plan(plan, *allocate.values())
+        passes, notes = _build_passes(chosen, method)
+        pipeline.check_order(passes, planned=plan is not None)
+        return cls(chosen, passes, given_plan, notes)
+
+    def open(self, source: Source, output: str, progress: Progress | None, device: str) -> Run:
+        """The run on a model, planned as far as numbers say."""
+        graph = derive(source.model, source.load, to_meta)
+        report = Report(model=source.name, output=output, notes=self.notes)
+        report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
+        rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
+        run = Run(source, graph, self.plan, report, progress or LogProgress(), _device(device), rounding)
+        report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
+        for item in self.passes:
+            item.plan(run)
+        run.plan.check(graph, set(graph.outside_weights))
+        return run
+
+    def tokens(self, run: Run) -> torch.Tensor | None:
+        """The calibration set, where a pass asks for one."""
+        calibrated = any(item.calibrated for item in self.passes)
+        return calibration_tokens(run, self.recipe.calibration) if calibrated else None
+
+
+def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
+    """allocate's bits and avg_bits; bits with a fraction are an average."""
+    if bits is None or bits == int(bits):
+        return {"bits": None if bits is None else int(bits), "avg_bits": avg_bits}
+    if avg_bits is not None:
+        raise UsageError(f"bits is {bits:g}, which is an average, and avg_bits is {avg_bits:g}; leave one of them out.")
+    return {"bits": None, "avg_bits": bits}
 
 
 def load(
@@ -157,6 +247,8 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
     if plan.specs or allocate is None:
         return f"{model}-quantc-plan"
     group = 128 if allocate.group_size is None else allocate.group_size
+    if allocate.avg_bits is not None:
+        return f"{model}-quantc-{allocate.avg_bits:g}bits"
     return f"{model}-quantc-{QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric).label()}"
 
 

@@ -10,8 +10,7 @@ each block again from there. In memory are one block, or what lies outside the b
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,19 @@ from .frontend import to_meta
 from .graph import Block, Linear
 from .pipeline import Run
 
-See = Callable[[Linear, Batch, torch.Tensor], None]
-Visit = Callable[[Block, nn.Module], None]
+
+class Reader:
+    """What looks on while a block runs backward; does nothing itself."""
+
+    def watching(self, block: Block, module: nn.Module) -> AbstractContextManager[object]:
+        """Entered before every run of a block, left when its forward part is over."""
+        return nullcontext()
+
+    def gradient(self, linear: Linear, batch: Batch, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """What a linear that is a module received (..., K) in a batch, and the gradient (..., N) at its output."""
+
+    def done(self, block: Block, module: nn.Module) -> None:
+        """All batches have run through a block, whose weights are still loaded."""
 
 
 class StateFile:
@@ -57,12 +67,11 @@ class StateFile:
 class BackwardSweep:
     """The forward and the backward sweep over the blocks of the original model; use it in a `with` statement.
 
-    tokens: (samples, T), the calibration set or its first samples; whole batches of it are swept backward. see: is
-    given the gradient (..., N) at the output of every linear that is a module, batch by batch.
+    tokens: (samples, T), what the calibration run was made for. It has advanced to the end afterwards.
     """
 
-    def __init__(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path, see: See):
-        self.run, self.calibration, self.tokens, self.folder, self.see = run, calibration, tokens, folder, see
+    def __init__(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path, reader: Reader):
+        self.run, self.calibration, self.tokens, self.folder, self.reader = run, calibration, tokens, folder, reader
         self.model = run.source.model
         self.files = ExitStack()
         self.inputs: list[StateFile] = []  # before every block
@@ -74,13 +83,11 @@ class BackwardSweep:
     def __exit__(self, *_: object) -> None:
         self.files.close()
 
-    def forward(self, visit: Visit | None = None) -> None:
-        """Through all blocks; visit: is given each one, loaded, before it runs."""
+    def forward(self) -> None:
+        """Through all blocks, what each receives kept."""
         for block in self.run.graph.blocks:
             self.inputs.append(self._snapshot())
             module = self._load(block.name)
-            if visit is not None:
-                visit(block, module)
             self.calibration.advance(block)
             to_meta(module)
             self.run.progress.step(block.name)
@@ -122,10 +129,9 @@ class BackwardSweep:
         inputs = self.inputs.pop()
         watched = [linear for linear in block.quantized if linear.kind != "stack"]
         for batch, call in self.calibration.calls(block):
-            if batch.start + batch.count > len(self.tokens):
-                break
             hidden = inputs.read(batch.start, batch.count, self.run.device).requires_grad_()
             with ExitStack() as hooks, torch.enable_grad(), fast_matmul(self.run.device):
+                hooks.enter_context(self.reader.watching(block, module))
                 for linear in watched:
                     hooks.callback(self._watch(module, block, linear, batch).remove)
                 output = block.returns.unwrap(call.with_hidden(hidden).run(module))
@@ -133,28 +139,25 @@ class BackwardSweep:
             (gradient,) = torch.autograd.grad(output, hidden, upstream)
             self.gradients.write(batch.start, gradient)
         inputs.close()
+        self.reader.done(block, module)
         to_meta(module)
 
     def _watch(self, module: nn.Module, block: Block, linear: Linear, batch: Batch) -> Any:
-        def show(gradient: torch.Tensor) -> None:
-            self.see(linear, batch, gradient.detach())
-
-        def notice(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        def notice(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(show)
+                rows = inputs[0].detach()
+                output.register_hook(lambda gradient: self.reader.gradient(linear, batch, rows, gradient.detach()))
 
         return module.get_submodule(linear.name.removeprefix(block.name + ".")).register_forward_hook(notice)
 
     def _snapshot(self) -> StateFile:
         states = None
         for start, hidden in self.calibration.states():
-            if start + len(hidden) > len(self.tokens):
-                break
             if states is None:
                 states = StateFile((len(self.tokens), *hidden.shape[1:]), self.folder)
                 self.files.enter_context(closing(states))
             states.write(start, hidden)
-        assert states is not None, "the first batch is larger than the samples that are swept backward"
+        assert states is not None
         return states
 
     def _load(self, block: str) -> nn.Module:

@@ -143,15 +143,15 @@ class CalibrationRun:
         for start, hidden in self.states():
             self._states.write(start, change(hidden))
 
-    def samples_in_batches(self, least: int) -> int:
-        """Samples of the first batches, as few as hold `least` samples; of all where there are fewer."""
-        ends = [batch.start + batch.count for batch in self._batches]
-        return next((end for end in ends if end >= least), ends[-1])
-
     def calls(self, block: Block) -> Iterator[tuple[Batch, BlockCall]]:
         """Every batch, and what the block is called with for it, hidden states left out."""
         for batch in self._batches:
             yield batch, _moved(batch.calls[block.index], self.device)
+
+    @property
+    def total_tokens(self) -> int:
+        """Of all samples."""
+        return sum(batch.count for batch in self._batches) * self.seq_len
 
     @property
     def batch_tokens(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__, console
-from .command_group import Commands, Whole, options
+from .command_group import Commands, Number, Whole, options
 from .errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -50,13 +50,7 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-QUANTIZE_OPTIONS = options(
-    option("--bits", "-b", type=BITS, help="Bits per code, 2 to 8; required without --recipe or --plan."),
-    option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
-    option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
-    option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
-    option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
-    option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
+CALIBRATION_OPTIONS = options(
     option("--calib", metavar="SOURCE", help="builtin, self, none, a data set, or a text file. [default: builtin]"),
     option("--samples", type=COUNT, help="Windows of calibration text. [default: 64]"),
     option("--seq-len", type=COUNT, help="Tokens per window. [default: 512]"),
@@ -67,6 +61,21 @@ QUANTIZE_OPTIONS = options(
         help="fast: gptq; balanced: also rotated; best: also scaled, corrected. [default: fast]",
     ),
     option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
+)
+QUANTIZE_OPTIONS = options(
+    option(
+        "--bits",
+        "-b",
+        type=Number(2, 8),
+        help="Bits per code, 2 to 8; 3.25 is an average. Required without --recipe or --plan.",
+    ),
+    option("--avg-bits", type=Number(2, 9), help="Bits per weight on average, all counted, shared out by loss."),
+    option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
+    option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
+    option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
+    option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
+    option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
+    CALIBRATION_OPTIONS,
     option("--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."),
     DEVICE_OPTION,
     option("--force", is_flag=True, help="Replace the output folder if it exists."),
@@ -85,8 +94,8 @@ def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
     \b
     Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
     """
-    if settings["bits"] is None and settings["recipe"] is None and settings["plan"] is None:
-        raise UsageError("--bits is missing; pass 2 to 8 bits per code, or a --recipe or --plan.")
+    if all(settings[name] is None for name in ("bits", "avg_bits", "recipe", "plan")):
+        raise UsageError("--bits is missing; pass 2 to 8 bits per code, --avg-bits, or a --recipe or --plan.")
     # Idle OpenMP threads then sleep. Spinning ones took 2.5 times the CPU seconds on a busy machine, for nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.session(quiet, verbose) as progress:
@@ -104,6 +113,38 @@ def _show_summary(model: str, report: Report) -> None:
 
     command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2"]
     console.show(tables.quantized(report.to_dict(), command))
+
+
+@main.command()
+@click.argument("model")
+@option("--avg-bits", type=Number(2, 9), required=True, help="Bits per weight on average, all counted.")
+@option("--out", "-o", default="plan.yaml", type=click.Path(path_type=Path), help="The plan. [default: plan.yaml]")
+@option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]")
+@option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]")
+@CALIBRATION_OPTIONS
+@DEVICE_OPTION
+@OUTPUT_OPTIONS
+def plan(model: str, out: Path, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Share out bits among the linears of MODEL, and write the plan.
+
+    The plan can be read, edited, and built by `quantc quantize MODEL --plan`.
+
+    \b
+    Example: quantc plan Qwen/Qwen3-0.6B --avg-bits 3.25 -o plan.yaml
+    """
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder {out.parent} of the plan does not exist; make it, or pass another --out.")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with console.session(quiet, verbose) as progress:
+        from . import api, tables
+
+        run = api.plan(model, progress=progress, **settings)
+        run.plan.write(out)
+        rows = tables.widths(run)
+    if as_json:
+        console.show_json({"plan": str(out), "notes": run.report.notes, "widths": rows})
+    elif not quiet:
+        console.show(tables.planned(rows, str(out), run.report.notes, model))
 
 
 @main.command()

@@ -62,6 +62,25 @@ class Whole(click.ParamType):
         raise click.UsageError(f"{name} is {value}, but must be a whole number {needed}.", ctx)
 
 
+class Number(click.ParamType):
+    """A number in a range; a whole one is an int. Anything else is refused in one sentence that names the option."""
+
+    name = "x"
+
+    def __init__(self, low: float, high: float):
+        self.low, self.high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if self.low <= number <= self.high:
+            return int(number) if number == int(number) else number
+        name = max(param.opts, key=len) if param else "the value"
+        raise click.UsageError(f"{name} is {value}, but must be a number from {self.low:g} to {self.high:g}.", ctx)
+
+
 def options(*decorators: Decorator) -> Decorator:
     """Several option decorators as one, in the order in which the help lists them."""
 

@@ -19,16 +19,18 @@ RowHandler = Callable[[str, int, torch.Tensor], None]
 
 
 @contextlib.contextmanager
-def observed(module: nn.Module, block: Block, activations: list[Activation], handle: RowHandler) -> Iterator[None]:
+def observed(
+    module: nn.Module, block: Block, activations: list[Activation], handle: RowHandler, to_the_end: bool = False
+) -> Iterator[None]:
     """Inside, running the block calls `handle(label, expert, rows)` with the rows (M, K) of each activation.
 
-    `expert` is 0 for plain linears. A pass through the block ends as soon as the last of the activations has
-    been seen, where that can be known. All hooks are gone afterwards.
+    `expert` is 0 for plain linears. Unless it is to run to the end, a pass through the block stops as soon as the last
+    of the activations has been seen, where that can be known. All hooks are gone afterwards.
     """
     linears = {linear.name: linear for linear in block.linears}
     stacks = [reader for item in activations for reader in item.readers if linears[reader].kind == "stack"]
     watched = [item for item in activations if linears[item.readers[0]].kind != "stack"]
-    last = None if stacks or not watched else _last_called(block, watched)
+    last = None if to_the_end or stacks or not watched else _last_called(block, watched)
     hooks = [_hook(module, block, item, handle, item is last) for item in watched]
     try:
         if stacks:

@@ -318,15 +318,9 @@ def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: Che
     tokens: calibration set (samples, T), or None when no pass asks for statistics. Later blocks are calibrated on
     the outputs of the earlier ones as they were rounded.
     """
-    source, graph = run.source, run.graph
+    graph = run.graph
     names = [block.name for block in graph.blocks]
-    calibration = None
-    if tokens is not None:
-        run.progress.stage("Calibration inputs", 1)
-        calibration = CalibrationRun(source.model, graph, tokens, run.device, writer.folder)
-        run.progress.step(f"{tokens.shape[0]} x {tokens.shape[1]} tokens")
-        run.progress.done()
-        _analyse(run, passes, calibration, tokens, writer.folder)
+    calibration = None if tokens is None else analyse(run, passes, tokens, writer.folder)
     _build_outside(run, passes, names, writer)
     run.progress.stage("Quantizing", len(graph.blocks))
     for block in graph.blocks:
@@ -336,6 +330,19 @@ def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: Che
     if calibration is not None:
         for name, rows in calibration.bad_rows.items():
             run.report.notes.append(f"{name} put out {rows} non-finite calibration rows; they were left out")
+
+
+def analyse(run: Run, passes: list[Pass], tokens: torch.Tensor, folder: Path) -> CalibrationRun:
+    """What comes before the build: the calibration set (samples, T) at the first block, and what passes make of it.
+
+    folder: for temporary files.
+    """
+    run.progress.stage("Calibration inputs", 1)
+    calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device, folder)
+    run.progress.step(f"{tokens.shape[0]} x {tokens.shape[1]} tokens")
+    run.progress.done()
+    _analyse(run, passes, calibration, tokens, folder)
+    return calibration
 
 
 def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:

@@ -40,6 +40,16 @@ class Plan:
         comment = "# quantc plan: edit bits, group_size, grouping, symmetric, rank or hadamard, or write `keep`.\n"
         return comment + yaml.safe_dump({"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None)
 
+    def write(self, file: Path) -> None:
+        """The YAML into a file, whole or not at all; raises UsageError where that cannot be written."""
+        unfinished = file.with_name(file.name + ".unfinished")
+        try:
+            unfinished.write_text(self.to_yaml())
+            unfinished.replace(file)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise UsageError(f"the plan {file} cannot be written ({error.strerror}); pass another --out.") from error
+
     def check(self, graph: ModelGraph, extra: set[str]) -> None:
         """Raise UsageError unless the plan names exactly the graph's linears (and maybe some of `extra`)."""
         for name in self.specs:

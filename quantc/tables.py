@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -12,6 +12,9 @@ from rich.text import Text
 
 from .spec import QuantSpec
 from .units import duration, number, plural, ratio, rewritten, size
+
+if TYPE_CHECKING:
+    from .pipeline import Run
 
 WORST = 5  # linears named in the summary of a run
 Facts = list[tuple[str, str, str]]  # name, figure, what it means
@@ -29,6 +32,37 @@ def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType
     parts += _remarks(report)
     parts += [_heading("Next"), _command(next_command)]
     return Group(*parts)
+
+
+def widths(run: Run) -> list[dict[str, Any]]:
+    """What a plan gives to linears of one name in all blocks: how many, their average, smallest and largest bits."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for name, linear in run.graph.linears.items():
+        spec = run.plan.specs[name]
+        bits = 16 if spec is None else spec.bits
+        groups.setdefault(name.rpartition(".")[2], []).append((bits, linear.weights))
+    return [
+        {
+            "linear": name,
+            "count": len(found),
+            "bits": sum(bits * weights for bits, weights in found) / sum(weights for _, weights in found),
+            "smallest": min(bits for bits, _ in found),
+            "largest": max(bits for bits, _ in found),
+        }
+        for name, found in groups.items()
+    ]
+
+
+def planned(rows: list[dict[str, Any]], plan: str, notes: list[str], model: str) -> RenderableType:
+    """The widths that a plan gives to each kind of linear, and how to build it."""
+    table = _table(
+        ["linears", "count", "bits of a code", "from", "to"], numeric={"count", "bits of a code", "from", "to"}
+    )
+    for row in rows:
+        table.add_row(row["linear"], str(row["count"]), f"{row['bits']:.2f}", str(row["smallest"]), str(row["largest"]))
+    written = Text.assemble(("Wrote ", "bold green"), (plan, "bold"))
+    parts: list[RenderableType] = [written, table, *(Text(note) for note in notes)]
+    return Group(*parts, _heading("Next"), _command(["quantc", "quantize", model, "--plan", plan]))
 
 
 def inspected(report: dict[str, Any]) -> RenderableType:

@@ -115,14 +115,14 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
     recipe, plan = tmp_path / "r.yaml", tmp_path / "p.yaml"
     recipe.write_text("")
     plan.write_text("")
-    words = "--bits 3 -o out --group-size -1 --method rtn --symmetric --head-bits 8 --calib a.txt --samples 4"
-    more = f"--seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda --force"
+    words = "--bits 3 --avg-bits 3.25 -o out --group-size -1 --method rtn --symmetric --head-bits 8 --calib a.txt"
+    more = f"--samples 4 --seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda --force"
     assert run("quantize", "tiny", *words.split(), *more.split()).exit_code == 0
     assert calls == [
         {
-            "model": "tiny", "bits": 3, "out": "out", "group_size": -1, "method": "rtn", "symmetric": True,
-            "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7, "preset": "best",
-            "recipe": recipe, "plan": plan, "device": "cuda", "force": True,
+            "model": "tiny", "bits": 3, "avg_bits": 3.25, "out": "out", "group_size": -1, "method": "rtn",
+            "symmetric": True, "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7,
+            "preset": "best", "recipe": recipe, "plan": plan, "device": "cuda", "force": True,
         }
     ]  # fmt: skip
 
@@ -190,18 +190,19 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("quantize m", "--bits is missing; pass 2 to 8 bits per code, or a --recipe or --plan."),
-        ("quantize m --bits 9", "--bits is 9, but must be a whole number from 2 to 8."),
-        ("quantize m -b 1", "--bits is 1, but must be a whole number from 2 to 8."),
-        ("quantize m --bits 3.5", "--bits is 3.5, but must be a whole number from 2 to 8."),
-        ("quantize m --bits four", "--bits is four, but must be a whole number from 2 to 8."),
+        ("quantize m", "--bits is missing; pass 2 to 8 bits per code, --avg-bits, or a --recipe or --plan."),
+        ("quantize m --bits 9", "--bits is 9, but must be a number from 2 to 8."),
+        ("quantize m -b 1", "--bits is 1, but must be a number from 2 to 8."),
+        ("quantize m --bits 4 --head-bits 3.5", "--head-bits is 3.5, but must be a whole number from 2 to 8."),
+        ("quantize m --avg-bits 1.5", "--avg-bits is 1.5, but must be a number from 2 to 9."),
+        ("quantize m --bits four", "--bits is four, but must be a number from 2 to 8."),
         ("quantize m --bits 4 --samples 0", "--samples is 0, but must be a whole number of 1 or more."),
         ("quantize m --bitz 4", "No such option --bitz; did you mean --bits? See `quantc quantize --help`."),
         ("quantize m --bits 4 --method awq", "'awq' is not one of 'gptq', 'rtn'."),
         ("quantize m --recipe nowhere.yaml", "File 'nowhere.yaml' does not exist."),
         ("quantize", "Missing argument 'MODEL'."),
         ("quantise m", "No such command 'quantise'; did you mean quantize? See `quantc --help`."),
-        ("frobnicate", "No such command 'frobnicate'; known are quantize, recipe, eval,"),
+        ("frobnicate", "No such command 'frobnicate'; known are quantize, plan, recipe, eval,"),
         ("eval m", "Missing option '--text'."),
         ("eval m --text t.txt --dtype int8", "'int8' is not one of 'float32', 'bfloat16', 'float16'."),
         ("inspect nowhere", "nowhere is no folder; pass a checkpoint that `quantc quantize` wrote."),
