@@ -19,8 +19,8 @@ def _recipe(*passes: str, **quantize: float) -> Recipe:
 # CPU seconds to quantize. `importance` is in none: twice the time for no sure gain.
 PRESETS: dict[str, Recipe] = {
     "fast": DEFAULT,
-    "balanced": _recipe("allocate", "rotate", "quantize"),
-    "best": _recipe("allocate", "scale", "rotate", "quantize", rounds=2, correct=0.5),
+    "balanced": _recipe("allocate", "rotate", "quantize", shrink=0.3),
+    "best": _recipe("allocate", "scale", "rotate", "quantize", shrink=0.3, rounds=2, correct=0.5),
 }
 
 

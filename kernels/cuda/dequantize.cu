@@ -5,7 +5,7 @@
 // Needs what tile.cuh needs, and WARPS.
 #include "tile.cuh"
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     dequantize(const uint4* tiles, const u16* scales, const u8* zeros, u16* weight, int N, int K, int tiles_k, int group,
                int groups) {
     const int lane = threadIdx.x % 32, k = blockIdx.x * WARPS + threadIdx.x / 32, strip = blockIdx.y;

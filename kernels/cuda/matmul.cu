@@ -125,7 +125,7 @@ struct Work {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(STRIPS* SLICES * 64)
+extern "C" __global__ void __launch_bounds__(STRIPS* SLICES * 64, 1)
     matmul(const uint4* tiles, const u16* scales, const u8* zeros, const u16* x, u16* y, const u16* bias,
            const u16* low_rank_b, const float* low_rank_t, float* partial, int* counters, int M, int N, int K,
            int tiles_k, int group, int groups, int rank) {
