@@ -28,8 +28,8 @@ class QuantizeConfig:
 
     act_order: gptq rounds the inputs with the most energy first. damp: share of the mean Gram diagonal added to it.
     shrink: share taken off what the Gram matrix says about pairs of inputs. Plain GPTQ has 0. At 3 bits 0.15 takes 17 %
-    off the KL divergence of SmolLM2-135M, and 7 % off that of stories15M, whose calibration text was unlike its own;
-    at 2 bits 1 and 7 %, where 0.3 adds 3 % to that of SmolLM2. Rotated inputs bear 0.3.
+    off the KL divergence of SmolLM2-135M, and 7 % off that of stories15M, whose calibration text was unlike its own. It
+    is left alone at 2 bits where inputs are not rotated (numerics/basis.py has figures).
     rounds: of refinement after gptq, each a refit of the scales and a descent over the codes; 0 for none.
     correct: share of what the block's rounded weights change in a linear's input that its own weights make up for.
     """

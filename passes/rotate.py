@@ -206,10 +206,11 @@ def error_ratio(work: BlockWork, item: Activation, readers: list[Linear], grams:
     seen = [expert for expert, gram in enumerate(grams) if guides(gram)]
     block = _rotation(work, readers[0])  # all have the same inputs
     lost = {block: 0.0, 0: 0.0}
+    bits = min(spec.bits for reader in readers if (spec := work.run.plan.specs[reader.name]))
     for expert in seen[:: -(-len(seen) // TRIED_EXPERTS) or 1]:
         gram, rows = grams[expert].matrix, grams[expert].rows
         for order in lost:
-            basis = work.rounding.basis(gram, rows, order)
+            basis = work.rounding.basis(gram, rows, order, bits)
             for linear in readers:
                 spec = work.run.plan.specs[linear.name]
                 assert spec is not None

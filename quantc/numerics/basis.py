@@ -17,6 +17,9 @@ from .rounding import Factor, factorize, gptq, round_to_nearest
 
 # An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
 FEWEST_ROWS_SHARE = 1 / 16
+# Code width from which on shrinking pays where inputs are not rotated. At 2 bits Gemma-3-270M has a KL divergence of
+# 1.83 without, 2.21 at 0.15 and 2.28 at 0.3, SmolLM2-135M 1.45, 1.43 and 1.50; rotated they have 1.16 and 1.30 at 0.3.
+SHRUNK_FROM_BITS = 3
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,14 @@ class Rounding:
     rounds: int = 0
     shrink: float = 0.0
 
-    def basis(self, gram: torch.Tensor | None, rows: int, block: int) -> Basis:
-        """One activation's rows, ready for rounding; raises ArithmeticError when they cannot be factorised."""
+    def basis(self, gram: torch.Tensor | None, rows: int, block: int, bits: int) -> Basis:
+        """One activation's rows, ready for rounding; raises ArithmeticError when they cannot be factorised.
+
+        block: order of the rotation, 0 for none. bits: the smallest code width among the weights that read them.
+        """
         if not self.feedback:
             return Basis.unguided(gram, rows, block)
-        if gram is not None and self.shrink:
+        if gram is not None and self.shrink and (block or bits >= SHRUNK_FROM_BITS):
             shrunk = gram * (1 - self.shrink)
             shrunk.diagonal().copy_(gram.diagonal())
             gram = shrunk
@@ -46,7 +52,10 @@ class Rounding:
 
     def bases(self, gram: torch.Tensor | None, rows: int, specs: Iterable[QuantSpec]) -> dict[int, Basis]:
         """`basis` for every rotation among specs, by the order of its blocks."""
-        return {block: self.basis(gram, rows, block) for block in {spec.hadamard for spec in specs}}
+        widths: dict[int, int] = {}
+        for spec in specs:
+            widths[spec.hadamard] = min(spec.bits, widths.get(spec.hadamard, spec.bits))
+        return {block: self.basis(gram, rows, block, bits) for block, bits in widths.items()}
 
 
 @dataclass

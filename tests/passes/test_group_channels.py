@@ -67,7 +67,7 @@ def test_the_dimension_that_isolates_the_outliers_is_chosen(
     kind: str, expected: str, planned: Any, rounding: Rounding
 ) -> None:
     weight, gram = case(kind)
-    spec, why = choose(weight, rounding.basis(gram, 400, 0), rounding, QuantSpec(4, 16, planned))
+    spec, why = choose(weight, rounding.basis(gram, 400, 0, 4), rounding, QuantSpec(4, 16, planned))
     assert spec == QuantSpec(4, 16, expected)  # type: ignore[arg-type]
     assert why.startswith(f"{expected}: output error ")
 
@@ -77,7 +77,7 @@ def test_the_dimension_that_isolates_the_outliers_is_chosen(
 @pytest.mark.parametrize("shape", [(96, 64), (70, 48), (33, 64)])
 def test_the_choice_never_loses_more_than_per_oc(kind: str, shape: tuple[int, int], rounding: Rounding) -> None:
     weight, gram = case(kind, *shape)
-    basis, planned = rounding.basis(gram, 400, 0), QuantSpec(2, 16)
+    basis, planned = rounding.basis(gram, 400, 0, 4), QuantSpec(2, 16)
     chosen, why = choose(weight, basis, rounding, planned)
 
     def lost(spec: QuantSpec) -> float:
@@ -123,7 +123,7 @@ def test_the_other_dimension_gets_groups_that_cost_no_more(
 
 def test_what_would_cost_more_bits_stays_and_says_so() -> None:
     weight, gram = case("outlier inputs", n=12)
-    spec, why = choose(weight, Rounding().basis(gram, 400, 0), Rounding(), QuantSpec(3, 32))
+    spec, why = choose(weight, Rounding().basis(gram, 400, 0, 3), Rounding(), QuantSpec(3, 32))
     assert (spec, why) == (QuantSpec(3, 32), "per_oc: per_ic groups need more bits")
 
 
@@ -175,7 +175,8 @@ def test_per_ic_weights_are_packed_loaded_and_run_as_they_were_rounded(family: s
         found, expected = (each(input_ids=TOKENS, use_cache=False).logits for each in (packed, model))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         halved = packed.to(torch.bfloat16)(input_ids=TOKENS, use_cache=False).logits
-    assert float((halved.float() - expected).norm() / expected.norm()) < 0.05
+    # In bfloat16 a router may send a token to another expert.
+    assert float((halved.float() - expected).norm() / expected.norm()) < 0.12
 
 
 @pytest.fixture(scope="module")

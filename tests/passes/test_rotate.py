@@ -87,7 +87,7 @@ def test_the_ratio_is_that_of_the_errors_of_the_whole_weights(family: str, monke
         gram, readers = gram_of(item.width, (1, 9)), work.readers(item)
         lost = {}
         for order in (block_order(item.width), 0):
-            basis = work.rounding.basis(gram.matrix, gram.rows, order)
+            basis = work.rounding.basis(gram.matrix, gram.rows, order, 3)
             turned = [(basis.turn(work.weight(linear)), work.run.plan.specs[linear.name]) for linear in readers]
             lost[bool(order)] = sum(
                 output_energy(basis.round(weight, spec).dequantize() - weight, basis.gram)

@@ -30,8 +30,21 @@ def test_samples_are_whole_groups_spread_over_the_outputs(n: int, g: int) -> Non
 def test_a_sample_loses_what_the_whole_weight_loses(spec: QuantSpec, block: int, feedback: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 64, generator=generator) for rows in (1000, 400))
-    basis = Rounding(feedback).basis(x.T @ x, 400, block)
+    basis = Rounding(feedback).basis(x.T @ x, 400, block, 4)
     turned = basis.turn(weight)
     whole = output_energy(basis.round(turned, spec).dequantize() - turned, basis.gram)
     assert lost_energy(weight, basis, spec, 1000) == pytest.approx(whole, rel=1e-4)
     assert lost_energy(weight, basis, spec, 200) == pytest.approx(whole, rel=0.1)
+
+
+def test_two_bits_are_shrunk_only_where_inputs_are_rotated() -> None:
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0)) + 1
+    plain, shrunk = Rounding(), Rounding(shrink=0.5)
+    for block, bits, alike in ((0, 2, True), (0, 3, False), (32, 2, False)):
+        found, expected = (rounding.basis(x.T @ x, 400, block, bits).gram for rounding in (shrunk, plain))
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found, expected) == alike
+    mixed = shrunk.bases(x.T @ x, 400, [QuantSpec(4, 32), QuantSpec(2, 32)])[0].gram
+    assert mixed is not None
+    assert torch.equal(mixed, x.T @ x)
