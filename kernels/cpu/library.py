@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 from ...errors import UsageError
 
@@ -39,13 +40,24 @@ _INTERFACE = {
 class Library:
     """The functions of native/api.h, under their names without the prefix."""
 
+    version: Any
+    levels: Any
+    level: Any
+    choose_level: Any
+    has_int8: Any
+    pool: Any
+    image_bytes: Any
+    pack: Any
+    matmul: Any
+    panel_step: Any
+    unpack: Any
+
     def __init__(self, file: Path):
         loaded = ctypes.CDLL(str(file))
         for name, (result, arguments) in _INTERFACE.items():
             function = getattr(loaded, f"quantc_cpu_{name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
-        self.matmul = loaded.quantc_cpu_matmul
 
 
 @functools.cache
@@ -62,7 +74,7 @@ def load() -> Library | str:
         library = Library(file)
     except (OSError, AttributeError) as error:
         return f"cannot be loaded: {str(error).strip().splitlines()[0]}"
-    if library.version() != VERSION:  # type: ignore[attr-defined]
+    if library.version() != VERSION:
         return f"was built from other sources ({file}); install quantc again"
     wanted = os.environ.get(LEVEL_VARIABLE)
     if wanted:
@@ -79,12 +91,14 @@ def loaded() -> Library:
 
 def levels() -> list[str]:
     """Instruction sets that this processor and this build have, the best last."""
-    return loaded().levels().decode().split()  # type: ignore[attr-defined,no-any-return]
+    names: str = loaded().levels().decode()
+    return names.split()
 
 
 def level() -> str:
     """The instruction set in use."""
-    return loaded().level().decode()  # type: ignore[attr-defined,no-any-return]
+    name: str = loaded().level().decode()
+    return name
 
 
 @contextmanager
@@ -103,11 +117,11 @@ def describe() -> str:
     library = load()
     if isinstance(library, str):
         return f"Not ready: the native CPU kernel {library}."
-    threads = "shares torch's OpenMP threads" if library.pool() == b"openmp" else "has threads of its own"  # type: ignore[attr-defined]
+    threads = "shares torch's OpenMP threads" if library.pool() == b"openmp" else "has threads of its own"
     return f"Ready: uses {level()} of {', '.join(levels())}; {threads}."
 
 
 def _choose(library: Library, name: str) -> None:
-    if not library.choose_level(name.encode()):  # type: ignore[attr-defined]
-        known = library.levels().decode().replace(" ", ", ")  # type: ignore[attr-defined]
+    if not library.choose_level(name.encode()):
+        known = library.levels().decode().replace(" ", ", ")
         raise UsageError(f"the CPU level {name!r} is not to be had here; {LEVEL_VARIABLE} can be {known}.")

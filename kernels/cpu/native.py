@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ...formats import DENSE, Parts
+from ...formats import Parts
 from ...spec import QuantSpec
 from ..rotation import rotate
 from . import library
@@ -77,7 +77,7 @@ class NativeCpu:
         least, group = LEAST_GROUP[spec.grouping], spec.group_length(shape)
         if group < min(least, along):
             return f"needs {spec.grouping} groups of {least} or more, not {group}"
-        if self.int8 and not found.has_int8():  # type: ignore[attr-defined]
+        if self.int8 and not found.has_int8():
             return f"has no int8 activations on {library.level()}, and {INT8_VARIABLE} asks for them"
         return None
 
@@ -136,12 +136,12 @@ def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
     lib = library.loaded()
     per_ic = spec.grouping == "per_ic"
     header = (spec.bits, *shape, spec.group_length(shape), int(per_ic))
-    size = lib.image_bytes(*header, int(spec.symmetric))  # type: ignore[attr-defined]
+    size = lib.image_bytes(*header, int(spec.symmetric))
     room = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
     image = room[-room.data_ptr() % ALIGNMENT :][:size]
     stored = [None if part is None else part.contiguous() for part in map(parts.get, ("qweight", "scales", "zeros"))]
     addresses = [None if part is None else part.data_ptr() for part in stored]
-    lib.pack(*header, *addresses, image.data_ptr(), torch.get_num_threads())  # type: ignore[attr-defined]
+    lib.pack(*header, *addresses, image.data_ptr(), torch.get_num_threads())
     return image
 
 
@@ -159,9 +159,11 @@ def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> tor
     if rows > PANEL_FROM and not w.int8:
         _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
     elif rows:
-        bias_address, bias_type = (None, 0) if bias is None else _bias(bias)
+        if bias is not None and not (bias.is_contiguous() and bias.dtype in TYPES):
+            bias = bias.contiguous().float()
+        address, bias_type = (None, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
         library.loaded().matmul(
-            w.address, x.data_ptr(), y.data_ptr(), bias_address, rows, TYPES[x.dtype], bias_type, w.int8,
+            w.address, x.data_ptr(), y.data_ptr(), address, rows, TYPES[x.dtype], bias_type, w.int8,
             torch.get_num_threads(),
         )  # fmt: skip
     if w.low_rank_a is not None and w.low_rank_b is not None:
@@ -173,16 +175,11 @@ def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
     """Rows [start, stop) of W into out (K, stop - start); both on the steps of a panel, or stop is N."""
     assert out.is_contiguous()
     lib = library.loaded()
-    lib.unpack(w.address, start, stop, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())  # type: ignore[attr-defined]
-
-
-def _bias(bias: torch.Tensor) -> tuple[int, int]:
-    kept = bias if bias.is_contiguous() and bias.dtype in TYPES else bias.contiguous().float()
-    return kept.data_ptr(), TYPES[kept.dtype]
+    lib.unpack(w.address, start, stop, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
 
 
 def _panels(w: NativeWeight) -> list[tuple[int, int]]:
-    step = library.loaded().panel_step(w.address)  # type: ignore[attr-defined]
+    step = library.loaded().panel_step(w.address)
     rows = max(1, PANEL_WEIGHTS // (w.k * step)) * step
     return [(start, min(start + rows, w.n)) for start in range(0, w.n, rows)]
 

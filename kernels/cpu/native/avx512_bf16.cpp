@@ -62,13 +62,13 @@ void multiply_strips_bfloat16(const Image* w, const Inputs& x, const Outputs& y,
           const Words low = load_words(block + low_vector(BITS, k) * STRIP);
           const Words high = high_width(BITS) ? load_words(block + high_vector(BITS, k) * STRIP) : Words{};
           const __m512i codes = decode(low, high, low_bit(BITS, k), high_bit(BITS, k));
-          for (int m = 0; m < M; ++m) {
+          unrolled<M>([&](int m) INLINE_LAMBDA {
             int32_t two;
             __builtin_memcpy(&two, rows + m * x.stride + b * BLOCK + k, 4);
             __m512& sum = chains[pair % CHAINS][m];
             sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(codes),
                                    reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
-          }
+          });
         });
       }
       Floats products[M];

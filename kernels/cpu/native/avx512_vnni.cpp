@@ -33,18 +33,18 @@ void multiply_strips_int8(const Image* w, const Inputs& x, const Outputs& y, int
             const Words high = load_words(block + high_vector(BITS, k) * STRIP);
             codes |= move_bit(high.part[0], high_bit(BITS, k), L) & high_mask;
           }
-          for (int m = 0; m < M; ++m) {
+          unrolled<M>([&](int m) INLINE_LAMBDA {
             int32_t four;
             __builtin_memcpy(&four, rows + m * x.stride + b * BLOCK + quad * 4, 4);
             __m512i& dot = dots[quad % CHAINS][m];
             dot = _mm512_dpbusd_epi32(dot, reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(four));
-          }
+          });
         });
-        for (int m = 0; m < M; ++m) {
+        unrolled<M>([&](int m) INLINE_LAMBDA {
           __m512i sum = dots[0][m];
           for (int c = 1; c < CHAINS; ++c) sum = _mm512_add_epi32(sum, dots[c][m]);
           products[m] = multiply_add({{_mm512_cvtepi32_ps(sum)}}, x.scales[m * w->blocks + b], products[m]);
-        }
+        });
       }
       totals.add_int8_group(w, x, strip, g, products);
     }

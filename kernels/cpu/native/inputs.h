@@ -61,25 +61,28 @@ void load_bfloat16(const Image* w, const void* x, uint16_t* row, float* sums) {
 
 // Each block of 32 gets a scale of its own, so that an outlier costs its 31 neighbours precision and nobody else.
 void load_int8(const Image* w, const float* ordered, int8_t* row, float* scales, float* sums) {
+  uint8_t order[BLOCK];
+  for (int i = 0; i < BLOCK; ++i) order[i] = static_cast<uint8_t>(quad_input(w->bits, i / 4, i % 4));
   for (int64_t g = 0; g < (w->per_ic ? 1 : w->groups); ++g) sums[g] = 0;
   for (int64_t b = 0; b < w->blocks; ++b) {
     const float* x = ordered + b * BLOCK;
-    float largest = 0, strange = 0;
+    int32_t largest_bits = 0;  // positive floats have the order of their bits, infinity and NaN above the numbers
     for (int i = 0; i < BLOCK; ++i) {
-      strange += x[i] * 0;  // NaN where x is infinite or NaN: such a block must not look like numbers
-      const float size = __builtin_fabsf(x[i]);
-      largest = size > largest ? size : largest;
+      const int32_t size = static_cast<int32_t>(to_bits(x[i]) & 0x7fffffff);
+      largest_bits = size > largest_bits ? size : largest_bits;
     }
-    const float inverse = strange == 0 && largest > 1e-30f ? 127 / largest : 0;
-    int8_t rounded[BLOCK];
+    const float largest = from_bits(static_cast<uint32_t>(largest_bits));
+    const bool rounds = largest > 1e-30f && largest_bits < 0x7f800000;  // infinity and NaN must not become numbers
+    const float inverse = rounds ? 127 / largest : 0;
+    int32_t rounded[BLOCK];
     int sum = 0;
     for (int i = 0; i < BLOCK; ++i) {
-      const float scaled = strange == 0 ? x[i] * inverse : 0;
-      rounded[i] = static_cast<int8_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
+      const float scaled = rounds ? x[i] * inverse : 0;
+      rounded[i] = static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled));
       sum += rounded[i];
     }
-    for (int i = 0; i < BLOCK; ++i) row[b * BLOCK + i] = rounded[quad_input(w->bits, i / 4, i % 4)];
-    scales[b] = largest / 127 + strange;
+    for (int i = 0; i < BLOCK; ++i) row[b * BLOCK + i] = static_cast<int8_t>(rounded[order[i]]);
+    scales[b] = largest_bits < 0x7f800000 ? largest / 127 : from_bits(0x7fc00000);
     sums[w->per_ic ? 0 : b / w->group_blocks] += scales[b] * static_cast<float>(sum);
   }
 }

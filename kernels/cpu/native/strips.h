@@ -56,8 +56,9 @@ void multiply_strips(const Image* w, const Inputs& x, const Outputs& y, int64_t 
       for (int64_t b = blocks_before(w, g); b < end; ++b, block += BITS * STRIP) {
         const float* inputs = rows + b * BLOCK;
         for_each_input<BITS>(block, decode, [&](int k, const Floats& codes) INLINE_LAMBDA {
-          for (int m = 0; m < M; ++m)
+          unrolled<M>([&](int m) INLINE_LAMBDA {
             chains[k % CHAINS][m] = multiply_add(codes, inputs[m * x.stride + k], chains[k % CHAINS][m]);
+          });
         });
       }
       for (int c = 1; c < CHAINS; ++c)

@@ -137,23 +137,43 @@ INLINE WordLanes move_bit(WordLanes words, int from, int to) {
   return from >= to ? words >> (from - to) : words << (to - from);
 }
 
-// Sixteen floats to the outputs' rows [first, first + count) of y's row m, with the bias.
-INLINE void store_row(const Outputs& to, int m, int64_t first, int count, const Floats& sums) {
-  float values[STRIP];
-  __builtin_memcpy(values, &sums, sizeof values);
-  if (to.bias)
-    for (int r = 0; r < count; ++r) values[r] += load_as_float(to.bias, to.bias_type, first + r);
-  const int64_t at = m * to.n + first;
-  if (to.type == FLOAT32) {
-    __builtin_memcpy(static_cast<float*>(to.y) + at, values, 4 * count);
+// Sixteen floats rounded to a type. AVX-512 has instructions for it, and the compiler finds those for bfloat16.
+INLINE void round_to(Type type, const Floats& sums, void* out) {
+  if (type == FLOAT32) {
+    __builtin_memcpy(out, &sums, sizeof sums);
     return;
   }
+#if LANES == 16
+  if (type == FLOAT16) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm512_cvtps_ph(sums.part[0], _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+  float values[STRIP];
   uint16_t halves[STRIP];
-  if (to.type == BFLOAT16)
+  __builtin_memcpy(values, &sums, sizeof values);
+  if (type == BFLOAT16)
     for (int r = 0; r < STRIP; ++r) halves[r] = to_bfloat16(values[r]);
   else
     for (int r = 0; r < STRIP; ++r) halves[r] = to_float16(values[r]);
-  __builtin_memcpy(static_cast<uint16_t*>(to.y) + at, halves, 2 * count);
+  __builtin_memcpy(out, halves, sizeof halves);
+}
+
+// Sixteen floats to the outputs' rows [first, first + count) of y's row m, with the bias.
+INLINE void store_row(const Outputs& to, int m, int64_t first, int count, Floats sums) {
+  if (to.bias) {
+    float bias[STRIP] = {};
+    for (int r = 0; r < count; ++r) bias[r] = load_as_float(to.bias, to.bias_type, first + r);
+    Floats added;
+    __builtin_memcpy(&added, bias, sizeof bias);
+    sums = add(sums, added);
+  }
+  const size_t size = to.type == FLOAT32 ? 4 : 2;
+  char* out = static_cast<char*>(to.y) + (m * to.n + first) * static_cast<int64_t>(size);
+  if (count == STRIP) return round_to(to.type, sums, out);
+  char rounded[4 * STRIP];
+  round_to(to.type, sums, rounded);
+  __builtin_memcpy(out, rounded, size * static_cast<size_t>(count));
 }
 
 }  // namespace
