@@ -61,7 +61,7 @@ def competitors(
     def add(name: str, dtype: torch.dtype, size: int, make: Callable[[], Call]) -> None:
         calls[name], sizes[name], dtypes[name] = [make() for _ in range(copies(size))], size, dtype
 
-    n, k = shape
+    k = shape[1]
     for dtype in [torch.bfloat16] if int4_only else [torch.float32, torch.bfloat16]:
         dense = torch.randn(shape).to(dtype)
         add(f"F.linear {name_of(dtype)}", dtype, dense.nbytes, lambda dense=dense: through(F.linear, dense.clone()))

@@ -25,8 +25,10 @@ INT8_VARIABLE = "QUANTC_CPU_INT8"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STRIP, BLOCK, ALIGNMENT = 16, 32, 64  # as in native/image.h
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
-PANEL_FROM = 64  # rows of x
-PANEL_WEIGHTS = 1 << 21  # unpacked at once: 4 MiB of bfloat16, which a shared cache holds
+PANEL_FROM = 48  # rows of x: from about 32 (bfloat16) to 64 (float32) on, torch's matmul makes up for the unpacking
+# Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input lies in a page of its own,
+# and writing them takes 20 times as long.
+PANEL_ROWS = 128
 
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 LIBRARY.define(
@@ -180,13 +182,15 @@ def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
 
 def _panels(w: NativeWeight) -> list[tuple[int, int]]:
     step = library.loaded().panel_step(w.address)
-    rows = max(1, PANEL_WEIGHTS // (w.k * step)) * step
+    rows = max(1, PANEL_ROWS // step) * step
     return [(start, min(start + rows, w.n)) for start in range(0, w.n, rows)]
 
 
 def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    for start, stop in _panels(w):
-        panel = x.new_empty(w.k, stop - start)
+    panels = _panels(w)
+    room = x.new_empty(w.k * (panels[0][1] - panels[0][0]))
+    for start, stop in panels:
+        panel = room[: w.k * (stop - start)].view(w.k, stop - start)
         unpack(w, start, stop, panel)
         if bias is None:
             torch.mm(x, panel, out=y[:, start:stop])

@@ -47,10 +47,10 @@ INLINE uint32_t to_bits(float value) {
   return bits;
 }
 INLINE float from_bfloat16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
-INLINE uint16_t to_bfloat16(float value) {  // to nearest, ties to even
+INLINE uint16_t to_bfloat16(float value) {  // to nearest, ties to even; without a branch, so that loops become vectors
   const uint32_t bits = to_bits(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return static_cast<uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16);
 }
 #if defined(__aarch64__)
 INLINE float from_float16(uint16_t bits) {

@@ -113,7 +113,7 @@ def test_infinite_activations_stay_visible(level: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
 def test_many_rows_go_through_panels(dtype: torch.dtype, grouping: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "PANEL_WEIGHTS", 100 * 130)
+    monkeypatch.setattr(native, "PANEL_ROWS", 80)
     tensor = random_weight(QuantSpec(3, 40, grouping), (190, 130))
     weight = prepare(tensor, dtype)
     assert len(native._panels(weight)) > 1
