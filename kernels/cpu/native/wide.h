@@ -23,6 +23,7 @@ constexpr int LARGEST_TILE = LANES == 16 ? 8 : LANES == 1 ? 1 : 4;  // rows of x
 typedef float FloatLanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t WordLanes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfLanes __attribute__((vector_size(2 * LANES)));
 struct Floats { FloatLanes part[PARTS]; };
 struct Words { WordLanes part[PARTS]; };
 
@@ -47,11 +48,12 @@ INLINE uint32_t to_bits(float value) {
   return bits;
 }
 INLINE float from_bfloat16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
-INLINE uint16_t to_bfloat16(float value) {  // to nearest, ties to even; without a branch, so that loops become vectors
-  const uint32_t bits = to_bits(value);
-  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-  return static_cast<uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16);
+template <typename Bits>  // uint32_t or a vector of them
+INLINE Bits round_to_bfloat16(Bits bits) {  // to nearest, ties to even
+  const Bits rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return ((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16;
 }
+INLINE uint16_t to_bfloat16(float value) { return static_cast<uint16_t>(round_to_bfloat16(to_bits(value))); }
 #if defined(__aarch64__)
 INLINE float from_float16(uint16_t bits) {
   __fp16 half;
@@ -137,7 +139,7 @@ INLINE WordLanes move_bit(WordLanes words, int from, int to) {
   return from >= to ? words >> (from - to) : words << (to - from);
 }
 
-// Sixteen floats rounded to a type. AVX-512 has instructions for it, and the compiler finds those for bfloat16.
+// Sixteen floats rounded to a type, in vectors where that is possible: a panel is unpacked through this.
 INLINE void round_to(Type type, const Floats& sums, void* out) {
   if (type == FLOAT32) {
     __builtin_memcpy(out, &sums, sizeof sums);
@@ -149,13 +151,18 @@ INLINE void round_to(Type type, const Floats& sums, void* out) {
     return;
   }
 #endif
+  if (type == BFLOAT16) {
+    for (int p = 0; p < PARTS; ++p) {
+      const WordLanes words = round_to_bfloat16(reinterpret_cast<WordLanes>(sums.part[p]));
+      const HalfLanes halves = __builtin_convertvector(words, HalfLanes);
+      __builtin_memcpy(static_cast<char*>(out) + p * sizeof halves, &halves, sizeof halves);
+    }
+    return;
+  }
   float values[STRIP];
   uint16_t halves[STRIP];
   __builtin_memcpy(values, &sums, sizeof values);
-  if (type == BFLOAT16)
-    for (int r = 0; r < STRIP; ++r) halves[r] = to_bfloat16(values[r]);
-  else
-    for (int r = 0; r < STRIP; ++r) halves[r] = to_float16(values[r]);
+  for (int r = 0; r < STRIP; ++r) halves[r] = to_float16(values[r]);
   __builtin_memcpy(out, halves, sizeof halves);
 }
 

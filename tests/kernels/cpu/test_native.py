@@ -114,10 +114,11 @@ def test_infinite_activations_stay_visible(level: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
 def test_many_rows_go_through_panels(dtype: torch.dtype, grouping: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "PANEL_ROWS", 80)
+    monkeypatch.setattr(native, "PANEL_FROM", {dtype: 60})
     tensor = random_weight(QuantSpec(3, 40, grouping), (190, 130))
     weight = prepare(tensor, dtype)
     assert len(native._panels(weight)) > 1
-    x = torch.randn(native.PANEL_FROM + 3, 130, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(60, 130, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.randn(190, generator=torch.Generator().manual_seed(2))
     y = NATIVE.run(x, weight, bias)
     expected = REFERENCE.run(x, REFERENCE.prepare(DENSE.pack(tensor), tensor.spec, tensor.shape, dtype), bias)
