@@ -177,7 +177,8 @@ def test_doctor_groups_equal_linears_and_says_why_kernels_refused(
     assert facts["linears"][1]["refused"]["torch-int4"] == "needs 4 bits, not 3"
     shown = run("doctor", str(tmp_path), "--dtype", "float32").stdout
     assert f"Kernels for {tmp_path} in float32 on cpu" in shown
-    assert re.search(r"3  w4g96 +768 x 288  reference +native was not built", shown)
+    assert re.search(r"3  w4g96 +768 x 288  reference ", shown)
+    assert "native was not built" in shown
     assert "torch-int4 is fast in bfloat16 only" in shown
 
 
