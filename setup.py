@@ -1,12 +1,61 @@
-"""Packages: `quantc`, and three top-level folders mounted inside its namespace.
+"""Packages: `quantc`, and three top-level folders mounted inside its namespace; and the native CPU kernels.
 
 `passes/`, `kernels/` and `calib_data/` stand at the top of the checkout but install as `quantc.passes`,
 `quantc.kernels` and `quantc.calib_data`: their short names must not land in anybody's site-packages.
+
+`quantc.kernels.cpu._native` is no Python module but a plain C library that ctypes loads. It is optional: where the
+compiler fails, the package installs without.
 """
 
-from setuptools import find_packages, setup
+import platform
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 MOUNTED = {"quantc.passes": "passes", "quantc.kernels": "kernels", "quantc.calib_data": "calib_data"}
+
+NATIVE = Path("kernels/cpu/native")
+NATIVE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-g0", "-w"]
+# Each instruction set is a file of its own, so that the library runs on every processor and chooses there.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+OWN_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+}
+LIBRARIES = ["dl", "pthread"] if platform.system() == "Linux" else []
+IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildNative(build_ext):
+    """Compiles the native kernels, or warns that it could not."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:  # no compiler, an old one, one of another kind: each fails in its own way
+            warnings.warn(f"quantc installs without its native CPU kernels: {error}", stacklevel=2)
+
+    def build_extension(self, ext: Extension) -> None:
+        def compile_one(source: str) -> list[str]:
+            flags = [*NATIVE_FLAGS, *(OWN_FLAGS.get(Path(source).stem, []) if IS_X86_64 else [])]
+            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
+        file = Path(self.get_ext_fullpath(ext.name))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, str(file), libraries=LIBRARIES, build_temp=self.build_temp, target_lang="c++"
+        )
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
 
 setup(
     packages=[
@@ -23,4 +72,13 @@ setup(
         "quantc.kernels": ["cuda/*.cu", "cuda/include/*.cuh"],
         "quantc.calib_data": ["text/*.txt"],
     },
+    ext_modules=[
+        Extension(
+            "quantc.kernels.cpu._native",
+            sources=sorted(map(str, NATIVE.glob("*.cpp"))),
+            depends=sorted(map(str, NATIVE.glob("*.h"))),
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
 )

@@ -8,11 +8,12 @@ import torch
 
 from ..spec import QuantSpec
 from .base import Kernel
+from .cpu.native import NATIVE
 from .cpu.torch_int4 import TORCH_INT4
 from .cuda.dense import CUDA_PACKED
 from .reference import REFERENCE
 
-KERNELS: tuple[Kernel, ...] = (CUDA_PACKED, TORCH_INT4, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (CUDA_PACKED, NATIVE, TORCH_INT4, REFERENCE)
 
 
 @dataclass(frozen=True)

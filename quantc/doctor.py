@@ -39,6 +39,7 @@ def examine_machine() -> dict[str, str]:
         "cpu features": " ".join(features) or "unknown",
         "threads": f"{torch.get_num_threads()} used by torch, of {plural(usable_cores(), 'core')}",
         "memory": f"{size(memory.total)}, of which {size(memory.available)} free",
+        "cpu kernels": describe_cpu_kernels(),
         "cuda": describe_cuda(),
         "cupy": describe_cupy(),
         "cuda kernels": describe_cuda_kernels(),
@@ -108,6 +109,18 @@ def read_cpu() -> tuple[str, list[str]]:
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     name = facts.get("model name") or platform.processor() or platform.machine()
     return name, [feature for feature in FEATURES if feature in flags]
+
+
+def describe_cpu_kernels() -> str:
+    """One or two sentences: which instructions the native kernels use or why there are none, and their arithmetic."""
+    from .kernels.cpu import library
+    from .kernels.cpu.native import INT8_VARIABLE, NATIVE
+
+    if isinstance(library.load(), str):
+        return f"{library.describe()} torch runs everything."
+    if NATIVE.int8:
+        return f"{library.describe()} Activations are rounded to int8, as {INT8_VARIABLE} asks."
+    return f"{library.describe()} Activations keep their dtype."
 
 
 def describe_cuda() -> str:

@@ -7,6 +7,8 @@ import torch
 
 from quantc.formats import DENSE
 from quantc.kernels.base import Kernel
+from quantc.kernels.cpu import library
+from quantc.kernels.cpu.native import NATIVE
 from quantc.kernels.cpu.torch_int4 import TORCH_INT4
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import KERNELS, choose
@@ -26,6 +28,12 @@ SPECS = [
     for symmetric in (False, True)
 ]
 SHAPES = [(16, 64), (16, 33), (7, 1), (48, 128), (5, 100)]
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation without a compiler."""
+    monkeypatch.setattr(library, "load", lambda: "was not built")
 
 
 def random_qtensor(spec: QuantSpec, shape: tuple[int, int], seed: int = 0) -> QTensor:
@@ -145,13 +153,19 @@ def test_names_are_unique_and_the_reference_is_last() -> None:
     ],
 )
 def test_why_torch_int4_does_not_run(
-    spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, device: str, reason: str
+    spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, device: str, reason: str, without_native: None
 ) -> None:
     assert TORCH_INT4.supports(spec, shape, torch.device(device), dtype) == reason
     assert choose(spec, shape, torch.device(device), dtype).refused[TORCH_INT4.name] == reason
 
 
-def test_torch_int4_runs_where_it_can() -> None:
+@pytest.mark.skipif(isinstance(library.load(), str), reason=f"the native kernel {library.load()}")
+def test_the_native_kernel_comes_before_torch_s() -> None:
+    for dtype in DTYPES:
+        assert choose(QuantSpec(4, 128), (576, 1536), CPU, dtype).kernel is NATIVE
+
+
+def test_torch_int4_runs_where_it_can(without_native: None) -> None:
     assert choose(QuantSpec(4, 128), (576, 1536), CPU, torch.bfloat16).kernel is TORCH_INT4
     assert choose(QuantSpec(4, WHOLE_ROW), (32, 64), CPU, torch.bfloat16).kernel is TORCH_INT4
 

@@ -11,6 +11,8 @@ import pytest
 from quantc import api, checkpoint, doctor
 from quantc.checkpoint import PackedEntry
 from quantc.errors import CheckpointError
+from quantc.kernels.cpu import library
+from quantc.kernels.cpu.native import NATIVE
 from quantc.spec import QuantSpec
 from tests.quantc.cli_runner import make_report, run
 
@@ -167,6 +169,7 @@ def test_doctor_groups_equal_linears_and_says_why_kernels_refused(
     entries["layers.0.down"] = PackedEntry(QuantSpec(3, 64), (288, 768))
     reader = SimpleNamespace(entries=entries, config={"dtype": "bfloat16"})
     monkeypatch.setattr(doctor, "CheckpointReader", lambda path: reader)
+    monkeypatch.setattr(library, "load", lambda: "was not built")
     facts = json.loads(run("doctor", str(tmp_path), "--json").stdout)
     assert facts["dtype"] == "bfloat16"
     assert [group["count"] for group in facts["linears"]] == [3, 1]
@@ -174,7 +177,23 @@ def test_doctor_groups_equal_linears_and_says_why_kernels_refused(
     assert facts["linears"][1]["refused"]["torch-int4"] == "needs 4 bits, not 3"
     shown = run("doctor", str(tmp_path), "--dtype", "float32").stdout
     assert f"Kernels for {tmp_path} in float32 on cpu" in shown
-    assert re.search(r"3  w4g96 +768 x 288  reference +torch-int4 is fast in bfloat16 only", shown)
+    assert re.search(r"3  w4g96 +768 x 288  reference ", shown)
+    assert "native was not built" in shown
+    assert "torch-int4 is fast in bfloat16 only" in shown
+
+
+def test_doctor_says_what_the_native_cpu_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: "was not built")
+    missing = "Not ready: the native CPU kernel was not built. torch runs everything."
+    assert doctor.examine_machine()["cpu kernels"] == missing
+    monkeypatch.undo()
+    if isinstance(library.load(), str):
+        pytest.skip(f"the native kernel {library.load()}")
+    assert doctor.describe_cpu_kernels().endswith("Activations keep their dtype.")
+    monkeypatch.setattr(NATIVE, "int8", True)
+    said = doctor.describe_cpu_kernels()
+    assert said.startswith(f"Ready: uses {library.level()} of scalar")
+    assert said.endswith("Activations are rounded to int8, as QUANTC_CPU_INT8 asks.")
 
 
 def test_doctor_refuses_an_unknown_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -1,0 +1,189 @@
+"""Times the native CPU matmul beside torch's on this machine, in one process, the competitors taking turns.
+
+For shapes of 135M, 1B and 7B models: milliseconds, GB/s of packed weight read, and how many times faster than
+F.linear in float32 and bfloat16 and than torch's int4 operator. Weights take turns too, so that no cache serves them,
+and every product is checked first. The read bandwidth is that of a sum over a large tensor. Each figure is the best of
+the rounds: on a machine that others use, compare within one run only.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from quantc.formats import DENSE
+from quantc.kernels.cpu import library
+from quantc.kernels.cpu.native import NATIVE
+from quantc.kernels.cpu.torch_int4 import TORCH_INT4
+from quantc.qtensor import QTensor
+from quantc.spec import QuantSpec
+
+from .common import describe, machine, markdown, write_json
+
+SHAPES = {
+    "135M": [(576, 576), (1536, 576), (576, 1536)],
+    "1B": [(2048, 2048), (8192, 2048), (2048, 8192)],
+    "7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
+}
+CPU = torch.device("cpu")
+COLD_BYTES = 96 << 20  # of weights in turn: three times the L3 of the largest part this was measured on
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+
+def random_weight(spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
+    """Uniform codes; scales that keep products near 1."""
+    rows, columns = spec.scales_shape(shape)
+    codes = torch.randint(0, spec.levels, shape, dtype=torch.uint8)
+    scales = torch.full((rows, columns), 0.01, dtype=torch.float16)
+    zeros = None if spec.symmetric else torch.full((rows, columns), spec.mid, dtype=torch.uint8)
+    return QTensor(spec, codes, scales, zeros)
+
+
+def copies(weight_bytes: int) -> int:
+    return max(1, min(512, ceil(COLD_BYTES / weight_bytes)))
+
+
+def competitors(
+    bits: list[int], group: int, shape: tuple[int, int], int8: bool, int4_only: bool
+) -> tuple[dict[str, list[Call]], dict[str, int], dict[str, torch.dtype]]:
+    """Calls on weights of their own, bytes of one packed weight, and the dtype of x, by name."""
+    calls: dict[str, list[Call]] = {}
+    sizes: dict[str, int] = {}
+    dtypes: dict[str, torch.dtype] = {}
+
+    def add(name: str, dtype: torch.dtype, size: int, make: Callable[[], Call]) -> None:
+        calls[name], sizes[name], dtypes[name] = [make() for _ in range(copies(size))], size, dtype
+
+    k = shape[1]
+    for dtype in [torch.bfloat16] if int4_only else [torch.float32, torch.bfloat16]:
+        dense = torch.randn(shape).to(dtype)
+        add(f"F.linear {name_of(dtype)}", dtype, dense.nbytes, lambda dense=dense: through(F.linear, dense.clone()))
+    for width in bits:
+        spec = QuantSpec(width, group)
+        tensor = random_weight(spec, shape)
+        parts = DENSE.pack(tensor)
+        size = sum(part.nbytes for part in parts.values())
+        for dtype in (torch.float32, torch.bfloat16):
+            add(f"w{width} {name_of(dtype)}", dtype, size, lambda dtype=dtype, parts=parts, spec=spec: packed(
+                NATIVE, parts, spec, shape, dtype))  # fmt: skip
+        if int8:
+            add(f"w{width} int8", torch.bfloat16, size, lambda parts=parts, spec=spec: packed_int8(parts, spec, shape))
+        if TORCH_INT4.supports(spec, shape, CPU, torch.bfloat16) is None:
+            add("torch int4", torch.bfloat16, size, lambda parts=parts, spec=spec: packed(
+                TORCH_INT4, parts, spec, shape, torch.bfloat16))  # fmt: skip
+        check(calls, width, tensor, k)
+    return calls, sizes, dtypes
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def through(linear: Callable[..., torch.Tensor], weight: torch.Tensor) -> Call:
+    return lambda x: linear(x, weight)
+
+
+def packed(kernel: Any, parts: Any, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Call:
+    prepared = kernel.prepare(parts, spec, shape, dtype)
+    return lambda x: kernel.run(x, prepared)  # type: ignore[no-any-return]
+
+
+def packed_int8(parts: Any, spec: QuantSpec, shape: tuple[int, int]) -> Call:
+    NATIVE.int8 = True
+    try:
+        return packed(NATIVE, parts, spec, shape, torch.bfloat16)
+    finally:
+        NATIVE.int8 = False
+
+
+def check(calls: dict[str, list[Call]], bits: int, tensor: QTensor, k: int) -> None:
+    """A wrong kernel is never fast."""
+    x = torch.randn(2, k)
+    exact = x.double() @ tensor.dequantize(torch.float64).T
+    for name in [name for name in calls if name.startswith(f"w{bits} ")]:
+        dtype = torch.float32 if name.endswith("float32") else torch.bfloat16
+        error = (calls[name][0](x.to(dtype)).double() - exact).norm() / exact.norm()
+        limit = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 2e-2}[name.split()[1]]
+        if error > limit:
+            raise RuntimeError(f"{name} is off by {error:.2g} of the product's norm")
+
+
+def measure(calls: dict[str, list[Call]], inputs: dict[str, torch.Tensor], seconds: float) -> dict[str, float]:
+    """Best milliseconds of one call, every competitor taking a short turn in every round."""
+    best = dict.fromkeys(calls, float("inf"))
+    places = dict.fromkeys(calls, 0)
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while time.perf_counter() < end or rounds < 3:
+        rounds += 1
+        for name, weights in calls.items():
+            for _ in range(3):
+                weight = weights[places[name] % len(weights)]
+                places[name] += 1
+                start = time.perf_counter()
+                weight(inputs[name])
+                best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
+    return best
+
+
+def read_bandwidth() -> float:
+    """GB/s at which all threads read a tensor that no cache holds."""
+    values = torch.ones(1 << 25)
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        values.sum()
+        best = min(best, time.perf_counter() - start)
+    return values.nbytes / best / 1e9
+
+
+def rows_of(model: str, shape: tuple[int, int], args: Any) -> list[dict[str, Any]]:
+    calls, sizes, dtypes = competitors(args.bits, args.group, shape, args.int8, args.quick)
+    out = []
+    for m in args.tokens:
+        inputs = {name: torch.randn(m, shape[1]).to(dtype) for name, dtype in dtypes.items()}
+        best = measure(calls, inputs, args.seconds)
+        for name, ms in best.items():
+            row = {"model": model, "N x K": f"{shape[0]} x {shape[1]}", "M": m, "what": name}
+            row |= {"ms": round(ms, 4), "GB/s": round(sizes[name] / ms / 1e6, 1)}
+            for peer in ("F.linear float32", "F.linear bfloat16", "torch int4"):
+                row[f"x {peer}"] = round(best[peer] / ms, 2) if peer in best else "-"
+            out.append(row)
+    return out
+
+
+def main() -> int:
+    parser = describe(__doc__)
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 5, 6, 8])
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128])
+    parser.add_argument("--int8", action="store_true", help="also with activations rounded to int8")
+    parser.add_argument("--quick", action="store_true", help="one shape of each model, no float32 F.linear")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for one shape and number of rows")
+    parser.add_argument("--out", type=Path, help="also write JSON here")
+    args = parser.parse_args()
+    sys.stdout.write(f"{library.describe()}\nread bandwidth {read_bandwidth():.1f} GB/s\n")
+    rows: list[dict[str, Any]] = []
+    for model in args.models:
+        for shape in SHAPES[model][: 1 if args.quick else None]:
+            found = rows_of(model, shape, args)
+            sys.stdout.write(markdown(found) + "\n\n")
+            sys.stdout.flush()
+            rows += found
+    bandwidth = read_bandwidth()
+    sys.stdout.write(f"read bandwidth {bandwidth:.1f} GB/s\n")
+    if args.out:
+        write_json(args.out, {"machine": machine(), "read_gb_per_s": bandwidth, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

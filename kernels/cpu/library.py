@@ -1,0 +1,127 @@
+"""The C++ library behind the native kernels: found, loaded, and set to an instruction set.
+
+setup.py builds it where there is a compiler; everything else works without. Environment: QUANTC_CPU_LEVEL forces an
+instruction set, for tests and measurements (a name that `levels()` gives).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+
+VERSION = 1  # of the C interface in native/api.h and of images
+LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
+FOLDER = Path(__file__).parent
+
+_INT, _LONG, _POINTER, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+_INTERFACE = {
+    "version": (_INT, []),
+    "levels": (_TEXT, []),
+    "level": (_TEXT, []),
+    "choose_level": (_INT, [_TEXT]),
+    "has_int8": (_INT, []),
+    "pool": (_TEXT, []),
+    "image_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _INT, _INT]),
+    "pack": (None, [_INT, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT]),
+    "matmul": (None, [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _INT]),
+    "panel_step": (_LONG, [_POINTER]),
+    "unpack": (None, [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]),
+}
+
+
+class Library:
+    """The functions of native/api.h, under their names without the prefix."""
+
+    version: Any
+    levels: Any
+    level: Any
+    choose_level: Any
+    has_int8: Any
+    pool: Any
+    image_bytes: Any
+    pack: Any
+    matmul: Any
+    panel_step: Any
+    unpack: Any
+
+    def __init__(self, file: Path):
+        loaded = ctypes.CDLL(str(file))
+        for name, (result, arguments) in _INTERFACE.items():
+            function = getattr(loaded, f"quantc_cpu_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+
+@functools.cache
+def load() -> Library | str:
+    """The library, or why there is none as the end of a sentence that starts with a kernel's name.
+
+    Raises UsageError for a level in the environment that this processor or this build does not have.
+    """
+    files = [FOLDER / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return "was not built, for which pip needs a C++ compiler (GCC or Clang) when it installs quantc"
+    try:
+        library = Library(file)
+    except (OSError, AttributeError) as error:
+        return f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+    if library.version() != VERSION:
+        return f"was built from other sources ({file}); install quantc again"
+    wanted = os.environ.get(LEVEL_VARIABLE)
+    if wanted:
+        _choose(library, wanted)
+    return library
+
+
+def loaded() -> Library:
+    """The library where it is known to be there."""
+    library = load()
+    assert isinstance(library, Library), library
+    return library
+
+
+def levels() -> list[str]:
+    """Instruction sets that this processor and this build have, the best last."""
+    names: str = loaded().levels().decode()
+    return names.split()
+
+
+def level() -> str:
+    """The instruction set in use."""
+    name: str = loaded().level().decode()
+    return name
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """A level in place of the best, for the whole process."""
+    before = level()
+    _choose(loaded(), name)
+    try:
+        yield
+    finally:
+        _choose(loaded(), before)
+
+
+def describe() -> str:
+    """One sentence for `quantc doctor`."""
+    library = load()
+    if isinstance(library, str):
+        return f"Not ready: the native CPU kernel {library}."
+    threads = "shares torch's OpenMP threads" if library.pool() == b"openmp" else "has threads of its own"
+    return f"Ready: uses {level()} of {', '.join(levels())}; {threads}."
+
+
+def _choose(library: Library, name: str) -> None:
+    if not library.choose_level(name.encode()):
+        known = library.levels().decode().replace(" ", ", ")
+        raise UsageError(f"the CPU level {name!r} is not to be had here; {LEVEL_VARIABLE} can be {known}.")

@@ -1,0 +1,211 @@
+"""Own C++ kernels for packed weights on the CPU, as a torch operator and as a kernel for the registry.
+
+Weights are repacked once into an image (native/image.h): 16 output channels side by side, inputs running inside, codes
+placed so that one shift yields them for float32, bfloat16 and int8 products alike. Few rows of x
+are multiplied with the codes; from PANEL_FROM on, panels of the weight are unpacked and given to torch's matmul.
+
+Activations are rounded to int8 only where QUANTC_CPU_INT8=1 says so, or NATIVE.int8 is set: then sums are of
+products of integers, with a scale for every 32 activations. Nothing else changes the arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from ...formats import Parts
+from ...spec import QuantSpec
+from ..rotation import rotate
+from . import library
+
+INT8_VARIABLE = "QUANTC_CPU_INT8"
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+STRIP, BLOCK, ALIGNMENT = 16, 32, 64  # as in native/image.h
+LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
+# Rows of x from which torch multiplies with unpacked panels. Own float32 sums are 1.5 to 5 times as fast as torch's
+# F.linear up to 256 rows (Zen 5, 2 threads); bfloat16 ones fall behind its dot products between 32 and 64.
+PANEL_FROM = {torch.bfloat16: 192}
+# Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input lies in a page of its own,
+# and writing them takes 20 times as long.
+PANEL_ROWS = 128
+
+LIBRARY = torch.library.Library("quantc", "FRAGMENT")
+LIBRARY.define(
+    "native_matmul(Tensor x, Tensor image, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int n, "
+    "int hadamard, bool int8) -> Tensor"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeWeight:
+    """A prepared weight (N, K).
+
+    image: uint8 (bytes,), see native/image.h; address: where it lies. low_rank_a, low_rank_b: (R, K) and (N, R) in the
+    activations' dtype, or None. hadamard: order of the input's rotation, 0 for none. int8: whether activations are
+    rounded.
+    """
+
+    image: torch.Tensor
+    address: int
+    n: int
+    k: int
+    low_rank_a: torch.Tensor | None
+    low_rank_b: torch.Tensor | None
+    hadamard: int
+    int8: bool
+
+
+class NativeCpu:
+    """Own C++ kernels for every code width, on the instructions that the processor has.
+
+    int8: whether weights prepared from now on round their activations to int8 (see the module's docstring).
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self.int8 = os.environ.get(INT8_VARIABLE, "0") not in ("", "0")
+
+    def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"runs on cpu, not on {device.type}"
+        found = library.load()
+        if isinstance(found, str):
+            return found
+        if dtype not in TYPES:
+            return f"runs in float32, float16 and bfloat16, not in {str(dtype)[6:]}"
+        along = shape[1] if spec.grouping == "per_oc" else shape[0]
+        least, group = LEAST_GROUP[spec.grouping], spec.group_length(shape)
+        if group < min(least, along):
+            return f"needs {spec.grouping} groups of {least} or more, not {group}"
+        if self.int8 and not found.has_int8():
+            return f"has no int8 activations on {library.level()}, and {INT8_VARIABLE} asks for them"
+        return None
+
+    def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> NativeWeight:
+        image = pack(parts, spec, shape)
+        a, b = parts.get("low_rank_a"), parts.get("low_rank_b")
+        return NativeWeight(
+            image,
+            image.data_ptr(),
+            *shape,
+            None if a is None else a.to(dtype),
+            None if b is None else b.to(dtype),
+            spec.hadamard,
+            self.int8,
+        )
+
+    def run(self, x: torch.Tensor, prepared: NativeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        # A call through torch's dispatcher costs as much as the product of a small weight, and is needed only where
+        # something looks on: a compiler, or a tensor that is not quite one.
+        if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+            w = prepared
+            y: torch.Tensor = torch.ops.quantc.native_matmul(
+                x, w.image, w.low_rank_a, w.low_rank_b, bias, w.n, w.hadamard, w.int8
+            )
+            return y
+        return multiply(x, prepared, bias)
+
+
+NATIVE = NativeCpu()
+
+
+@torch.library.impl(LIBRARY, "native_matmul", "CPU")
+def _native_matmul(
+    x: torch.Tensor,
+    image: torch.Tensor,
+    low_rank_a: torch.Tensor | None,
+    low_rank_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    hadamard: int,
+    int8: bool,
+) -> torch.Tensor:
+    weight = NativeWeight(image, image.data_ptr(), n, x.shape[-1], low_rank_a, low_rank_b, hadamard, int8)
+    return multiply(x, weight, bias)
+
+
+@torch.library.register_fake("quantc::native_matmul", lib=LIBRARY)
+def _fake_native_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor:
+    n = weight_and_bias[4]
+    assert isinstance(n, int)
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
+    """The dense format's codes, scales and zeros as an image: uint8 (bytes,)."""
+    lib = library.loaded()
+    per_ic = spec.grouping == "per_ic"
+    header = (spec.bits, *shape, spec.group_length(shape), int(per_ic))
+    size = lib.image_bytes(*header, int(spec.symmetric))
+    room = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+    image = room[-room.data_ptr() % ALIGNMENT :][:size]
+    stored = [None if part is None else part.contiguous() for part in map(parts.get, ("qweight", "scales", "zeros"))]
+    addresses = [None if part is None else part.data_ptr() for part in stored]
+    lib.pack(*header, *addresses, image.data_ptr(), torch.get_num_threads())
+    return image
+
+
+def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _differentiable(x, w, bias)
+    if w.hadamard:
+        x = rotate(x, w.hadamard)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    shape = x.shape
+    rows = x.numel() // w.k
+    y = x.new_empty(*shape[:-1], w.n)
+    if rows >= PANEL_FROM.get(x.dtype, rows + 1) and not w.int8:
+        _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
+    elif rows:
+        if bias is not None and not (bias.is_contiguous() and bias.dtype in TYPES):
+            bias = bias.contiguous().float()
+        address, bias_type = (None, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
+        library.loaded().matmul(
+            w.address, x.data_ptr(), y.data_ptr(), address, rows, TYPES[x.dtype], bias_type, w.int8,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    if w.low_rank_a is not None and w.low_rank_b is not None:
+        y += F.linear(F.linear(x, w.low_rank_a), w.low_rank_b)
+    return y
+
+
+def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
+    """Rows [start, stop) of W into out (K, stop - start); both on the steps of a panel, or stop is N."""
+    assert out.is_contiguous()
+    lib = library.loaded()
+    lib.unpack(w.address, start, stop, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+
+
+def _panels(w: NativeWeight) -> list[tuple[int, int]]:
+    step = library.loaded().panel_step(w.address)
+    rows = max(1, PANEL_ROWS // step) * step
+    return [(start, min(start + rows, w.n)) for start in range(0, w.n, rows)]
+
+
+def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    panels = _panels(w)
+    room = x.new_empty(w.k * (panels[0][1] - panels[0][0]))
+    for start, stop in panels:
+        panel = room[: w.k * (stop - start)].view(w.k, stop - start)
+        unpack(w, start, stop, panel)
+        if bias is None:
+            torch.mm(x, panel, out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop].to(x.dtype), x, panel, out=y[:, start:stop])
+
+
+def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same product through the unpacked weight, so that gradients reach x (adapters train on packed weights)."""
+    x = rotate(x, w.hadamard) if w.hadamard else x
+    weight = x.new_empty(w.k, w.n)
+    unpack(w, 0, w.n, weight)
+    y = x @ weight
+    if w.low_rank_a is not None and w.low_rank_b is not None:
+        y = y + F.linear(F.linear(x, w.low_rank_a), w.low_rank_b)
+    return y if bias is None else y + bias.to(y.dtype)

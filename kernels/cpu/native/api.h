@@ -1,0 +1,35 @@
+// The library's C interface: pointers and sizes, nothing of torch. kernels/cpu/library.py is its only caller.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__GNUC__)
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define EXPORT extern "C"
+#endif
+
+// Of the interface and of images: the caller refuses a library that was built from other sources.
+EXPORT int32_t quantc_cpu_version();
+// Names of the levels of this processor, separated by spaces, best last.
+EXPORT const char* quantc_cpu_levels();
+EXPORT const char* quantc_cpu_level();
+EXPORT int32_t quantc_cpu_choose_level(const char* name);  // 0 if there is no such level
+EXPORT int32_t quantc_cpu_has_int8();                      // whether the chosen level multiplies int8 activations
+EXPORT const char* quantc_cpu_pool();
+
+// Bytes of the image of a weight; 0 for one that there is no image of.
+EXPORT int64_t quantc_cpu_image_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, int32_t per_ic,
+                                      int32_t symmetric);
+// zeros: null if symmetric. image: as many bytes as said above, at a multiple of 64.
+EXPORT void quantc_cpu_pack(int32_t bits, int64_t n, int64_t k, int64_t group, int32_t per_ic, const void* codes,
+                            const void* scales, const void* zeros, void* image, int32_t threads);
+
+// y [m][n] = x [m][k] W^T + bias. Types: 0 float32, 1 float16, 2 bfloat16; y has that of x. bias: [n] or null.
+// int8: nonzero rounds x to int8 in blocks of 32, where has_int8 says so.
+EXPORT void quantc_cpu_matmul(const void* image, const void* x, void* y, const void* bias, int64_t m, int32_t type,
+                              int32_t bias_type, int32_t int8, int32_t threads);
+
+// Rows [from, to) of W as columns of out [k][to - from]. from and to: multiples of quantc_cpu_panel_step, or to is n.
+EXPORT int64_t quantc_cpu_panel_step(const void* image);
+EXPORT void quantc_cpu_unpack(const void* image, int64_t from, int64_t to, void* out, int32_t type, int32_t threads);

@@ -1,0 +1,15 @@
+// One register of 16 rows. Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c.
+#if defined(__x86_64__)
+#define LANES 16
+#include "lookup.h"
+
+static bool runs_here() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+const Level LEVEL_AVX512 = {
+    "avx512", runs_here, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, multiply<Lookup>, nullptr, nullptr, unpack<Lookup>,
+};
+#endif

@@ -1,0 +1,51 @@
+// What every instruction set offers to the drivers in api.cpp.
+#pragma once
+
+#include "image.h"
+
+enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+// A tile of activations as the kernels read it: rows of `stride` inputs in the order of the image's blocks.
+struct Inputs {
+  const void* rows;     // float, bfloat16 (uint16_t) or int8_t [m][stride]
+  // [m][sums_stride]. per_oc: x summed over each group. per_ic: what is added to the sums of the products.
+  const float* sums;
+  const float* scales;  // int8 only: [m][blocks]
+  int64_t stride, sums_stride;
+  int m;                // 1, 2, 4 or 8, up to the level's tile
+};
+
+// Where the tile's product goes.
+struct Outputs {
+  void* y;           // [rows][n]
+  const void* bias;  // [n], or null
+  Type type, bias_type;
+  int64_t n;
+  int rows;          // of the tile that exist: the last one may be fuller than M
+};
+
+using Strips = void (*)(const Image*, const Inputs&, const Outputs&, int64_t from, int64_t to);
+
+struct Level {
+  const char* name;
+  bool (*runs_here)();
+  int tile;  // the largest Inputs::m
+  // One row of x (w->k values) in the order of the blocks, and its sums.
+  void (*load_float)(const Image*, const void* x, Type, float* row, float* sums);
+  void (*load_bfloat16)(const Image*, const void* x, uint16_t* row, float* sums);
+  void (*load_int8)(const Image*, const float* ordered, int8_t* row, float* scales, float* sums);
+  // x times the scales of a per_ic group; returns the sum of (mid - zero) times that.
+  float (*scale_inputs)(const Image*, const float* ordered, int64_t group, float* scaled);
+  Strips by_float;
+  Strips by_bfloat16;  // or null
+  Strips by_int8;
+  // Strips [from, to) as columns of W^T: out [k][stride] of a type, column 0 being the first row of strip `from`.
+  void (*unpack)(const Image*, int64_t from, int64_t to, void* out, Type, int64_t stride);
+};
+
+extern const Level LEVEL_SCALAR;
+#if defined(__x86_64__)
+extern const Level LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16;
+#elif defined(__aarch64__)
+extern const Level LEVEL_NEON;
+#endif

@@ -1,0 +1,69 @@
+#include "levels.h"
+
+#include <atomic>
+#include <cstring>
+
+#if defined(__x86_64__)
+void multiply_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+void multiply_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+#endif
+
+namespace {
+
+struct Available {
+  Level levels[6];
+  int count = 0;
+
+  void offer(Level candidate) {
+    if (candidate.runs_here()) levels[count++] = candidate;
+  }
+
+  Available() {
+    offer(LEVEL_SCALAR);
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    offer(LEVEL_AVX2);
+    offer(LEVEL_AVX512);
+    Level vnni = LEVEL_AVX512;
+    vnni.name = "avx512_vnni";
+    vnni.by_int8 = multiply_vnni;
+    vnni.runs_here = [] { return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni"); };
+    offer(vnni);
+    Level bfloat16 = vnni;
+    bfloat16.name = "avx512_bf16";
+    bfloat16.by_bfloat16 = multiply_bfloat16;
+    bfloat16.runs_here = [] {
+      return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    };
+    offer(bfloat16);
+#elif defined(__aarch64__)
+    offer(LEVEL_NEON);
+#endif
+  }
+};
+
+const Available& available() {
+  static const Available found;
+  return found;
+}
+
+std::atomic<int> chosen{-1};
+
+}  // namespace
+
+int level_count() { return available().count; }
+const Level& level_at(int index) { return available().levels[index]; }
+
+const Level& level() {
+  const int index = chosen.load(std::memory_order_relaxed);
+  return level_at(index < 0 ? level_count() - 1 : index);
+}
+
+bool choose_level(const char* name) {
+  for (int i = 0; i < level_count(); ++i)
+    if (!std::strcmp(level_at(i).name, name)) {
+      chosen = i;
+      return true;
+    }
+  return false;
+}

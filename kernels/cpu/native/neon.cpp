@@ -1,0 +1,9 @@
+// Four registers of 4 rows: what every 64-bit ARM has.
+#if defined(__aarch64__)
+#define LANES 4
+#include "strips.h"
+
+const Level LEVEL_NEON = {
+    "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, multiply<Converter>, nullptr, nullptr, unpack<Converter>,
+};
+#endif

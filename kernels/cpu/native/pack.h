@@ -1,0 +1,11 @@
+// From the dense format's parts to an image.
+#pragma once
+
+#include "image.h"
+
+// The header of an image, offsets and size included; bytes is 0 for a weight that the kernels cannot have.
+Image describe(int bits, int64_t n, int64_t k, int64_t group, bool per_ic, bool symmetric);
+
+// Fills an image of which only the bytes are there. codes [n][ceil(k * bits / 8)], scales and zeros as in the format.
+void pack(const Image& header, int stored_bits, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
+          int threads, void* image);

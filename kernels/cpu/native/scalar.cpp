@@ -1,0 +1,7 @@
+// Plain C++ for every processor.
+#define LANES 1
+#include "int8.h"
+
+const Level LEVEL_SCALAR = {
+    "scalar", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, multiply<Converter>, nullptr, multiply_int8, unpack<Converter>,
+};

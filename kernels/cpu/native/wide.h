@@ -1,0 +1,186 @@
+// Sixteen rows side by side in PARTS registers of LANES lanes. Each instruction set compiles its own copy: all of it
+// lies in an anonymous namespace, or the linker could give AVX-512 code to a processor without.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "image.h"
+#include "level.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+constexpr int PARTS = STRIP / LANES;
+constexpr int LARGEST_TILE = LANES == 16 ? 8 : LANES == 1 ? 1 : 4;  // rows of x at once: what the registers hold
+typedef float FloatLanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t WordLanes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfLanes __attribute__((vector_size(2 * LANES)));
+struct Floats { FloatLanes part[PARTS]; };
+struct Words { WordLanes part[PARTS]; };
+
+template <typename Step, int... I>
+INLINE void in_sequence(Step step, std::integer_sequence<int, I...>) {
+  (step(std::integral_constant<int, I>{}), ...);
+}
+// step(0), ..., step(COUNT - 1), each with a constant: shifts by constants are what the layout is made for.
+template <int COUNT, typename Step>
+INLINE void unrolled(Step step) {
+  in_sequence(step, std::make_integer_sequence<int, COUNT>{});
+}
+
+INLINE float from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+INLINE uint32_t to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+INLINE float from_bfloat16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
+template <typename Bits>  // uint32_t or a vector of them
+INLINE Bits round_to_bfloat16(Bits bits) {  // to nearest, ties to even
+  const Bits rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return ((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16;
+}
+INLINE uint16_t to_bfloat16(float value) { return static_cast<uint16_t>(round_to_bfloat16(to_bits(value))); }
+#if defined(__aarch64__)
+INLINE float from_float16(uint16_t bits) {
+  __fp16 half;
+  __builtin_memcpy(&half, &bits, 2);
+  return half;
+}
+INLINE uint16_t to_float16(float value) {
+  const __fp16 half = value;
+  uint16_t bits;
+  __builtin_memcpy(&bits, &half, 2);
+  return bits;
+}
+#elif defined(__F16C__)
+INLINE float from_float16(uint16_t bits) { return _cvtsh_ss(bits); }
+INLINE uint16_t to_float16(float value) { return _cvtss_sh(value, 0); }
+#else
+// Moving the exponent by a multiplication also turns float16's subnormals into normal numbers.
+INLINE float from_float16(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));
+}
+INLINE uint16_t to_float16(float value) {  // to nearest, ties to even
+  const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves multiples of 2^-24 in the last bits, rounded
+    return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13);
+}
+#endif
+INLINE float load_as_float(const void* values, Type type, int64_t i) {
+  if (type == FLOAT32) return static_cast<const float*>(values)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(values)[i];
+  return type == FLOAT16 ? from_float16(bits) : from_bfloat16(bits);
+}
+
+INLINE Words load_words(const uint32_t* at) {
+  Words words;
+  __builtin_memcpy(&words, at, sizeof words);
+  return words;
+}
+INLINE Floats all(float value) {
+  Floats out;
+  for (int p = 0; p < PARTS; ++p) out.part[p] = value - FloatLanes{};
+  return out;
+}
+INLINE Floats add(Floats a, const Floats& b) {
+  for (int p = 0; p < PARTS; ++p) a.part[p] += b.part[p];
+  return a;
+}
+INLINE Floats multiply_add(const Floats& a, const Floats& b, Floats sum) {
+  for (int p = 0; p < PARTS; ++p) sum.part[p] += a.part[p] * b.part[p];
+  return sum;
+}
+INLINE Floats multiply_add(const Floats& a, float b, Floats sum) {
+  for (int p = 0; p < PARTS; ++p) sum.part[p] += a.part[p] * b;
+  return sum;
+}
+// Sixteen float16 scales, and what an asymmetric group adds to its codes less mid.
+INLINE Floats load_scales(const uint16_t* at) {
+#if LANES == 16
+  return {{_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))}};
+#else
+  float values[STRIP];
+  for (int r = 0; r < STRIP; ++r) values[r] = from_float16(at[r]);
+  Floats out;
+  __builtin_memcpy(&out, values, sizeof out);
+  return out;
+#endif
+}
+INLINE Floats load_offsets(const uint8_t* at, int mid) {
+  float values[STRIP];
+  for (int r = 0; r < STRIP; ++r) values[r] = static_cast<float>(mid - at[r]);
+  Floats out;
+  __builtin_memcpy(&out, values, sizeof out);
+  return out;
+}
+
+// The words of codes moved so that bit FROM becomes bit TO.
+INLINE WordLanes move_bit(WordLanes words, int from, int to) {
+  return from >= to ? words >> (from - to) : words << (to - from);
+}
+
+// Sixteen floats rounded to a type, in vectors where that is possible: a panel is unpacked through this.
+INLINE void round_to(Type type, const Floats& sums, void* out) {
+  if (type == FLOAT32) {
+    __builtin_memcpy(out, &sums, sizeof sums);
+    return;
+  }
+#if LANES == 16
+  if (type == FLOAT16) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm512_cvtps_ph(sums.part[0], _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+  if (type == BFLOAT16) {
+    for (int p = 0; p < PARTS; ++p) {
+      const WordLanes words = round_to_bfloat16(reinterpret_cast<WordLanes>(sums.part[p]));
+      const HalfLanes halves = __builtin_convertvector(words, HalfLanes);
+      __builtin_memcpy(static_cast<char*>(out) + p * sizeof halves, &halves, sizeof halves);
+    }
+    return;
+  }
+  float values[STRIP];
+  uint16_t halves[STRIP];
+  __builtin_memcpy(values, &sums, sizeof values);
+  for (int r = 0; r < STRIP; ++r) halves[r] = to_float16(values[r]);
+  __builtin_memcpy(out, halves, sizeof halves);
+}
+
+// Sixteen floats to the outputs' rows [first, first + count) of y's row m, with the bias.
+INLINE void store_row(const Outputs& to, int m, int64_t first, int count, Floats sums) {
+  if (to.bias) {
+    float bias[STRIP] = {};
+    for (int r = 0; r < count; ++r) bias[r] = load_as_float(to.bias, to.bias_type, first + r);
+    Floats added;
+    __builtin_memcpy(&added, bias, sizeof bias);
+    sums = add(sums, added);
+  }
+  const size_t size = to.type == FLOAT32 ? 4 : 2;
+  char* out = static_cast<char*>(to.y) + (m * to.n + first) * static_cast<int64_t>(size);
+  if (count == STRIP) return round_to(to.type, sums, out);
+  char rounded[4 * STRIP];
+  round_to(to.type, sums, rounded);
+  __builtin_memcpy(out, rounded, size * static_cast<size_t>(count));
+}
+
+}  // namespace

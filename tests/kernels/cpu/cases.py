@@ -1,0 +1,53 @@
+"""Weights and the tolerance that the tests of the native kernels share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantc.formats import DENSE
+from quantc.kernels.cpu import library
+from quantc.kernels.cpu.native import NATIVE, NativeWeight
+from quantc.qtensor import QTensor
+from quantc.spec import QuantSpec
+
+built = pytest.mark.skipif(isinstance(library.load(), str), reason=f"the native kernel {library.load()}")
+LEVELS = [] if isinstance(library.load(), str) else library.levels()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def random_weight(spec: QuantSpec, shape: tuple[int, int], seed: int = 0) -> QTensor:
+    """Any codes and zeros, positive and negative scales."""
+    generator = torch.Generator().manual_seed(seed)
+    grouped = spec.scales_shape(shape)
+    codes = torch.randint(0, spec.levels, shape, dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(0, spec.levels, grouped, dtype=torch.uint8, generator=generator)
+    scales = torch.randn(grouped, generator=generator).half()
+    return QTensor(spec, codes, scales, None if spec.symmetric else zeros)
+
+
+def prepare(tensor: QTensor, dtype: torch.dtype) -> NativeWeight:
+    return NATIVE.prepare(DENSE.pack(tensor), tensor.spec, tensor.shape, dtype)
+
+
+def absolute_terms(x: torch.Tensor, tensor: QTensor) -> torch.Tensor:
+    """What the kernels add up, each term by its size: |x| |scale| (|code - mid| + |mid - zero|)."""
+    spec = tensor.spec
+    steps = QTensor(
+        spec, tensor.codes, tensor.scales.abs(), torch.full_like(tensor.scales, spec.mid, dtype=torch.uint8)
+    )
+    sizes = steps.dequantize(torch.float64).abs()
+    if tensor.zeros is not None:
+        offsets = QTensor(spec, torch.full_like(tensor.codes, spec.mid), tensor.scales, tensor.zeros)
+        sizes = sizes + offsets.dequantize(torch.float64).abs()
+    return x.double().abs() @ sizes.T
+
+
+def check(y: torch.Tensor, x: torch.Tensor, tensor: QTensor) -> None:
+    """y against float64: one rounding to its dtype, and float32 sums of K terms, whose errors hardly add up."""
+    exact = x.double() @ tensor.dequantize(torch.float64).T
+    info = torch.finfo(y.dtype)
+    allowed = info.eps * exact.abs() + 8 * torch.finfo(torch.float32).eps * absolute_terms(x, tensor)
+    excess = ((y.double() - exact).abs() / (allowed + info.smallest_normal * info.eps)).max() if y.numel() else 0
+    assert y.shape == exact.shape
+    assert float(excess) <= 1, f"{float(excess):.2f} times the tolerance of {y.dtype}"

@@ -1,0 +1,59 @@
+// Packs, multiplies and unpacks weights of odd shapes in memory of their exact size, for AddressSanitizer and
+// UndefinedBehaviorSanitizer to watch. Values are checked elsewhere; here they are only kept from being optimized away.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "api.h"
+
+static unsigned state = 1;
+static unsigned next() { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+// Exactly `bytes` bytes, at a multiple of 64 if asked: a step past them is a step into the sanitizer's red zone.
+struct Block {
+  explicit Block(size_t bytes, bool aligned = false) : size(bytes) {
+    void* at = nullptr;
+    if (posix_memalign(&at, aligned ? 64 : 8, bytes ? bytes : 1)) std::abort();
+    data = static_cast<unsigned char*>(at);
+    for (size_t i = 0; i < bytes; ++i) data[i] = static_cast<unsigned char>(next());
+  }
+  ~Block() { std::free(data); }
+  Block(const Block&) = delete;
+  unsigned char* data;
+  size_t size;
+};
+
+static void exercise(int bits, int64_t n, int64_t k, int64_t group, bool per_ic, bool symmetric) {
+  const int64_t along = per_ic ? n : k, groups = (along + group - 1) / group;
+  const int64_t rows = per_ic ? groups : n, columns = per_ic ? k : groups;
+  Block codes(static_cast<size_t>(n * ((k * bits + 7) / 8))), scales(static_cast<size_t>(2 * rows * columns));
+  Block zeros(static_cast<size_t>(rows * ((columns * bits + 7) / 8)));
+  Block image(static_cast<size_t>(quantc_cpu_image_bytes(bits, n, k, group, per_ic, symmetric)), true);
+  quantc_cpu_pack(bits, n, k, group, per_ic, codes.data, scales.data, symmetric ? nullptr : zeros.data, image.data, 2);
+  for (int type = 0; type < 3; ++type) {
+    const size_t size = type ? 2 : 4;
+    for (int64_t m : {1, 2, 3, 5, 8, 9, 33, 65}) {
+      Block x(size * static_cast<size_t>(m * k)), y(size * static_cast<size_t>(m * n)), bias(size * static_cast<size_t>(n));
+      for (int int8 = 0; int8 <= quantc_cpu_has_int8(); ++int8)
+        quantc_cpu_matmul(image.data, x.data, y.data, m % 2 ? bias.data : nullptr, m, type, type, int8, 2);
+    }
+    Block panel(size * static_cast<size_t>(n * k));
+    quantc_cpu_unpack(image.data, 0, n, panel.data, type, 2);
+  }
+}
+
+int main() {
+  std::vector<char> names(quantc_cpu_levels(), quantc_cpu_levels() + std::strlen(quantc_cpu_levels()) + 1);
+  for (char* name = std::strtok(names.data(), " "); name; name = std::strtok(nullptr, " ")) {
+    if (!quantc_cpu_choose_level(name)) return 1;
+    for (int bits = 2; bits <= 8; ++bits)
+      for (int kind = 0; kind < 4; ++kind) {
+        exercise(bits, 1, 1, 1, kind & 1, kind & 2);
+        exercise(bits, 17, 65, 32, kind & 1, kind & 2);
+        exercise(bits, 35, 130, 9, kind & 1, kind & 2);
+      }
+    std::printf("%s\n", name);
+  }
+  return 0;
+}
