@@ -69,7 +69,7 @@ setup(
     package_dir=MOUNTED,
     package_data={
         "quantc": ["py.typed"],
-        "quantc.kernels": ["cuda/*.cu", "cuda/include/*.cuh"],
+        "quantc.kernels": ["cuda/*.cu", "cuda/include/*.cuh", "cpu/native/*.cpp", "cpu/native/*.h"],
         "quantc.calib_data": ["text/*.txt"],
     },
     ext_modules=[

@@ -155,7 +155,7 @@ PER_IC = {
 }  # with a shorter last group nearly everywhere
 CHAINS = {
     "rtn": [PER_IC, {"quantize": {"method": "rtn"}}],
-    "gptq in order": [PER_IC, {"quantize": {"act_order": False}}],
+    "gptq in order": [PER_IC, {"quantize": {"act_order": False, "shrink": 0.3}}],
     "refined, rotated, low rank": [PER_IC, "rotate", {"compensate": {"rank": 2}}, {"quantize": {"rounds": 1}}],
     "chosen": [{"allocate": {"bits": 3, "group_size": 16}}, "group_channels", {"quantize": {"shrink": 0.0}}],
 }
@@ -175,8 +175,7 @@ def test_per_ic_weights_are_packed_loaded_and_run_as_they_were_rounded(family: s
         found, expected = (each(input_ids=TOKENS, use_cache=False).logits for each in (packed, model))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         halved = packed.to(torch.bfloat16)(input_ids=TOKENS, use_cache=False).logits
-    # In bfloat16 a router may send a token to another expert.
-    assert float((halved.float() - expected).norm() / expected.norm()) < 0.12
+    assert float((halved.float() - expected).norm() / expected.norm()) < 0.05
 
 
 @pytest.fixture(scope="module")

@@ -95,11 +95,11 @@ def test_what_exceeds_a_budget_is_named() -> None:
 
 
 def test_every_source_is_packaged() -> None:
-    """setup.py names the folders whose .cu and .cuh files travel in the wheel; C++ is compiled before."""
+    """setup.py names the folders whose .cu and .cuh files travel in the wheel."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     (data,) = (k.value for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "package_data")
     kernels = ROOT / "kernels"
     packaged = {path for pattern in ast.literal_eval(data)["quantc.kernels"] for path in kernels.glob(pattern)}
-    sources = {path for path in kernels.rglob("*") if path.suffix in (".cu", ".cuh")}
+    sources = {path for path in kernels.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp")}
     assert sources
     assert sources <= packaged
