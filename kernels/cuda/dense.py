@@ -63,6 +63,8 @@ class CudaPacked:
         return prepare(parts, spec, shape)
 
     def run(self, x: torch.Tensor, prepared: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return multiply(x, prepared, bias)  # the operator has no gradients
         w, v = prepared, prepared.variant
         y: torch.Tensor = torch.ops.quantc.cuda_matmul(
             x, w.tiles, w.scales, w.zeros, w.low_rank_a, w.low_rank_b, bias,
@@ -106,6 +108,8 @@ def _fake_cuda_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor
 
 def multiply(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _differentiable(x, weight, bias)
     n, k = weight.shape
     fused = packed.rotates(weight, x.numel() // k)
     rows = _aligned((rotate(x, weight.hadamard) if weight.hadamard and not fused else x).reshape(-1, k))
@@ -140,6 +144,17 @@ def _through_unpacked(
     if weight.low_rank_a is not None and weight.low_rank_b is not None:
         t = F.linear(rows, weight.low_rank_a.to(rows.dtype))
         out.addmm_(t, weight.low_rank_b.to(rows.dtype).T)
+    return y
+
+
+def _differentiable(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same product through the unpacked weight, so that gradients reach x (adapters train on packed weights)."""
+    x = rotate(x, weight.hadamard) if weight.hadamard else x
+    unpacked = torch.empty(weight.shape, dtype=x.dtype, device=x.device)  # of its own: backward reads it later
+    launch(packed.dequantize_launch(weight, unpacked))
+    y = F.linear(x, unpacked, None if bias is None else bias.to(x.dtype))
+    if weight.low_rank_a is not None and weight.low_rank_b is not None:
+        y = y + F.linear(F.linear(x, weight.low_rank_a.to(x.dtype)), weight.low_rank_b.to(x.dtype))
     return y
 
 
@@ -185,14 +200,7 @@ def _workspace(index: int, stream: int) -> Workspace:
     )
 
 
-_buffers: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
-
-
+@functools.cache
 def _unpacked_buffer(index: int, stream: int, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-    """Room for one unpacked weight (N, K), kept: as large as the largest so far."""
-    size = shape[0] * shape[1]
-    found = _buffers.get((index, stream, dtype))
-    if found is None or found.numel() < size:
-        found = torch.empty(size, dtype=dtype, device=torch.device("cuda", index))
-        _buffers[index, stream, dtype] = found
-    return found[:size].view(shape)
+    """Room for an unpacked weight (N, K), kept for ever: a captured graph goes on writing there."""
+    return torch.empty(shape, dtype=dtype, device=torch.device("cuda", index))

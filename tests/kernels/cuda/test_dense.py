@@ -97,6 +97,17 @@ def test_x_is_rotated_first(launches: list[Launch]) -> None:
     assert torch.allclose(product(tensor, x).float(), expected.float(), atol=0.02)
 
 
+@needs_harness
+def test_gradients_reach_x(launches: list[Launch]) -> None:
+    tensor = random_qtensor(QuantSpec(4, 32, rank=2), (24, 40))
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
+    weight = prepare(DENSE.pack(tensor), tensor.spec, tensor.shape)
+    y = CUDA_PACKED.run(x, weight, torch.ones(24))
+    (gradient,) = torch.autograd.grad(y.float().sum(), x)
+    assert torch.allclose(gradient.double(), whole(tensor).sum(0).expand(3, 40), atol=0.05)
+    assert [launch.program.entry for launch in launches] == ["dequantize"]
+
+
 def test_the_operator_has_a_shape_for_the_compiler() -> None:
     tensor = random_qtensor(QuantSpec(4, 32), (24, 64))
     weight = prepare({name: part.to("meta") for name, part in DENSE.pack(tensor).items()}, tensor.spec, tensor.shape)
