@@ -15,7 +15,7 @@ rows: massive activations sit at tokens that nothing depends on, and counted lik
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +171,3 @@ class _Losses(Reader):
             ]
             for name, found in self.rounded.items()
         }
-
-
-def total_loss(chosen: Mapping[str, QuantSpec | None], candidates: Mapping[str, list[Candidate]]) -> float:
-    """The predicted KL divergence of a plan, in nats per token; linears that are kept lose nothing."""
-    losses = {(name, item.spec): item.loss for name, items in candidates.items() for item in items}
-    return sum(losses[name, spec] for name, spec in chosen.items() if name in candidates and spec is not None)
