@@ -123,8 +123,9 @@ def _show_summary(model: str, report: Report) -> None:
 @option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]")
 @CALIBRATION_OPTIONS
 @DEVICE_OPTION
+@option("--force", is_flag=True, help="Replace the plan if it exists.")
 @OUTPUT_OPTIONS
-def plan(model: str, out: Path, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+def plan(model: str, out: Path, force: bool, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
     """Share out bits among the linears of MODEL, and write the plan.
 
     The plan can be read, edited, and built by `quantc quantize MODEL --plan`.
@@ -134,6 +135,10 @@ def plan(model: str, out: Path, as_json: bool, quiet: bool, verbose: bool, **set
     """
     if not out.parent.is_dir():
         raise UsageError(f"the folder {out.parent} of the plan does not exist; make it, or pass another --out.")
+    if out.exists() and not force:
+        raise UsageError(
+            f"{out} exists, and somebody may have edited it; pass --force to replace it, or another --out."
+        )
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.session(quiet, verbose) as progress:
         from . import api, tables
@@ -144,7 +149,16 @@ def plan(model: str, out: Path, as_json: bool, quiet: bool, verbose: bool, **set
     if as_json:
         console.show_json({"plan": str(out), "notes": run.report.notes, "widths": rows})
     elif not quiet:
-        console.show(tables.planned(rows, str(out), run.report.notes, model))
+        console.show(
+            tables.planned(rows, run.report.notes, ["quantc", "quantize", model, "--plan", str(out), *_again(settings)])
+        )
+
+
+def _again(settings: dict[str, Any]) -> list[str]:
+    """The options of a plan that its build needs too: the recipe's other passes and the calibration text."""
+    kept = {name: settings[name] for name in ("preset", "recipe", "calib", "samples", "seq_len", "seed")}
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in kept.items() if value is not None)
+    return [word for pair in pairs for word in pair]
 
 
 @main.command()

@@ -53,16 +53,16 @@ def widths(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def planned(rows: list[dict[str, Any]], plan: str, notes: list[str], model: str) -> RenderableType:
+def planned(rows: list[dict[str, Any]], notes: list[str], next_command: list[str]) -> RenderableType:
     """The widths that a plan gives to each kind of linear, and how to build it."""
     table = _table(
         ["linears", "count", "bits of a code", "from", "to"], numeric={"count", "bits of a code", "from", "to"}
     )
     for row in rows:
         table.add_row(row["linear"], str(row["count"]), f"{row['bits']:.2f}", str(row["smallest"]), str(row["largest"]))
-    written = Text.assemble(("Wrote ", "bold green"), (plan, "bold"))
+    written = Text.assemble(("Wrote ", "bold green"), (next_command[next_command.index("--plan") + 1], "bold"))
     parts: list[RenderableType] = [written, table, *(Text(note) for note in notes)]
-    return Group(*parts, _heading("Next"), _command(["quantc", "quantize", model, "--plan", plan]))
+    return Group(*parts, _heading("Next"), _command(next_command))
 
 
 def inspected(report: dict[str, Any]) -> RenderableType:

@@ -62,6 +62,10 @@ def test_a_plan_from_the_command_line_is_built_as_it_stands(saved: Path) -> None
     words = ["--calib", text, "--samples", "4", "--seq-len", "32"]
     result = run_command("plan", model, "--avg-bits", "4.5", "--group-size", "16", "-o", str(plan), *words)
     assert result.exit_code == 0, result.stderr
+    assert "--calib" in result.stdout.partition("Next")[2]
+    again = run_command("plan", model, "--avg-bits", "4.5", "--group-size", "16", "-o", str(plan), *words)
+    assert again.exit_code == 2
+    assert "pass --force to replace it" in again.stderr
     specs = read_plan(plan).specs
     assert len({spec.bits for spec in specs.values() if spec}) > 1
     quantize_saved(saved, plan=plan, force=True)
