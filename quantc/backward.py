@@ -10,7 +10,8 @@ each block again from there. In memory are one block, or what lies outside the b
 from __future__ import annotations
 
 import tempfile
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import blocks_replaced
+from .blocks import BlockCall, blocks_replaced
 from .calibration import Batch, CalibrationRun, fast_matmul
 from .derive import outside_names
 from .frontend import to_meta
 from .graph import Block, Linear
 from .pipeline import Run
+from .rewrite import weight_name
 
 
 class Reader:
@@ -35,6 +37,14 @@ class Reader:
 
     def gradient(self, linear: Linear, batch: Batch, rows: torch.Tensor, gradient: torch.Tensor) -> None:
         """What a linear that is a module received (..., K) in a batch, and the gradient (..., N) at its output."""
+
+    def stack_gradient(self, linear: Linear, gradient: torch.Tensor) -> None:
+        """The gradient (E, N, K) at the weights of a stack, summed over a batch; only where `reads_stacks`."""
+
+    @property
+    def reads_stacks(self) -> bool:
+        """Whether `stack_gradient` has something to do: it costs the block's stacks once more in memory."""
+        return type(self).stack_gradient is not Reader.stack_gradient
 
     def done(self, block: Block, module: nn.Module) -> None:
         """All batches have run through a block, whose weights are still loaded."""
@@ -127,20 +137,29 @@ class BackwardSweep:
         """Run a block again with gradients: those of its linears are shown, that of its input is handed on."""
         module = self._load(block.name)
         inputs = self.inputs.pop()
-        watched = [linear for linear in block.quantized if linear.kind != "stack"]
-        for batch, call in self.calibration.calls(block):
-            hidden = inputs.read(batch.start, batch.count, self.run.device).requires_grad_()
-            with ExitStack() as hooks, torch.enable_grad(), fast_matmul(self.run.device):
-                hooks.enter_context(self.reader.watching(block, module))
-                for linear in watched:
-                    hooks.callback(self._watch(module, block, linear, batch).remove)
-                output = block.returns.unwrap(call.with_hidden(hidden).run(module))
-            upstream = self.gradients.read(batch.start, batch.count, self.run.device).to(output.dtype)
-            (gradient,) = torch.autograd.grad(output, hidden, upstream)
-            self.gradients.write(batch.start, gradient)
+        stacks = [linear for linear in block.quantized if linear.kind == "stack" and self.reader.reads_stacks]
+        weights = [module.get_parameter(weight_name(block, linear)) for linear in stacks]
+        with _with_gradients(weights):
+            for batch, call in self.calibration.calls(block):
+                hidden = inputs.read(batch.start, batch.count, self.run.device).requires_grad_()
+                output = self._run_watched(block, module, batch, call.with_hidden(hidden))
+                upstream = self.gradients.read(batch.start, batch.count, self.run.device).to(output.dtype)
+                gradient, *of_stacks = torch.autograd.grad(output, [hidden, *weights], upstream, allow_unused=True)
+                self.gradients.write(batch.start, gradient)
+                for linear, found in zip(stacks, of_stacks, strict=True):
+                    if found is not None:
+                        self.reader.stack_gradient(linear, found.mT if linear.transposed else found)
         inputs.close()
         self.reader.done(block, module)
         to_meta(module)
+
+    def _run_watched(self, block: Block, module: nn.Module, batch: Batch, call: BlockCall) -> torch.Tensor:
+        with ExitStack() as hooks, torch.enable_grad(), fast_matmul(self.run.device):
+            hooks.enter_context(self.reader.watching(block, module))
+            for linear in block.quantized:
+                if linear.kind != "stack":
+                    hooks.callback(self._watch(module, block, linear, batch).remove)
+            return block.returns.unwrap(call.run(module))
 
     def _watch(self, module: nn.Module, block: Block, linear: Linear, batch: Batch) -> Any:
         def notice(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -163,3 +182,15 @@ class BackwardSweep:
     def _load(self, block: str) -> nn.Module:
         self.run.source.load(block)
         return self.model.get_submodule(block).to(self.run.device)
+
+
+@contextmanager
+def _with_gradients(weights: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, what is computed from these weights knows its gradient to them."""
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from ..spec import QuantSpec
 from .grids import fit_grid
 from .hadamard import BAND, rotate, rotate_gram
 from .refine import refine
-from .rounding import Factor, factorize, gptq, round_to_nearest
+from .rounding import Factor, factorize, gptq_each, round_to_nearest
 
 # An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
 FEWEST_ROWS_SHARE = 1 / 16
@@ -108,12 +108,19 @@ class Basis:
 
         rounds: of refinement after error feedback.
         """
+        return self.round_each(weight, [spec], rounds)[0]
+
+    def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
+        """`round` as each of the specs says."""
         importance = self.gram.diagonal() if self.gram is not None and self.factor is not None else None
-        grid = fit_grid(weight, spec, importance)
+        grids = [fit_grid(weight, spec, importance) for spec in specs]
         if self.factor is None:
-            codes = round_to_nearest(weight, grid, spec)
+            pairs = [(round_to_nearest(weight, grid, spec), grid) for grid, spec in zip(grids, specs, strict=True)]
         else:
-            codes = gptq(weight, self.factor, grid, spec)
-            if rounds:
-                codes, grid = refine(weight, codes, grid, spec, self.damped, rounds)
-        return QTensor(spec, codes, grid.scales, grid.zeros)
+            pairs = list(zip(gptq_each(weight, self.factor, grids, specs), grids, strict=True))
+        if self.factor is not None and rounds:
+            pairs = [
+                refine(weight, codes, grid, spec, self.damped, rounds)
+                for (codes, grid), spec in zip(pairs, specs, strict=True)
+            ]
+        return [QTensor(spec, codes, grid.scales, grid.zeros) for (codes, grid), spec in zip(pairs, specs, strict=True)]

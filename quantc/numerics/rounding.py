@@ -7,7 +7,7 @@ are still to be rounded, through the Gram matrix of the inputs (GPTQ, Frantar et
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -125,9 +125,26 @@ def gptq(weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec) -> t
     """
     sweep = Sweep(weight, factor, grid, spec)
     _round_columns(sweep, _panel.get() or COLUMN_BY_COLUMN, 0, weight.shape[1])
-    codes = torch.empty_like(sweep.codes)
-    codes[factor.order] = sweep.codes
-    return codes.T.contiguous()
+    return _in_order(sweep.codes, factor)
+
+
+def gptq_each(
+    weight: torch.Tensor, factor: Factor, grids: Sequence[Grid], specs: Sequence[QuantSpec]
+) -> list[torch.Tensor]:
+    """`gptq` of the same weight (N, K) on several grids, in one sweep where the columns are what takes the time."""
+    if _panel.get() is not None or len(specs) == 1:
+        return [gptq(weight, factor, grid, spec) for grid, spec in zip(grids, specs, strict=True)]
+    sweeps = [Sweep(weight, factor, grid, spec) for grid, spec in zip(grids, specs, strict=True)]
+    joined = JoinedSweep(sweeps)
+    _round_columns(joined, COLUMN_BY_COLUMN, 0, weight.shape[1])
+    return [_in_order(codes, factor) for codes in joined.codes.split(weight.shape[0], dim=1)]
+
+
+def _in_order(codes: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """(N, K) from codes (K, N) in rounding order."""
+    ordered = torch.empty_like(codes)
+    ordered[factor.order] = codes
+    return ordered.T.contiguous()
 
 
 class Sweep:
@@ -149,6 +166,10 @@ class Sweep:
         self.scales, self.zeros, rows = grid_rows(grid, spec, (n, k))
         self.row_of = [rows[column] for column in factor.order.tolist()]
 
+    def clamp_(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes float32 (N,) of a column, those that the grid does not have moved to its ends."""
+        return codes.clamp_(0, self.top)
+
     @cached_property
     def rows(self) -> torch.Tensor:
         return torch.tensor(self.row_of, dtype=torch.int32, device=self.left.device)
@@ -156,6 +177,25 @@ class Sweep:
     @cached_property
     def pivots(self) -> list[float]:
         return [float(pivot) for pivot in self.upper.diagonal().tolist()]
+
+
+class JoinedSweep(Sweep):
+    """Several sweeps of one factor side by side, with scales and zeros for every column."""
+
+    def __init__(self, sweeps: Sequence[Sweep]):
+        self.upper = sweeps[0].upper
+        self.left = torch.cat([sweep.left for sweep in sweeps], 1)
+        self.errors = torch.empty_like(self.left)
+        self.codes = torch.empty_like(self.left, dtype=torch.uint8)
+        self._tops = torch.cat([torch.full_like(sweep.left[0], sweep.top) for sweep in sweeps])
+        self._bottom = torch.zeros_like(self._tops)
+        self.scales = torch.cat([sweep.scales[sweep.row_of] for sweep in sweeps], 1)
+        self.zeros = torch.cat([sweep.zeros[sweep.row_of] for sweep in sweeps], 1)
+        self.row_of = list(range(len(self.left)))
+
+    def clamp_(self, codes: torch.Tensor) -> torch.Tensor:
+        """See Sweep."""
+        return codes.clamp_(self._bottom, self._tops)
 
 
 class Panel(Protocol):
@@ -178,7 +218,7 @@ class ColumnByColumn:
             row = sweep.row_of[column]
             scale, zero = sweep.scales[row], sweep.zeros[row]
             value, error = sweep.left[column], sweep.errors[column]
-            code = value.div(scale).round_().add_(zero).clamp_(0, sweep.top)
+            code = sweep.clamp_(value.div(scale).round_().add_(zero))
             sweep.codes[column] = code
             torch.sub(value, code.sub_(zero).mul_(scale), out=error)
             error.div_(sweep.pivots[column])

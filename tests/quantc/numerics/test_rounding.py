@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantc.numerics.grids import Grid, fit_grid
-from quantc.numerics.rounding import LEAF_COLUMNS, factorize, gptq, round_to_nearest
+from quantc.numerics.rounding import LEAF_COLUMNS, factorize, gptq, gptq_each, round_to_nearest
 from quantc.qtensor import QTensor, spread_groups
 from quantc.spec import WHOLE_ROW, QuantSpec
 
@@ -215,3 +215,17 @@ def test_inputs_are_left_as_they_were() -> None:
     assert torch.equal(weight, before[0])
     assert torch.equal(gram, before[1])
     assert torch.equal(factor.upper, upper)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_several_grids_in_one_sweep_round_as_each_alone(act_order: bool) -> None:
+    weight, rows = random_weight(24, 50), correlated_rows(400, 50)
+    factor = factorize(rows.T @ rows, act_order=act_order)
+    specs = [
+        QuantSpec(2, 16), QuantSpec(8, 32), QuantSpec(3, -1, symmetric=True), QuantSpec(4, 7, "per_ic"), QuantSpec(2, 64)
+    ]  # fmt: skip
+    grids = [fit_grid(weight, spec) for spec in specs]
+    for found, grid, spec in zip(gptq_each(weight, factor, grids, specs), grids, specs, strict=True):
+        expected = gptq(weight, factor, grid, spec)
+        assert int(found.max()) < spec.levels
+        assert float((found != expected).float().mean()) < 0.01  # matrix products of other widths round differently

@@ -1,0 +1,52 @@
+"""Candidates and their losses, and the rounding that every estimator tries them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..graph import Activation, Block, Linear
+from ..pipeline import BlockWork, Run
+from ..spec import QuantSpec
+from ..stats import Gram
+from ..trial import sample_rows
+
+Candidates = Callable[[Linear], list[QuantSpec]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to store a linear; loss: what it adds to the KL divergence, in nats per token, predicted."""
+
+    spec: QuantSpec
+    loss: float
+
+
+Losses = dict[str, list[Candidate]]  # by the linear's name
+
+
+def planned_activations(run: Run, block: Block) -> list[Activation]:
+    """Those that linears read which the plan quantizes."""
+    specs = run.plan.specs
+    return [item for item in block.activations if any(specs[r.name] is not None for r in block.readers(item))]
+
+
+def sampled_channels(linear: Linear, specs: list[QuantSpec], least: int) -> torch.Tensor:
+    """int64 (M,): output channels on which all of these candidates can be tried."""
+    along = max(spec.group_length(linear.shape) if spec.grouping == "per_ic" else 1 for spec in specs)
+    return sample_rows(linear.shape[0], along, least)
+
+
+def errors(
+    work: BlockWork, weight: torch.Tensor, gram: Gram, specs: list[QuantSpec]
+) -> Iterator[tuple[QuantSpec, torch.Tensor]]:
+    """What rounding as each spec says changes a weight (M, K) by, float32 (M, K), as it multiplies unrotated inputs.
+
+    Rounded as the recipe does it, with the rotations of the specs.
+    """
+    for block, basis in work.rounding.bases(gram.matrix, gram.rows, specs).items():
+        of_block = [spec for spec in specs if spec.hadamard == block]
+        for rounded in basis.round_each(basis.turn(weight), of_block, work.rounding.rounds):
+            yield rounded.spec, rounded.effective_weight() - weight

@@ -1,0 +1,144 @@
+"""fisher: losses by the second order of the KL divergence, from gradients measured at the model's output.
+
+A change D of a weight (N, K) costs, to second order,
+
+    1/2 E <G, D>^2,    G = sum over tokens of g x^T, for one draw of the tokens that the model predicts
+
+with g the gradient of the draw's log-likelihood at the linear's output and x its input (see quantc/backward.py). What
+one sum over all weights measures is exact and noisy: one number for each draw. Taking the output channels as
+independent,
+
+    1/2 sum over channels i of  E (G_i . D_i)^2
+
+is as many numbers as there are channels, and still counts how the errors of different tokens and input channels add
+up. Of 53 linears of SmolLM2-135M at 3 bits, rotated, this is 0.82 times the measured KL divergence in all, with a
+spread of 21 %; 0.92 times and 26 % without that assumption, 0.77 times and 19 % with tokens independent as well.
+
+Sources: the second order is K-FAC's (Martens and Grosse 2015, arXiv:1503.05671) without its Kronecker factors, which
+rated down projections 237 times too high where massive activations sit at tokens that nothing depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..backward import BackwardSweep, Reader
+from ..calibration import Batch, CalibrationRun
+from ..graph import Block, Linear
+from ..observe import observed
+from ..pipeline import BlockWork, Run
+from ..spec import QuantSpec
+from ..stats import Gram
+from .base import Candidate, Candidates, Losses, errors, planned_activations, sampled_channels
+
+SAMPLED_CHANNELS = 128  # output channels of a linear, at least, that are rounded for every candidate
+SAMPLED_OF_STACK = 512  # the same of all experts of a stack together, and no fewer than 8 of each
+SAMPLES = 16  # of the calibration set: a sample swept backward costs as much as four that only run forward
+
+
+def measure(run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates, seed: int = 0) -> Losses:
+    """The candidates of every linear that the plan quantizes, with their losses.
+
+    tokens: the calibration set (samples, T), of which the first SAMPLES are used. folder: for temporary files. Linears
+    that no sampled token reached are rated like the others, by how much of their weights' energy is lost.
+    """
+    swept = tokens[:SAMPLES]
+    calibration = CalibrationRun(run.source.model, run.graph, swept, run.device, folder)
+    found = _Fisher(run, calibration, candidates)
+    run.progress.stage("Sensitivity", 2 * len(run.graph.blocks))
+    with BackwardSweep(run, calibration, swept, folder, found) as sweep:
+        sweep.forward()
+        sweep.backward(seed)
+    run.progress.done()
+    return found.losses()
+
+
+class _Fisher(Reader):
+    """Keeps sampled rows of every draw's G for a block, rounds its candidates when it is done, and forgets them."""
+
+    def __init__(self, run: Run, calibration: CalibrationRun, candidates: Candidates):
+        self.run, self.calibration, self.candidates = run, calibration, candidates
+        self._found: dict[str, dict[QuantSpec, float]] = {}  # nats per token
+        self._shares: dict[str, dict[QuantSpec, float]] = {}  # of the weights' energy, that rounding loses
+        self._grams: dict[str, list[Gram]] = {}  # activation -> one for each expert
+        self._channels: dict[str, torch.Tensor] = {}
+        self._draws: dict[str, list[torch.Tensor]] = {}  # linear -> bfloat16 (experts, M, K) of each draw
+
+    @contextmanager
+    def watching(self, block: Block, module: nn.Module) -> Iterator[None]:
+        """See Reader."""
+        items = planned_activations(self.run, block)
+        for item in items:
+            experts = max(1, block.readers(item)[0].experts)
+            self._grams.setdefault(item.label, [Gram(item.width, self.run.device) for _ in range(experts)])
+
+        def add(label: str, expert: int, rows: torch.Tensor) -> None:
+            with torch.no_grad():
+                self._grams[label][expert].add(rows.detach())
+
+        with observed(module, block, items, add, to_the_end=True):
+            yield
+
+    def gradient(self, linear: Linear, batch: Batch, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """See Reader. Every sample is a draw of its own where the rows are kept apart by sample."""
+        if self.run.plan.specs[linear.name] is None:
+            return
+        sampled = gradient[..., self._sampled(linear)].float()
+        apart = gradient.ndim == 3 and gradient.shape[0] == batch.count
+        draws = batch.count if apart else 1
+        sampled = sampled.reshape(draws, -1, sampled.shape[-1])
+        products = sampled.mT @ rows.reshape(draws, -1, rows.shape[-1]).float()
+        self._draws.setdefault(linear.name, []).extend(products.bfloat16()[:, None])
+
+    def stack_gradient(self, linear: Linear, gradient: torch.Tensor) -> None:
+        """See Reader. A batch is a draw."""
+        if self.run.plan.specs[linear.name] is not None:
+            self._draws.setdefault(linear.name, []).append(gradient[:, self._sampled(linear)].bfloat16())
+
+    def done(self, block: Block, module: nn.Module) -> None:
+        """See Reader."""
+        work = BlockWork(self.run, block, module, self.calibration)
+        for item in planned_activations(self.run, block):
+            for linear in work.readers(item):
+                self._round(work, linear, self._grams[item.label])
+            del self._grams[item.label]
+        self._draws.clear()
+
+    def _sampled(self, linear: Linear) -> torch.Tensor:
+        if linear.name not in self._channels:
+            least = max(8, SAMPLED_OF_STACK // linear.experts) if linear.experts else SAMPLED_CHANNELS
+            channels = sampled_channels(linear, self.candidates(linear), least)
+            self._channels[linear.name] = channels.to(self.run.device)
+        return self._channels[linear.name]
+
+    def _round(self, work: BlockWork, linear: Linear, grams: list[Gram]) -> None:
+        specs, channels = self.candidates(linear), self._sampled(linear)
+        draws = self._draws.get(linear.name)
+        lost, shares = dict.fromkeys(specs, 0.0), dict.fromkeys(specs, 0.0)
+        per_token = linear.shape[0] / len(channels) / 2 / self.calibration.total_tokens
+        for expert, gram in enumerate(grams):
+            weight = work.weight(linear, expert)[channels]
+            slopes = None if draws is None else torch.stack([draw[expert] for draw in draws]).float()
+            for spec, error in errors(work, weight, gram, specs):
+                shares[spec] += float(error.square().sum() / weight.square().sum().clamp(min=1e-30)) / len(grams)
+                if slopes is not None:
+                    lost[spec] += per_token * float((slopes * error).sum(2, dtype=torch.float64).square().sum())
+        self._shares[linear.name] = shares
+        if draws is not None:
+            self._found[linear.name] = lost
+
+    def losses(self) -> Losses:
+        """Of every linear; those without gradients lose for a share of energy what the others do on average."""
+        known = [spec for name in self._found for spec in self._found[name].items()]
+        energy = sum(share for name in self._found for share in self._shares[name].values())
+        worth = sum(lost for _, lost in known) / energy if energy else 1.0
+        rated = {
+            name: self._found.get(name, {spec: share * worth for spec, share in shares.items()})
+            for name, shares in self._shares.items()
+        }
+        return {name: [Candidate(spec, lost) for spec, lost in found.items()] for name, found in rated.items()}
