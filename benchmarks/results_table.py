@@ -97,7 +97,9 @@ def measure(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Names
         out = Path(scratch) / "quantized"
         method = next(item for item in args.methods if Path(item).stem == row["method"])
         how = "preset" if method in PRESETS else "recipe" if method.endswith(".yaml") else "method"
-        options = {"bits": row["bits"], how: method, "group_size": row["group_size"]}
+        options = {"bits": row["bits"], how: method}
+        if row["group_size"] is not None:
+            options["group_size"] = row["group_size"]
         if args.head_bits:
             options["head_bits"] = args.head_bits
         calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
@@ -120,7 +122,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         {
             "model": row["model"],
             "bits": row["bits"],
-            "group": row["group_size"],
+            "group": row["group_size"] or "auto",
             "method": row["method"],
             "bits/weight": f"{row['bits_per_weight']:.3f}",
             "perplexity": f"{row['perplexity']:.2f}",
@@ -135,6 +137,15 @@ def show(rows: list[dict[str, Any]]) -> None:
         }
         for row in rows
     ]))  # fmt: skip
+
+
+def bits(text: str) -> int | float:
+    """3 is a code width, 3.25 an average."""
+    return float(text) if "." in text else int(text)
+
+
+def group(text: str) -> int | None:
+    return None if text == "auto" else int(text)
 
 
 def named_path(text: str) -> tuple[str, str]:
@@ -152,9 +163,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--text", type=Path, required=True, help="text to score")
     parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--bits", type=bits, nargs="+", default=[4, 3, 2], help="3.25 is an average")
     parser.add_argument("--methods", nargs="+", default=["rtn", "fast"], help="rtn, presets, recipe files")
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--group-size", type=group, default=64, help="auto: as the recipe chooses it")
     parser.add_argument("--head-bits", type=int, help="bits of embedding and head [default: as they are]")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--seq-len", type=int, help="tokens in each [default: the context]")

@@ -33,6 +33,7 @@ from .progress import LogProgress, Progress
 from .recipe import DEFAULT, NO_TEXT, Recipe, read_recipe, without_text
 from .report import Report
 from .shard_writer import writing
+from .sizes import weights_bytes
 from .spec import QuantSpec
 from .stats import using_products
 from .tokens import calibration_tokens
@@ -85,7 +86,7 @@ def quantize(
     folder = Path(out) if out is not None else Path(default_name(source.name, job.passes, job.plan))
     with CheckpointWriter(folder, force) as writer:
         run = job.open(source, str(folder), progress, device)
-        writer.require_space(companions.estimate_bytes(run))
+        writer.require_space(weights_bytes(run, run.plan.specs))
         tokens = job.tokens(run)
 
         with using_panel(panel_for(run.device)), using_products(products_for(run.device)):

@@ -22,24 +22,6 @@ from .spec import QuantSpec
 PLAN_FILE = "plan.yaml"
 
 
-def estimate_bytes(run: Run) -> int:
-    """Bytes of the checkpoint, from the plan and the shapes alone."""
-    total = 0.0
-    planned = {
-        (run.graph.linears[name].weight_name if name in run.graph.linears else name): spec
-        for name, spec in run.plan.specs.items()
-    }
-    for name, tensor in run.source.model.state_dict().items():
-        if name in run.source.tied:
-            continue
-        spec = planned.get(name)
-        bits: float = 8 * run.source.stored_dtype(name).itemsize
-        if spec is not None:
-            bits = spec.bits + 32 / spec.group_length((tensor.shape[-2], tensor.shape[-1]))
-        total += tensor.numel() * bits / 8
-    return int(total)
-
-
 def _packed_entries(run: Run) -> dict[str, PackedEntry]:
     entries = {}
     for name, spec in run.plan.specs.items():

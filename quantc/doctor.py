@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from . import __version__
+from . import __version__, disk_cache
 from .checkpoint import CheckpointReader
 from .errors import UsageError
 from .units import plural, size
@@ -155,12 +155,11 @@ def describe_cuda_kernels() -> str:
 
 
 def _cuda_kernels_on(place: torch.device | None) -> str:
-    from .kernels.cuda import cubin_cache
-    from .kernels.cuda.build import nvrtc_version
+    from .kernels.cuda.build import CACHE, nvrtc_version
     from .kernels.cuda.device import architecture, device_index, unavailable
 
     reason = unavailable(place)
     if reason is not None:
         return f"Not ready: a CUDA kernel {reason}."
     made_by = "NVRTC {}.{}".format(*nvrtc_version())
-    return f"Ready: compiled for {architecture(device_index(place))} by {made_by}, kept in {cubin_cache.folder()}."
+    return f"Ready: compiled for {architecture(device_index(place))} by {made_by}, kept in {disk_cache.folder(CACHE)}."

@@ -118,7 +118,7 @@ def from_mapping(kind: type, content: Any, where: str) -> Any:
     for key, value in mapping.items():
         if not _fits(value, hints[key]):
             raise UsageError(f"{where}: {key} is {value!r}, but {_describe(hints[key])} is needed.")
-    return kind(**mapping)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
 
 
 def _read_pass(entry: Any) -> tuple[str, Any]:
@@ -159,6 +159,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        key, item = typing.get_args(hint)
+        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -171,6 +176,10 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(repr, typing.get_args(hint)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is dict:
+        return "a mapping of {} to {}".format(*map(_describe, typing.get_args(hint)))
     return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 

@@ -7,6 +7,7 @@ writer takes all tensors at once and copies them: two shards of memory, against 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +22,8 @@ COPY_BYTES = 1 << 20  # copied at a time
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A tensor in the spool file: name, dtype, shape, and its bytes' start and count."""
+class Entry:
+    """A tensor of a file: name, dtype, shape, and where it is in the spool: its bytes' start and count."""
 
     name: str
     dtype: torch.dtype
@@ -44,7 +45,7 @@ class ShardWriter:
     def __init__(self, file: Path):
         self.file = file
         self.bytes = 0
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self._spool = file.with_name(file.name + ".data")
 
     @property
@@ -55,16 +56,15 @@ class ShardWriter:
         """Append a contiguous CPU tensor."""
         with writing(self.file), self._spool.open("ab") as spool:
             spool.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
-        self._entries.append(_Entry(name, tensor.dtype, list(tensor.shape), self.bytes, tensor.nbytes))
+        self._entries.append(Entry(name, tensor.dtype, list(tensor.shape), self.bytes, tensor.nbytes))
         self.bytes += tensor.nbytes
 
     def finish(self) -> int:
         """Write the file, remove the spool; returns the file's bytes."""
-        ordered = sorted(self._entries, key=lambda entry: (_RANKS[entry.dtype], entry.name))
         with writing(self.file):
             with self._spool.open("rb") as spool, self.file.open("wb") as out:
-                out.write(_header(ordered))
-                for entry in ordered:
+                out.write(header(self._entries))
+                for entry in in_order(self._entries):
                     _copy(spool, out, entry)
             self._spool.unlink()
             return self.file.stat().st_size
@@ -87,19 +87,25 @@ class writing:
             ) from error
 
 
-def _header(entries: list[_Entry]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """As their data lie in the file."""
+    return sorted(entries, key=lambda entry: (_RANKS[entry.dtype], entry.name))
+
+
+def header(entries: Iterable[Entry]) -> bytes:
+    """What stands before the data of these tensors, which lie in the order that safetensors gives them."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for entry in entries:
+    for entry in in_order(entries):
         offsets = [position, position + entry.bytes]
-        header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
+        content[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
         position += entry.bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def _copy(spool: IO[bytes], out: IO[bytes], entry: _Entry) -> None:
+def _copy(spool: IO[bytes], out: IO[bytes], entry: Entry) -> None:
     spool.seek(entry.start)
     left = entry.bytes
     while left:

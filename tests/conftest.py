@@ -20,6 +20,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device, and torch finds none")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests keep on disk is gone with them."""
+    os.environ["QUANTC_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def rotation_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass rotate measures on no activation that its rotation loses more."""

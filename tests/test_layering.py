@@ -97,7 +97,7 @@ def test_pure_parts_import_only_each_other(module: str) -> None:
 
 @pytest.mark.parametrize("module", modules_under("kernels"))
 def test_kernels_import_only_what_describes_weights(module: str) -> None:
-    assert parts_imported(module) <= {"errors", "spec", "qtensor", "formats", "numerics"}
+    assert parts_imported(module) <= {"errors", "spec", "qtensor", "formats", "numerics", "disk_cache"}
     assert "transformers" not in libraries_imported(module)
 
 

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import disk_cache
 from ...errors import KernelError
-from . import cubin_cache
 from .program import Program
 
 FOLDER = Path(__file__).parent  # sources; the headers are in include/
+CACHE = "cuda"  # the part of the disk cache
 CACHE_FORMAT = 1  # of an entry's bytes
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")  # with -v the log says what the kernel takes
 
@@ -66,11 +67,11 @@ def compile_program(program: Program, architecture: str) -> Compiled:
     """
     request = read_request(program, architecture)
     key = request.key()
-    stored = cubin_cache.load(key)
+    stored = disk_cache.load(CACHE, key)
     if stored is not None:
         return _decode(stored)
     compiled = _compile(request)
-    cubin_cache.store(key, _encode(compiled))
+    disk_cache.store(CACHE, key, _encode(compiled))
     return compiled
 
 

@@ -6,5 +6,6 @@ measuring. See docs/results.md for how well each ranks and predicts.
 
 from .base import Candidate, Candidates, Losses
 from .fisher import measure
+from .table import kept_losses
 
-__all__ = ["Candidate", "Candidates", "Losses", "measure"]
+__all__ = ["Candidate", "Candidates", "Losses", "kept_losses", "measure"]

@@ -75,7 +75,7 @@ def test_a_plan_from_the_command_line_is_built_as_it_stands(saved: Path) -> None
 
 def test_what_cannot_be_met_is_refused_with_what_can(saved: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"an average of 2\.5 bits cannot be met: 2-bit codes .* take 3\.\d+; ask for 3\."
+        UsageError, match=r"an average of 2\.5 bits cannot be met: the smallest plan takes 3\.\d+ .*; ask for 3\."
     ):
         planned(saved, 2.5)
     with pytest.raises(UsageError, match="there is no calibration text; pass --bits, or a text"):

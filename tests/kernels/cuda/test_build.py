@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from quantc import disk_cache
 from quantc.errors import KernelError
-from quantc.kernels.cuda import build, cubin_cache
+from quantc.kernels.cuda import build
 from quantc.kernels.cuda.build import Compiled, Resources, compile_program, parse_resources, read_request
 from quantc.kernels.cuda.launch import MAX_DYNAMIC_SHARED
 from quantc.kernels.cuda.program import Program
@@ -152,13 +153,13 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["missing", "empty", "short", "cut", "flipped", "a folder"])
 def test_a_damaged_entry_is_compiled_again(how: str, compiled: list[build.Request], scale: Program) -> None:
     compile_program(scale, "sm_90")
-    (entry,) = cubin_cache.folder().iterdir()
+    (entry,) = disk_cache.folder("cuda").iterdir()
     damage(entry, how)
     assert compile_program(scale, "sm_90") == MADE
     assert len(compiled) == 2
     assert compile_program(scale, "sm_90") == MADE
     assert len(compiled) == (3 if how == "a folder" else 2)
-    assert list(cubin_cache.folder().iterdir()) == [entry]
+    assert list(disk_cache.folder("cuda").iterdir()) == [entry]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
@@ -177,34 +178,34 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cubin_cache.os, "replace", full)
+    monkeypatch.setattr(disk_cache.os, "replace", full)
     assert compile_program(scale, "sm_90") == MADE
-    assert list(cubin_cache.folder().iterdir()) == []
+    assert list(disk_cache.folder("cuda").iterdir()) == []
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTC_CACHE", "/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("HOME", "/home/me")
-    assert cubin_cache.folder() == Path("/own/cuda")
+    assert disk_cache.folder("cuda") == Path("/own/cuda")
     monkeypatch.delenv("QUANTC_CACHE")
-    assert cubin_cache.folder() == Path("/xdg/quantc/cuda")
+    assert disk_cache.folder("cuda") == Path("/xdg/quantc/cuda")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert cubin_cache.folder() == Path("/home/me/.cache/quantc/cuda")
+    assert disk_cache.folder("cuda") == Path("/home/me/.cache/quantc/cuda")
 
 
-WRITE = "from quantc.kernels.cuda.cubin_cache import store\nfor _ in range(300): store('key', {!r} * 100_000)"
+WRITE = "from quantc.disk_cache import store\nfor _ in range(300): store('cuda', 'key', {!r} * 100_000)"
 
 
 def test_processes_that_write_the_same_entry_leave_a_whole_one() -> None:
-    cubin_cache.store("key", b"a" * 100_000)
+    disk_cache.store("cuda", "key", b"a" * 100_000)
     processes = [subprocess.Popen([sys.executable, "-c", WRITE.format(letter)], cwd=ROOT) for letter in (b"a", b"b")]
     seen = set()
     while any(process.poll() is None for process in processes):
-        seen.add(cubin_cache.load("key"))
+        seen.add(disk_cache.load("cuda", "key"))
     assert seen <= {b"a" * 100_000, b"b" * 100_000}
     assert [process.returncode for process in processes] == [0, 0]
-    assert [path.name for path in cubin_cache.folder().iterdir()] == ["key"]
+    assert [path.name for path in disk_cache.folder("cuda").iterdir()] == ["key"]
 
 
 @needs_nvrtc

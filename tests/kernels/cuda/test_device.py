@@ -15,9 +15,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from quantc import doctor
+from quantc import disk_cache, doctor
 from quantc.errors import KernelError
-from quantc.kernels.cuda import cubin_cache, device
+from quantc.kernels.cuda import device
 from quantc.kernels.cuda.device import architecture, record_failure, unavailable
 from tests.kernels.cuda.fakes import FakeMachine
 from tests.quantc.cli_runner import run
@@ -146,7 +146,7 @@ def test_a_machine_that_has_everything_is_ready(machine: FakeMachine) -> None:
     assert unavailable(GPU) is None
     assert unavailable(torch.device("cuda:1")) is None
     assert doctor.describe_cuda_kernels() == (
-        f"Ready: compiled for sm_90 by NVRTC 13.5, kept in {cubin_cache.folder()}."
+        f"Ready: compiled for sm_90 by NVRTC 13.5, kept in {disk_cache.folder('cuda')}."
     )
 
 
@@ -203,7 +203,8 @@ def test_a_failure_is_remembered_for_its_device_and_logged_once(
     assert unavailable(GPU) == reason
     assert unavailable(torch.device("cuda:1")) is None
     assert doctor.describe_cuda_kernels() == (
-        f"Not ready: a CUDA kernel {reason}. Ready: compiled for sm_90 by NVRTC 13.5, kept in {cubin_cache.folder()}."
+        f"Not ready: a CUDA kernel {reason}. "
+        f"Ready: compiled for sm_90 by NVRTC 13.5, kept in {disk_cache.folder('cuda')}."
     )
 
 

@@ -222,7 +222,8 @@ def test_several_grids_in_one_sweep_round_as_each_alone(act_order: bool) -> None
     weight, rows = random_weight(24, 50), correlated_rows(400, 50)
     factor = factorize(rows.T @ rows, act_order=act_order)
     specs = [
-        QuantSpec(2, 16), QuantSpec(8, 32), QuantSpec(3, -1, symmetric=True), QuantSpec(4, 7, "per_ic"), QuantSpec(2, 64)
+        QuantSpec(2, 16), QuantSpec(8, 32), QuantSpec(3, -1, symmetric=True), QuantSpec(4, 7, "per_ic"),
+        QuantSpec(2, 64),
     ]  # fmt: skip
     grids = [fit_grid(weight, spec) for spec in specs]
     for found, grid, spec in zip(gptq_each(weight, factor, grids, specs), grids, specs, strict=True):

@@ -1,4 +1,7 @@
-"""Compiled kernels on disk, by key. Whatever is wrong with the folder or a file in it: the answer is "not there"."""
+"""What can be made again, kept on disk by key. Whatever is wrong with the folder or a file: the answer is "not there".
+
+PARTs are subfolders: cuda for compiled kernels, losses for tables of losses.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,30 @@ log = logging.getLogger(__name__)
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def folder() -> Path:
-    """Where entries lie: in $QUANTC_CACHE, else in quantc/ of $XDG_CACHE_HOME or ~/.cache; there a subfolder cuda."""
+def folder(part: str) -> Path:
+    """Where entries lie: in $QUANTC_CACHE, else in quantc/ of $XDG_CACHE_HOME or ~/.cache; there a subfolder `part`."""
     own, shared = os.environ.get("QUANTC_CACHE"), os.environ.get("XDG_CACHE_HOME")
     base = Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "quantc"
-    return base / "cuda"
+    return base / part
 
 
-def load(key: str) -> bytes | None:
+def load(part: str, key: str) -> bytes | None:
     """What was stored under a key; None if nothing was, or if it cannot be read or its checksum is wrong."""
     try:
-        data = (folder() / key).read_bytes()
+        data = (folder(part) / key).read_bytes()
     except OSError:
         return None
     digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
     return content if hashlib.sha256(content).digest() == digest else None
 
 
-def store(key: str, content: bytes) -> None:
+def store(part: str, key: str, content: bytes) -> None:
     """Keep content under a key. The file appears whole, so other processes may read and write the same key."""
     try:
-        folder().mkdir(parents=True, exist_ok=True)
-        _write_whole(folder() / key, hashlib.sha256(content).digest() + content)
+        folder(part).mkdir(parents=True, exist_ok=True)
+        _write_whole(folder(part) / key, hashlib.sha256(content).digest() + content)
     except OSError as error:
-        log.debug("a compiled kernel is not kept in %s: %s", folder(), error)
+        log.debug("%s is not kept in %s: %s", key, folder(part), error)
 
 
 def _write_whole(path: Path, data: bytes) -> None:

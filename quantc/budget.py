@@ -1,0 +1,164 @@
+"""A budget of bits shared out: which candidate each linear gets, so that the predicted losses are least.
+
+A unit is a linear, or linears that a runtime fuses into one matrix and that therefore have one spec: those that read
+the same activation (q, k and v; gate and up), and all experts of a block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .errors import UsageError
+from .graph import Block, Linear, ModelGraph
+from .numerics.allocation import Choice, solve
+from .sensitivity.base import Losses
+from .spec import QuantSpec
+
+KEPT_BITS = 16  # that a rule says to keep a linear as it is
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to store all linears of a unit: specs by name (None: kept as they are), nats per token, bits."""
+
+    specs: dict[str, QuantSpec | None]
+    loss: float
+    bits: int
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A plan for all linears. loss: predicted, nats per token. losses: by linear. bits: stored for the linears."""
+
+    specs: dict[str, QuantSpec | None]
+    losses: dict[str, float]
+    bits: int
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses.values())
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a plan must hold to.
+
+    pins: pattern of names -> bits; 16 keeps a linear as it is. The last pattern that fits counts.
+    formats: labels such as w4g128 of the specs allowed; empty allows all. fused: linears of a unit share one spec.
+    """
+
+    pins: Mapping[str, int]
+    formats: tuple[str, ...] = ()
+    fused: bool = False
+
+    def pinned(self, name: str) -> int | None:
+        """The bits that a linear has to have."""
+        found = [bits for pattern, bits in self.pins.items() if fnmatchcase(name, pattern)]
+        return found[-1] if found else None
+
+    def allows(self, name: str, spec: QuantSpec | None) -> bool:
+        """Whether a linear may be stored so; None: as it is."""
+        if self.pinned(name) not in (None, KEPT_BITS if spec is None else spec.bits):
+            return False
+        return spec is None or not self.formats or format_label(spec) in self.formats
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise UsageError for a pattern that fits no linear."""
+        known = list(names)
+        for pattern in self.pins:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise UsageError(
+                    f"the pattern {pattern!r} of a pin fits no linear; one is called {known[0]}, and * stands for "
+                    "anything."
+                )
+
+
+class Budget:
+    """What every linear could be stored as, ready to be shared out for any number of bits."""
+
+    def __init__(self, graph: ModelGraph, losses: Losses, kept_bits: Mapping[str, int], rules: Rules):
+        """losses: as an estimator found them. kept_bits: what each linear takes as it is."""
+        rules.check(losses)
+        self.weights = sum(graph.linears[name].weights for name in losses)
+        self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
+        self._units = [self._options(graph, unit, kept_bits, rules) for unit in _units(graph, losses, rules.fused)]
+
+    @property
+    def least(self) -> int:
+        """Bits of the smallest plan."""
+        return sum(min(option.bits for option in unit) for unit in self._units)
+
+    @property
+    def most(self) -> int:
+        """Bits of the largest plan worth having."""
+        return sum(max(option.bits for option in unit) for unit in self._units)
+
+    def share(self, bits: int) -> Shared:
+        """The plan of least loss within a number of bits; raises allocation.Infeasible below `least`."""
+        chosen = solve([[Choice(option.loss, option.bits) for option in unit] for unit in self._units], bits)
+        return self._shared([unit[at] for unit, at in zip(self._units, chosen, strict=True)])
+
+    def _shared(self, options: list[Option]) -> Shared:
+        specs = {name: spec for option in options for name, spec in option.specs.items()}
+        losses = {name: self._loss(name, specs[name]) for name in self._losses}
+        return Shared({name: specs[name] for name in self._losses}, losses, sum(option.bits for option in options))
+
+    def _options(self, graph: ModelGraph, names: list[str], kept_bits: Mapping[str, int], rules: Rules) -> list[Option]:
+        """Every format that all linears of a unit have among their candidates, and keeping them all."""
+        by_format = [{format_label(spec): spec for spec in self._losses[name]} for name in names]
+        shared = [label for label in by_format[0] if all(label in specs for specs in by_format)]
+        ways: list[dict[str, QuantSpec | None]] = [
+            {name: specs[label] for name, specs in zip(names, by_format, strict=True)} for label in shared
+        ]
+        ways.append(dict.fromkeys(names))
+        allowed = [way for way in ways if all(rules.allows(name, spec) for name, spec in way.items())]
+        if not allowed:
+            raise UsageError(
+                f"no way to store {names[0]} satisfies what is asked for: its candidates are "
+                f"{', '.join(shared)} and keeping it; change the pins or the formats."
+            )
+        return [self._option(graph, way, kept_bits) for way in allowed]
+
+    def _option(self, graph: ModelGraph, way: dict[str, QuantSpec | None], kept_bits: Mapping[str, int]) -> Option:
+        loss = sum(self._loss(name, spec) for name, spec in way.items())
+        bits = sum(kept_bits[n] if spec is None else stored_bits(graph.linears[n], spec) for n, spec in way.items())
+        return Option(way, loss, bits)
+
+    def _loss(self, name: str, spec: QuantSpec | None) -> float:
+        return 0.0 if spec is None else self._losses[name][spec]
+
+
+def stored_bits(linear: Linear, spec: QuantSpec) -> int:
+    """Of a linear, or of all experts of a stack."""
+    return spec.stored_bits(linear.shape) * max(1, linear.experts)
+
+
+def format_label(spec: QuantSpec) -> str:
+    """What a runtime has to know of a spec: the label without rotation and rank."""
+    return spec.label().removesuffix("-had").partition("-r")[0]
+
+
+def _units(graph: ModelGraph, names: Iterable[str], fused: bool) -> list[list[str]]:
+    wanted = set(names)
+    if not fused:
+        return [[name] for name in graph.linears if name in wanted]
+    units: dict[tuple[int, str], list[str]] = {}
+    for block in graph.blocks:
+        for linear in block.quantized:
+            if linear.name in wanted:
+                units.setdefault((block.index, _fused_with(block, linear)), []).append(linear.name)
+    return list(units.values())
+
+
+def _fused_with(block: Block, linear: Linear) -> str:
+    """The same for all linears of a block that are one matrix at run time.
+
+    Experts are stacks, or modules in a numbered list.
+    """
+    numbered = re.match(r"(.*?\.)\d+\.", linear.name.removeprefix(block.name))
+    if linear.kind == "stack" or numbered:
+        return "experts"
+    return linear.reads

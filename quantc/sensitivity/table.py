@@ -1,0 +1,71 @@
+"""Losses kept on disk: one calibration serves every budget, target and curve.
+
+An entry is found again by what it depends on: the model's files, the calibration tokens, how weights are rounded, the
+estimator, and the candidates of every linear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import disk_cache
+from ..pipeline import Run
+from ..spec import QuantSpec
+from .base import Candidate, Losses
+
+CACHE = "losses"  # the part of the disk cache
+FORMAT = 2  # of an entry; also raised when an estimator changes what it finds
+
+log = logging.getLogger(__name__)
+
+
+def kept_losses(
+    run: Run, tokens: torch.Tensor, estimator: str, specs: dict[str, list[QuantSpec]], measure: Callable[[], Losses]
+) -> Losses:
+    """What `measure` finds, or found for the same question in an earlier run.
+
+    specs: the candidates of every linear. tokens: the calibration set (samples, T).
+    """
+    facts = _facts(run, tokens, estimator, specs)
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    stored = disk_cache.load(CACHE, key)
+    if stored is not None:
+        log.info("losses of an earlier run were taken from %s", disk_cache.folder(CACHE))
+        return _decode(stored)
+    found = measure()
+    disk_cache.store(CACHE, key, _encode(found))
+    return found
+
+
+def _facts(run: Run, tokens: torch.Tensor, estimator: str, specs: dict[str, list[QuantSpec]]) -> dict[str, Any]:
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in run.source.weight_files()]
+    return {
+        "format": FORMAT,
+        "files": sorted(files),
+        "model": run.source.model.config.to_json_string(),
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "rounding": asdict(run.rounding),
+        "estimator": estimator,
+        "device": run.device.type,
+        "specs": {name: [spec.to_dict() for spec in found] for name, found in specs.items()},
+    }
+
+
+def _encode(losses: Losses) -> bytes:
+    return json.dumps({
+        name: [[candidate.spec.to_dict(), candidate.loss] for candidate in found] for name, found in losses.items()
+    }).encode()  # fmt: skip
+
+
+def _decode(content: bytes) -> Losses:
+    return {
+        name: [Candidate(QuantSpec.from_dict(spec), loss) for spec, loss in found]
+        for name, found in json.loads(content).items()
+    }
