@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -37,6 +38,7 @@ from .sizes import weights_bytes
 from .spec import QuantSpec
 from .stats import using_products
 from .tokens import calibration_tokens
+from .units import parse_size
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -44,44 +46,53 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 
+class Settings(TypedDict, total=False):
+    """What a run may be told besides the model and where to write; the command line's options of the same names.
+
+    preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
+    bits: of every code; with a fraction it means avg_bits: what a weight inside the blocks takes on average, all that
+    is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
+    predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
+    that has to load the result hold for that.
+    method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
+    """
+
+    preset: str | None
+    recipe: Recipe | PathLike | None
+    bits: float | None
+    avg_bits: float | None
+    size: int | str | None
+    group_size: int | None
+    symmetric: bool | None
+    head_bits: int | None
+    pins: dict[str, int] | None
+    formats: Sequence[str] | None
+    target: str | None
+    method: str | None
+    calib: str | None
+    samples: int | None
+    seq_len: int | None
+    seed: int | None
+
+
 def quantize(
     model: PathLike,
     *,
-    bits: float | None = None,
-    avg_bits: float | None = None,
     out: PathLike | None = None,
-    group_size: int | None = None,
-    method: str | None = None,
-    symmetric: bool | None = None,
-    head_bits: int | None = None,
-    calib: str | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int | None = None,
-    preset: str | None = None,
-    recipe: Recipe | PathLike | None = None,
     plan: PathLike | None = None,
     device: str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
+    **settings: Unpack[Settings],
 ) -> Report:
     """Quantize a model into a packed checkpoint and return the report.
 
-    model: folder, .gguf file, hub id or demo name. bits: of every code; with a fraction it means avg_bits: what a
-    weight inside the blocks takes on average, all that is stored counted, shared out by predicted loss. out: output
-    folder, `<model>-quantc-w4g128` or so by default.
-    calib: builtin, self, a file or a data set; none rounds without calibration text.
-    preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
-    plan: a plan.yaml whose specs are used as they are. Raises a QuantcError whose message is one sentence; nothing is
-    left behind then.
+    model: folder, .gguf file, hub id or demo name. out: output folder, `<model>-quantc-w4g128` or so by default.
+    plan: a plan.yaml whose specs are used as they are. settings: see Settings. Raises a QuantcError whose message is
+    one sentence; nothing is left behind then.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    job = _Job.of(
-        recipe, preset, plan, method,
-        allocate={**_widths(bits, avg_bits), "group_size": group_size, "symmetric": symmetric, "head_bits": head_bits},
-        calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
-    )  # fmt: skip
-
+    job = _Job.of(plan, settings)
     source = open_model(model)
     folder = Path(out) if out is not None else Path(default_name(source.name, job.passes, job.plan))
     with CheckpointWriter(folder, force) as writer:
@@ -101,38 +112,27 @@ def quantize(
 def plan(
     model: PathLike,
     *,
-    avg_bits: float,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    head_bits: int | None = None,
-    calib: str | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int | None = None,
-    preset: str | None = None,
-    recipe: Recipe | PathLike | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    **settings: Unpack[Settings],
 ) -> Run:
-    """How a model would be stored in an average of bits: the run as far as its plan, with a report; nothing is rounded.
+    """How a model would be stored within a budget: the run as far as its plan, with a report; nothing is rounded.
 
-    Settings as in `quantize`, which takes the plan (`result.plan.to_yaml()`) back.
+    settings: as in `quantize`, which takes the plan (`result.plan.to_yaml()`) back.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    job = _Job.of(
-        recipe, preset, None, None,
-        allocate={"avg_bits": avg_bits, "group_size": group_size, "symmetric": symmetric, "head_bits": head_bits},
-        calibration={"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
-    )  # fmt: skip
+    job = _Job.of(None, settings)
+    if not any(item.name == "allocate" and item.analyses for item in job.passes):
+        raise UsageError("a plan shares out a budget, and none was given; pass --avg-bits or --size.")
     run = job.open(open_model(model), "", progress, device)
     tokens = job.tokens(run)
-    assert tokens is not None, "an average needs calibration text, and allocate has refused to do without"
+    assert tokens is not None, "a budget needs calibration text, and allocate has refused to do without"
     with (
         tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder,
         using_panel(panel_for(run.device)),
         using_products(products_for(run.device)),
     ):
-        pipeline.analyse(run, job.passes, tokens, Path(folder))
+        pipeline.analyse(run, [item for item in job.passes if item.name == "allocate"], tokens, Path(folder))
     run.report.wall_seconds = time.perf_counter() - started
     run.report.cpu_seconds = time.process_time() - cpu_started
     run.report.peak_rss_bytes = peak_rss_bytes()
@@ -149,17 +149,16 @@ class _Job:
     notes: list[str]
 
     @classmethod
-    def of(
-        cls,
-        recipe: Recipe | PathLike | None,
-        preset: str | None,
-        plan: PathLike | None,
-        method: str | None,
-        allocate: dict[str, Any],
-        calibration: dict[str, Any],
-    ) -> _Job:
-        chosen = _resolve_recipe(recipe, preset).with_settings(
-            allocate=allocate, quantize={"method": method}, calibration=calibration
+    def of(cls, plan: PathLike | None, settings: Settings) -> _Job:
+        unknown = sorted(set(settings) - set(Settings.__annotations__))
+        if unknown:
+            raise UsageError(f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}.")
+        method, allocate = settings.get("method"), _allocation(settings)
+        kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
+        chosen = _resolve_recipe(settings.get("recipe"), settings.get("preset")).with_settings(
+            allocate=allocate,
+            quantize={"method": method},
+            calibration={"source": settings.get("calib"), **kept},
         )
         given_plan = _given_plan(plan, *allocate.values())
         passes, notes = _build_passes(chosen, method)
@@ -183,6 +182,18 @@ class _Job:
         """The calibration set, where a pass asks for one."""
         calibrated = any(item.calibrated for item in self.passes)
         return calibration_tokens(run, self.recipe.calibration) if calibrated else None
+
+
+def _allocation(settings: Settings) -> dict[str, Any]:
+    """The settings of allocate; None leaves what the recipe says."""
+    size, formats = settings.get("size"), settings.get("formats")
+    kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target")}
+    return {
+        **_widths(settings.get("bits"), settings.get("avg_bits")),
+        **kept,
+        "size": parse_size(size) if isinstance(size, str) else size,
+        "formats": None if formats is None else tuple(formats),
+    }
 
 
 def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:

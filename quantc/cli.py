@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__, console
-from .command_group import Commands, Number, Whole, options
+from .command_group import Commands, Number, Pin, Whole, Words, as_mapping, options
 from .errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -62,6 +62,17 @@ CALIBRATION_OPTIONS = options(
     ),
     option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
 )
+BUDGET_OPTIONS = options(
+    option("--avg-bits", type=Number(2, 16), help="Bits per weight on average, all counted, shared out by loss."),
+    option("--size", metavar="SIZE", help="How large the weight files may be, such as 300MiB; shared out by loss."),
+    option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
+    option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
+    option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
+    option("--pin", "pins", type=Pin(), multiple=True, callback=as_mapping, metavar="NAMES=BITS",
+           help="Bits of some linears, such as '*.0.*=8'; 16 keeps them."),
+    option("--formats", type=Words(), metavar="LABELS", help="Only these, such as w4g128,w8g128. [default: all]"),
+    option("--target", type=click.Choice(["vllm"]), help="Only what this runtime loads. [default: none]"),
+)  # fmt: skip
 QUANTIZE_OPTIONS = options(
     option(
         "--bits",
@@ -69,12 +80,9 @@ QUANTIZE_OPTIONS = options(
         type=Number(2, 8),
         help="Bits per code, 2 to 8; 3.25 is an average. Required without --recipe or --plan.",
     ),
-    option("--avg-bits", type=Number(2, 9), help="Bits per weight on average, all counted, shared out by loss."),
+    BUDGET_OPTIONS,
     option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
-    option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
     option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
-    option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
-    option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
     CALIBRATION_OPTIONS,
     option("--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."),
     DEVICE_OPTION,
@@ -94,8 +102,8 @@ def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
     \b
     Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
     """
-    if all(settings[name] is None for name in ("bits", "avg_bits", "recipe", "plan")):
-        raise UsageError("--bits is missing; pass 2 to 8 bits per code, --avg-bits, or a --recipe or --plan.")
+    if all(settings[name] is None for name in ("bits", "avg_bits", "size", "recipe", "plan")):
+        raise UsageError("--bits is missing; pass 2 to 8 bits per code, --avg-bits, --size, or a --recipe or --plan.")
     # Idle OpenMP threads then sleep. Spinning ones took 2.5 times the CPU seconds on a busy machine, for nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.session(quiet, verbose) as progress:
@@ -117,10 +125,8 @@ def _show_summary(model: str, report: Report) -> None:
 
 @main.command()
 @click.argument("model")
-@option("--avg-bits", type=Number(2, 9), required=True, help="Bits per weight on average, all counted.")
 @option("--out", "-o", default="plan.yaml", type=click.Path(path_type=Path), help="The plan. [default: plan.yaml]")
-@option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]")
-@option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]")
+@BUDGET_OPTIONS
 @CALIBRATION_OPTIONS
 @DEVICE_OPTION
 @option("--force", is_flag=True, help="Replace the plan if it exists.")

@@ -81,6 +81,32 @@ class Number(click.ParamType):
         raise click.UsageError(f"{name} is {value}, but must be a number from {self.low:g} to {self.high:g}.", ctx)
 
 
+class Pin(click.ParamType):
+    """NAMES=BITS: a pattern of names, and a number of bits."""
+
+    name = "names=bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        pattern, _, bits = str(value).rpartition("=")
+        if not pattern or not bits.isdecimal():
+            raise click.UsageError(f"--pin is {value}, but must be NAMES=BITS, such as '*.down_proj=4'.", ctx)
+        return pattern, int(bits)
+
+
+class Words(click.ParamType):
+    """Words between commas."""
+
+    name = "words"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return tuple(word.strip() for word in str(value).split(",") if word.strip())
+
+
+def as_mapping(ctx: click.Context, param: click.Parameter, value: tuple[tuple[str, int], ...]) -> dict[str, int] | None:
+    """Callback of an option that may be repeated: its pairs as a mapping, None where there are none."""
+    return dict(value) or None
+
+
 def options(*decorators: Decorator) -> Decorator:
     """Several option decorators as one, in the order in which the help lists them."""
 

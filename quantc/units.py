@@ -1,8 +1,11 @@
-"""Numbers as a person reads them: bytes, seconds and errors. Used by the console and the HTML report."""
+"""Numbers as a person reads and writes them: bytes, seconds and errors. Used by the console and the HTML report."""
 
 from __future__ import annotations
 
+import re
 from math import floor, isfinite, log10
+
+from .errors import UsageError
 
 
 def size(count: float) -> str:
@@ -13,6 +16,27 @@ def size(count: float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{number(value)} {unit}"
         value /= 1000
     return f"{number(value)} TB"
+
+
+SIZE_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text such as 300MiB, 1.5 GB or 123456; raises UsageError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in SIZE_UNITS:
+        raise UsageError(f"{text!r} is no size; 300MiB, 1.5GB and 300000000 are examples.")
+    return int(float(found[1]) * SIZE_UNITS[found[2]])
 
 
 def duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ from ..spec import QuantSpec
 from .base import Candidate, Losses
 
 CACHE = "losses"  # the part of the disk cache
-FORMAT = 2  # of an entry; also raised when an estimator changes what it finds
+FORMAT = 3  # of an entry; also raised when an estimator changes what it finds
 
 log = logging.getLogger(__name__)
 

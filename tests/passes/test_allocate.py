@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from quantc import api
 from quantc.errors import UsageError
 from quantc.passes.allocate import CANDIDATE_BITS
 from quantc.plan import read_plan
+from quantc.spec import QuantSpec
 from tests.families import build
 from tests.helpers import quantize_saved, save_with_tokenizer
 from tests.quantc.cli_runner import run as run_command
@@ -26,9 +28,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(saved: Path, average: float, **settings: object) -> api.Run:
+def planned(saved: Path, average: float | None = None, **settings: Any) -> api.Run:
     text = str(saved / "model/text.txt")
-    return api.plan(saved / "model", avg_bits=average, group_size=16, calib=text, **CALIBRATION, **settings)  # type: ignore[arg-type]
+    return api.plan(
+        saved / "model", **{"avg_bits": average, "group_size": 16, "calib": text, **CALIBRATION, **settings}
+    )
+
+
+def spec_of(run: api.Run, name: str) -> QuantSpec:
+    spec = run.plan.specs[name]
+    assert spec is not None
+    return spec
 
 
 @pytest.mark.parametrize("average", [3.6, 4.0, 5.25, 8.9])
@@ -86,3 +96,85 @@ def test_what_cannot_be_met_is_refused_with_what_can(saved: Path) -> None:
     result = run_command("plan", str(saved / "model"), "--avg-bits", "4", "-o", str(saved / "nowhere/plan.yaml"))
     assert result.exit_code == 2
     assert "the folder" in result.stderr
+
+
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.6])
+def test_a_size_is_used_up_and_never_exceeded(saved: Path, share: float) -> None:
+    whole = sum(file.stat().st_size for file in (saved / "model").glob("*.safetensors"))
+    limit = int(whole * share)
+    report = quantize_saved(saved, size=limit, preset="balanced", force=True)
+    files = list((saved / "packed").glob("*.safetensors"))
+    assert report.weights_bytes == sum(file.stat().st_size for file in files)
+    assert 0.985 * limit < report.weights_bytes <= limit
+
+
+def test_sizes_are_text_too_and_the_smallest_is_named_when_one_cannot_be_met(saved: Path) -> None:
+    with pytest.raises(UsageError, match=r"a size of 1\.02 kB cannot be met: .* ask for (\d+) bytes or more") as caught:
+        planned(saved, size="1KiB", group_size=None)
+    least = int(str(caught.value).partition("ask for ")[2].split()[0])
+    assert planned(saved, size=least, group_size=None).plan.specs
+    with pytest.raises(UsageError, match="cannot be met"):
+        planned(saved, size=least - 1, group_size=None)
+
+
+def test_a_model_that_fits_below_its_size_is_kept(saved: Path) -> None:
+    assert set(planned(saved, size="1GB").plan.specs.values()) == {None}
+
+
+def test_pins_and_formats_hold(saved: Path) -> None:
+    run = planned(saved, 10.5, pins={"*.0.*": 8, "*.0.self_attn.*": 16, "*v_proj": 3})
+    for name, spec in run.plan.specs.items():
+        if name.endswith("v_proj"):
+            assert spec_of(run, name).bits == 3
+        elif ".0.self_attn." in name:
+            assert spec is None
+        elif ".0." in name:
+            assert spec_of(run, name).bits == 8
+    formats = {"w3g32", "w5g-1", "w6grow"}
+    run = planned(saved, 5.0, group_size=None, formats=tuple(formats))
+    assert {spec.label() for spec in run.plan.specs.values() if spec} <= formats
+    uniform = quantize_saved(saved, bits=4, group_size=16, pins={"*o_proj": 8}, force=True)
+    assert {item.spec.bits for item in uniform.linears if item.name.endswith("o_proj")} == {8}
+    assert {item.spec.bits for item in uniform.linears if not item.name.endswith("o_proj")} == {4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pins": {"*w_proj": 4}}, "the pattern '\\*w_proj' of a pin fits no linear"),
+        ({"pins": {"*": 12}}, "says 12 bits, but 2 to 8 are possible, and 16"),
+        ({"pins": {"*": 3}, "formats": ("w4g16",)}, "no way to store .* satisfies what is asked for"),
+        ({"pins": {"*": 8}}, "an average of 4 bits cannot be met: the smallest plan takes 9"),
+        ({"target": "ollama"}, "the target 'ollama' is unknown; choose vllm"),
+        ({"target": "vllm", "formats": ("w3g16",)}, "vllm does not load w3g16; it loads w4g32"),
+        ({"size": "12 parsecs"}, "'12 parsecs' is no size; 300MiB"),
+        ({"size": "1MB"}, "avg_bits and size are two budgets"),
+        ({"avg_bits": 17.0}, "an average is more than 0 and at most 16"),
+    ],
+)
+def test_contradictions_are_refused(saved: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        planned(saved, **{"avg_bits": 4.0, **settings})
+
+
+def test_a_target_gets_what_it_loads_and_fused_linears_alike(saved: Path) -> None:
+    run = planned(saved, 6.0, target="vllm", group_size=None)
+    blocks = {name.split(".")[2] for name in run.plan.specs}
+    for block in blocks:
+        of_block = {name: spec for name, spec in run.plan.specs.items() if name.split(".")[2] == block}
+        for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            assert len({spec for name, spec in of_block.items() if name.endswith(fused)}) == 1
+    found = {spec for spec in run.plan.specs.values() if spec is not None}
+    assert found
+    assert all(spec.bits in (4, 8) and spec.group_size in (32, 64, 128, -1) for spec in found)
+
+
+def test_losses_are_measured_once_for_all_budgets(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = planned(saved, 4.25, seed=3)
+    monkeypatch.setattr("quantc.passes.allocate.measure", lambda *_: pytest.fail("measured again"))
+    again = planned(saved, 4.25, seed=3)
+    assert again.plan.specs == first.plan.specs
+    assert planned(saved, 5.5, seed=3).plan.specs != first.plan.specs
+    assert planned(saved, size="130kB", seed=3).plan.specs
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        planned(saved, 4.25, seed=4)

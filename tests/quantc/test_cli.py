@@ -7,7 +7,6 @@ import logging
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -66,15 +65,15 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-def test_help_answers_in_under_half_a_second() -> None:
-    command = [sys.executable, "-c", "from quantc.cli import main; main()", "quantize", "--help"]
-    times = []
-    for _ in range(5):  # the best of five, since other work may share the machine
-        start = time.perf_counter()
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        times.append(time.perf_counter() - start)
+def test_help_loads_nothing_heavy() -> None:
+    """Half a second of nothing is what importing torch for a help text feels like."""
+    watch = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    command = [sys.executable, "-c", f"{watch}\nfrom quantc.cli import main; main()", "quantize", "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "--group-size" in finished.stdout
-    assert min(times) < 0.5
+    loaded = set(finished.stderr.split())
+    assert "quantc.cli" in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "scipy", "rich", "safetensors"}
 
 
 def test_help_lists_commands_in_the_order_of_use() -> None:
@@ -116,10 +115,12 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
     recipe.write_text("")
     plan.write_text("")
     words = "--bits 3 --avg-bits 3.25 -o out --group-size -1 --method rtn --symmetric --head-bits 8 --calib a.txt"
+    budget = "--size 300MiB --pin *.0.*=8 --pin *.v_proj=4 --formats w4g128,w8g128 --target vllm"
     more = f"--samples 4 --seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda --force"
-    assert run("quantize", "tiny", *words.split(), *more.split()).exit_code == 0
+    assert run("quantize", "tiny", *words.split(), *budget.split(), *more.split()).exit_code == 0
     assert calls == [
         {
+            "size": "300MiB", "pins": {"*.0.*": 8, "*.v_proj": 4}, "formats": ("w4g128", "w8g128"), "target": "vllm",
             "model": "tiny", "bits": 3, "avg_bits": 3.25, "out": "out", "group_size": -1, "method": "rtn",
             "symmetric": True, "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7,
             "preset": "best", "recipe": recipe, "plan": plan, "device": "cuda", "force": True,
@@ -190,13 +191,14 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("quantize m", "--bits is missing; pass 2 to 8 bits per code, --avg-bits, or a --recipe or --plan."),
+        ("quantize m", "--bits is missing; pass 2 to 8 bits per code, --avg-bits, --size, or a --recipe or --plan."),
         ("quantize m --bits 9", "--bits is 9, but must be a number from 2 to 8."),
         ("quantize m -b 1", "--bits is 1, but must be a number from 2 to 8."),
         ("quantize m --bits 4 --head-bits 3.5", "--head-bits is 3.5, but must be a whole number from 2 to 8."),
-        ("quantize m --avg-bits 1.5", "--avg-bits is 1.5, but must be a number from 2 to 9."),
+        ("quantize m --avg-bits 1.5", "--avg-bits is 1.5, but must be a number from 2 to 16."),
         ("quantize m --bits four", "--bits is four, but must be a number from 2 to 8."),
         ("quantize m --bits 4 --samples 0", "--samples is 0, but must be a whole number of 1 or more."),
+        ("quantize m --pin v_proj", "--pin is v_proj, but must be NAMES=BITS, such as '*.down_proj=4'."),
         ("quantize m --bitz 4", "No such option --bitz; did you mean --bits? See `quantc quantize --help`."),
         ("quantize m --bits 4 --method awq", "'awq' is not one of 'gptq', 'rtn'."),
         ("quantize m --recipe nowhere.yaml", "File 'nowhere.yaml' does not exist."),
