@@ -147,7 +147,11 @@ class Allocate(Pass):
 
         def losses(specs: dict[str, list[QuantSpec]]) -> Losses:
             return kept_losses(
-                run, tokens, "fisher", specs, lambda: measure(run, tokens, folder, lambda linear: specs[linear.name])
+                run,
+                tokens,
+                "fisher",
+                specs,
+                lambda: measure("fisher", run, tokens, folder, lambda linear: specs[linear.name]),
             )
 
         return self._budget(run, losses)
