@@ -20,7 +20,7 @@ from ..graph import Linear
 from ..numerics.allocation import Infeasible
 from ..pipeline import Fact, Pass, Run, register
 from ..runtimes import RUNTIMES
-from ..sensitivity import Candidate, Losses, kept_losses, measure
+from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sizes import weights_bytes
 from ..spec import MAX_BITS, MIN_BITS, WHOLE_ROW, Grouping, QuantSpec
 from ..units import size
@@ -45,6 +45,8 @@ class AllocateConfig:
     pins: pattern of names -> bits of these linears whatever the budget; 16 keeps them. formats: labels such as w4g128,
     where only these may be used. target: a runtime that has to load the result, such as vllm.
 
+    estimator: of losses, see quantc/sensitivity.
+
     head_bits: also quantize the token embedding and the head, in this many bits; null keeps them.
     """
 
@@ -57,6 +59,7 @@ class AllocateConfig:
     pins: dict[str, int] = field(default_factory=dict)
     formats: tuple[str, ...] = ()
     target: str | None = None
+    estimator: Estimator = "fisher"
     head_bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -146,9 +149,11 @@ class Allocate(Pass):
         """What every linear could be stored as, with losses measured now or in an earlier run."""
 
         def losses(specs: dict[str, list[QuantSpec]]) -> Losses:
+            estimator: Estimator = self.config.estimator
             return kept_losses(
-                run, tokens, "fisher", specs, lambda: measure(run, tokens, folder, lambda linear: specs[linear.name])
-            )
+                run, tokens, estimator, specs,
+                lambda: measure(estimator, run, tokens, folder, lambda linear: specs[linear.name]),
+            )  # fmt: skip
 
         return self._budget(run, losses)
 

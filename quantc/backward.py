@@ -51,27 +51,44 @@ class Reader:
 
 
 class StateFile:
-    """Hidden states (samples, T, ...) in a temporary file as bfloat16, read and written by ranges of samples."""
+    """Hidden states (samples, T, ...) in a temporary file, read and written by ranges of samples.
 
-    def __init__(self, shape: tuple[int, ...], folder: Path):
-        self._shape = shape
+    dtype: of what is stored; bfloat16 keeps two to three digits.
+    """
+
+    def __init__(self, shape: tuple[int, ...], folder: Path, dtype: torch.dtype = torch.bfloat16):
+        self._shape, self._dtype = shape, dtype
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._sample_bytes = 2 * prod(shape[1:])
+        self._sample_bytes = dtype.itemsize * prod(shape[1:])
 
     def write(self, start: int, states: torch.Tensor) -> None:
         self._file.seek(start * self._sample_bytes)
-        self._file.write(states.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().data)
+        self._file.write(states.detach().to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
 
     def read(self, start: int, count: int, device: torch.device) -> torch.Tensor:
         """float32 (count, T, ...)."""
         self._file.seek(start * self._sample_bytes)
         content = bytearray(self._file.read(count * self._sample_bytes))
-        states = torch.frombuffer(content, dtype=torch.bfloat16).reshape(count, *self._shape[1:])
+        states = torch.frombuffer(content, dtype=self._dtype).reshape(count, *self._shape[1:])
         return states.to(device, torch.float32)
 
     def close(self) -> None:
         """Give the disk space back; nothing can be read afterwards."""
         self._file.close()
+
+
+def load_outside(run: Run) -> None:
+    """Load all that lies outside the blocks."""
+    for name in outside_names(run.source.model, [block.name for block in run.graph.blocks]):
+        run.source.load(name)
+
+
+def output_logits(run: Run, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's logits (B, T, V) where the blocks make hidden (B, T, ...) of tokens (B, T); see `load_outside`."""
+    model, blocks = run.source.model, run.graph.blocks
+    modules: list[nn.Module] = [model.get_submodule(block.name) for block in blocks]
+    with blocks_replaced(modules, lambda i, *_: blocks[i].returns.wrap(hidden)):
+        return model(input_ids=tokens.to(run.device), use_cache=False).logits
 
 
 class BackwardSweep:
@@ -112,8 +129,7 @@ class BackwardSweep:
     def _start_backward(self, seed: int) -> None:
         """Gradients of the log-likelihood of the drawn tokens, at what the last block puts out."""
         generator = torch.Generator(self.run.device).manual_seed(seed)
-        for name in outside_names(self.model, [block.name for block in self.run.graph.blocks]):
-            self.run.source.load(name)
+        load_outside(self.run)
         self.gradients = self._snapshot()  # each sample's states give way to its gradient
         for sample in range(len(self.tokens)):
             hidden = self.gradients.read(sample, 1, self.run.device)
@@ -121,12 +137,9 @@ class BackwardSweep:
         to_meta(self.model)
 
     def _output_gradient(self, sample: int, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        blocks = self.run.graph.blocks
-        modules: list[nn.Module] = [self.model.get_submodule(block.name) for block in blocks]
         leaf = hidden.requires_grad_()
-        with torch.enable_grad(), blocks_replaced(modules, lambda i, *_: blocks[i].returns.wrap(leaf)):
-            tokens = self.tokens[sample : sample + 1].to(self.run.device)
-            logits = self.model(input_ids=tokens, use_cache=False).logits
+        with torch.enable_grad():
+            logits = output_logits(self.run, self.tokens[sample : sample + 1], leaf)
         slope = torch.softmax(logits.detach().float(), -1)
         drawn = torch.multinomial(slope[0], 1, generator=generator)
         slope[0].scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=slope.dtype))

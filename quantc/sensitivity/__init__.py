@@ -4,8 +4,28 @@ Estimators answer the same question at different prices: `fisher` by gradients, 
 measuring. See docs/results.md for how well each ranks and predicts.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..pipeline import Run
+from . import fisher, gram, kl
 from .base import Candidate, Candidates, Losses
-from .fisher import measure
 from .table import kept_losses
 
-__all__ = ["Candidate", "Candidates", "Losses", "kept_losses", "measure"]
+__all__ = ["Candidate", "Candidates", "Estimator", "Losses", "kept_losses", "measure"]
+
+Estimator = Literal["fisher", "gram", "kl"]
+
+
+def measure(estimator: Estimator, run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates) -> Losses:
+    """The candidates of every linear that the plan quantizes, with their losses.
+
+    tokens: the calibration set (samples, T), int64. folder: for temporary files. What lies outside the blocks may be
+    gone from memory afterwards.
+    """
+    measures = {"fisher": fisher.measure, "gram": gram.measure, "kl": kl.measure}
+    return measures[estimator](run, tokens, folder, candidates)

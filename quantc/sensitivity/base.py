@@ -13,12 +13,15 @@ from ..spec import QuantSpec
 from ..stats import Gram
 from ..trial import sample_rows
 
+SAMPLED_CHANNELS = 128  # output channels of a linear, at least, that are rounded for every candidate
+SAMPLED_OF_STACK = 512  # the same of all experts of a stack together, and no fewer than 8 of each
+
 Candidates = Callable[[Linear], list[QuantSpec]]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to store a linear; loss: what it adds to the KL divergence, in nats per token, predicted."""
+    """A way to store a linear; loss: what it adds to the KL divergence, in nats per token (gram: an error share)."""
 
     spec: QuantSpec
     loss: float
@@ -33,8 +36,9 @@ def planned_activations(run: Run, block: Block) -> list[Activation]:
     return [item for item in block.activations if any(specs[r.name] is not None for r in block.readers(item))]
 
 
-def sampled_channels(linear: Linear, specs: list[QuantSpec], least: int) -> torch.Tensor:
+def sampled_channels(linear: Linear, specs: list[QuantSpec]) -> torch.Tensor:
     """int64 (M,): output channels on which all of these candidates can be tried."""
+    least = max(8, SAMPLED_OF_STACK // linear.experts) if linear.experts else SAMPLED_CHANNELS
     along = max(spec.group_length(linear.shape) if spec.grouping == "per_ic" else 1 for spec in specs)
     return sample_rows(linear.shape[0], along, least)
 

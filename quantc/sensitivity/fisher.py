@@ -41,8 +41,6 @@ from ..spec import QuantSpec
 from ..stats import Gram
 from .base import Candidate, Candidates, Losses, errors, planned_activations, sampled_channels
 
-SAMPLED_CHANNELS = 128  # output channels of a linear, at least, that are rounded for every candidate
-SAMPLED_OF_STACK = 512  # the same of all experts of a stack together, and no fewer than 8 of each
 BEYOND_SECOND_ORDER = 4.5
 SAMPLES = 16  # of the calibration set: a sample swept backward costs as much as four that only run forward
 
@@ -117,9 +115,7 @@ class _Fisher(Reader):
 
     def _sampled(self, linear: Linear) -> torch.Tensor:
         if linear.name not in self._channels:
-            least = max(8, SAMPLED_OF_STACK // linear.experts) if linear.experts else SAMPLED_CHANNELS
-            channels = sampled_channels(linear, self.candidates(linear), least)
-            self._channels[linear.name] = channels.to(self.run.device)
+            self._channels[linear.name] = sampled_channels(linear, self.candidates(linear)).to(self.run.device)
         return self._channels[linear.name]
 
     def _round(self, work: BlockWork, linear: Linear, grams: list[Gram]) -> None:
