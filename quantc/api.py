@@ -2,77 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from . import companions, pipeline
+from . import pipeline
 from .blocks import find_blocks
+from .budget import KEPT_BITS
 from .checkpoint import CheckpointReader, is_checkpoint
 from .checkpoint import verify as verify_checkpoint
-from .checkpoint_writer import CheckpointWriter
-from .derive import derive
 from .errors import UsageError
-from .frontend import Source, open_model, to_meta
+from .frontend import Source, open_model
 from .frontend.source import quiet_transformers, tensors_under
-from .kernels.cuda.gptq import panel_for
-from .kernels.cuda.gram import products_for
-from .memory import peak_rss_bytes
-from .numerics.basis import Rounding
-from .numerics.rounding import using_panel
-from .pipeline import Pass, Run
-from .plan import Plan, read_plan
-from .presets import preset as named_preset
+from .job import Job, PathLike, Settings, TooLarge, as_bytes, default_name, kernels_of
+from .pipeline import Run
 from .progress import LogProgress, Progress
-from .recipe import DEFAULT, NO_TEXT, Recipe, read_recipe, without_text
+from .pursuit import pursue
 from .report import Report
-from .shard_writer import writing
-from .sizes import weights_bytes
-from .spec import QuantSpec
-from .stats import using_products
-from .tokens import calibration_tokens
-from .units import parse_size
+from .targets import Target
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluation
+    from .evaluation import Evaluation, Scores
+    from .windows import Window
 
-PathLike = str | os.PathLike[str]
-
-
-class Settings(TypedDict, total=False):
-    """What a run may be told besides the model and where to write; the command line's options of the same names.
-
-    preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
-    bits: of every code; with a fraction it means avg_bits: what a weight inside the blocks takes on average, all that
-    is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
-    predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
-    that has to load the result hold for that.
-    method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
-    """
-
-    preset: str | None
-    recipe: Recipe | PathLike | None
-    bits: float | None
-    avg_bits: float | None
-    size: int | str | None
-    group_size: int | None
-    symmetric: bool | None
-    head_bits: int | None
-    pins: dict[str, int] | None
-    formats: Sequence[str] | None
-    target: str | None
-    method: str | None
-    calib: str | None
-    samples: int | None
-    seq_len: int | None
-    seed: int | None
+SIZE_ROUNDS = 3
 
 
 def quantize(
@@ -83,30 +40,62 @@ def quantize(
     device: str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
+    max_kl: float | None = None,
+    max_ppl_increase: float | None = None,
+    text: str | None = None,
     **settings: Unpack[Settings],
 ) -> Report:
     """Quantize a model into a packed checkpoint and return the report.
 
     model: folder, .gguf file, hub id or demo name. out: output folder, `<model>-quantc-w4g128` or so by default.
-    plan: a plan.yaml whose specs are used as they are. settings: see Settings. Raises a QuantcError whose message is
-    one sentence; nothing is left behind then.
+    plan: a plan.yaml whose specs are used as they are. max_kl, max_ppl_increase: instead of bits, what the smallest
+    model that is made may lose, in nats per token, or as a share of the perplexity, 0.02 for 2 %; measured on `text`,
+    or on an eighth of the calibration windows, kept aside. settings: see Settings. Raises a QuantcError whose message
+    is one sentence; nothing is left behind then.
     """
-    started, cpu_started = time.perf_counter(), time.process_time()
-    job = _Job.of(plan, settings)
+    job = Job.of(settings, plan, device, progress)
+    folder = Path(out) if out is not None else None
+    if max_kl is None and max_ppl_increase is None:
+        if text is not None:
+            raise UsageError("a text is what a quality target is measured on; pass --max-kl or --max-ppl-increase too.")
+        return _build_within(settings.get("size"), job, model, folder, force)
+    target = Target(max_kl, max_ppl_increase)
+    _refuse_budget(plan, settings)
+
+    def compare(checkpoint: Path, windows: list[Window]) -> Scores:
+        from .evaluation import score
+
+        subject, original = (_load_any(each, None).to(device) for each in (checkpoint, model))
+        return score(subject, original, windows, job.progress)
+
+    generous = Job.of({**settings, "avg_bits": KEPT_BITS}, None, device, progress)
+    folder = folder or Path(f"{open_model(model).name}-quantc-{target.label}")
+    return pursue(target, model, generous, folder, force, text, compare)
+
+
+def _build_within(limit: int | str | None, job: Job, model: PathLike, out: Path | None, force: bool) -> Report:
+    """Build; where edited floats made the files larger than the plan said, once more within as much less."""
     source = open_model(model)
-    folder = Path(out) if out is not None else Path(default_name(source.name, job.passes, job.plan))
-    with CheckpointWriter(folder, force) as writer:
-        run = job.open(source, str(folder), progress, device)
-        writer.require_space(weights_bytes(run, run.plan.specs))
-        tokens = job.tokens(run)
+    folder = out or Path(default_name(source.name, job.passes, job.plan))
+    if limit is None:
+        return job.build(source, folder, force)
+    left = wanted = as_bytes(limit)
+    for _ in range(SIZE_ROUNDS):
+        try:
+            return job.within(left).build(open_model(model), folder, force, at_most=wanted)
+        except TooLarge as error:
+            left -= error.excess
+    raise UsageError(
+        f"a size of {wanted} bytes was exceeded by what the passes store besides the plan; ask for a tenth more."
+    )
 
-        with using_panel(panel_for(run.device)), using_products(products_for(run.device)):
-            pipeline.build(run, job.passes, tokens, writer)
 
-        companions.write_companions(run, writer)
-        _finish_report(run, writer, started, cpu_started)
-        writer.commit(companions.config_json(run), companions.manifest_json(run, job.recipe, tokens))
-    return run.report
+def _refuse_budget(plan: PathLike | None, settings: Settings) -> None:
+    given = [name for name in ("bits", "avg_bits", "size") if settings.get(name) is not None]
+    if plan is not None or given:
+        raise UsageError(
+            f"a quality target decides how many bits there are, so {(given or ['plan'])[0]} has no say; leave it out."
+        )
 
 
 def plan(
@@ -121,88 +110,16 @@ def plan(
     settings: as in `quantize`, which takes the plan (`result.plan.to_yaml()`) back.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    job = _Job.of(None, settings)
+    job = Job.of(settings, None, device, progress)
     if not any(item.name == "allocate" and item.analyses for item in job.passes):
         raise UsageError("a plan shares out a budget, and none was given; pass --avg-bits or --size.")
-    run = job.open(open_model(model), "", progress, device)
+    run = job.open(open_model(model), "")
     tokens = job.tokens(run)
     assert tokens is not None, "a budget needs calibration text, and allocate has refused to do without"
-    with (
-        tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder,
-        using_panel(panel_for(run.device)),
-        using_products(products_for(run.device)),
-    ):
+    with tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder, kernels_of(run.device):
         pipeline.analyse(run, [item for item in job.passes if item.name == "allocate"], tokens, Path(folder))
-    run.report.wall_seconds = time.perf_counter() - started
-    run.report.cpu_seconds = time.process_time() - cpu_started
-    run.report.peak_rss_bytes = peak_rss_bytes()
+    run.report.count_costs(started, cpu_started)
     return run
-
-
-@dataclass
-class _Job:
-    """What a run is to do, before a model is opened."""
-
-    recipe: Recipe
-    passes: list[Pass]
-    plan: Plan
-    notes: list[str]
-
-    @classmethod
-    def of(cls, plan: PathLike | None, settings: Settings) -> _Job:
-        unknown = sorted(set(settings) - set(Settings.__annotations__))
-        if unknown:
-            raise UsageError(f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}.")
-        method, allocate = settings.get("method"), _allocation(settings)
-        kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
-        chosen = _resolve_recipe(settings.get("recipe"), settings.get("preset")).with_settings(
-            allocate=allocate,
-            quantize={"method": method},
-            calibration={"source": settings.get("calib"), **kept},
-        )
-        given_plan = _given_plan(plan, *allocate.values())
-        passes, notes = _build_passes(chosen, method)
-        pipeline.check_order(passes, planned=plan is not None)
-        return cls(chosen, passes, given_plan, notes)
-
-    def open(self, source: Source, output: str, progress: Progress | None, device: str) -> Run:
-        """The run on a model, planned as far as numbers say."""
-        graph = derive(source.model, source.load, to_meta)
-        report = Report(model=source.name, output=output, notes=self.notes)
-        report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
-        rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
-        run = Run(source, graph, self.plan, report, progress or LogProgress(), _device(device), rounding)
-        report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
-        for item in self.passes:
-            item.plan(run)
-        run.plan.check(graph, set(graph.outside_weights))
-        return run
-
-    def tokens(self, run: Run) -> torch.Tensor | None:
-        """The calibration set, where a pass asks for one."""
-        calibrated = any(item.calibrated for item in self.passes)
-        return calibration_tokens(run, self.recipe.calibration) if calibrated else None
-
-
-def _allocation(settings: Settings) -> dict[str, Any]:
-    """The settings of allocate; None leaves what the recipe says."""
-    size, formats = settings.get("size"), settings.get("formats")
-    kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target")}
-    return {
-        **_widths(settings.get("bits"), settings.get("avg_bits")),
-        **kept,
-        "size": parse_size(size) if isinstance(size, str) else size,
-        "formats": None if formats is None else tuple(formats),
-    }
-
-
-def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
-    """allocate's bits and avg_bits; bits with a fraction are an average."""
-    if bits is None or bits == int(bits):
-        return {"bits": None if bits is None else int(bits), "avg_bits": avg_bits}
-    if avg_bits is not None:
-        raise UsageError(f"bits is {bits:g}, which is an average, and avg_bits is {avg_bits:g}; leave one of them out.")
-    return {"bits": None, "avg_bits": bits}
 
 
 def load(
@@ -253,61 +170,10 @@ def evaluate(
     return evaluation.summarize(scores, subject, tokenizer, **stored)
 
 
-def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
-    """`<model>-quantc-w4g128`, or `-plan` where a plan was given."""
-    allocate = next((item.config for item in passes if item.name == "allocate"), None)
-    if plan.specs or allocate is None:
-        return f"{model}-quantc-plan"
-    group = 128 if allocate.group_size is None else allocate.group_size
-    if allocate.avg_bits is not None:
-        return f"{model}-quantc-{allocate.avg_bits:g}bits"
-    return f"{model}-quantc-{QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric).label()}"
-
-
 def default_context(model: PreTrainedModel) -> int:
     """512 tokens, or as many as the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(512, limit) if isinstance(limit, int) else 512
-
-
-def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None) -> Recipe:
-    if preset is not None:
-        if recipe is not None:
-            raise UsageError("a preset is a recipe, so both cannot be given; leave one of them out.")
-        return named_preset(preset)
-    if isinstance(recipe, Recipe):
-        return recipe
-    return DEFAULT if recipe is None else read_recipe(Path(recipe))
-
-
-def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[str]]:
-    """The passes that run, and notes on those that do not, or not as the recipe says."""
-    passes = recipe.build_passes()
-    if recipe.calibration.source != NO_TEXT:
-        return passes, []
-    if method == "gptq":
-        raise UsageError("gptq needs calibration text, and there is none; leave the method out, or give a text.")
-    return without_text(passes)
-
-
-def _given_plan(plan: PathLike | None, *settings: object) -> Plan:
-    if plan is None:
-        return Plan()
-    if any(value is not None for value in settings):
-        raise UsageError("a plan says how every linear is stored; leave out bits, group size, symmetry and head bits.")
-    return read_plan(Path(plan))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"the device {name!r} cannot be used here ({reason}); choose cpu or another device."
-        ) from error
-    return device
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -315,17 +181,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in known:
         raise UsageError(f"the dtype {name!r} is unknown; choose one of {', '.join(known)}.")
     return None if name is None else known[name]
-
-
-def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_started: float) -> None:
-    report = run.report
-    report.weights_bytes = writer.finish_weights()
-    report.source_bytes = sum(file.stat().st_size for file in run.source.weight_files())
-    report.wall_seconds = time.perf_counter() - started
-    report.cpu_seconds = time.process_time() - cpu_started
-    report.peak_rss_bytes = peak_rss_bytes()
-    with writing(writer.folder):
-        report.write(writer.folder)
 
 
 def _tokenizer(model: PathLike) -> Any:

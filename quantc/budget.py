@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import ceil
 
 from .errors import UsageError
 from .graph import Block, Linear, ModelGraph
@@ -17,6 +19,7 @@ from .numerics.allocation import Choice, solve
 from .sensitivity.base import Losses
 from .spec import QuantSpec
 
+LOSS_STEPS = 1 << 30  # in which a limit of losses is counted: solve() takes whole numbers
 KEPT_BITS = 16  # that a rule says to keep a linear as it is
 
 
@@ -86,6 +89,13 @@ class Budget:
         self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
         self._units = [self._options(graph, unit, kept_bits, rules) for unit in _units(graph, losses, rules.fused)]
 
+    def quantized(self) -> Budget:
+        """The same without keeping linears as they are, where there is another way."""
+        twin = copy(self)
+        quantized = [[option for option in unit if None not in option.specs.values()] for unit in self._units]
+        twin._units = [some or unit for some, unit in zip(quantized, self._units, strict=True)]
+        return twin
+
     @property
     def least(self) -> int:
         """Bits of the smallest plan."""
@@ -100,6 +110,13 @@ class Budget:
         """The plan of least loss within a number of bits; raises allocation.Infeasible below `least`."""
         chosen = solve([[Choice(option.loss, option.bits) for option in unit] for unit in self._units], bits)
         return self._shared([unit[at] for unit, at in zip(self._units, chosen, strict=True)])
+
+    def smallest(self, loss: float) -> Shared:
+        """The smallest plan that loses at most so many nats per token; raises allocation.Infeasible if none does."""
+        unit = loss / LOSS_STEPS
+        units = [[Choice(option.bits, ceil(option.loss / unit)) for option in options] for options in self._units]
+        chosen = solve(units, LOSS_STEPS)
+        return self._shared([options[at] for options, at in zip(self._units, chosen, strict=True)])
 
     def _shared(self, options: list[Option]) -> Shared:
         specs = {name: spec for option in options for name, spec in option.specs.items()}

@@ -105,6 +105,14 @@ class CheckpointWriter:
                 _sync(file)
             self._swap_in()
 
+    def adopt(self, finished: Path) -> None:
+        """Rename a whole checkpoint that lies inside the unfinished folder; what else is there is removed."""
+        chosen = self.out.with_name(self.out.name + ".chosen")
+        finished.rename(chosen)
+        shutil.rmtree(self.folder)
+        chosen.rename(self.folder)
+        self._swap_in()
+
     def _finish_shard(self) -> None:
         if self._shard is not None:
             self.weights_bytes += self._shard.finish()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__, console
-from .command_group import Commands, Number, Pin, Whole, Words, as_mapping, options
+from .command_group import Above, Commands, Number, Pin, Share, Whole, Words, as_mapping, options
 from .errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ BUDGET_OPTIONS = options(
     option("--formats", type=Words(), metavar="LABELS", help="Only these, such as w4g128,w8g128. [default: all]"),
     option("--target", type=click.Choice(["vllm"]), help="Only what this runtime loads. [default: none]"),
 )  # fmt: skip
+TARGET_OPTIONS = options(
+    option("--max-kl", type=Above(0), help="The smallest model that loses so many nats per token at most."),
+    option("--max-ppl-increase", type=Share(), metavar="PERCENT", help="The same for the perplexity, such as 2%."),
+    option("--text", metavar="SOURCE", help="Text to measure that on. [default: calibration windows kept aside]"),
+)
+ENOUGH = ("bits", "avg_bits", "size", "max_kl", "max_ppl_increase")  # any of these says how small
 QUANTIZE_OPTIONS = options(
     option(
         "--bits",
@@ -81,6 +87,7 @@ QUANTIZE_OPTIONS = options(
         help="Bits per code, 2 to 8; 3.25 is an average. Required without --recipe or --plan.",
     ),
     BUDGET_OPTIONS,
+    TARGET_OPTIONS,
     option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
     option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
     CALIBRATION_OPTIONS,
@@ -102,8 +109,8 @@ def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
     \b
     Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
     """
-    if all(settings[name] is None for name in ("bits", "avg_bits", "size", "recipe", "plan")):
-        raise UsageError("--bits is missing; pass 2 to 8 bits per code, --avg-bits, --size, or a --recipe or --plan.")
+    if all(settings[name] is None for name in (*ENOUGH, "recipe", "plan")):
+        raise UsageError("--bits is missing; pass 2 to 8 bits per code, --size, --max-kl, or a --recipe or --plan.")
     # Idle OpenMP threads then sleep. Spinning ones took 2.5 times the CPU seconds on a busy machine, for nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.session(quiet, verbose) as progress:

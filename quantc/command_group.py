@@ -58,8 +58,7 @@ class Whole(click.ParamType):
         if self.low <= number and (self.high is None or number <= self.high):
             return number
         needed = f"from {self.low} to {self.high}" if self.high is not None else f"of {self.low} or more"
-        name = max(param.opts, key=len) if param else "the value"
-        raise click.UsageError(f"{name} is {value}, but must be a whole number {needed}.", ctx)
+        raise click.UsageError(f"{_option(param)} is {value}, but must be a whole number {needed}.", ctx)
 
 
 class Number(click.ParamType):
@@ -71,14 +70,51 @@ class Number(click.ParamType):
         self.low, self.high = low, high
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
+        number = as_number(value)
         if self.low <= number <= self.high:
             return int(number) if number == int(number) else number
-        name = max(param.opts, key=len) if param else "the value"
-        raise click.UsageError(f"{name} is {value}, but must be a number from {self.low:g} to {self.high:g}.", ctx)
+        raise click.UsageError(
+            f"{_option(param)} is {value}, but must be a number from {self.low:g} to {self.high:g}.", ctx
+        )
+
+
+class Above(click.ParamType):
+    """A number above a limit."""
+
+    name = "x"
+
+    def __init__(self, low: float):
+        self.low = low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = as_number(value)
+        if number > self.low and number != float("inf"):
+            return number
+        raise click.UsageError(f"{_option(param)} is {value}, but must be a number above {self.low:g}.", ctx)
+
+
+class Share(click.ParamType):
+    """A percentage, with its sign; as a share, so that 2% is 0.02."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = as_number(str(value).removesuffix("%"))
+        if str(value).endswith("%") and 0 < number < float("inf"):
+            return number / 100
+        raise click.UsageError(f"{_option(param)} is {value}, but must be a percentage above 0, such as 2%.", ctx)
+
+
+def as_number(value: Any) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(value)
+    except ValueError:
+        return float("nan")
+
+
+def _option(param: click.Parameter | None) -> str:
+    return max(param.opts, key=len) if param else "the value"
 
 
 class Pin(click.ParamType):

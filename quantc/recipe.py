@@ -60,6 +60,19 @@ class Recipe:
             tuple((name, _replaced(config, settings.get(name, {}))) for name, config in self.passes),
         )
 
+    def without(self, part: str, *keys: str) -> Recipe:
+        """This recipe with settings of a pass at their defaults."""
+        return replace(
+            self,
+            passes=tuple(
+                (
+                    name,
+                    replace(config, **{key: getattr(type(config)(), key) for key in keys}) if name == part else config,
+                )
+                for name, config in self.passes
+            ),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "version": VERSION,

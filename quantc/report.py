@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .memory import peak_rss_bytes
 from .spec import QuantSpec
 
 REPORT_FILE = "report.json"
@@ -74,6 +76,12 @@ class Report:
     @property
     def fallbacks(self) -> int:
         return sum(linear.fallbacks for linear in self.linears)
+
+    def count_costs(self, started: float, cpu_started: float) -> None:
+        """Take the time since then, by time.perf_counter and time.process_time, and the peak memory."""
+        self.wall_seconds = time.perf_counter() - started
+        self.cpu_seconds = time.process_time() - cpu_started
+        self.peak_rss_bytes = peak_rss_bytes()
 
     def count_rewrite(self, by: str, kind: str) -> None:
         """One more activation of a kind was rewritten by a pass."""

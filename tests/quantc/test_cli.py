@@ -115,11 +115,13 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
     recipe.write_text("")
     plan.write_text("")
     words = "--bits 3 --avg-bits 3.25 -o out --group-size -1 --method rtn --symmetric --head-bits 8 --calib a.txt"
+    target = "--max-kl 0.05 --max-ppl-increase 2% --text held.txt"
     budget = "--size 300MiB --pin *.0.*=8 --pin *.v_proj=4 --formats w4g128,w8g128 --target vllm"
     more = f"--samples 4 --seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda --force"
-    assert run("quantize", "tiny", *words.split(), *budget.split(), *more.split()).exit_code == 0
+    assert run("quantize", "tiny", *words.split(), *budget.split(), *target.split(), *more.split()).exit_code == 0
     assert calls == [
         {
+            "max_kl": 0.05, "max_ppl_increase": 0.02, "text": "held.txt",
             "size": "300MiB", "pins": {"*.0.*": 8, "*.v_proj": 4}, "formats": ("w4g128", "w8g128"), "target": "vllm",
             "model": "tiny", "bits": 3, "avg_bits": 3.25, "out": "out", "group_size": -1, "method": "rtn",
             "symmetric": True, "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7,
@@ -191,7 +193,7 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("quantize m", "--bits is missing; pass 2 to 8 bits per code, --avg-bits, --size, or a --recipe or --plan."),
+        ("quantize m", "--bits is missing; pass 2 to 8 bits per code, --size, --max-kl, or a --recipe or --plan."),
         ("quantize m --bits 9", "--bits is 9, but must be a number from 2 to 8."),
         ("quantize m -b 1", "--bits is 1, but must be a number from 2 to 8."),
         ("quantize m --bits 4 --head-bits 3.5", "--head-bits is 3.5, but must be a whole number from 2 to 8."),
@@ -199,6 +201,8 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
         ("quantize m --bits four", "--bits is four, but must be a number from 2 to 8."),
         ("quantize m --bits 4 --samples 0", "--samples is 0, but must be a whole number of 1 or more."),
         ("quantize m --pin v_proj", "--pin is v_proj, but must be NAMES=BITS, such as '*.down_proj=4'."),
+        ("quantize m --max-kl 0", "--max-kl is 0, but must be a number above 0."),
+        ("quantize m --max-ppl-increase 2", "--max-ppl-increase is 2, but must be a percentage above 0, such as 2%."),
         ("quantize m --bitz 4", "No such option --bitz; did you mean --bits? See `quantc quantize --help`."),
         ("quantize m --bits 4 --method awq", "'awq' is not one of 'gptq', 'rtn'."),
         ("quantize m --recipe nowhere.yaml", "File 'nowhere.yaml' does not exist."),

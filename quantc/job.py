@@ -1,0 +1,253 @@
+"""A run before its model: settings become a recipe, passes, a plan; with a model they become a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from . import companions, pipeline
+from .budget import Budget
+from .checkpoint_writer import CheckpointWriter
+from .derive import derive
+from .errors import UsageError
+from .frontend import Source, to_meta
+from .kernels.cuda.gptq import panel_for
+from .kernels.cuda.gram import products_for
+from .numerics.basis import Rounding
+from .numerics.rounding import using_panel
+from .passes.allocate import Allocate
+from .pipeline import Pass, Run
+from .plan import Plan, read_plan
+from .presets import preset as named_preset
+from .progress import LogProgress, Progress
+from .recipe import DEFAULT, NO_TEXT, Recipe, read_recipe, without_text
+from .report import Report
+from .shard_writer import writing
+from .sizes import weights_bytes
+from .spec import QuantSpec
+from .stats import using_products
+from .tokens import calibration_tokens
+from .units import parse_size
+
+PathLike = str | os.PathLike[str]
+
+
+class Settings(TypedDict, total=False):
+    """What a run may be told besides the model and where to write; the command line's options of the same names.
+
+    preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
+    bits: of every code; with a fraction it means avg_bits: what a weight inside the blocks takes on average, all that
+    is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
+    predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
+    that has to load the result hold for that.
+    method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
+    """
+
+    preset: str | None
+    recipe: Recipe | PathLike | None
+    bits: float | None
+    avg_bits: float | None
+    size: int | str | None
+    group_size: int | None
+    symmetric: bool | None
+    head_bits: int | None
+    pins: dict[str, int] | None
+    formats: Sequence[str] | None
+    target: str | None
+    method: str | None
+    calib: str | None
+    samples: int | None
+    seq_len: int | None
+    seed: int | None
+
+
+@dataclass
+class Job:
+    """What a run is to do, before a model is opened."""
+
+    recipe: Recipe
+    passes: list[Pass]
+    plan: Plan
+    notes: list[str]
+    device: str
+    progress: Progress
+    given: tuple[torch.Tensor, str] | None = None  # the calibration set, and what it is
+
+    @classmethod
+    def of(cls, settings: Settings, plan: PathLike | None, device: str, progress: Progress | None) -> Job:
+        unknown = sorted(set(settings) - set(Settings.__annotations__))
+        if unknown:
+            raise UsageError(f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}.")
+        method, allocate = settings.get("method"), _allocation(settings)
+        kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
+        chosen = _resolve_recipe(settings.get("recipe"), settings.get("preset")).with_settings(
+            allocate=allocate,
+            quantize={"method": method},
+            calibration={"source": settings.get("calib"), **kept},
+        )
+        given_plan = _given_plan(plan, *allocate.values())
+        passes, notes = _build_passes(chosen, method)
+        pipeline.check_order(passes, planned=plan is not None)
+        return cls(chosen, passes, given_plan, notes, device, progress or LogProgress())
+
+    def open(self, source: Source, output: str) -> Run:
+        """The run on a model, planned as far as numbers say."""
+        graph = derive(source.model, source.load, to_meta)
+        report = Report(model=source.name, output=output, notes=self.notes)
+        report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
+        rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
+        run = Run(source, graph, self.plan, report, self.progress, _device(self.device), rounding)
+        report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
+        for item in self.passes:
+            item.plan(run)
+        run.plan.check(graph, set(graph.outside_weights))
+        return run
+
+    def build(
+        self, source: Source, folder: Path, force: bool = False, output: str = "", at_most: int | None = None
+    ) -> Report:
+        """Write the checkpoint. output: where it will lie in the end; at_most: bytes, or TooLarge is raised."""
+        started, cpu_started = time.perf_counter(), time.process_time()
+        with CheckpointWriter(folder, force) as writer:
+            run = self.open(source, output or str(folder))
+            writer.require_space(weights_bytes(run, run.plan.specs))
+            tokens = self.tokens(run)
+            with kernels_of(run.device):
+                pipeline.build(run, self.passes, tokens, writer)
+            companions.write_companions(run, writer)
+            _finish_report(run, writer, started, cpu_started)
+            if at_most is not None and writer.weights_bytes > at_most:
+                raise TooLarge(writer.weights_bytes - at_most)
+            writer.commit(companions.config_json(run), companions.manifest_json(run, self.recipe, tokens))
+        return run.report
+
+    def within(self, size: int) -> Job:
+        """The same with another size as its budget."""
+        recipe = self.recipe.with_settings(allocate={"size": size})
+        return replace(self, recipe=recipe, passes=recipe.build_passes())
+
+    def planned(self, specs: dict[str, QuantSpec | None], tokens: torch.Tensor, calibration: str) -> Job:
+        """The same with specs for the linears and no budget, and this calibration set (samples, T)."""
+        recipe = self.recipe.without("allocate", "avg_bits")
+        return replace(
+            self, recipe=recipe, passes=recipe.build_passes(), plan=Plan(dict(specs)), given=(tokens, calibration)
+        )
+
+    def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
+        """What the linears could be stored as. folder: for temporary files."""
+        (allocate,) = (item for item in self.passes if isinstance(item, Allocate))
+        with kernels_of(run.device):
+            return allocate.budget(run, tokens, folder)
+
+    def tokens(self, run: Run) -> torch.Tensor | None:
+        """The calibration set, where a pass asks for one."""
+        if self.given is not None:
+            tokens, run.report.calibration = self.given
+            return tokens
+        calibrated = any(item.calibrated for item in self.passes)
+        return calibration_tokens(run, self.recipe.calibration) if calibrated else None
+
+
+class TooLarge(Exception):
+    def __init__(self, excess: int):
+        super().__init__(f"{excess} bytes too many")
+        self.excess = excess
+
+
+@contextmanager
+def kernels_of(device: torch.device) -> Iterator[None]:
+    """Inside, rounding and statistics use the kernels made for the device."""
+    with using_panel(panel_for(device)), using_products(products_for(device)):
+        yield
+
+
+def _allocation(settings: Settings) -> dict[str, Any]:
+    """The settings of allocate; None leaves what the recipe says."""
+    size, formats = settings.get("size"), settings.get("formats")
+    kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target")}
+    return {
+        **_widths(settings.get("bits"), settings.get("avg_bits")),
+        **kept,
+        "size": None if size is None else as_bytes(size),
+        "formats": None if formats is None else tuple(formats),
+    }
+
+
+def as_bytes(size: int | str) -> int:
+    return parse_size(size) if isinstance(size, str) else size
+
+
+def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
+    """allocate's bits and avg_bits; bits with a fraction are an average."""
+    if bits is None or bits == int(bits):
+        return {"bits": None if bits is None else int(bits), "avg_bits": avg_bits}
+    if avg_bits is not None:
+        raise UsageError(f"bits is {bits:g}, which is an average, and avg_bits is {avg_bits:g}; leave one of them out.")
+    return {"bits": None, "avg_bits": bits}
+
+
+def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None) -> Recipe:
+    if preset is not None:
+        if recipe is not None:
+            raise UsageError("a preset is a recipe, so both cannot be given; leave one of them out.")
+        return named_preset(preset)
+    if isinstance(recipe, Recipe):
+        return recipe
+    return DEFAULT if recipe is None else read_recipe(Path(recipe))
+
+
+def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[str]]:
+    """The passes that run, and notes on those that do not, or not as the recipe says."""
+    passes = recipe.build_passes()
+    if recipe.calibration.source != NO_TEXT:
+        return passes, []
+    if method == "gptq":
+        raise UsageError("gptq needs calibration text, and there is none; leave the method out, or give a text.")
+    return without_text(passes)
+
+
+def _given_plan(plan: PathLike | None, *settings: object) -> Plan:
+    if plan is None:
+        return Plan()
+    if any(value is not None for value in settings):
+        raise UsageError("a plan says how every linear is stored; leave out bits, group size, symmetry and head bits.")
+    return read_plan(Path(plan))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"the device {name!r} cannot be used here ({reason}); choose cpu or another device."
+        ) from error
+    return device
+
+
+def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
+    """`<model>-quantc-w4g128`, or `-plan` where a plan was given."""
+    allocate = next((item.config for item in passes if item.name == "allocate"), None)
+    if plan.specs or allocate is None:
+        return f"{model}-quantc-plan"
+    group = 128 if allocate.group_size is None else allocate.group_size
+    if allocate.avg_bits is not None:
+        return f"{model}-quantc-{allocate.avg_bits:g}bits"
+    return f"{model}-quantc-{QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric).label()}"
+
+
+def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_started: float) -> None:
+    report = run.report
+    report.weights_bytes = writer.finish_weights()
+    report.source_bytes = sum(file.stat().st_size for file in run.source.weight_files())
+    report.count_costs(started, cpu_started)
+    with writing(writer.folder):
+        report.write(writer.folder)
