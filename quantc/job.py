@@ -167,6 +167,8 @@ class Job:
 
 
 class TooLarge(Exception):
+    """A build takes so many bytes more than it may."""
+
     def __init__(self, excess: int):
         super().__init__(f"{excess} bytes too many")
         self.excess = excess
@@ -192,6 +194,7 @@ def _allocation(settings: Settings) -> dict[str, Any]:
 
 
 def as_bytes(size: int | str) -> int:
+    """Bytes, of a number of them or of text such as 300MiB."""
     return parse_size(size) if isinstance(size, str) else size
 
 
