@@ -174,7 +174,7 @@ class Allocate(Pass):
         config = self.config
         try:
             if config.avg_bits is not None:
-                return budget.share(int(config.avg_bits * budget.weights))
+                return budget.share_average(config.avg_bits)
             return _within_size(run, budget, config.size)
         except Infeasible as error:
             raise UsageError(self._refusal(run, budget, error.least)) from error

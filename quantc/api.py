@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from . import pipeline
+from . import pareto_page, pipeline
 from .blocks import find_blocks
-from .budget import KEPT_BITS
 from .checkpoint import CheckpointReader, is_checkpoint
 from .checkpoint import verify as verify_checkpoint
 from .errors import UsageError
 from .frontend import Source, open_model
 from .frontend.source import quiet_transformers, tensors_under
 from .job import Job, PathLike, Settings, TooLarge, as_bytes, default_name, kernels_of
+from .pareto import Curve, spaced, trace_curve
 from .pipeline import Run
 from .progress import LogProgress, Progress
 from .pursuit import pursue
@@ -63,12 +63,9 @@ def quantize(
     _refuse_budget(plan, settings)
 
     def compare(checkpoint: Path, windows: list[Window]) -> Scores:
-        from .evaluation import score
+        return _compare(checkpoint, model, windows, job)
 
-        subject, original = (_load_any(each, None).to(device) for each in (checkpoint, model))
-        return score(subject, original, windows, job.progress)
-
-    generous = Job.of({**settings, "avg_bits": KEPT_BITS}, None, device, progress)
+    generous = Job.generous(settings, device, progress)
     folder = folder or Path(f"{open_model(model).name}-quantc-{target.label}")
     return pursue(target, model, generous, folder, force, text, compare)
 
@@ -88,6 +85,13 @@ def _build_within(limit: int | str | None, job: Job, model: PathLike, out: Path 
     raise UsageError(
         f"a size of {wanted} bytes was exceeded by what the passes store besides the plan; ask for a tenth more."
     )
+
+
+def _compare(checkpoint: Path, model: PathLike, windows: list[Window], job: Job) -> Scores:
+    from .evaluation import score
+
+    subject, original = (_load_any(each, None).to(job.device) for each in (checkpoint, model))
+    return score(subject, original, windows, job.progress)
 
 
 def _refuse_budget(plan: PathLike | None, settings: Settings) -> None:
@@ -120,6 +124,59 @@ def plan(
         pipeline.analyse(run, [item for item in job.passes if item.name == "allocate"], tokens, Path(folder))
     run.report.count_costs(started, cpu_started)
     return run
+
+
+def pareto(
+    model: PathLike,
+    *,
+    out: PathLike = ".",
+    verify: int = 0,
+    text: str | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+    **settings: Unpack[Settings],
+) -> Curve:
+    """Predicted KL divergence against size, from one measurement: about 16 plans, and uniform widths to compare with.
+
+    out: folder for pareto.html and, where matplotlib is installed, pareto.png; force replaces these files. verify:
+    build so many of the points, one after the other in `out`, and measure them on `text`; what was built is removed.
+    settings: as in `quantize`, but no budget. Raises a QuantcError whose message is one sentence.
+    """
+    folder = Path(out)
+    pareto_page.check(folder, force)
+    _check_verified(verify, text)
+    job = Job.generous(settings, device, progress)
+    run = job.open(open_model(model), "")
+    windows = [] if text is None else _windows(run, text)  # a text that is too short is found before hours of work
+    tokens = job.tokens(run)
+    assert tokens is not None, "a budget needs calibration text, and allocate has refused to do without"
+    with tempfile.TemporaryDirectory(prefix="quantc-pareto-") as scratch:
+        curve = trace_curve(run, job.budget(run, tokens, Path(scratch)))
+    curve.text = text
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in spaced(len(curve.points), verify):
+        point = curve.points[place]
+        with tempfile.TemporaryDirectory(prefix=".pareto-", dir=folder) as scratch:
+            built = Path(scratch) / "built"
+            planned = job.planned(point.plan.specs, tokens, run.report.calibration)
+            report = planned.build(open_model(model), built)
+            curve.points[place] = point.verified(_compare(built, model, windows, job), report.weights_bytes)
+    pareto_page.write(curve, folder)
+    return curve
+
+
+def _check_verified(verify: int, text: str | None) -> None:
+    if verify and text is None:
+        raise UsageError("verified points are measured on a text, and there is none; pass --text too.")
+    if text is not None and not verify:
+        raise UsageError("a text is for verified points, and none are asked for; pass --verify too, such as 3.")
+
+
+def _windows(run: Run, text: str) -> list[Window]:
+    from .evaluation import make_windows, read_text
+
+    return make_windows(run.source.tokenizer, read_text(text), default_context(run.source.model))
 
 
 def load(

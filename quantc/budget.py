@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from math import ceil
 
 from .errors import UsageError
@@ -85,6 +86,7 @@ class Budget:
     def __init__(self, graph: ModelGraph, losses: Losses, kept_bits: Mapping[str, int], rules: Rules):
         """losses: as an estimator found them. kept_bits: what each linear takes as it is."""
         rules.check(losses)
+        self._rules = rules
         self.weights = sum(graph.linears[name].weights for name in losses)
         self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
         self._units = [self._options(graph, unit, kept_bits, rules) for unit in _units(graph, losses, rules.fused)]
@@ -117,6 +119,26 @@ class Budget:
         units = [[Choice(option.bits, ceil(option.loss / unit)) for option in options] for options in self._units]
         chosen = solve(units, LOSS_STEPS)
         return self._shared([options[at] for options, at in zip(self._units, chosen, strict=True)])
+
+    def share_average(self, average: float) -> Shared:
+        """The plan of least loss whose weights take so many bits on average, as `share` raises.
+
+        The average counts as it is written: 3.8 as a float is a bit less, and would miss a plan of just 3.8.
+        """
+        return self.share(int(Fraction(str(average)) * self.weights))
+
+    def uniform(self, specs: Mapping[str, QuantSpec]) -> Shared | None:
+        """The plan that stores linears as these specs say, but for pins; None where a rule or a candidate lacks one."""
+        wanted = {name: self._pinned(name, spec) for name, spec in specs.items()}
+        chosen = [
+            next((o for o in unit if all(wanted[n] == o.specs[n] for n in o.specs)), None) for unit in self._units
+        ]
+        found = [option for option in chosen if option is not None]
+        return self._shared(found) if len(found) == len(chosen) else None
+
+    def _pinned(self, name: str, spec: QuantSpec) -> QuantSpec | None:
+        bits = self._rules.pinned(name)
+        return None if bits == KEPT_BITS else replace(spec, bits=bits or spec.bits)
 
     def _shared(self, options: list[Option]) -> Shared:
         specs = {name: spec for option in options for name, spec in option.specs.items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__, console
-from .command_group import Above, Commands, Number, Pin, Share, Whole, Words, as_mapping, options
+from .command_group import Above, Commands, Number, Pin, Share, Whole, Words, as_mapping, as_words, options
 from .errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ CALIBRATION_OPTIONS = options(
     ),
     option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
 )
-BUDGET_OPTIONS = options(
-    option("--avg-bits", type=Number(2, 16), help="Bits per weight on average, all counted, shared out by loss."),
-    option("--size", metavar="SIZE", help="How large the weight files may be, such as 300MiB; shared out by loss."),
+STORAGE_OPTIONS = options(
     option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
     option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
     option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
@@ -73,6 +71,11 @@ BUDGET_OPTIONS = options(
     option("--formats", type=Words(), metavar="LABELS", help="Only these, such as w4g128,w8g128. [default: all]"),
     option("--target", type=click.Choice(["vllm"]), help="Only what this runtime loads. [default: none]"),
 )  # fmt: skip
+BUDGET_OPTIONS = options(
+    option("--avg-bits", type=Number(2, 16), help="Bits per weight on average, all counted, shared out by loss."),
+    option("--size", metavar="SIZE", help="How large the weight files may be, such as 300MiB; shared out by loss."),
+    STORAGE_OPTIONS,
+)
 TARGET_OPTIONS = options(
     option("--max-kl", type=Above(0), help="The smallest model that loses so many nats per token at most."),
     option("--max-ppl-increase", type=Share(), metavar="PERCENT", help="The same for the perplexity, such as 2%."),
@@ -169,9 +172,46 @@ def plan(model: str, out: Path, force: bool, as_json: bool, quiet: bool, verbose
 
 def _again(settings: dict[str, Any]) -> list[str]:
     """The options of a plan that its build needs too: the recipe's other passes and the calibration text."""
-    kept = {name: settings[name] for name in ("preset", "recipe", "calib", "samples", "seq_len", "seed")}
-    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in kept.items() if value is not None)
-    return [word for pair in pairs for word in pair]
+    return as_words({name: settings[name] for name in ("preset", "recipe", "calib", "samples", "seq_len", "seed")})
+
+
+@main.command()
+@click.argument("model")
+@option(
+    "--out",
+    "-o",
+    default=".",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Where to write pareto.html and pareto.png. [default: the current folder]",
+)
+@option("--verify", type=Whole(0), default=0, metavar="N", help="Build and measure N of the points. [default: none]")
+@option("--text", metavar="SOURCE", help="What to measure them on, as for `quantc eval`.")
+@STORAGE_OPTIONS
+@CALIBRATION_OPTIONS
+@DEVICE_OPTION
+@option("--force", is_flag=True, help="Replace these two files if they exist.")
+@OUTPUT_OPTIONS
+def pareto(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Plot quality against size for MODEL, as predicted.
+
+    One measurement serves every size; every point says how `quantc quantize` builds it.
+
+    \b
+    Example: quantc pareto Qwen/Qwen3-0.6B --verify 3 --text book.txt
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with console.session(quiet, verbose) as progress:
+        from . import api, tables
+
+        curve = api.pareto(model, progress=progress, **settings)
+    if as_json:
+        console.show_json(curve.to_dict())
+    elif not quiet:
+        own = ("out", "verify", "text", "device", "force")
+        again = as_words({name: value for name, value in settings.items() if name not in own})
+        middle = curve.points[len(curve.points) // 2].option.split()
+        console.show(tables.swept(curve, ["quantc", "quantize", model, *middle, *again]))
 
 
 @main.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -141,6 +141,20 @@ class Words(click.ParamType):
 def as_mapping(ctx: click.Context, param: click.Parameter, value: tuple[tuple[str, int], ...]) -> dict[str, int] | None:
     """Callback of an option that may be repeated: its pairs as a mapping, None where there are none."""
     return dict(value) or None
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that gives these settings; None is one that was not given."""
+    words: list[str] = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "symmetric" and value is not None:
+            words.append("--symmetric" if value else "--asymmetric")
+        elif isinstance(value, dict):
+            words += [word for key, item in value.items() for word in (flag.removesuffix("s"), f"{key}={item}")]
+        elif value is not None:
+            words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+    return words
 
 
 def options(*decorators: Decorator) -> Decorator:

@@ -37,6 +37,8 @@ from .tokens import calibration_tokens
 from .units import parse_size
 
 PathLike = str | os.PathLike[str]
+BUDGETS = ("avg_bits", "size")  # of allocate
+ANY_SIZE = 1 << 60  # bytes
 
 
 class Settings(TypedDict, total=False):
@@ -97,6 +99,15 @@ class Job:
         pipeline.check_order(passes, planned=plan is not None)
         return cls(chosen, passes, given_plan, notes, device, progress or LogProgress())
 
+    @classmethod
+    def generous(cls, settings: Settings, device: str, progress: Progress | None) -> Job:
+        """With a budget that holds any plan, in place of the recipe's; raises UsageError where settings have one."""
+        given = next((name for name in ("bits", *BUDGETS) if settings.get(name) is not None), None)
+        if given is not None:
+            raise UsageError(f"{given} says how small the model is to be, but all sizes are looked at; leave it out.")
+        recipe = _resolve_recipe(settings.get("recipe"), settings.get("preset")).without("allocate", *BUDGETS)
+        return cls.of({**settings, "recipe": recipe, "preset": None, "size": ANY_SIZE}, None, device, progress)
+
     def open(self, source: Source, output: str) -> Run:
         """The run on a model, planned as far as numbers say."""
         graph = derive(source.model, source.load, to_meta)
@@ -135,7 +146,7 @@ class Job:
 
     def planned(self, specs: dict[str, QuantSpec | None], tokens: torch.Tensor, calibration: str) -> Job:
         """The same with specs for the linears and no budget, and this calibration set (samples, T)."""
-        recipe = self.recipe.without("allocate", "avg_bits")
+        recipe = self.recipe.without("allocate", *BUDGETS)
         return replace(
             self, recipe=recipe, passes=recipe.build_passes(), plan=Plan(dict(specs)), given=(tokens, calibration)
         )
@@ -156,6 +167,8 @@ class Job:
 
 
 class TooLarge(Exception):
+    """A build takes so many bytes more than it may."""
+
     def __init__(self, excess: int):
         super().__init__(f"{excess} bytes too many")
         self.excess = excess
@@ -181,6 +194,7 @@ def _allocation(settings: Settings) -> dict[str, Any]:
 
 
 def as_bytes(size: int | str) -> int:
+    """Bytes, of a number of them or of text such as 300MiB."""
     return parse_size(size) if isinstance(size, str) else size
 
 

@@ -42,7 +42,7 @@ def pursue(
 
         def build(shared: Shared) -> float:
             folder = place.folder / f"build-{len(built) + 1}"
-            one = job.planned(shared.specs, tokens, run.report.calibration)
+            one = job.planned({**run.plan.specs, **shared.specs}, tokens, run.report.calibration)
             built.append((shared, folder, one.build(open_model(model), folder, output=str(out))))
             return target.found(compare(folder, windows))
 

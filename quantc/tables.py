@@ -14,6 +14,7 @@ from .spec import QuantSpec
 from .units import duration, number, plural, ratio, rewritten, size
 
 if TYPE_CHECKING:
+    from .pareto import Curve
     from .pipeline import Run
 
 WORST = 5  # linears named in the summary of a run
@@ -63,6 +64,18 @@ def planned(rows: list[dict[str, Any]], notes: list[str], next_command: list[str
     written = Text.assemble(("Wrote ", "bold green"), (next_command[next_command.index("--plan") + 1], "bold"))
     parts: list[RenderableType] = [written, table, *(Text(note) for note in notes)]
     return Group(*parts, _heading("Next"), _command(next_command))
+
+
+def swept(curve: Curve, next_command: list[str]) -> RenderableType:
+    """The points of a curve, uniform widths beside them, and how to build one of the points."""
+    from .pareto import explained, table
+
+    written = Text.assemble(("Wrote ", "bold green"), (" and ".join(str(file) for file in curve.files), "bold"))
+    parts: list[RenderableType] = [written, Text(explained(curve), style="dim"), _points(*table(curve.points))]
+    if curve.uniform:
+        parts += [_heading("The same width everywhere"), _points(*table(curve.uniform))]
+    parts += _lines("Notes", [Text(note) for note in curve.notes])
+    return Group(*parts, _heading("Next, or with the option of another point"), _command(next_command))
 
 
 def inspected(report: dict[str, Any]) -> RenderableType:
@@ -148,6 +161,13 @@ def _worst(linears: list[dict[str, Any]]) -> RenderableType:
     for linear in linears:
         table.add_row(linear["name"], label(linear["spec"]), number(linear["error"]), linear["method"])
     return _indented(table)
+
+
+def _points(heads: list[str], rows: list[list[str]]) -> RenderableType:
+    table = _table(heads, numeric=set(heads[1:-1]))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _inspect_row(linear: dict[str, Any], stacks: bool) -> list[str]:

@@ -59,7 +59,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None
 
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
-    heavy = "{'torch', 'transformers', 'numpy', 'rich', 'yaml', 'psutil'}"
+    heavy = "{'torch', 'transformers', 'numpy', 'rich', 'yaml', 'psutil', 'matplotlib'}"
     code = f"import sys, quantc.cli; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0, finished.stderr
@@ -205,10 +205,12 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
         ("quantize m --max-ppl-increase 2", "--max-ppl-increase is 2, but must be a percentage above 0, such as 2%."),
         ("quantize m --bitz 4", "No such option --bitz; did you mean --bits? See `quantc quantize --help`."),
         ("quantize m --bits 4 --method awq", "'awq' is not one of 'gptq', 'rtn'."),
+        ("pareto m --verify 1", "verified points are measured on a text, and there is none; pass --text too."),
+        ("pareto m --avg-bits 3", "No such option --avg-bits"),
         ("quantize m --recipe nowhere.yaml", "File 'nowhere.yaml' does not exist."),
         ("quantize", "Missing argument 'MODEL'."),
         ("quantise m", "No such command 'quantise'; did you mean quantize? See `quantc --help`."),
-        ("frobnicate", "No such command 'frobnicate'; known are quantize, plan, recipe, eval,"),
+        ("frobnicate", "No such command 'frobnicate'; known are quantize, plan, pareto, recipe, eval,"),
         ("eval m", "Missing option '--text'."),
         ("eval m --text t.txt --dtype int8", "'int8' is not one of 'float32', 'bfloat16', 'float16'."),
         ("inspect nowhere", "nowhere is no folder; pass a checkpoint that `quantc quantize` wrote."),

@@ -11,7 +11,7 @@ import torch
 
 import quantc
 from quantc.budget import Shared
-from quantc.checkpoint import verify
+from quantc.checkpoint import CheckpointReader, verify
 from quantc.errors import UsageError
 from quantc.numerics.allocation import Infeasible
 from quantc.report import read_report
@@ -104,6 +104,14 @@ def test_a_model_meets_its_target(wanted: dict[str, float], low: float, high: fl
     assert found.perplexity_original is not None
     increase = 100 * (found.perplexity / found.perplexity_original - 1)
     assert figures[0] == pytest.approx(found.mean_kl if "max_kl" in wanted else increase, rel=1e-2)
+
+
+def test_the_head_is_quantized_and_a_size_in_the_recipe_has_no_say(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\npasses: [{allocate: {size: 1000000, head_bits: 8}}, quantize]\n")
+    settings = {"calib": str(TEXT), "samples": 16, "seq_len": 48, "recipe": recipe}
+    quantc.quantize(MODEL, out=tmp_path / "out", max_kl=0.1, **settings)  # type: ignore[arg-type]
+    assert CheckpointReader(tmp_path / "out").entries["model.embed_tokens.weight"].spec.bits == 8
 
 
 def test_contradictions_are_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
