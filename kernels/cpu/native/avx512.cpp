@@ -1,6 +1,7 @@
 // One register of 16 rows. Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c.
 #if defined(__x86_64__)
 #define LANES 16
+#include "hadamard.h"
 #include "lookup.h"
 
 static bool runs_here() {
@@ -10,6 +11,7 @@ static bool runs_here() {
 }
 
 const Level LEVEL_AVX512 = {
-    "avx512", runs_here, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, multiply<Lookup>, nullptr, nullptr, unpack<Lookup>,
+    "avx512", runs_here, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate,
+    multiply<Lookup>, nullptr, nullptr, unpack<Lookup>,
 };
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "image.h"
+#include "weight.h"
 
 enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
@@ -36,6 +37,8 @@ struct Level {
   void (*load_int8)(const Image*, const float* ordered, int8_t* row, float* scales, float* sums);
   // x times the scales of a per_ic group; returns the sum of (mid - zero) times that.
   float (*scale_inputs)(const Image*, const float* ordered, int64_t group, float* scaled);
+  // One row of a type, rotated. workspace: rotation_room bytes, at a multiple of 64.
+  void (*rotate)(const Rotation*, const void* x, Type, void* out, float* workspace);
   Strips by_float;
   Strips by_bfloat16;  // or null
   Strips by_int8;
