@@ -42,9 +42,15 @@ _INTERFACE = {
 
 
 class Weight(ctypes.Structure):
-    """Weight of native/weight.h: addresses."""
+    """Weight of native/weight.h: addresses, and the rank of the low-rank addition."""
 
-    _fields_ = (("image", ctypes.c_void_p), ("rotation", ctypes.c_void_p))
+    _fields_ = (
+        ("image", ctypes.c_void_p),
+        ("rotation", ctypes.c_void_p),
+        ("low_rank_a", ctypes.c_void_p),
+        ("low_rank_b", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+    )
 
 
 class Library:

@@ -45,9 +45,9 @@ LIBRARY.define(
 class NativeWeight:
     """A prepared weight (N, K).
 
-    image: uint8 (bytes,), see native/image.h. low_rank_a, low_rank_b: (R, K) and (N, R) in the activations' dtype, or
-    None. hadamard: order of the input's rotation, 0 for none. int8: whether activations are rounded. handle: what the
-    library reads all that from.
+    image: uint8 (bytes,), see native/image.h. low_rank_a, low_rank_b: float16 (R, K) and (ceil(N / 16), R, 16), or
+    None. hadamard: order of the input's rotation, 0 for none. int8: whether activations are rounded. handle, at
+    address: what the library reads all that from.
     """
 
     image: torch.Tensor
@@ -62,7 +62,9 @@ class NativeWeight:
 
     def __post_init__(self) -> None:
         tables = rotation.rotation(self.k, self.hadamard).address if self.hadamard else None
-        handle = library.Weight(self.image.data_ptr(), tables)
+        a, b = self.low_rank_a, self.low_rank_b
+        factors = (None, None, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
+        handle = library.Weight(self.image.data_ptr(), tables, *factors)
         object.__setattr__(self, "handle", handle)
         object.__setattr__(self, "address", ctypes.addressof(handle))
 
@@ -104,8 +106,8 @@ class NativeCpu:
         return NativeWeight(
             image,
             *shape,
-            None if a is None else a.to(dtype),
-            None if b is None else b.to(dtype),
+            None if a is None else a.contiguous(),
+            None if b is None else in_strips(b),
             spec.hadamard,
             self.int8,
         )
@@ -161,6 +163,12 @@ def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
     return image
 
 
+def in_strips(b: torch.Tensor) -> torch.Tensor:
+    """b (N, R) as the library reads it: (ceil(N / 16), R, 16), filled up with zeros."""
+    padded = F.pad(b, (0, 0, 0, -b.shape[0] % STRIP))
+    return padded.unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
+
+
 def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -171,7 +179,8 @@ def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> tor
     rows = x.numel() // w.k
     y = x.new_empty(*shape[:-1], w.n)
     if rows >= PANEL_FROM.get(x.dtype, rows + 1) and not w.int8:
-        _through_panels(_rotated(x, w).view(rows, w.k), w, bias, y.view(rows, w.n))
+        x = rotation.rotate(x, w.hadamard, torch.get_num_threads()) if w.hadamard else x
+        _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
     elif rows:
         if bias is not None and not (bias.is_contiguous() and bias.dtype in TYPES):
             bias = bias.contiguous().float()
@@ -180,15 +189,7 @@ def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> tor
             w.address, x.data_ptr(), y.data_ptr(), address, rows, TYPES[x.dtype], bias_type, w.int8,
             torch.get_num_threads(),
         )  # fmt: skip
-    if w.low_rank_a is not None and w.low_rank_b is not None:
-        x = _rotated(x, w)
-        y += F.linear(F.linear(x, w.low_rank_a), w.low_rank_b)
     return y
-
-
-def _rotated(x: torch.Tensor, w: NativeWeight) -> torch.Tensor:
-    """Contiguous x (..., K) as the products want it."""
-    return rotation.rotate(x, w.hadamard, torch.get_num_threads()) if w.hadamard else x
 
 
 def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
@@ -214,6 +215,8 @@ def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None,
             torch.mm(x, panel, out=y[:, start:stop])
         else:
             torch.addmm(bias[start:stop].to(x.dtype), x, panel, out=y[:, start:stop])
+    if w.low_rank_a is not None:
+        y += _low_rank(x, w)
 
 
 def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -222,6 +225,14 @@ def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None)
     weight = x.new_empty(w.k, w.n)
     unpack(w, 0, w.n, weight)
     y = x @ weight
-    if w.low_rank_a is not None and w.low_rank_b is not None:
-        y = y + F.linear(F.linear(x, w.low_rank_a), w.low_rank_b)
+    if w.low_rank_a is not None:
+        y = y + _low_rank(x, w)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _low_rank(x: torch.Tensor, w: NativeWeight) -> torch.Tensor:
+    """b (a x) by torch, where it has multiplied with unpacked weights; x rotated."""
+    assert w.low_rank_a is not None
+    assert w.low_rank_b is not None
+    b = w.low_rank_b.transpose(1, 2).flatten(0, 1)[: w.n]
+    return F.linear(F.linear(x, w.low_rank_a.to(x.dtype)), b.to(x.dtype))

@@ -24,7 +24,7 @@ enum Kind { BY_FLOAT, BY_BFLOAT16, BY_INT8 };
 struct Multiplication {
   const Level* level;
   const Image* w;
-  const Rotation* rotation;
+  const Weight* weight;
   const char* x;
   char* y;
   const void* bias;
@@ -34,14 +34,17 @@ struct Multiplication {
   // The rows of x in the order of the blocks, as the kernel wants them; per_ic leaves the scaling to the workers.
   char* ordered;
   float *sums, *scales;
+  float *inner, *added;  // the low-rank addition, half done [m][rank] and with the bias [m][n]
   int64_t row_bytes, strips_in_piece;
 };
 
 int64_t groups_of_inputs(const Image* w) { return w->per_ic ? 1 : w->groups; }
 
-// Products that take as long as bringing a row into its order, and rotating it first: 16 inputs of a Zen 5 in one
-// instruction and 8 others, or base / 4 more.
-int64_t cost_of_row(int64_t k, const Rotation* rotation) { return k * (8 + (rotation ? 32 + rotation->base : 0)); }
+// Products that take as long as what comes before them: x to its order 0.1 ns a value, rotated 0.4 and more, a x as the
+// products themselves but for the unpacking of float16.
+int64_t cost_of_row(int64_t k, const Rotation* rotation, int64_t rank) {
+  return k * (8 + (rotation ? 32 + rotation->base : 0) + 2 * rank);
+}
 
 int threads_for_rows(int64_t rows, int64_t cost, int threads) { return rows * cost < ALONE ? 1 : threads; }
 
@@ -58,22 +61,25 @@ void load_row(void* context, int64_t row) {
   const Multiplication& job = *static_cast<const Multiplication*>(context);
   const Image* w = job.w;
   const int64_t row_size = w->k * size_of(job.type);
-  const size_t rotated = job.rotation ? aligned(static_cast<size_t>(row_size)) : 0;
-  const size_t ordered = static_cast<size_t>(4 * w->blocks * BLOCK), rotating = rotation_room(job.rotation);
+  const Rotation* rotation = job.weight->rotation;
+  const size_t rotated = rotation ? aligned(static_cast<size_t>(row_size)) : 0;
+  const size_t ordered = static_cast<size_t>(4 * w->blocks * BLOCK), rotating = rotation_room(rotation);
   char* room = worker_scratch.at_least(rotated + (ordered > rotating ? ordered : rotating));
   float* workspace = reinterpret_cast<float*>(room + rotated);
   const void* x = job.x + row * row_size;
-  if (job.rotation) {
-    job.level->rotate(job.rotation, x, job.type, room, workspace);
+  if (rotation) {
+    job.level->rotate(rotation, x, job.type, room, workspace);
     x = room;
   }
+  if (job.weight->rank) job.level->times_a(job.weight, w->k, x, job.type, job.inner + row * job.weight->rank);
   order_row(job, x, row, workspace);
 }
 
 void multiply_tile(const Multiplication& job, Inputs inputs, int64_t row, int64_t from, int64_t to) {
-  const int64_t left = job.m - row;
-  Outputs out{job.y + row * job.w->n * size_of(job.type), job.bias, job.type, job.bias_type, job.w->n,
-              static_cast<int>(left < inputs.m ? left : inputs.m)};
+  const int64_t n = job.w->n, left = job.m - row;
+  const bool own = job.weight->rank > 0;
+  Outputs out{job.y + row * n * size_of(job.type), own ? job.added + row * n : job.bias, job.type,
+              own ? FLOAT32 : job.bias_type, n, static_cast<int>(left < inputs.m ? left : inputs.m), own ? n : 0};
   const Strips kernel = job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
   kernel(job.w, inputs, out, from, to);
 }
@@ -105,11 +111,19 @@ void multiply_per_ic(const Multiplication& job, int64_t row, int m, int64_t from
   }
 }
 
+void add_low_rank(const Multiplication& job, int64_t from, int64_t to) {
+  const int64_t first = first_row(job.w, from), last = first_row(job.w, to - 1) + rows_in(job.w, to - 1);
+  for (int64_t row = 0; row < job.m; ++row)
+    job.level->add_times_b(job.weight, job.inner + row * job.weight->rank, job.bias, job.bias_type, first, last,
+                           job.added + row * job.w->n);
+}
+
 void multiply_piece(void* context, int64_t piece) {
   const Multiplication& job = *static_cast<const Multiplication*>(context);
   const Image* w = job.w;
   const int64_t from = piece * job.strips_in_piece, all = w->strips;
   const int64_t to = from + job.strips_in_piece < all ? from + job.strips_in_piece : all;
+  if (job.weight->rank) add_low_rank(job, from, to);
   const int64_t sums_stride = groups_of_inputs(w), value = job.kind == BY_INT8 ? 1 : job.kind == BY_BFLOAT16 ? 2 : 4;
   for (int64_t row = 0; row < job.m; row += job.level->tile) {
     const int m = padded_tile(job.m - row, job.level->tile);
@@ -129,10 +143,15 @@ void take_room(Multiplication& job, int64_t rows) {
   const int64_t tile = job.level->tile, padded = (rows + tile - 1) / tile * tile;
   const size_t ordered = aligned(static_cast<size_t>(padded * job.row_bytes));
   const size_t sums = aligned(static_cast<size_t>(4 * padded * groups_of_inputs(w)));
-  char* room = caller_scratch.at_least(ordered + sums + static_cast<size_t>(4 * padded * w->blocks));
+  const size_t scales = aligned(static_cast<size_t>(4 * padded * w->blocks));
+  const int64_t rank = job.weight->rank;
+  const size_t inner = aligned(static_cast<size_t>(4 * rows * rank)), added = static_cast<size_t>(rank ? 4 * rows * w->n : 0);
+  char* room = caller_scratch.at_least(ordered + sums + scales + inner + added);
   job.ordered = room;
   job.sums = reinterpret_cast<float*>(room + ordered);
   job.scales = reinterpret_cast<float*>(room + ordered + sums);
+  job.inner = reinterpret_cast<float*>(room + ordered + sums + scales);
+  job.added = reinterpret_cast<float*>(room + ordered + sums + scales + inner);
 }
 
 // Pieces that fit a core's cache, a few for each thread, and no thread for next to nothing.
@@ -152,19 +171,20 @@ void multiply(const Weight& weight, const Call& call) {
   Multiplication job{};
   const Image* w = job.w = static_cast<const Image*>(weight.image);
   job.level = &level();
-  job.rotation = weight.rotation;
+  job.weight = &weight;
   job.bias = call.bias;
   job.type = call.type;
   job.bias_type = call.bias_type;
   const bool by_bfloat16 = job.type == BFLOAT16 && job.level->by_bfloat16 && !w->per_ic;
   job.kind = call.int8 && job.level->by_int8 ? BY_INT8 : by_bfloat16 ? BY_BFLOAT16 : BY_FLOAT;
   take_room(job, call.m < SLAB ? call.m : SLAB);
+  const int64_t cost = cost_of_row(w->k, weight.rotation, weight.rank);
   const int64_t x_row = w->k * size_of(job.type), y_row = w->n * size_of(job.type);
   for (int64_t from = 0; from < call.m; from += SLAB) {
     job.m = call.m - from < SLAB ? call.m - from : SLAB;
     job.x = static_cast<const char*>(call.x) + from * x_row;
     job.y = static_cast<char*>(call.y) + from * y_row;
-    share_out(job.m, threads_for_rows(job.m, cost_of_row(w->k, job.rotation), call.threads), load_row, &job);
+    share_out(job.m, threads_for_rows(job.m, cost, call.threads), load_row, &job);
     run(job, call.threads);
   }
 }
@@ -187,5 +207,5 @@ void rotate_row(void* context, int64_t row) {
 
 void rotate_rows(const Rotation& rotation, const void* x, void* out, int64_t m, Type type, int threads) {
   Rotating job{&rotation, static_cast<const char*>(x), static_cast<char*>(out), type};
-  share_out(m, threads_for_rows(m, cost_of_row(rotation.width, &rotation), threads), rotate_row, &job);
+  share_out(m, threads_for_rows(m, cost_of_row(rotation.width, &rotation, 0), threads), rotate_row, &job);
 }

@@ -1,4 +1,4 @@
-// y = x W^T + bias: what rows of x go through before and while the strips of W are multiplied.
+// y = x W^T + b (a x) + bias: what rows of x go through before and while the strips of W are multiplied.
 #pragma once
 
 #include "level.h"

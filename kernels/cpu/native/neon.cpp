@@ -2,10 +2,11 @@
 #if defined(__aarch64__)
 #define LANES 4
 #include "hadamard.h"
+#include "low_rank.h"
 #include "strips.h"
 
 const Level LEVEL_NEON = {
-    "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate,
+    "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
     multiply<Converter>, nullptr, nullptr, unpack<Converter>,
 };
 #endif

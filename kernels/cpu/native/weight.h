@@ -17,6 +17,9 @@ struct Rotation {
 struct Weight {
   const void* image;
   const Rotation* rotation;  // of x, or null
+  // y += b (a x), x rotated, in float16: a [rank][k], b [ceil(n / 16)][rank][16]. rank: 0 without.
+  const uint16_t *low_rank_a, *low_rank_b;
+  int64_t rank;
 };
 
 // Bytes of the workspace that rotating a row takes, in floats: the row, what a last load of sixteen reads beyond it,

@@ -187,7 +187,7 @@ INLINE void round_to(Type type, const Floats& sums, void* out) {
 INLINE void store_row(const Outputs& to, int m, int64_t first, int count, Floats sums) {
   if (to.bias) {
     float bias[STRIP] = {};
-    for (int r = 0; r < count; ++r) bias[r] = load_as_float(to.bias, to.bias_type, first + r);
+    for (int r = 0; r < count; ++r) bias[r] = load_as_float(to.bias, to.bias_type, m * to.bias_stride + first + r);
     Floats added;
     __builtin_memcpy(&added, bias, sizeof bias);
     sums = add(sums, added);

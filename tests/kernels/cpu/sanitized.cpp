@@ -46,7 +46,10 @@ static void exercise(int bits, int64_t n, int64_t k, int64_t group, bool per_ic,
   Block image(static_cast<size_t>(quantc_cpu_image_bytes(bits, n, k, group, per_ic, symmetric)), true);
   quantc_cpu_pack(bits, n, k, group, per_ic, codes.data, scales.data, symmetric ? nullptr : zeros.data, image.data, 2);
   const Tables tables(k);
-  const Weight weight{image.data, k > 1 ? &tables.rotation : nullptr};
+  const int64_t rank = k % 7;
+  Block a(static_cast<size_t>(2 * rank * k)), b(static_cast<size_t>(2 * rank * ((n + 15) / 16 * 16)));
+  const Weight weight{image.data, k > 1 ? &tables.rotation : nullptr, reinterpret_cast<const uint16_t*>(a.data),
+                      reinterpret_cast<const uint16_t*>(b.data), rank};
   for (int type = 0; type < 3; ++type) {
     const size_t size = type ? 2 : 4;
     for (int64_t m : {1, 2, 3, 5, 8, 9, 33, 65}) {
