@@ -40,10 +40,9 @@ struct Level {
   float (*scale_inputs)(const Image*, const float* ordered, int64_t group, float* scaled);
   // One row of a type, rotated. workspace: rotation_room bytes, at a multiple of 64.
   void (*rotate)(const Rotation*, const void* x, Type, void* out, float* workspace);
-  // inner [rank] = a x for one row of a type, and added [from, to) = bias + b inner.
+  // inner [rank] = a x for one row of a type, and added [rows][from, to) of [rows][n] = bias + b inner for y's rows.
   void (*times_a)(const Weight*, int64_t k, const void* x, Type, float* inner);
-  void (*add_times_b)(const Weight*, const float* inner, const void* bias, Type bias_type, int64_t from, int64_t to,
-                      float* added);
+  void (*add_times_b)(const Weight*, const float* inner, const Outputs& y, int64_t from, int64_t to, float* added);
   Strips by_float;
   Strips by_bfloat16;  // or null
   Strips by_int8;

@@ -113,9 +113,8 @@ void multiply_per_ic(const Multiplication& job, int64_t row, int m, int64_t from
 
 void add_low_rank(const Multiplication& job, int64_t from, int64_t to) {
   const int64_t first = first_row(job.w, from), last = first_row(job.w, to - 1) + rows_in(job.w, to - 1);
-  for (int64_t row = 0; row < job.m; ++row)
-    job.level->add_times_b(job.weight, job.inner + row * job.weight->rank, job.bias, job.bias_type, first, last,
-                           job.added + row * job.w->n);
+  const Outputs all_rows{job.y, job.bias, job.type, job.bias_type, job.w->n, static_cast<int>(job.m)};
+  job.level->add_times_b(job.weight, job.inner, all_rows, first, last, job.added);
 }
 
 void multiply_piece(void* context, int64_t piece) {
