@@ -15,11 +15,14 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import UsageError
 
-VERSION = 1  # of the C interface in native/api.h and of images
+VERSION = 2  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
 FOLDER = Path(__file__).parent
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them
 
 _INT, _LONG, _POINTER, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
 _INTERFACE = {
@@ -32,9 +35,22 @@ _INTERFACE = {
     "image_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _INT, _INT]),
     "pack": (None, [_INT, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT]),
     "matmul": (None, [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _INT]),
+    "rotate": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT]),
     "panel_step": (_LONG, [_POINTER]),
     "unpack": (None, [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]),
 }
+
+
+class Weight(ctypes.Structure):
+    """Weight of native/weight.h: addresses, and the rank of the low-rank addition."""
+
+    _fields_ = (
+        ("image", ctypes.c_void_p),
+        ("rotation", ctypes.c_void_p),
+        ("low_rank_a", ctypes.c_void_p),
+        ("low_rank_b", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+    )
 
 
 class Library:
@@ -49,6 +65,7 @@ class Library:
     image_bytes: Any
     pack: Any
     matmul: Any
+    rotate: Any
     panel_step: Any
     unpack: Any
 

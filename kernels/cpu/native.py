@@ -10,8 +10,10 @@ products of integers, with a scale for every 32 activations. Nothing else change
 
 from __future__ import annotations
 
+import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -19,10 +21,10 @@ from torch.nn import functional as F
 from ...formats import Parts
 from ...spec import QuantSpec
 from ..rotation import rotate
-from . import library
+from . import library, rotation
+from .library import TYPES
 
 INT8_VARIABLE = "QUANTC_CPU_INT8"
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STRIP, BLOCK, ALIGNMENT = 16, 32, 64  # as in native/image.h
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
 # Rows of x from which torch multiplies with unpacked panels. Own float32 sums are 1.5 to 5 times as fast as torch's
@@ -43,19 +45,32 @@ LIBRARY.define(
 class NativeWeight:
     """A prepared weight (N, K).
 
-    image: uint8 (bytes,), see native/image.h; address: where it lies. low_rank_a, low_rank_b: (R, K) and (N, R) in the
-    activations' dtype, or None. hadamard: order of the input's rotation, 0 for none. int8: whether activations are
-    rounded.
+    image: uint8 (bytes,), see native/image.h. low_rank_a, low_rank_b: float16 (R, K) and (ceil(N / 16), R, 16), or
+    None. hadamard: order of the input's rotation, 0 for none. int8: whether activations are rounded. handle, at
+    address: what the library reads all that from.
     """
 
     image: torch.Tensor
-    address: int
     n: int
     k: int
     low_rank_a: torch.Tensor | None
     low_rank_b: torch.Tensor | None
     hadamard: int
     int8: bool
+    handle: library.Weight = field(init=False, repr=False)
+    address: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tables = rotation.rotation(self.k, self.hadamard).address if self.hadamard else None
+        a, b = self.low_rank_a, self.low_rank_b
+        factors = (None, None, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
+        handle = library.Weight(self.image.data_ptr(), tables, *factors)
+        object.__setattr__(self, "handle", handle)
+        object.__setattr__(self, "address", ctypes.addressof(handle))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has memory, and so addresses, of its own."""
+        return NativeWeight, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
 
 class NativeCpu:
@@ -90,10 +105,9 @@ class NativeCpu:
         a, b = parts.get("low_rank_a"), parts.get("low_rank_b")
         return NativeWeight(
             image,
-            image.data_ptr(),
             *shape,
-            None if a is None else a.to(dtype),
-            None if b is None else b.to(dtype),
+            None if a is None else a.contiguous(),
+            None if b is None else in_strips(b),
             spec.hadamard,
             self.int8,
         )
@@ -124,7 +138,7 @@ def _native_matmul(
     hadamard: int,
     int8: bool,
 ) -> torch.Tensor:
-    weight = NativeWeight(image, image.data_ptr(), n, x.shape[-1], low_rank_a, low_rank_b, hadamard, int8)
+    weight = NativeWeight(image, n, x.shape[-1], low_rank_a, low_rank_b, hadamard, int8)
     return multiply(x, weight, bias)
 
 
@@ -149,18 +163,23 @@ def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
     return image
 
 
+def in_strips(b: torch.Tensor) -> torch.Tensor:
+    """b (N, R) as the library reads it: (ceil(N / 16), R, 16), filled up with zeros."""
+    padded = F.pad(b, (0, 0, 0, -b.shape[0] % STRIP))
+    return padded.unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
+
+
 def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype."""
     if x.requires_grad and torch.is_grad_enabled():
         return _differentiable(x, w, bias)
-    if w.hadamard:
-        x = rotate(x, w.hadamard)
     if not x.is_contiguous():
         x = x.contiguous()
     shape = x.shape
     rows = x.numel() // w.k
     y = x.new_empty(*shape[:-1], w.n)
     if rows >= PANEL_FROM.get(x.dtype, rows + 1) and not w.int8:
+        x = rotation.rotate(x, w.hadamard, torch.get_num_threads()) if w.hadamard else x
         _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
     elif rows:
         if bias is not None and not (bias.is_contiguous() and bias.dtype in TYPES):
@@ -170,8 +189,6 @@ def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> tor
             w.address, x.data_ptr(), y.data_ptr(), address, rows, TYPES[x.dtype], bias_type, w.int8,
             torch.get_num_threads(),
         )  # fmt: skip
-    if w.low_rank_a is not None and w.low_rank_b is not None:
-        y += F.linear(F.linear(x, w.low_rank_a), w.low_rank_b)
     return y
 
 
@@ -179,11 +196,11 @@ def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
     """Rows [start, stop) of W into out (K, stop - start); both on the steps of a panel, or stop is N."""
     assert out.is_contiguous()
     lib = library.loaded()
-    lib.unpack(w.address, start, stop, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+    lib.unpack(w.image.data_ptr(), start, stop, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
 
 
 def _panels(w: NativeWeight) -> list[tuple[int, int]]:
-    step = library.loaded().panel_step(w.address)
+    step = library.loaded().panel_step(w.image.data_ptr())
     rows = max(1, PANEL_ROWS // step) * step
     return [(start, min(start + rows, w.n)) for start in range(0, w.n, rows)]
 
@@ -198,6 +215,8 @@ def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None,
             torch.mm(x, panel, out=y[:, start:stop])
         else:
             torch.addmm(bias[start:stop].to(x.dtype), x, panel, out=y[:, start:stop])
+    if w.low_rank_a is not None:
+        y += _low_rank(x, w)
 
 
 def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -206,6 +225,14 @@ def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None)
     weight = x.new_empty(w.k, w.n)
     unpack(w, 0, w.n, weight)
     y = x @ weight
-    if w.low_rank_a is not None and w.low_rank_b is not None:
-        y = y + F.linear(F.linear(x, w.low_rank_a), w.low_rank_b)
+    if w.low_rank_a is not None:
+        y = y + _low_rank(x, w)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _low_rank(x: torch.Tensor, w: NativeWeight) -> torch.Tensor:
+    """b (a x) by torch, where it has multiplied with unpacked weights; x rotated."""
+    assert w.low_rank_a is not None
+    assert w.low_rank_b is not None
+    b = w.low_rank_b.transpose(1, 2).flatten(0, 1)[: w.n]
+    return F.linear(F.linear(x, w.low_rank_a.to(x.dtype)), b.to(x.dtype))

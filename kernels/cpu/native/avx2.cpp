@@ -1,11 +1,14 @@
 // Two registers of 8 rows. Compiled with -mavx2 -mfma -mf16c.
 #if defined(__x86_64__)
 #define LANES 8
+#include "hadamard.h"
+#include "low_rank.h"
 #include "strips.h"
 
 const Level LEVEL_AVX2 = {
     "avx2",
     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-    LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, multiply<Converter>, nullptr, nullptr, unpack<Converter>,
+    LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
+    multiply<Converter>, nullptr, nullptr, unpack<Converter>,
 };
 #endif

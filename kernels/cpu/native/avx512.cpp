@@ -1,7 +1,9 @@
 // One register of 16 rows. Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c.
 #if defined(__x86_64__)
 #define LANES 16
+#include "hadamard.h"
 #include "lookup.h"
+#include "low_rank.h"
 
 static bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -10,6 +12,7 @@ static bool runs_here() {
 }
 
 const Level LEVEL_AVX512 = {
-    "avx512", runs_here, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, multiply<Lookup>, nullptr, nullptr, unpack<Lookup>,
+    "avx512", runs_here, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
+    multiply<Lookup>, nullptr, nullptr, unpack<Lookup>,
 };
 #endif

@@ -35,8 +35,8 @@ void multiply_int8_plain(const Image* w, const Inputs& x, const Outputs& y, int6
         __builtin_memcpy(products, sums, sizeof sums);
         totals.add_int8_group(w, row, strip, g, products);
       }
-      const Outputs one{static_cast<char*>(y.y) + m * y.n * (y.type == FLOAT32 ? 4 : 2), y.bias, y.type, y.bias_type,
-                        y.n, 1};
+      const void* bias = static_cast<const char*>(y.bias) + 4 * m * y.bias_stride;
+      const Outputs one{static_cast<char*>(y.y) + m * y.n * (y.type == FLOAT32 ? 4 : 2), bias, y.type, y.bias_type, y.n, 1};
       totals.store(w, one, strip);
     }
 }

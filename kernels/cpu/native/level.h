@@ -2,6 +2,7 @@
 #pragma once
 
 #include "image.h"
+#include "weight.h"
 
 enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
@@ -22,6 +23,7 @@ struct Outputs {
   Type type, bias_type;
   int64_t n;
   int rows;          // of the tile that exist: the last one may be fuller than M
+  int64_t bias_stride = 0;  // 0 for the same bias in each row; n for one of its own, in float32
 };
 
 using Strips = void (*)(const Image*, const Inputs&, const Outputs&, int64_t from, int64_t to);
@@ -36,6 +38,11 @@ struct Level {
   void (*load_int8)(const Image*, const float* ordered, int8_t* row, float* scales, float* sums);
   // x times the scales of a per_ic group; returns the sum of (mid - zero) times that.
   float (*scale_inputs)(const Image*, const float* ordered, int64_t group, float* scaled);
+  // One row of a type, rotated. workspace: rotation_room bytes, at a multiple of 64.
+  void (*rotate)(const Rotation*, const void* x, Type, void* out, float* workspace);
+  // inner [rank] = a x for one row of a type, and added [rows][from, to) of [rows][n] = bias + b inner for y's rows.
+  void (*times_a)(const Weight*, int64_t k, const void* x, Type, float* inner);
+  void (*add_times_b)(const Weight*, const float* inner, const Outputs& y, int64_t from, int64_t to, float* added);
   Strips by_float;
   Strips by_bfloat16;  // or null
   Strips by_int8;

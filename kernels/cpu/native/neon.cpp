@@ -1,9 +1,12 @@
 // Four registers of 4 rows: what every 64-bit ARM has.
 #if defined(__aarch64__)
 #define LANES 4
+#include "hadamard.h"
+#include "low_rank.h"
 #include "strips.h"
 
 const Level LEVEL_NEON = {
-    "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, multiply<Converter>, nullptr, nullptr, unpack<Converter>,
+    "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
+    multiply<Converter>, nullptr, nullptr, unpack<Converter>,
 };
 #endif

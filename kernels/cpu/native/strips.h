@@ -104,7 +104,7 @@ void unpack_strip(const Image* w, int64_t strip, void* out, Type type, int64_t s
     const int64_t at = (strip * w->groups + b / w->group_blocks) * STRIP;
     Floats scales{}, offsets = all(0);
     if (!w->per_ic) {
-      scales = load_scales(scales_of(w) + at);
+      scales = load_float16(scales_of(w) + at);
       if (!w->symmetric) offsets = load_offsets(zeros_of(w) + at, w->mid);
     }
     Floats weights[BLOCK];

@@ -17,7 +17,7 @@ struct Totals {
       return;
     }
     const int64_t at = (strip * w->groups + g) * STRIP;
-    const Floats scales = load_scales(scales_of(w) + at);
+    const Floats scales = load_float16(scales_of(w) + at);
     if (w->symmetric) {
       for (int m = 0; m < M; ++m) sums[m] = multiply_add(products[m], scales, sums[m]);
       return;

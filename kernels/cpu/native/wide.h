@@ -114,10 +114,12 @@ INLINE Floats multiply_add(const Floats& a, float b, Floats sum) {
   for (int p = 0; p < PARTS; ++p) sum.part[p] += a.part[p] * b;
   return sum;
 }
-// Sixteen float16 scales, and what an asymmetric group adds to its codes less mid.
-INLINE Floats load_scales(const uint16_t* at) {
+INLINE Floats load_float16(const uint16_t* at) {
 #if LANES == 16
   return {{_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))}};
+#elif LANES == 8
+  const __m128i* halves = reinterpret_cast<const __m128i*>(at);
+  return {{_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
 #else
   float values[STRIP];
   for (int r = 0; r < STRIP; ++r) values[r] = from_float16(at[r]);
@@ -126,6 +128,21 @@ INLINE Floats load_scales(const uint16_t* at) {
   return out;
 #endif
 }
+// Sixteen floats of a type.
+INLINE Floats load_from(Type type, const void* at) {
+  if (type == FLOAT16) return load_float16(static_cast<const uint16_t*>(at));
+  Floats out;
+  if (type == FLOAT32) {
+    __builtin_memcpy(&out, at, sizeof out);
+    return out;
+  }
+  HalfLanes halves[PARTS];
+  __builtin_memcpy(halves, at, sizeof halves);
+  for (int p = 0; p < PARTS; ++p)
+    out.part[p] = reinterpret_cast<FloatLanes>(__builtin_convertvector(halves[p], WordLanes) << 16);
+  return out;
+}
+// What an asymmetric group adds to its codes less mid.
 INLINE Floats load_offsets(const uint8_t* at, int mid) {
   float values[STRIP];
   for (int r = 0; r < STRIP; ++r) values[r] = static_cast<float>(mid - at[r]);
@@ -170,7 +187,7 @@ INLINE void round_to(Type type, const Floats& sums, void* out) {
 INLINE void store_row(const Outputs& to, int m, int64_t first, int count, Floats sums) {
   if (to.bias) {
     float bias[STRIP] = {};
-    for (int r = 0; r < count; ++r) bias[r] = load_as_float(to.bias, to.bias_type, first + r);
+    for (int r = 0; r < count; ++r) bias[r] = load_as_float(to.bias, to.bias_type, m * to.bias_stride + first + r);
     Floats added;
     __builtin_memcpy(&added, bias, sizeof bias);
     sums = add(sums, added);

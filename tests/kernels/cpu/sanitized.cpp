@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "api.h"
+#include "weight.h"
 
 static unsigned state = 1;
 static unsigned next() { return state = state * 1664525u + 1013904223u, state >> 8; }
@@ -24,6 +25,19 @@ struct Block {
   size_t size;
 };
 
+// The rotation of a row in blocks of its largest divisor that is a power of two, or 12 times one, with any signs.
+struct Tables {
+  explicit Tables(int64_t k)
+      : base(k % 12 ? 1 : 12), signs(static_cast<size_t>((k + 15) / 16 * 2)), quarters(static_cast<size_t>(base * base / 4)) {
+    const int64_t block = base * ((k / base) & -(k / base));
+    for (size_t i = 0; i < quarters.size; ++i) quarters.data[i] &= 15;
+    rotation = {k, block, base, reinterpret_cast<const uint16_t*>(signs.data), quarters.data, 0.5f};
+  }
+  int64_t base;
+  Block signs, quarters;
+  Rotation rotation;
+};
+
 static void exercise(int bits, int64_t n, int64_t k, int64_t group, bool per_ic, bool symmetric) {
   const int64_t along = per_ic ? n : k, groups = (along + group - 1) / group;
   const int64_t rows = per_ic ? groups : n, columns = per_ic ? k : groups;
@@ -31,12 +45,17 @@ static void exercise(int bits, int64_t n, int64_t k, int64_t group, bool per_ic,
   Block zeros(static_cast<size_t>(rows * ((columns * bits + 7) / 8)));
   Block image(static_cast<size_t>(quantc_cpu_image_bytes(bits, n, k, group, per_ic, symmetric)), true);
   quantc_cpu_pack(bits, n, k, group, per_ic, codes.data, scales.data, symmetric ? nullptr : zeros.data, image.data, 2);
+  const Tables tables(k);
+  const int64_t rank = k % 7;
+  Block a(static_cast<size_t>(2 * rank * k)), b(static_cast<size_t>(2 * rank * ((n + 15) / 16 * 16)));
+  const Weight weight{image.data, k > 1 ? &tables.rotation : nullptr, reinterpret_cast<const uint16_t*>(a.data),
+                      reinterpret_cast<const uint16_t*>(b.data), rank};
   for (int type = 0; type < 3; ++type) {
     const size_t size = type ? 2 : 4;
     for (int64_t m : {1, 2, 3, 5, 8, 9, 33, 65}) {
       Block x(size * static_cast<size_t>(m * k)), y(size * static_cast<size_t>(m * n)), bias(size * static_cast<size_t>(n));
       for (int int8 = 0; int8 <= quantc_cpu_has_int8(); ++int8)
-        quantc_cpu_matmul(image.data, x.data, y.data, m % 2 ? bias.data : nullptr, m, type, type, int8, 2);
+        quantc_cpu_matmul(&weight, x.data, y.data, m % 2 ? bias.data : nullptr, m, type, type, int8, 2);
     }
     Block panel(size * static_cast<size_t>(n * k));
     quantc_cpu_unpack(image.data, 0, n, panel.data, type, 2);
@@ -52,6 +71,8 @@ int main() {
         exercise(bits, 1, 1, 1, kind & 1, kind & 2);
         exercise(bits, 17, 65, 32, kind & 1, kind & 2);
         exercise(bits, 35, 130, 9, kind & 1, kind & 2);
+        exercise(bits, 3, 60, 20, kind & 1, kind & 2);
+        exercise(bits, 3, 384, 64, kind & 1, kind & 2);
       }
     std::printf("%s\n", name);
   }

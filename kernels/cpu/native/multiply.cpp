@@ -1,0 +1,211 @@
+#include "multiply.h"
+
+#include "levels.h"
+#include "scratch.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t SLAB = 64;                // rows of x for which a piece of W stays in a core's cache
+constexpr int64_t PIECE_BYTES = 128 << 10;  // of packed weight that a thread takes at once: an eighth of a Zen 5's L2
+constexpr int64_t ALONE = 1 << 19;          // products below which one thread is faster: 7 us alone, 3 to 9 to wake another
+
+thread_local Scratch caller_scratch, worker_scratch;
+
+int padded_tile(int64_t rows, int largest) {
+  const int fitting = rows >= 5 ? 8 : rows >= 3 ? 4 : static_cast<int>(rows);
+  return fitting < largest ? fitting : largest;
+}
+
+int64_t size_of(Type type) { return type == FLOAT32 ? 4 : 2; }
+
+enum Kind { BY_FLOAT, BY_BFLOAT16, BY_INT8 };
+
+struct Multiplication {
+  const Level* level;
+  const Image* w;
+  const Weight* weight;
+  const char* x;
+  char* y;
+  const void* bias;
+  Type type, bias_type;
+  Kind kind;
+  int64_t m;
+  // The rows of x in the order of the blocks, as the kernel wants them; per_ic leaves the scaling to the workers.
+  char* ordered;
+  float *sums, *scales;
+  float *inner, *added;  // the low-rank addition, half done [m][rank] and with the bias [m][n]
+  int64_t row_bytes, strips_in_piece;
+};
+
+int64_t groups_of_inputs(const Image* w) { return w->per_ic ? 1 : w->groups; }
+
+// Products (75 in a nanosecond of one Zen 5 core) that take as long as what comes before them: x to its order 0.1 ns a
+// value, its rotation 0.26 and with a base matrix 0.16 + base / 190 more, a x two products' time for each.
+int64_t cost_of_row(int64_t k, const Rotation* rotation, int64_t rank) {
+  const int64_t base = rotation && rotation->base > 1 ? 12 + 2 * rotation->base / 5 : 0;
+  return k * (8 + (rotation ? 20 + base : 0) + 2 * rank);
+}
+
+int threads_for_rows(int64_t rows, int64_t cost, int threads) { return rows * cost < ALONE ? 1 : threads; }
+
+void order_row(const Multiplication& job, const void* x, int64_t row, float* workspace) {
+  char* to = job.ordered + row * job.row_bytes;
+  float* sums = job.sums + row * groups_of_inputs(job.w);
+  if (job.kind == BY_BFLOAT16) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
+  if (job.kind == BY_FLOAT || job.w->per_ic) return job.level->load_float(job.w, x, job.type, reinterpret_cast<float*>(to), sums);
+  job.level->load_float(job.w, x, job.type, workspace, sums);
+  job.level->load_int8(job.w, workspace, reinterpret_cast<int8_t*>(to), job.scales + row * job.w->blocks, sums);
+}
+
+void load_row(void* context, int64_t row) {
+  const Multiplication& job = *static_cast<const Multiplication*>(context);
+  const Image* w = job.w;
+  const int64_t row_size = w->k * size_of(job.type);
+  const Rotation* rotation = job.weight->rotation;
+  const size_t rotated = rotation ? aligned(static_cast<size_t>(row_size)) : 0;
+  const size_t ordered = static_cast<size_t>(4 * w->blocks * BLOCK), rotating = rotation_room(rotation);
+  char* room = worker_scratch.at_least(rotated + (ordered > rotating ? ordered : rotating));
+  float* workspace = reinterpret_cast<float*>(room + rotated);
+  const void* x = job.x + row * row_size;
+  if (rotation) {
+    job.level->rotate(rotation, x, job.type, room, workspace);
+    x = room;
+  }
+  if (job.weight->rank) job.level->times_a(job.weight, w->k, x, job.type, job.inner + row * job.weight->rank);
+  order_row(job, x, row, workspace);
+}
+
+void multiply_tile(const Multiplication& job, Inputs inputs, int64_t row, int64_t from, int64_t to) {
+  const int64_t n = job.w->n, left = job.m - row;
+  const bool own = job.weight->rank > 0;
+  Outputs out{job.y + row * n * size_of(job.type), own ? job.added + row * n : job.bias, job.type,
+              own ? FLOAT32 : job.bias_type, n, static_cast<int>(left < inputs.m ? left : inputs.m), own ? n : 0};
+  const Strips kernel = job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
+  kernel(job.w, inputs, out, from, to);
+}
+
+// Every group of outputs scales x in its own way.
+void multiply_per_ic(const Multiplication& job, int64_t row, int m, int64_t from, int64_t to) {
+  const Image* w = job.w;
+  const int64_t count = w->blocks * BLOCK;
+  const size_t row_bytes = static_cast<size_t>(4 * count), int8_bytes = aligned(static_cast<size_t>(count));
+  char* room = worker_scratch.at_least(m * (row_bytes + int8_bytes + 4 * static_cast<size_t>(w->blocks) + 64));
+  float* scaled = reinterpret_cast<float*>(room);
+  int8_t* rounded = reinterpret_cast<int8_t*>(room + m * row_bytes);
+  float* scales = reinterpret_cast<float*>(room + m * (row_bytes + int8_bytes));
+  float sums[8];
+  while (from < to) {
+    const int64_t group = from / w->group_strips, end = (group + 1) * w->group_strips;
+    for (int i = 0; i < m; ++i) {
+      const float* ordered = reinterpret_cast<const float*>(job.ordered + (row + i) * job.row_bytes);
+      const float offset = job.level->scale_inputs(w, ordered, group, scaled + i * count);
+      sums[i] = offset;
+      if (job.kind == BY_INT8) {
+        job.level->load_int8(w, scaled + i * count, rounded + i * count, scales + i * w->blocks, &sums[i]);
+        sums[i] -= offset / static_cast<float>(w->mid);  // the kernel multiplies it with -mid
+      }
+    }
+    const void* rows = job.kind == BY_INT8 ? static_cast<const void*>(rounded) : scaled;
+    multiply_tile(job, Inputs{rows, sums, scales, count, 1, m}, row, from, end < to ? end : to);
+    from = end;
+  }
+}
+
+void add_low_rank(const Multiplication& job, int64_t from, int64_t to) {
+  const int64_t first = first_row(job.w, from), last = first_row(job.w, to - 1) + rows_in(job.w, to - 1);
+  const Outputs all_rows{job.y, job.bias, job.type, job.bias_type, job.w->n, static_cast<int>(job.m)};
+  job.level->add_times_b(job.weight, job.inner, all_rows, first, last, job.added);
+}
+
+void multiply_piece(void* context, int64_t piece) {
+  const Multiplication& job = *static_cast<const Multiplication*>(context);
+  const Image* w = job.w;
+  const int64_t from = piece * job.strips_in_piece, all = w->strips;
+  const int64_t to = from + job.strips_in_piece < all ? from + job.strips_in_piece : all;
+  if (job.weight->rank) add_low_rank(job, from, to);
+  const int64_t sums_stride = groups_of_inputs(w), value = job.kind == BY_INT8 ? 1 : job.kind == BY_BFLOAT16 ? 2 : 4;
+  for (int64_t row = 0; row < job.m; row += job.level->tile) {
+    const int m = padded_tile(job.m - row, job.level->tile);
+    if (w->per_ic) {
+      multiply_per_ic(job, row, m, from, to);
+      continue;
+    }
+    multiply_tile(job, Inputs{job.ordered + row * job.row_bytes, job.sums + row * sums_stride,
+                              job.scales + row * w->blocks, job.row_bytes / value, sums_stride, m}, row, from, to);
+  }
+}
+
+void take_room(Multiplication& job, int64_t rows) {
+  const Image* w = job.w;
+  const int64_t value = job.kind == BY_BFLOAT16 ? 2 : job.kind == BY_INT8 && !w->per_ic ? 1 : 4;
+  job.row_bytes = w->blocks * BLOCK * value;
+  const int64_t tile = job.level->tile, padded = (rows + tile - 1) / tile * tile;
+  const size_t ordered = aligned(static_cast<size_t>(padded * job.row_bytes));
+  const size_t sums = aligned(static_cast<size_t>(4 * padded * groups_of_inputs(w)));
+  const size_t scales = aligned(static_cast<size_t>(4 * padded * w->blocks));
+  const int64_t rank = job.weight->rank;
+  const size_t inner = aligned(static_cast<size_t>(4 * rows * rank)), added = static_cast<size_t>(rank ? 4 * rows * w->n : 0);
+  char* room = caller_scratch.at_least(ordered + sums + scales + inner + added);
+  job.ordered = room;
+  job.sums = reinterpret_cast<float*>(room + ordered);
+  job.scales = reinterpret_cast<float*>(room + ordered + sums);
+  job.inner = reinterpret_cast<float*>(room + ordered + sums + scales);
+  job.added = reinterpret_cast<float*>(room + ordered + sums + scales + inner);
+}
+
+// Pieces that fit a core's cache, a few for each thread, and no thread for next to nothing.
+void run(Multiplication& job, int threads) {
+  const Image* w = job.w;
+  const int64_t strip_bytes = w->blocks * w->bits * VECTOR;
+  if (w->n * w->k * job.m < ALONE) threads = 1;
+  const int64_t even = (w->strips + 4 * threads - 1) / (4 * threads);
+  const int64_t cached = PIECE_BYTES / strip_bytes > 0 ? PIECE_BYTES / strip_bytes : 1;
+  job.strips_in_piece = even < cached ? even : cached;
+  share_out((w->strips + job.strips_in_piece - 1) / job.strips_in_piece, threads, multiply_piece, &job);
+}
+
+}  // namespace
+
+void multiply(const Weight& weight, const Call& call) {
+  Multiplication job{};
+  const Image* w = job.w = static_cast<const Image*>(weight.image);
+  job.level = &level();
+  job.weight = &weight;
+  job.bias = call.bias;
+  job.type = call.type;
+  job.bias_type = call.bias_type;
+  const bool by_bfloat16 = job.type == BFLOAT16 && job.level->by_bfloat16 && !w->per_ic;
+  job.kind = call.int8 && job.level->by_int8 ? BY_INT8 : by_bfloat16 ? BY_BFLOAT16 : BY_FLOAT;
+  take_room(job, call.m < SLAB ? call.m : SLAB);
+  const int64_t cost = cost_of_row(w->k, weight.rotation, weight.rank);
+  const int64_t x_row = w->k * size_of(job.type), y_row = w->n * size_of(job.type);
+  for (int64_t from = 0; from < call.m; from += SLAB) {
+    job.m = call.m - from < SLAB ? call.m - from : SLAB;
+    job.x = static_cast<const char*>(call.x) + from * x_row;
+    job.y = static_cast<char*>(call.y) + from * y_row;
+    share_out(job.m, threads_for_rows(job.m, cost, call.threads), load_row, &job);
+    run(job, call.threads);
+  }
+}
+
+namespace {
+struct Rotating {
+  const Rotation* rotation;
+  const char* x;
+  char* out;
+  Type type;
+};
+
+void rotate_row(void* context, int64_t row) {
+  const Rotating& job = *static_cast<const Rotating*>(context);
+  const int64_t at = row * job.rotation->width * size_of(job.type);
+  float* workspace = reinterpret_cast<float*>(worker_scratch.at_least(rotation_room(job.rotation)));
+  level().rotate(job.rotation, job.x + at, job.type, job.out + at, workspace);
+}
+}  // namespace
+
+void rotate_rows(const Rotation& rotation, const void* x, void* out, int64_t m, Type type, int threads) {
+  Rotating job{&rotation, static_cast<const char*>(x), static_cast<char*>(out), type};
+  share_out(m, threads_for_rows(m, cost_of_row(rotation.width, &rotation, 0), threads), rotate_row, &job);
+}

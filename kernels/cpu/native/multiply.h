@@ -1,0 +1,18 @@
+// y = x W^T + b (a x) + bias: what rows of x go through before and while the strips of W are multiplied.
+#pragma once
+
+#include "level.h"
+
+struct Call {
+  const void* x;     // [m][k] of type
+  void* y;           // [m][n] of type
+  const void* bias;  // [n] of bias_type, or null
+  int64_t m;
+  Type type, bias_type;
+  bool int8;
+  int threads;
+};
+
+void multiply(const Weight& weight, const Call& call);
+// x [m][width] to out of its type, in memory of its own.
+void rotate_rows(const Rotation& rotation, const void* x, void* out, int64_t m, Type type, int threads);
