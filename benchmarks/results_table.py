@@ -97,7 +97,7 @@ def measure(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Names
         out = Path(scratch) / "quantized"
         method = next(item for item in args.methods if Path(item).stem == row["method"])
         how = "preset" if method in PRESETS else "recipe" if method.endswith(".yaml") else "method"
-        options = {"bits": row["bits"], how: method}
+        options = {"avg_bits" if isinstance(row["bits"], float) else "bits": row["bits"], how: method}
         if row["group_size"] is not None:
             options["group_size"] = row["group_size"]
         if args.head_bits:
