@@ -70,12 +70,16 @@ STORAGE_OPTIONS = options(
            help="Bits of some linears, such as '*.0.*=8'; 16 keeps them."),
     option("--formats", type=Words(), metavar="LABELS", help="Only these, such as w4g128,w8g128. [default: all]"),
     option("--target", type=click.Choice(["vllm"]), help="Only what this runtime loads. [default: none]"),
-    option("--search", type=Whole(0), metavar="N",
-           help="Refine the plan by so many generations of search on measured divergence. [default: 0]"),
 )  # fmt: skip
 BUDGET_OPTIONS = options(
     option("--avg-bits", type=Number(2, 16), help="Bits per weight on average, all counted, shared out by loss."),
     option("--size", metavar="SIZE", help="How large the weight files may be, such as 300MiB; shared out by loss."),
+    option(
+        "--search",
+        type=Whole(0),
+        metavar="N",
+        help="Refine the plan by so many generations of search on measured divergence. [default: 0]",
+    ),
     STORAGE_OPTIONS,
 )
 TARGET_OPTIONS = options(

@@ -99,7 +99,7 @@ def _meters(
     with ExitStack() as files:
         rounded = files.enter_context(closing(RoundedWeights(folder)))
         meters = [files.enter_context(closing(Meter(run, samples, rounded, folder))) for samples in sets]
-        round_all(run, guides, near.candidates(), rounded)
+        round_all(run, guides, near.candidates(), rounded, folder)
         yield meters
 
 

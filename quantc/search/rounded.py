@@ -53,12 +53,15 @@ class RoundedWeights:
         self._file.close()
 
 
-def round_all(run: Run, tokens: torch.Tensor, specs: dict[str, list[QuantSpec]], into: RoundedWeights) -> None:
+def round_all(
+    run: Run, tokens: torch.Tensor, specs: dict[str, list[QuantSpec]], into: RoundedWeights, folder: Path
+) -> None:
     """Round every linear that the plan quantizes as each of its specs says, on the original model's statistics.
 
-    tokens: (samples, T), what guides the rounding. Of the model, one block at a time is in memory.
+    tokens: (samples, T), what guides the rounding. folder: for temporary files. Of the model, one block at a time is in
+    memory. What lies outside the blocks has to be loaded.
     """
-    calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device)
+    calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device, folder)
     run.progress.stage("Rounding for the search", len(run.graph.blocks))
     for block in run.graph.blocks:
         run.source.load(block.name)

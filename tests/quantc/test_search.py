@@ -56,7 +56,7 @@ def test_what_is_measured_is_the_whole_model(family: str, tmp_path: Path) -> Non
     rounded = RoundedWeights(tmp_path)
     load_outside(run)
     meter = Meter(run, TOKENS, rounded, tmp_path)
-    round_all(run, TOKENS, {name: [way for way in WAYS if way] for name in names}, rounded)
+    round_all(run, TOKENS, {name: [way for way in WAYS if way] for name in names}, rounded, tmp_path)
     found = meter.measure(plans)
     assert found == meter.measure(plans)
     expected = log_probabilities(model, TOKENS)
