@@ -20,6 +20,7 @@ from ..graph import Linear
 from ..numerics.allocation import Infeasible
 from ..pipeline import Fact, Pass, Run, register
 from ..runtimes import RUNTIMES
+from ..search import refine
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sizes import weights_bytes
 from ..spec import MAX_BITS, MIN_BITS, WHOLE_ROW, Grouping, QuantSpec
@@ -45,7 +46,8 @@ class AllocateConfig:
     pins: pattern of names -> bits of these linears whatever the budget; 16 keeps them. formats: labels such as w4g128,
     where only these may be used. target: a runtime that has to load the result, such as vllm.
 
-    estimator: of losses, see quantc/sensitivity.
+    estimator: of losses, see quantc/sensitivity. search: generations that refine the plan by what it measures, see
+    quantc/search.
 
     head_bits: also quantize the token embedding and the head, in this many bits; null keeps them.
     """
@@ -60,6 +62,7 @@ class AllocateConfig:
     formats: tuple[str, ...] = ()
     target: str | None = None
     estimator: Estimator = "fisher"
+    search: int = 0
     head_bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +89,8 @@ class AllocateConfig:
             raise UsageError(
                 f"avg_bits is {self.avg_bits:g}, but an average is more than 0 and at most {KEPT_BITS}; 3.25 is usual."
             )
+        if self.search < 0:
+            raise UsageError(f"search is {self.search}, but a search has 0 generations (none) or more; 20 is usual.")
         if self.size is not None and self.size <= 0:
             raise UsageError(f"the size is {self.size} bytes, but a file has more than 0; 300MiB is an example.")
 
@@ -129,6 +134,8 @@ class Allocate(Pass):
         if self.config.has_budget:
             self._share(run, self._budget(run, self._without_losses))  # a budget that is too small is refused now
         else:
+            if self.config.search:
+                raise UsageError("a search refines how a budget is shared out, and none was given; pass --avg-bits.")
             self._pin(run)
             self._note_groups(run)
 
@@ -136,7 +143,10 @@ class Allocate(Pass):
         """Share out the budget among the linears."""
         if run.plan.given:
             return
-        shared = self._share(run, self.budget(run, tokens, folder))
+        budget = self.budget(run, tokens, folder)
+        shared = self._share(run, budget)
+        if self.config.search:
+            shared = self._search(run, budget, shared, tokens, folder)
         for name, spec in shared.specs.items():
             run.plan.specs[name] = spec
             run.plan.remark(name, f"predicted to add {shared.losses[name]:.2g} to the KL divergence")
@@ -178,6 +188,20 @@ class Allocate(Pass):
             return _within_size(run, budget, config.size)
         except Infeasible as error:
             raise UsageError(self._refusal(run, budget, error.least)) from error
+
+    def _search(self, run: Run, budget: Budget, plan: Shared, tokens: torch.Tensor, folder: Path) -> Shared:
+        config, others = self.config, dict(run.plan.specs)
+
+        def fits(shared: Shared) -> bool:
+            if config.avg_bits is not None:
+                return shared.bits <= budget.bits_for(config.avg_bits)
+            return weights_bytes(run, {**others, **shared.specs}) <= config.size
+
+        planned = {name: spec and spec.to_dict() for name, spec in others.items()}
+        question = {"avg_bits": config.avg_bits, "size": config.size, "planned": planned}
+        refined = refine(run, tokens, folder, budget, plan, fits, config.search, **question)
+        run.report.notes.append(refined.note)
+        return refined.plan
 
     def _refusal(self, run: Run, budget: Budget, least: int) -> str:
         config = self.config

@@ -95,7 +95,7 @@ def _compare(checkpoint: Path, model: PathLike, windows: list[Window], job: Job)
 
 
 def _refuse_budget(plan: PathLike | None, settings: Settings) -> None:
-    given = [name for name in ("bits", "avg_bits", "size") if settings.get(name) is not None]
+    given = [name for name in ("bits", "avg_bits", "size", "search") if settings.get(name) is not None]
     if plan is not None or given:
         raise UsageError(
             f"a quality target decides how many bits there are, so {(given or ['plan'])[0]} has no say; leave it out."

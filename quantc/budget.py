@@ -7,7 +7,7 @@ the same activation (q, k and v; gate and up), and all experts of a block.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ from math import ceil
 
 from .errors import UsageError
 from .graph import Block, Linear, ModelGraph
-from .numerics.allocation import Choice, solve
+from .numerics.allocation import Choice, solve, useful
 from .sensitivity.base import Losses
 from .spec import QuantSpec
 
@@ -108,24 +108,25 @@ class Budget:
         """Bits of the largest plan worth having."""
         return sum(max(option.bits for option in unit) for unit in self._units)
 
+    def bits_for(self, average: float) -> int:
+        """How many bits an average is, as it is written: 3.8 as a float is a bit less, and would miss a plan of it."""
+        return int(Fraction(str(average)) * self.weights)
+
     def share(self, bits: int) -> Shared:
         """The plan of least loss within a number of bits; raises allocation.Infeasible below `least`."""
-        chosen = solve([[Choice(option.loss, option.bits) for option in unit] for unit in self._units], bits)
-        return self._shared([unit[at] for unit, at in zip(self._units, chosen, strict=True)])
+        chosen = solve([_choices(unit) for unit in self._units], bits)
+        return self.plan_of([unit[at] for unit, at in zip(self._units, chosen, strict=True)])
 
     def smallest(self, loss: float) -> Shared:
         """The smallest plan that loses at most so many nats per token; raises allocation.Infeasible if none does."""
         unit = loss / LOSS_STEPS
         units = [[Choice(option.bits, ceil(option.loss / unit)) for option in options] for options in self._units]
         chosen = solve(units, LOSS_STEPS)
-        return self._shared([options[at] for options, at in zip(self._units, chosen, strict=True)])
+        return self.plan_of([options[at] for options, at in zip(self._units, chosen, strict=True)])
 
     def share_average(self, average: float) -> Shared:
-        """The plan of least loss whose weights take so many bits on average, as `share` raises.
-
-        The average counts as it is written: 3.8 as a float is a bit less, and would miss a plan of just 3.8.
-        """
-        return self.share(int(Fraction(str(average)) * self.weights))
+        """The plan of least loss whose weights take so many bits on average, as `share` raises."""
+        return self.share(self.bits_for(average))
 
     def uniform(self, specs: Mapping[str, QuantSpec]) -> Shared | None:
         """The plan that stores linears as these specs say, but for pins; None where a rule or a candidate lacks one."""
@@ -134,13 +135,18 @@ class Budget:
             next((o for o in unit if all(wanted[n] == o.specs[n] for n in o.specs)), None) for unit in self._units
         ]
         found = [option for option in chosen if option is not None]
-        return self._shared(found) if len(found) == len(chosen) else None
+        return self.plan_of(found) if len(found) == len(chosen) else None
 
     def _pinned(self, name: str, spec: QuantSpec) -> QuantSpec | None:
         bits = self._rules.pinned(name)
         return None if bits == KEPT_BITS else replace(spec, bits=bits or spec.bits)
 
-    def _shared(self, options: list[Option]) -> Shared:
+    def useful_options(self) -> list[list[Option]]:
+        """Of every unit, those that no other one beats in both loss and bits, by rising bits."""
+        return [[unit[at] for at in useful(_choices(unit))] for unit in self._units]
+
+    def plan_of(self, options: Sequence[Option]) -> Shared:
+        """The plan that takes one option for each unit, in the order of `useful_options`."""
         specs = {name: spec for option in options for name, spec in option.specs.items()}
         losses = {name: self._loss(name, specs[name]) for name in self._losses}
         return Shared({name: specs[name] for name in self._losses}, losses, sum(option.bits for option in options))
@@ -168,6 +174,10 @@ class Budget:
 
     def _loss(self, name: str, spec: QuantSpec | None) -> float:
         return 0.0 if spec is None else self._losses[name][spec]
+
+
+def _choices(unit: list[Option]) -> list[Choice]:
+    return [Choice(option.loss, option.bits) for option in unit]
 
 
 def stored_bits(linear: Linear, spec: QuantSpec) -> int:

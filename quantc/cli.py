@@ -74,6 +74,12 @@ STORAGE_OPTIONS = options(
 BUDGET_OPTIONS = options(
     option("--avg-bits", type=Number(2, 16), help="Bits per weight on average, all counted, shared out by loss."),
     option("--size", metavar="SIZE", help="How large the weight files may be, such as 300MiB; shared out by loss."),
+    option(
+        "--search",
+        type=Whole(0),
+        metavar="N",
+        help="Refine the plan by so many generations of search on measured divergence. [default: 0]",
+    ),
     STORAGE_OPTIONS,
 )
 TARGET_OPTIONS = options(

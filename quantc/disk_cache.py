@@ -1,6 +1,6 @@
 """What can be made again, kept on disk by key. Whatever is wrong with the folder or a file: the answer is "not there".
 
-PARTs are subfolders: cuda for compiled kernels, losses for tables of losses.
+PARTs are subfolders: cuda for compiled kernels, losses for tables of losses, search for how far searches came.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Settings(TypedDict, total=False):
     bits: of every code; with a fraction it means avg_bits: what a weight inside the blocks takes on average, all that
     is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
     predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
-    that has to load the result hold for that.
+    that has to load the result hold for that. search: generations that then refine the plan by measuring.
     method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
     """
 
@@ -63,6 +63,7 @@ class Settings(TypedDict, total=False):
     pins: dict[str, int] | None
     formats: Sequence[str] | None
     target: str | None
+    search: int | None
     method: str | None
     calib: str | None
     samples: int | None
@@ -184,7 +185,7 @@ def kernels_of(device: torch.device) -> Iterator[None]:
 def _allocation(settings: Settings) -> dict[str, Any]:
     """The settings of allocate; None leaves what the recipe says."""
     size, formats = settings.get("size"), settings.get("formats")
-    kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target")}
+    kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target", "search")}
     return {
         **_widths(settings.get("bits"), settings.get("avg_bits")),
         **kept,

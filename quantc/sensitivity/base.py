@@ -9,6 +9,7 @@ import torch
 
 from ..graph import Activation, Block, Linear
 from ..pipeline import BlockWork, Run
+from ..qtensor import QTensor
 from ..spec import QuantSpec
 from ..stats import Gram
 from ..trial import sample_rows
@@ -43,6 +44,16 @@ def sampled_channels(linear: Linear, specs: list[QuantSpec]) -> torch.Tensor:
     return sample_rows(linear.shape[0], along, least)
 
 
+def rounded(work: BlockWork, weight: torch.Tensor, gram: Gram, specs: list[QuantSpec]) -> Iterator[QTensor]:
+    """A weight (M, K) as each spec says, as the recipe rounds it, on the statistics of what it multiplies.
+
+    A rank is left out: its low-rank addition is made after rounding.
+    """
+    for block, basis in work.rounding.bases(gram.matrix, gram.rows, specs).items():
+        of_block = [spec for spec in specs if spec.hadamard == block]
+        yield from basis.round_each(basis.turn(weight), of_block, work.rounding.rounds)
+
+
 def errors(
     work: BlockWork, weight: torch.Tensor, gram: Gram, specs: list[QuantSpec]
 ) -> Iterator[tuple[QuantSpec, torch.Tensor]]:
@@ -50,7 +61,5 @@ def errors(
 
     Rounded as the recipe does it, with the rotations of the specs.
     """
-    for block, basis in work.rounding.bases(gram.matrix, gram.rows, specs).items():
-        of_block = [spec for spec in specs if spec.hadamard == block]
-        for rounded in basis.round_each(basis.turn(weight), of_block, work.rounding.rounds):
-            yield rounded.spec, rounded.effective_weight() - weight
+    for tensor in rounded(work, weight, gram, specs):
+        yield tensor.spec, tensor.effective_weight() - weight

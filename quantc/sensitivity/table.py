@@ -33,8 +33,8 @@ def kept_losses(
 
     specs: the candidates of every linear. tokens: the calibration set (samples, T).
     """
-    facts = _facts(run, tokens, estimator, specs)
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    candidates = {name: [spec.to_dict() for spec in found] for name, found in specs.items()}
+    key = key_of(run, tokens, estimator=estimator, specs=candidates)
     stored = disk_cache.load(CACHE, key)
     if stored is not None:
         log.info("losses of an earlier run were taken from %s", disk_cache.folder(CACHE))
@@ -44,18 +44,22 @@ def kept_losses(
     return found
 
 
-def _facts(run: Run, tokens: torch.Tensor, estimator: str, specs: dict[str, list[QuantSpec]]) -> dict[str, Any]:
+def key_of(run: Run, tokens: torch.Tensor, **question: Any) -> str:
+    """Under which the answer to a question about a model is kept: the same for the same model, rounding and tokens.
+
+    question: what else the answer depends on, as JSON writes it.
+    """
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in run.source.weight_files()]
-    return {
+    facts = {
         "format": FORMAT,
         "files": sorted(files),
         "model": run.source.model.config.to_json_string(),
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "rounding": asdict(run.rounding),
-        "estimator": estimator,
         "device": run.device.type,
-        "specs": {name: [spec.to_dict() for spec in found] for name, found in specs.items()},
+        **question,
     }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _encode(losses: Losses) -> bytes:
