@@ -7,13 +7,13 @@ every candidate format (see quantc/sensitivity), and the formats are those whose
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from ..budget import Budget, Rules, Shared
+from ..budget import KEPT_BITS, Budget, Rules, Shared, format_label
 from ..calibration import CalibrationRun
 from ..errors import UsageError
 from ..graph import Linear
@@ -33,7 +33,6 @@ STEPS = (32, 16, 8)
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)  # 7 has no fast kernel
 CANDIDATE_GROUPS = (32, 64, 128)
 LARGEST_GROUP = 256  # that is tried, besides whole rows
-KEPT_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -169,12 +168,22 @@ class Allocate(Pass):
 
     def _budget(self, run: Run, losses: Callable[[dict[str, list[QuantSpec]]], Losses]) -> Budget:
         specs = {name: self._candidates(linear, run.plan.specs[name]) for name, linear in run.graph.linears.items()}
+        self._check_formats(spec for candidates in specs.values() for spec in candidates)
         found = losses({name: candidates for name, candidates in specs.items() if candidates})
         kept = {
             name: 8 * run.source.stored_dtype(linear.weight_name).itemsize * linear.weights
             for name, linear in run.graph.linears.items()
         }
         return Budget(run.graph, found, kept, self._rules(run))
+
+    def _check_formats(self, candidates: Iterable[QuantSpec]) -> None:
+        known = dict.fromkeys(map(format_label, candidates))
+        unknown = [label for label in self.config.formats if label not in known]
+        if unknown:
+            raise UsageError(
+                f"no linear can be stored as {unknown[0]}; the formats there are, {', '.join(known)}, depend on the "
+                "group size and on --symmetric."
+            )
 
     @staticmethod
     def _without_losses(specs: dict[str, list[QuantSpec]]) -> Losses:
@@ -243,6 +252,12 @@ class Allocate(Pass):
             pinned = rules.pinned(name)
             if pinned is not None:
                 run.plan.specs[name] = None if pinned == KEPT_BITS else self._spec(pinned, linear.shape)
+            spec = run.plan.specs[name]
+            if spec is not None and not rules.allows(name, spec):
+                raise UsageError(
+                    f"{name} would be stored as {format_label(spec)}, but only {', '.join(rules.formats)} may be used; "
+                    "change --bits and --group-size, or pass --avg-bits to have formats chosen."
+                )
 
     def _plan_head(self, run: Run) -> None:
         for name in run.graph.outside_weights:

@@ -34,7 +34,7 @@ from .sizes import weights_bytes
 from .spec import QuantSpec
 from .stats import using_products
 from .tokens import calibration_tokens
-from .units import parse_size
+from .units import parse_size, size
 
 PathLike = str | os.PathLike[str]
 BUDGETS = ("avg_bits", "size")  # of allocate
@@ -98,6 +98,7 @@ class Job:
         given_plan = _given_plan(plan, *allocate.values())
         passes, notes = _build_passes(chosen, method)
         pipeline.check_order(passes, planned=plan is not None)
+        _check_target(passes)
         return cls(chosen, passes, given_plan, notes, device, progress or LogProgress())
 
     @classmethod
@@ -112,10 +113,11 @@ class Job:
     def open(self, source: Source, output: str) -> Run:
         """The run on a model, planned as far as numbers say."""
         graph = derive(source.model, source.load, to_meta)
-        report = Report(model=source.name, output=output, notes=self.notes)
+        report = Report(model=source.name, output=output, notes=list(self.notes))
         report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
         rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
-        run = Run(source, graph, self.plan, report, self.progress, _device(self.device), rounding)
+        plan = replace(self.plan, specs=dict(self.plan.specs), why=dict(self.plan.why))  # a job may be built again
+        run = Run(source, graph, plan, report, self.progress, _device(self.device), rounding)
         report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
         for item in self.passes:
             item.plan(run)
@@ -184,19 +186,19 @@ def kernels_of(device: torch.device) -> Iterator[None]:
 
 def _allocation(settings: Settings) -> dict[str, Any]:
     """The settings of allocate; None leaves what the recipe says."""
-    size, formats = settings.get("size"), settings.get("formats")
+    limit, formats = settings.get("size"), settings.get("formats")
     kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target", "search")}
     return {
         **_widths(settings.get("bits"), settings.get("avg_bits")),
         **kept,
-        "size": None if size is None else as_bytes(size),
+        "size": None if limit is None else as_bytes(limit),
         "formats": None if formats is None else tuple(formats),
     }
 
 
-def as_bytes(size: int | str) -> int:
+def as_bytes(limit: int | str) -> int:
     """Bytes, of a number of them or of text such as 300MiB."""
-    return parse_size(size) if isinstance(size, str) else size
+    return parse_size(limit) if isinstance(limit, str) else limit
 
 
 def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
@@ -228,6 +230,16 @@ def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[
     return without_text(passes)
 
 
+def _check_target(passes: list[Pass]) -> None:
+    """Raise UsageError where a runtime has to load the result and a pass makes what none loads."""
+    target = next((item.config.target for item in passes if isinstance(item, Allocate)), None)
+    if target is not None and any(item.name == "rotate" for item in passes):
+        raise UsageError(
+            f"{target} rotates nothing at inference, and the recipe has the pass rotate; pass --preset fast, or a "
+            "recipe without it."
+        )
+
+
 def _given_plan(plan: PathLike | None, *settings: object) -> Plan:
     if plan is None:
         return Plan()
@@ -256,6 +268,8 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
     group = 128 if allocate.group_size is None else allocate.group_size
     if allocate.avg_bits is not None:
         return f"{model}-quantc-{allocate.avg_bits:g}bits"
+    if allocate.size is not None:
+        return f"{model}-quantc-{size(allocate.size).replace(' ', '')}"
     return f"{model}-quantc-{QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric).label()}"
 
 

@@ -10,8 +10,10 @@ import pytest
 import quantc
 from quantc import api
 from quantc.errors import UsageError
+from quantc.frontend import open_model
+from quantc.job import Job, default_name
 from quantc.passes.allocate import CANDIDATE_BITS
-from quantc.plan import read_plan
+from quantc.plan import Plan, read_plan
 from quantc.spec import QuantSpec
 from tests.families import build
 from tests.helpers import quantize_saved, save_with_tokenizer
@@ -130,7 +132,7 @@ def test_pins_and_formats_hold(saved: Path) -> None:
             assert spec is None
         elif ".0." in name:
             assert spec_of(run, name).bits == 8
-    formats = {"w3g32", "w5g-1", "w6grow"}
+    formats = {"w3g32", "w5grow", "w6grow"}
     run = planned(saved, 5.0, group_size=None, formats=tuple(formats))
     assert {spec.label() for spec in run.plan.specs.values() if spec} <= formats
     uniform = quantize_saved(saved, bits=4, group_size=16, pins={"*o_proj": 8}, force=True)
@@ -145,6 +147,8 @@ def test_pins_and_formats_hold(saved: Path) -> None:
         ({"pins": {"*": 12}}, "says 12 bits, but 2 to 8 are possible, and 16"),
         ({"pins": {"*": 3}, "formats": ("w4g16",)}, "no way to store .* satisfies what is asked for"),
         ({"pins": {"*": 8}}, "an average of 4 bits cannot be met: the smallest plan takes 9"),
+        ({"formats": ("w4g16", "w4g17")}, "no linear can be stored as w4g17; the formats there are, w2g16"),
+        ({"target": "vllm", "preset": "balanced"}, "vllm rotates nothing at inference, and the recipe has the pass"),
         ({"target": "ollama"}, "the target 'ollama' is unknown; choose vllm"),
         ({"target": "vllm", "formats": ("w3g16",)}, "vllm does not load w3g16; it loads w4g32"),
         ({"size": "12 parsecs"}, "'12 parsecs' is no size; 300MiB"),
@@ -155,6 +159,29 @@ def test_pins_and_formats_hold(saved: Path) -> None:
 def test_contradictions_are_refused(saved: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         planned(saved, **{"avg_bits": 4.0, **settings})
+
+
+def test_a_width_for_all_holds_to_the_formats_too(saved: Path) -> None:
+    with pytest.raises(UsageError, match="would be stored as w3g16, but only w4g32, .* may be used"):
+        quantize_saved(saved, bits=3, group_size=16, target="vllm", force=True)
+    report = quantize_saved(saved, bits=4, group_size=32, target="vllm", force=True)
+    assert {item.spec.label() for item in report.linears} == {"w4g32"}
+
+
+def test_a_folder_without_a_name_is_called_by_its_size(saved: Path) -> None:
+    passes = Job.of({"size": "300MB"}, None, "cpu", None).passes
+    assert default_name("model", passes, Plan()) == "model-quantc-300MB"
+
+
+def test_a_second_build_starts_anew(saved: Path) -> None:
+    settings = {"size": 150_000, "preset": "balanced", "calib": str(saved / "model/text.txt"), **CALIBRATION}
+    job = Job.of(settings, None, "cpu", None)  # type: ignore[arg-type]
+    reports = [
+        job.within(150_000).build(open_model(saved / "model"), saved / f"built-{number}") for number in (1, 2)
+    ]  # fmt: skip
+    assert reports[0].notes == reports[1].notes
+    assert reports[0].linears == reports[1].linears
+    assert not job.plan.specs
 
 
 def test_a_target_gets_what_it_loads_and_fused_linears_alike(saved: Path) -> None:
