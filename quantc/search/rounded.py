@@ -9,11 +9,10 @@ import torch
 
 from ..calibration import CalibrationRun
 from ..formats import DENSE, Part
-from ..frontend import to_meta
 from ..graph import Linear
-from ..pipeline import BlockWork, Run
+from ..pipeline import Run
 from ..qtensor import QTensor
-from ..sensitivity.base import rounded
+from ..sensitivity.base import original_blocks, rounded
 from ..spec import QuantSpec
 
 
@@ -63,16 +62,10 @@ def round_all(
     """
     calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device, folder)
     run.progress.stage("Rounding for the search", len(run.graph.blocks))
-    for block in run.graph.blocks:
-        run.source.load(block.name)
-        module = run.source.model.get_submodule(block.name).to(run.device)
-        work = BlockWork(run, block, module, calibration)
+    for work in original_blocks(run, calibration):
         for item, grams in work.statistics():
             for linear in work.readers(item):
                 for expert, gram in enumerate(grams):
                     for tensor in rounded(work, work.weight(linear, expert), gram, specs[linear.name]):
                         into.write(linear.name, expert, tensor)
-        calibration.advance(block)
-        to_meta(module)
-        run.progress.step(block.name)
     run.progress.done()

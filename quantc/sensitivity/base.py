@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..calibration import CalibrationRun
+from ..frontend import to_meta
 from ..graph import Activation, Block, Linear
 from ..pipeline import BlockWork, Run
 from ..qtensor import QTensor
@@ -29,6 +31,17 @@ class Candidate:
 
 
 Losses = dict[str, list[Candidate]]  # by the linear's name
+
+
+def original_blocks(run: Run, calibration: CalibrationRun) -> Iterator[BlockWork]:
+    """Every block with its weights loaded and the calibration set before it, as the original model has both."""
+    for block in run.graph.blocks:
+        run.source.load(block.name)
+        module = run.source.model.get_submodule(block.name).to(run.device)
+        yield BlockWork(run, block, module, calibration)
+        calibration.advance(block)
+        to_meta(module)
+        run.progress.step(block.name)
 
 
 def planned_activations(run: Run, block: Block) -> list[Activation]:

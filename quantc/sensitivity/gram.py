@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 
 from ..calibration import CalibrationRun
-from ..frontend import to_meta
 from ..graph import Linear
 from ..pipeline import BlockWork, Run
 from ..spec import QuantSpec
 from ..stats import Gram, output_energy
-from .base import Candidate, Candidates, Losses, errors, sampled_channels
+from .base import Candidate, Candidates, Losses, errors, original_blocks, sampled_channels
 
 SAMPLES = 16  # of the calibration set: as many as fisher sweeps, so that both round on the same statistics
 
@@ -38,16 +37,10 @@ def measure(run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates
     calibration = CalibrationRun(run.source.model, run.graph, tokens[:SAMPLES], run.device, folder)
     found: Losses = {}
     run.progress.stage("Sensitivity", len(run.graph.blocks))
-    for block in run.graph.blocks:
-        run.source.load(block.name)
-        module = run.source.model.get_submodule(block.name).to(run.device)
-        work = BlockWork(run, block, module, calibration)
+    for work in original_blocks(run, calibration):
         for item, grams in work.statistics():
             for linear in work.readers(item):
                 found[linear.name] = _rate(work, linear, grams, candidates(linear))
-        calibration.advance(block)
-        to_meta(module)
-        run.progress.step(block.name)
     run.progress.done()
     return found
 

@@ -30,7 +30,7 @@ from ..pipeline import BlockWork, Run
 from ..rewrite import weight_name
 from ..spec import QuantSpec
 from ..stats import Gram
-from .base import Candidate, Candidates, Losses, errors
+from .base import Candidate, Candidates, Losses, errors, original_blocks
 
 SAMPLES = 4  # of the calibration set, on which the divergence is measured
 CHUNK_VALUES = 2**23  # logits turned to float64 at a time: 64 MiB
@@ -54,13 +54,9 @@ def measure(run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates
     calibration = CalibrationRun(run.source.model, run.graph, guides, run.device, folder)
     run.progress.stage("Sensitivity", len(run.graph.blocks) + len(measured))
     with closing(_Variants(run, measured, folder, candidates, base)) as variants:
-        for block in run.graph.blocks:
-            run.source.load(block.name)
-            module = run.source.model.get_submodule(block.name).to(run.device)
-            variants.through(BlockWork(run, block, module, calibration, keep_statistics=base is not None))
-            calibration.advance(block)
-            to_meta(module)
-            run.progress.step(block.name)
+        for work in original_blocks(run, calibration):
+            work.keep_statistics = base is not None
+            variants.through(work)
         found = variants.losses()
     run.progress.done()
     return found
