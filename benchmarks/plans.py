@@ -27,7 +27,7 @@ from benchmarks.common import describe, machine, markdown, quantize, write_json
 from benchmarks.results_table import Scorer, settings_of
 from quantc import api
 from quantc.budget import stored_bits
-from quantc.passes.allocate import CANDIDATE_BITS, candidate_groups
+from quantc.candidates import CANDIDATE_BITS, candidate_groups
 from quantc.plan import Plan
 from quantc.spec import WHOLE_ROW, QuantSpec
 

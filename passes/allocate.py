@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from .. import candidates
 from ..budget import KEPT_BITS, Budget, Rules, Shared, format_label
 from ..calibration import CalibrationRun
+from ..candidates import DEFAULT_GROUP, best_group_size
 from ..errors import UsageError
 from ..graph import Linear
 from ..numerics.allocation import Infeasible
@@ -23,16 +26,8 @@ from ..runtimes import RUNTIMES
 from ..search import refine
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sizes import weights_bytes
-from ..spec import MAX_BITS, MIN_BITS, WHOLE_ROW, Grouping, QuantSpec
+from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec
 from ..units import size
-
-DEFAULT_GROUP = 128
-# Kernels everywhere handle groups of 128 and 64; after those, what divides the width in SIMD-friendly steps.
-PREFERRED_GROUPS = (128, 64)
-STEPS = (32, 16, 8)
-CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)  # 7 has no fast kernel
-CANDIDATE_GROUPS = (32, 64, 128)
-LARGEST_GROUP = 256  # that is tried, besides whole rows
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,8 @@ class AllocateConfig:
     estimator: of losses, see quantc/sensitivity. search: generations that refine the plan by what it measures, see
     quantc/search.
 
-    head_bits: also quantize the token embedding and the head, in this many bits; null keeps them.
+    head_bits: also quantize the token embedding and the head, in this many bits; null keeps them. auto, where there is
+    a size: their widths are shared out too.
     """
 
     bits: int = 4
@@ -62,10 +58,10 @@ class AllocateConfig:
     target: str | None = None
     estimator: Estimator = "fisher"
     search: int = 0
-    head_bits: int | None = None
+    head_bits: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, *([self.head_bits] if self.head_bits is not None else [])):
+        for bits in (self.bits, *([self.head_bits] if isinstance(self.head_bits, int) else [])):
             QuantSpec(
                 bits=bits,
                 group_size=DEFAULT_GROUP if self.group_size is None else self.group_size,
@@ -128,8 +124,10 @@ class Allocate(Pass):
             return
         for name, linear in run.graph.linears.items():
             run.plan.specs[name] = self._spec(self.config.bits, linear.shape)
-        if self.config.head_bits is not None:
-            self._plan_head(run)
+        self._check_head()
+        if isinstance(self.config.head_bits, int):
+            for name, shape in _tables(run).items():
+                run.plan.specs[name] = self._spec(self.config.head_bits, shape)
         if self.config.has_budget:
             self._share(run, self._budget(run, self._without_losses))  # a budget that is too small is refused now
         else:
@@ -149,9 +147,8 @@ class Allocate(Pass):
         for name, spec in shared.specs.items():
             run.plan.specs[name] = spec
             run.plan.remark(name, f"predicted to add {shared.losses[name]:.2g} to the KL divergence")
-        weights = sum(run.graph.linears[name].weights for name in shared.specs)
         run.report.notes.append(
-            f"{shared.bits / weights:.3f} bits a weight shared out; predicted KL divergence {shared.loss:.3g}"
+            f"{budget.average(shared):.3f} bits a weight shared out; predicted KL divergence {shared.loss:.3g}"
         )
 
     def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
@@ -159,25 +156,31 @@ class Allocate(Pass):
 
         def losses(specs: dict[str, list[QuantSpec]]) -> Losses:
             estimator: Estimator = self.config.estimator
+            tables = {name: found for name, found in specs.items() if name not in run.graph.linears}
             return kept_losses(
                 run, tokens, estimator, specs,
-                lambda: measure(estimator, run, tokens, folder, lambda linear: specs[linear.name]),
+                lambda: measure(estimator, run, tokens, folder, lambda linear: specs[linear.name], tables),
             )  # fmt: skip
 
         return self._budget(run, losses)
 
     def _budget(self, run: Run, losses: Callable[[dict[str, list[QuantSpec]]], Losses]) -> Budget:
         specs = {name: self._candidates(linear, run.plan.specs[name]) for name, linear in run.graph.linears.items()}
-        self._check_formats(spec for candidates in specs.values() for spec in candidates)
-        found = losses({name: candidates for name, candidates in specs.items() if candidates})
-        kept = {
-            name: 8 * run.source.stored_dtype(linear.weight_name).itemsize * linear.weights
-            for name, linear in run.graph.linears.items()
-        }
-        return Budget(run.graph, found, kept, self._rules(run))
+        tables = _tables(run) if self.config.head_bits == "auto" else {}
+        for name, shape in tables.items():
+            specs[name] = candidates.of_table(self._spec(self.config.bits, shape), shape, self._any_group)
+        self._check_formats(spec for found in specs.values() for spec in found)
+        kept = {name: _kept_bits(run, linear.weight_name, linear.weights) for name, linear in run.graph.linears.items()}
+        kept |= {name: _kept_bits(run, name, n * k) for name, (n, k) in tables.items()}
+        losses_found = losses({name: found for name, found in specs.items() if found})
+        return Budget(run.graph, losses_found, kept, self._rules(run), tables)
 
-    def _check_formats(self, candidates: Iterable[QuantSpec]) -> None:
-        known = dict.fromkeys(map(format_label, candidates))
+    @property
+    def _any_group(self) -> bool:
+        return self.config.group_size is None
+
+    def _check_formats(self, specs: Iterable[QuantSpec]) -> None:
+        known = dict.fromkeys(map(format_label, specs))
         unknown = [label for label in self.config.formats if label not in known]
         if unknown:
             raise UsageError(
@@ -223,7 +226,7 @@ class Allocate(Pass):
         needed = weights_bytes(run, {**run.plan.specs, **budget.share(least).specs})
         return (
             f"a size of {size(config.size)} cannot be met: the smallest plan takes {size(needed)}; ask for "
-            f"{needed} bytes or more, or quantize the embedding and the head too (--head-bits)."
+            f"{needed} bytes or more, or quantize the embedding and the head too (--head-bits auto)."
         )
 
     def _rules(self, run: Run) -> Rules:
@@ -238,12 +241,23 @@ class Allocate(Pass):
         return Rules(config.pins, config.formats or taken, runtime.fused)
 
     def _candidates(self, linear: Linear, spec: QuantSpec | None) -> list[QuantSpec]:
-        """Every width, and every group size too where the recipe leaves that free."""
-        if spec is None:
-            return []
-        along = linear.shape[1] if spec.grouping == "per_oc" else linear.shape[0]
-        groups = candidate_groups(along) if self.config.group_size is None else [spec.group_size]
-        return [replace(spec, bits=bits, group_size=group) for bits in CANDIDATE_BITS for group in groups]
+        return [] if spec is None else candidates.of_linear(spec, linear.shape, self._any_group)
+
+    def _check_head(self) -> None:
+        config = self.config
+        if config.head_bits != "auto":
+            return
+        if config.size is None:
+            raise UsageError(
+                "head_bits is auto, which shares out a size (an average counts the blocks alone); pass --size, or a "
+                "width."
+            )
+        if config.search:
+            raise UsageError("a search looks at the blocks alone, and head_bits is auto; leave one of them out.")
+        if config.estimator != "fisher":
+            raise UsageError(
+                f"{config.estimator} rates no embeddings, and head_bits is auto; choose fisher or a width."
+            )
 
     def _pin(self, run: Run) -> None:
         rules = self._rules(run)
@@ -258,13 +272,6 @@ class Allocate(Pass):
                     f"{name} would be stored as {format_label(spec)}, but only {', '.join(rules.formats)} may be used; "
                     "change --bits and --group-size, or pass --avg-bits to have formats chosen."
                 )
-
-    def _plan_head(self, run: Run) -> None:
-        for name in run.graph.outside_weights:
-            shape = run.source.model.get_parameter(name).shape
-            if len(shape) != 2:
-                raise UsageError(f"--head-bits cannot quantize {name} of shape {tuple(shape)}; leave it out.")
-            run.plan.specs[name] = self._spec(self.config.head_bits, (shape[0], shape[1]))
 
     def _spec(self, bits: int, shape: tuple[int, int]) -> QuantSpec:
         config = self.config
@@ -292,26 +299,15 @@ def _within_size(run: Run, budget: Budget, limit: int) -> Shared:
         bits = min(bits, shared.bits) - 8 * excess  # the header is longer where numbers have more digits
 
 
-def candidate_groups(width: int) -> list[int]:
-    """Group sizes worth trying: what divides the width of 32, 64, 128 and up to 256, and whole rows.
+def _tables(run: Run) -> dict[str, tuple[int, int]]:
+    """Shapes of the embedding and the head, once where they are tied; raises UsageError for what is no matrix."""
+    shapes = {name: tuple(run.source.model.get_parameter(name).shape) for name in run.graph.outside_weights}
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            raise UsageError(f"--head-bits cannot quantize {name} of shape {shape}; leave it out.")
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
-    A rotated weight looks alike all along a row, and few scales serve it as well: on SmolLM2-135M at 3.3 bits the
-    losses predicted are 11 % below uniform ones with groups of 64 alone, 26 % with these.
-    """
-    largest = [group for group in range(LARGEST_GROUP, CANDIDATE_GROUPS[-1], -32) if width % group == 0]
-    return [*(group for group in CANDIDATE_GROUPS if width % group == 0), *largest[:1], WHOLE_ROW]
 
-
-def best_group_size(width: int) -> int:
-    """128 or 64 where they divide the width; else its largest divisor up to 128 in steps of 32, 16 or 8.
-
-    A width without such a divisor is grouped by 128 with a shorter last group, or whole when it is below 128.
-    """
-    for group in PREFERRED_GROUPS:
-        if width % group == 0:
-            return group
-    for step in STEPS:
-        divisors = [group for group in range(2 * step, DEFAULT_GROUP + 1, step) if width % group == 0]
-        if divisors:
-            return divisors[-1]
-    return min(DEFAULT_GROUP, width)
+def _kept_bits(run: Run, name: str, weights: int) -> int:
+    """Of a tensor that stays as it is."""
+    return 8 * run.source.stored_dtype(name).itemsize * weights

@@ -10,9 +10,8 @@ import torch
 from ..errors import CalibrationError, ModelError, UsageError
 from ..graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
-from ..numerics.grids import fit_grid
 from ..numerics.lowrank import compensate
-from ..numerics.rounding import Factor, round_to_nearest
+from ..numerics.rounding import Factor
 from ..pipeline import BlockWork, Fact, OutsideWork, Pass, register
 from ..qtensor import QTensor
 from ..report import LinearReport
@@ -108,10 +107,9 @@ class Quantize(Pass):
         name, spec = work.name, work.run.plan.specs.get(work.name)
         if spec is None:
             return
-        weight = work.weight()
-        grid = fit_grid(weight, spec)
-        _check_scales(grid.scales, name)
-        work.quantized[name] = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
+        tensor = Basis.unguided(None, 0, 0).round(work.weight(), spec)
+        _check_scales(tensor.scales, name)
+        work.quantized[name] = tensor
 
     def _bases(self, gram: torch.Tensor | None, rows: int, outcomes: list[Outcome], label: str) -> dict[int, Basis]:
         try:

@@ -17,7 +17,7 @@ from .checkpoint import verify as verify_checkpoint
 from .errors import UsageError
 from .frontend import Source, open_model
 from .frontend.source import quiet_transformers, tensors_under
-from .job import Job, PathLike, Settings, TooLarge, as_bytes, default_name, kernels_of
+from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
 from .pareto import Curve, spaced, trace_curve
 from .pipeline import Run
 from .progress import LogProgress, Progress
@@ -147,6 +147,7 @@ def pareto(
     pareto_page.check(folder, force)
     _check_verified(verify, text)
     job = Job.generous(settings, device, progress)
+    _refuse_automatic_head(job)
     run = job.open(open_model(model), "")
     windows = [] if text is None else _windows(run, text)  # a text that is too short is found before hours of work
     tokens = job.tokens(run)
@@ -164,6 +165,12 @@ def pareto(
             curve.points[place] = point.verified(_compare(built, model, windows, job), report.weights_bytes)
     pareto_page.write(curve, folder)
     return curve
+
+
+def _refuse_automatic_head(job: Job) -> None:
+    config = allocation(job.passes)
+    if config is not None and config.head_bits == "auto":
+        raise UsageError("the curve is one of averages, which count the blocks alone; give the head a width, not auto.")
 
 
 def _check_verified(verify: int, text: str | None) -> None:

@@ -46,6 +46,9 @@ class Reader:
         """Whether `stack_gradient` has something to do: it costs the block's stacks once more in memory."""
         return type(self).stack_gradient is not Reader.stack_gradient
 
+    def end(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+        """The hidden states (1, T, ...) that the last block makes of a sample's tokens (1, T)."""
+
     def done(self, block: Block, module: nn.Module) -> None:
         """All batches have run through a block, whose weights are still loaded."""
 
@@ -120,7 +123,7 @@ class BackwardSweep:
             self.run.progress.step(block.name)
 
     def backward(self, seed: int) -> None:
-        """From tokens drawn from the model, to the first block."""
+        """From tokens drawn from the model, to the first block, whose inputs' gradients stand then in `gradients`."""
         self._start_backward(seed)
         for block in reversed(self.run.graph.blocks):
             self._backward(block)
@@ -133,6 +136,7 @@ class BackwardSweep:
         self.gradients = self._snapshot()  # each sample's states give way to its gradient
         for sample in range(len(self.tokens)):
             hidden = self.gradients.read(sample, 1, self.run.device)
+            self.reader.end(self.tokens[sample : sample + 1], hidden)
             self.gradients.write(sample, self._output_gradient(sample, hidden, generator))
         to_meta(self.model)
 

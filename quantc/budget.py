@@ -1,7 +1,7 @@
 """A budget of bits shared out: which candidate each linear gets, so that the predicted losses are least.
 
-A unit is a linear, or linears that a runtime fuses into one matrix and that therefore have one spec: those that read
-the same activation (q, k and v; gate and up), and all experts of a block.
+A unit is a linear, a table outside the blocks, or linears that a runtime fuses into one matrix and that therefore have
+one spec: those that read the same activation (q, k and v; gate and up), and all experts of a block.
 """
 
 from __future__ import annotations
@@ -83,13 +83,24 @@ class Rules:
 class Budget:
     """What every linear could be stored as, ready to be shared out for any number of bits."""
 
-    def __init__(self, graph: ModelGraph, losses: Losses, kept_bits: Mapping[str, int], rules: Rules):
-        """losses: as an estimator found them. kept_bits: what each linear takes as it is."""
+    def __init__(
+        self,
+        graph: ModelGraph,
+        losses: Losses,
+        kept_bits: Mapping[str, int],
+        rules: Rules,
+        tables: Mapping[str, tuple[int, int]] | None = None,
+    ):
+        """losses: as an estimator found them. kept_bits: what each linear or table takes as it is.
+
+        tables: shapes of what lies outside the blocks and is shared out too; averages do not count it.
+        """
         rules.check(losses)
-        self._rules = rules
-        self.weights = sum(graph.linears[name].weights for name in losses)
+        self._rules, self._graph, self._kept_bits, self._tables = rules, graph, kept_bits, tables or {}
+        self.weights = sum(graph.linears[name].weights for name in losses if name in graph.linears)
         self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
-        self._units = [self._options(graph, unit, kept_bits, rules) for unit in _units(graph, losses, rules.fused)]
+        units = [*_units(graph, losses, rules.fused), *([name] for name in self._tables)]
+        self._units = [self._options(unit) for unit in units]
 
     def quantized(self) -> Budget:
         """The same without keeping linears as they are, where there is another way."""
@@ -151,7 +162,11 @@ class Budget:
         losses = {name: self._loss(name, specs[name]) for name in self._losses}
         return Shared({name: specs[name] for name in self._losses}, losses, sum(option.bits for option in options))
 
-    def _options(self, graph: ModelGraph, names: list[str], kept_bits: Mapping[str, int], rules: Rules) -> list[Option]:
+    def average(self, shared: Shared) -> float:
+        """Bits that a weight inside the blocks takes in a plan."""
+        return (shared.bits - sum(self._bits(name, shared.specs[name]) for name in self._tables)) / self.weights
+
+    def _options(self, names: list[str]) -> list[Option]:
         """Every format that all linears of a unit have among their candidates, and keeping them all."""
         by_format = [{format_label(spec): spec for spec in self._losses[name]} for name in names]
         shared = [label for label in by_format[0] if all(label in specs for specs in by_format)]
@@ -159,18 +174,26 @@ class Budget:
             {name: specs[label] for name, specs in zip(names, by_format, strict=True)} for label in shared
         ]
         ways.append(dict.fromkeys(names))
-        allowed = [way for way in ways if all(rules.allows(name, spec) for name, spec in way.items())]
+        allowed = [way for way in ways if all(self._rules.allows(name, spec) for name, spec in way.items())]
         if not allowed:
             raise UsageError(
                 f"no way to store {names[0]} satisfies what is asked for: its candidates are "
                 f"{', '.join(shared)} and keeping it; change the pins or the formats."
             )
-        return [self._option(graph, way, kept_bits) for way in allowed]
+        return [self._option(way) for way in allowed]
 
-    def _option(self, graph: ModelGraph, way: dict[str, QuantSpec | None], kept_bits: Mapping[str, int]) -> Option:
+    def _option(self, way: dict[str, QuantSpec | None]) -> Option:
         loss = sum(self._loss(name, spec) for name, spec in way.items())
-        bits = sum(kept_bits[n] if spec is None else stored_bits(graph.linears[n], spec) for n, spec in way.items())
-        return Option(way, loss, bits)
+        return Option(way, loss, sum(self._bits(name, spec) for name, spec in way.items()))
+
+    def _bits(self, name: str, spec: QuantSpec | None) -> int:
+        if spec is None:
+            return self._kept_bits[name]
+        return (
+            spec.stored_bits(self._tables[name])
+            if name in self._tables
+            else stored_bits(self._graph.linears[name], spec)
+        )
 
     def _loss(self, name: str, spec: QuantSpec | None) -> float:
         return 0.0 if spec is None else self._losses[name][spec]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__, console
-from .command_group import Above, Commands, Number, Pin, Share, Whole, Words, as_mapping, as_words, options
+from .command_group import Above, Commands, Number, Pin, Share, Whole, WholeOr, Words, as_mapping, as_words, options
 from .errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 option = click.option
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
-BITS = Whole(2, 8)
 COUNT = Whole(1)
 PRESETS = click.Choice(["fast", "balanced", "best"])
 OUTPUT_OPTIONS = options(
@@ -65,7 +64,8 @@ CALIBRATION_OPTIONS = options(
 STORAGE_OPTIONS = options(
     option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
     option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
-    option("--head-bits", type=BITS, help="Quantize embedding and lm head too. [default: kept as they are]"),
+    option("--head-bits", type=WholeOr("auto", 2, 8),
+           help="Quantize embedding and lm head too; auto shares out a size. [default: kept]"),
     option("--pin", "pins", type=Pin(), multiple=True, callback=as_mapping, metavar="NAMES=BITS",
            help="Bits of some linears, such as '*.0.*=8'; 16 keeps them."),
     option("--formats", type=Words(), metavar="LABELS", help="Only these, such as w4g128,w8g128. [default: all]"),

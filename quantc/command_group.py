@@ -61,6 +61,17 @@ class Whole(click.ParamType):
         raise click.UsageError(f"{_option(param)} is {value}, but must be a whole number {needed}.", ctx)
 
 
+class WholeOr(Whole):
+    """A word, or a whole number in a range."""
+
+    def __init__(self, word: str, low: int, high: int):
+        super().__init__(low, high)
+        self.word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == self.word else super().convert(value, param, ctx)
+
+
 class Number(click.ParamType):
     """A number in a range; a whole one is an int. Anything else is refused in one sentence that names the option."""
 

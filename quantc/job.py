@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -22,7 +22,7 @@ from .kernels.cuda.gptq import panel_for
 from .kernels.cuda.gram import products_for
 from .numerics.basis import Rounding
 from .numerics.rounding import using_panel
-from .passes.allocate import Allocate
+from .passes.allocate import Allocate, AllocateConfig
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .presets import preset as named_preset
@@ -59,7 +59,7 @@ class Settings(TypedDict, total=False):
     size: int | str | None
     group_size: int | None
     symmetric: bool | None
-    head_bits: int | None
+    head_bits: int | Literal["auto"] | None
     pins: dict[str, int] | None
     formats: Sequence[str] | None
     target: str | None
@@ -107,7 +107,7 @@ class Job:
         given = next((name for name in ("bits", *BUDGETS) if settings.get(name) is not None), None)
         if given is not None:
             raise UsageError(f"{given} says how small the model is to be, but all sizes are looked at; leave it out.")
-        recipe = _resolve_recipe(settings.get("recipe"), settings.get("preset")).without("allocate", *BUDGETS)
+        recipe = _resolve_recipe(settings.get("recipe"), settings.get("preset")).without("allocate", *BUDGETS, "search")
         return cls.of({**settings, "recipe": recipe, "preset": None, "size": ANY_SIZE}, None, device, progress)
 
     def open(self, source: Source, output: str) -> Run:
@@ -232,7 +232,8 @@ def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[
 
 def _check_target(passes: list[Pass]) -> None:
     """Raise UsageError where a runtime has to load the result and a pass makes what none loads."""
-    target = next((item.config.target for item in passes if isinstance(item, Allocate)), None)
+    config = allocation(passes)
+    target = config and config.target
     if target is not None and any(item.name == "rotate" for item in passes):
         raise UsageError(
             f"{target} rotates nothing at inference, and the recipe has the pass rotate; pass --preset fast, or a "
@@ -260,9 +261,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def allocation(passes: list[Pass]) -> AllocateConfig | None:
+    """The settings of allocate; None in a recipe without it, whose plan is handed in."""
+    return next((item.config for item in passes if isinstance(item, Allocate)), None)
+
+
 def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
     """`<model>-quantc-w4g128`, or `-plan` where a plan was given."""
-    allocate = next((item.config for item in passes if item.name == "allocate"), None)
+    allocate = allocation(passes)
     if plan.specs or allocate is None:
         return f"{model}-quantc-plan"
     group = 128 if allocate.group_size is None else allocate.group_size

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .budget import KEPT_BITS, Budget, Shared
-from .passes.allocate import CANDIDATE_BITS
+from .candidates import CANDIDATE_BITS
 from .pipeline import Run
 from .plan import Plan
 from .sizes import weights_bytes

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from ..pipeline import Run
+from ..spec import QuantSpec
 from . import fisher, gram, kl
 from .base import Candidate, Candidates, Losses
 from .table import kept_losses
@@ -21,11 +22,22 @@ __all__ = ["Candidate", "Candidates", "Estimator", "Losses", "kept_losses", "mea
 Estimator = Literal["fisher", "gram", "kl"]
 
 
-def measure(estimator: Estimator, run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates) -> Losses:
+def measure(
+    estimator: Estimator,
+    run: Run,
+    tokens: torch.Tensor,
+    folder: Path,
+    candidates: Candidates,
+    tables: dict[str, list[QuantSpec]] | None = None,
+) -> Losses:
     """The candidates of every linear that the plan quantizes, with their losses.
 
-    tokens: the calibration set (samples, T), int64. folder: for temporary files. What lies outside the blocks may be
-    gone from memory afterwards.
+    tokens: the calibration set (samples, T), int64. folder: for temporary files. tables: candidates of what lies
+    outside the blocks, by the weight's name; only fisher rates them. All that lies there may be gone from memory
+    afterwards.
     """
-    measures = {"fisher": fisher.measure, "gram": gram.measure, "kl": kl.measure}
+    if estimator == "fisher":
+        return fisher.measure(run, tokens, folder, candidates, tables)
+    assert not tables, "allocate has refused this"
+    measures = {"gram": gram.measure, "kl": kl.measure}
     return measures[estimator](run, tokens, folder, candidates)

@@ -40,33 +40,43 @@ from ..pipeline import BlockWork, Run
 from ..spec import QuantSpec
 from ..stats import Gram
 from .base import Candidate, Candidates, Losses, errors, planned_activations, sampled_channels
+from .tables import Tables
 
 BEYOND_SECOND_ORDER = 4.5
 SAMPLES = 16  # of the calibration set: a sample swept backward costs as much as four that only run forward
 
 
-def measure(run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates, seed: int = 0) -> Losses:
-    """The candidates of every linear that the plan quantizes, with their losses.
+def measure(
+    run: Run,
+    tokens: torch.Tensor,
+    folder: Path,
+    candidates: Candidates,
+    tables: dict[str, list[QuantSpec]] | None = None,
+    seed: int = 0,
+) -> Losses:
+    """The candidates of every linear that the plan quantizes, and of tables outside the blocks, with their losses.
 
     tokens: the calibration set (samples, T), of which the first SAMPLES are used. folder: for temporary files. Linears
     that no sampled token reached are rated like the others, by how much of their weights' energy is lost.
     """
     swept = tokens[:SAMPLES]
     calibration = CalibrationRun(run.source.model, run.graph, swept, run.device, folder)
-    found = _Fisher(run, calibration, candidates)
+    outside = Tables(run, swept, folder, tables or {})
+    found = _Fisher(run, calibration, candidates, outside)
     run.progress.stage("Sensitivity", 2 * len(run.graph.blocks))
     with BackwardSweep(run, calibration, swept, folder, found) as sweep:
         sweep.forward()
         sweep.backward(seed)
+        of_tables = outside.losses(sweep.gradients, BEYOND_SECOND_ORDER)
     run.progress.done()
-    return found.losses()
+    return {**found.losses(), **of_tables}
 
 
 class _Fisher(Reader):
     """Keeps sampled rows of every draw's G for a block, rounds its candidates when it is done, and forgets them."""
 
-    def __init__(self, run: Run, calibration: CalibrationRun, candidates: Candidates):
-        self.run, self.calibration, self.candidates = run, calibration, candidates
+    def __init__(self, run: Run, calibration: CalibrationRun, candidates: Candidates, tables: Tables):
+        self.run, self.calibration, self.candidates, self.tables = run, calibration, candidates, tables
         self._found: dict[str, dict[QuantSpec, float]] = {}  # nats per token
         self._shares: dict[str, dict[QuantSpec, float]] = {}  # of the weights' energy, that rounding loses
         self._grams: dict[str, list[Gram]] = {}  # activation -> one for each expert
@@ -103,6 +113,10 @@ class _Fisher(Reader):
         """See Reader. A batch is a draw."""
         if self.run.plan.specs[linear.name] is not None:
             self._draws.setdefault(linear.name, []).append(gradient[:, self._sampled(linear)].bfloat16())
+
+    def end(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+        """See Reader."""
+        self.tables.see_end(tokens, hidden)
 
     def done(self, block: Block, module: nn.Module) -> None:
         """See Reader."""

@@ -9,10 +9,11 @@ import pytest
 
 import quantc
 from quantc import api
+from quantc.candidates import CANDIDATE_BITS
+from quantc.checkpoint import CheckpointReader
 from quantc.errors import UsageError
 from quantc.frontend import open_model
 from quantc.job import Job, default_name
-from quantc.passes.allocate import CANDIDATE_BITS
 from quantc.plan import Plan, read_plan
 from quantc.spec import QuantSpec
 from tests.families import build
@@ -117,6 +118,33 @@ def test_sizes_are_text_too_and_the_smallest_is_named_when_one_cannot_be_met(sav
     assert planned(saved, size=least, group_size=None).plan.specs
     with pytest.raises(UsageError, match="cannot be met"):
         planned(saved, size=least - 1, group_size=None)
+
+
+def test_the_embedding_and_the_head_take_part_where_they_are_asked_to(saved: Path) -> None:
+    with pytest.raises(UsageError, match="or quantize the embedding and the head too") as caught:
+        planned(saved, size="1KiB")
+    limit = int(str(caught.value).partition("ask for ")[2].split()[0]) - 1  # too small with the tables as they are
+    report = quantize_saved(saved, size=limit, head_bits="auto", preset="balanced", force=True)
+    assert 0.97 * limit < report.weights_bytes <= limit
+    entries = CheckpointReader(saved / "packed").entries
+    run = planned(saved, size=limit, head_bits="auto")
+    assert set(run.graph.outside_weights) & set(entries)
+    assert all("KL divergence" in run.plan.why[name] for name in run.graph.outside_weights)
+    assert run.plan.specs.keys() == {*run.graph.linears, *run.graph.outside_weights}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"avg_bits": 4.0}, "head_bits is auto, which shares out a size"),
+        ({"size": "100kB", "search": 2}, "a search looks at the blocks alone"),
+    ],
+)
+def test_an_automatic_head_needs_a_size_to_share_out(saved: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        planned(saved, head_bits="auto", **settings)
+    with pytest.raises(UsageError, match="the curve is one of averages"):
+        api.pareto(saved / "model", head_bits="auto", calib=str(saved / "model/text.txt"))
 
 
 def test_a_model_that_fits_below_its_size_is_kept(saved: Path) -> None:
