@@ -144,6 +144,7 @@ class Allocate(Pass):
         shared = self._share(run, budget)
         if self.config.search:
             shared = self._search(run, budget, shared, tokens, folder)
+        run.plan.shared_out = True
         for name, spec in shared.specs.items():
             run.plan.specs[name] = spec
             run.plan.remark(name, f"predicted to add {shared.losses[name]:.2g} to the KL divergence")
@@ -241,7 +242,7 @@ class Allocate(Pass):
         return Rules(config.pins, config.formats or taken, runtime.fused)
 
     def _candidates(self, linear: Linear, spec: QuantSpec | None) -> list[QuantSpec]:
-        return [] if spec is None else candidates.of_linear(spec, linear.shape, self._any_group)
+        return [] if spec is None else candidates.of_linear(spec, linear, self._any_group)
 
     def _check_head(self) -> None:
         config = self.config

@@ -43,7 +43,10 @@ class GroupChannelsConfig:
 
 @register
 class GroupChannels(Pass):
-    """Sets the grouping of every planned linear, unless the plan was handed in; the plan says what was measured."""
+    """Sets the grouping of every planned linear; the plan says what was measured.
+
+    A plan that was handed in is left as it is, and so is one that shares out a budget: groupings took part in that.
+    """
 
     name = "group_channels"
     Config = GroupChannelsConfig
@@ -63,7 +66,7 @@ class GroupChannels(Pass):
 
     def build(self, work: BlockWork) -> None:
         plan = work.run.plan
-        if plan.given:
+        if plan.given or plan.shared_out:
             return
         for item, grams in work.statistics():
             choices = [Choice(linear, spec) for linear in work.readers(item) if (spec := plan.specs[linear.name])]

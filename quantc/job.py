@@ -151,7 +151,11 @@ class Job:
         """The same with specs for the linears and no budget, and this calibration set (samples, T)."""
         recipe = self.recipe.without("allocate", *BUDGETS)
         return replace(
-            self, recipe=recipe, passes=recipe.build_passes(), plan=Plan(dict(specs)), given=(tokens, calibration)
+            self,
+            recipe=recipe,
+            passes=recipe.build_passes(),
+            plan=Plan(dict(specs), shared_out=True),
+            given=(tokens, calibration),
         )
 
     def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:

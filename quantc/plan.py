@@ -22,11 +22,13 @@ class Plan:
     """specs: linear -> how it is stored, or None to keep it as it is.
 
     why: linear -> remarks of the passes that chose its spec; nothing depends on it. given: the user handed the plan in.
+    shared_out: the specs were chosen together, within a budget.
     """
 
     specs: dict[str, QuantSpec | None] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     given: bool = False
+    shared_out: bool = False
 
     def remark(self, name: str, why: str) -> None:
         """Add to what is said about a linear."""

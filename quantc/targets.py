@@ -27,6 +27,7 @@ ROUNDS = 3
 HELD_OUT_SHARE = 8  # every so many calibration windows one is kept aside
 HELD_OUT_WINDOWS = 32  # of a text of its own, at most
 AIM = 0.9  # of the target: predictions corrected once are off by a few per cent
+LEAST_POWER = 0.5  # of a prediction that its measurement rises by: less, between two builds, is noise
 WASTED = 0.75  # of the target: a plan that measures less than this has bits to spare
 
 
@@ -94,21 +95,34 @@ def meet(target: Target, budget: Budget, build: Callable[[Shared], float]) -> li
     build: builds a plan and measures it, in the unit of `Target.found`. Raises UsageError where no build meets it.
     """
     rounds: list[Round] = []
-    ratio = 1.0  # of measured to predicted
     while len(rounds) < ROUNDS:
-        shared = _smallest(budget, AIM * target.limit / ratio)
+        shared = _smallest(budget, _predicted_for(AIM * target.limit, rounds))
         if any(shared.specs == earlier.shared.specs for earlier in rounds):
             break
         found = build(shared)
         rounds.append(Round(shared, found))
         if WASTED * target.limit <= found <= target.limit:
             break
-        ratio = max(found, 1e-9) / shared.loss if shared.loss > 0 else ratio
     met = [item for item in rounds if item.found <= target.limit]
     if not met:
         raise target.refuse(min(item.found for item in rounds))
     best = min(met, key=lambda item: item.shared.bits)
     return [*(item for item in rounds if item is not best), best]
+
+
+def _predicted_for(wanted: float, rounds: list[Round]) -> float:
+    """The predicted loss of a plan that should measure so much.
+
+    What was measured is off by the factor of the one build so far, or by a power and a factor that two builds show.
+    """
+    known = sorted((log(item.shared.loss), log(max(item.found, 1e-9))) for item in rounds if item.shared.loss > 0)
+    if not known:
+        return wanted
+    nearest = sorted(known, key=lambda point: abs(point[1] - log(wanted)))[:2]
+    (predicted, found), (other, found_there) = nearest[0], nearest[-1]
+    rises = (found_there - found) * (other - predicted) > 0
+    power = max(LEAST_POWER, (found_there - found) / (other - predicted)) if rises else 1.0
+    return exp(predicted + (log(wanted) - found) / power)
 
 
 def _smallest(budget: Budget, loss: float) -> Shared:

@@ -21,6 +21,7 @@ from tests.helpers import quantize_saved, save_with_tokenizer
 from tests.quantc.cli_runner import run as run_command
 
 CALIBRATION = {"samples": 4, "seq_len": 32}
+TRAINED = Path(__file__).parent.parent / "tiny_model" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +234,20 @@ def test_losses_are_measured_once_for_all_budgets(saved: Path, monkeypatch: pyte
     assert planned(saved, size="130kB", seed=3).plan.specs
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         planned(saved, 4.25, seed=4)
+
+
+def test_groups_along_the_outputs_take_part_where_inputs_are_not_rotated(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\npasses: [allocate, group_channels, quantize]\n")
+    settings: dict[str, Any] = {
+        "avg_bits": 3.5,
+        "calib": str(TRAINED.parent / "heldout.txt"),
+        "samples": 16,
+        "seq_len": 64,
+    }
+    report = quantc.quantize(TRAINED, recipe=recipe, out=tmp_path / "packed", **settings)
+    planned_specs = api.plan(TRAINED, **settings).plan.specs
+    assert {item.name: item.spec for item in report.linears} == planned_specs  # group_channels changed nothing
+    assert {spec.grouping for spec in planned_specs.values() if spec} == {"per_oc", "per_ic"}
+    rotated = api.plan(TRAINED, preset="balanced", **settings).plan.specs.values()
+    assert all(spec.grouping == "per_oc" for spec in rotated if spec and spec.hadamard)

@@ -59,6 +59,12 @@ def test_a_target_is_met_closely_when_predictions_are_off_by_a_factor(off_by: fl
     assert 0.6 * 0.02 < rounds[-1].found <= 0.02
 
 
+@pytest.mark.parametrize("power", [0.6, 1.4])
+def test_a_target_is_met_closely_when_predictions_are_off_by_a_power(power: float) -> None:
+    rounds, _ = pursue(Target(max_kl=0.02), lambda shared: 5 * shared.loss**power)
+    assert 0.5 * 0.02 < rounds[-1].found <= 0.02
+
+
 def test_of_what_meets_the_target_the_smallest_is_taken() -> None:
     found = {0: 0.001, 1: 0.03, 2: 0.012}
     rounds, built = pursue(Target(max_kl=0.02), lambda shared: found.pop(min(found)))
