@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .numerics.basis import FEWEST_ROWS_SHARE, Basis
@@ -10,8 +12,12 @@ from .stats import Gram, channel_energies
 
 
 def lost_energies(sample: torch.Tensor, basis: Basis, spec: QuantSpec, rounds: int = 0) -> torch.Tensor:
-    """float64 (M,): the energy that each channel of x W^T loses, for turned weights (M, K) rounded as the spec says."""
-    return channel_energies(basis.round(sample, spec, rounds).dequantize() - sample, basis.gram)
+    """float64 (M,): the energy that each channel of x W^T loses, for turned weights (M, K) rounded as the spec says.
+
+    A sample has none of the rows that have one bit more.
+    """
+    tensor = basis.round(sample, replace(spec, wide_rows=0), rounds)
+    return channel_energies(tensor.dequantize() - sample, basis.gram)
 
 
 def lost_energy(weight: torch.Tensor, basis: Basis, spec: QuantSpec, least: int) -> float:

@@ -14,6 +14,7 @@ from .grids import fit_grid
 from .hadamard import BAND, rotate, rotate_gram
 from .refine import refine
 from .rounding import Factor, factorize, gptq_each, round_to_nearest
+from .row_widths import join
 
 # An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
 FEWEST_ROWS_SHARE = 1 / 16
@@ -103,12 +104,20 @@ class Basis:
         diagonal.add_(self.factor.damp * diagonal[diagonal > 0].mean())
         return damped
 
-    def round(self, weight: torch.Tensor, spec: QuantSpec, rounds: int = 0) -> QTensor:
+    def round(
+        self, weight: torch.Tensor, spec: QuantSpec, rounds: int = 0, wide: torch.Tensor | None = None
+    ) -> QTensor:
         """A turned weight (N, K) on its grid: with error feedback where there is a factor, to nearest otherwise.
 
-        rounds: of refinement after error feedback.
+        rounds: of refinement after error feedback. wide: bool (N,), the rows that have one bit more, where some have;
+        what is fed back stays within a row, so that each width is rounded by itself.
         """
-        return self.round_each(weight, [spec], rounds)[0]
+        if wide is None:
+            return self.round_each(weight, [spec], rounds)[0]
+        wide = wide.to(weight.device)
+        (narrow, _), (more, _) = spec.halves((weight.shape[0], weight.shape[1]))
+        halves = self.round(weight[~wide], narrow, rounds), self.round(weight[wide], more, rounds)
+        return join(spec, wide, *halves)
 
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
         """`round` as each of the specs says."""
