@@ -32,7 +32,11 @@ class Plan:
     why: dict[str, str] = field(default_factory=dict)
     given: bool = False
     shared_out: bool = False
-    salience: dict[str, torch.Tensor] = field(default_factory=dict)
+    salience: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
+
+    def copy(self) -> Plan:
+        """One that can be changed alone."""
+        return replace(self, specs=dict(self.specs), why=dict(self.why), salience=dict(self.salience))
 
     def wide_rows(self, name: str) -> torch.Tensor | None:
         """bool (N,): the rows of a linear (of every expert of a stack) that have one bit more; None where none have."""

@@ -101,6 +101,10 @@ class QuantSpec:
         narrow = replace(self, wide_rows=0)
         return (narrow, (n - self.wide_rows, k)), (replace(narrow, bits=self.bits + 1), (self.wide_rows, k))
 
+    def code_widths(self, n: int) -> dict[int, int]:
+        """How many of n output channels have codes of each width."""
+        return {self.bits: n - self.wide_rows, self.bits + 1: self.wide_rows} if self.wide_rows else {self.bits: n}
+
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Every bit the file holds for one weight of this shape: codes, scales, zeros, low-rank factors, the index."""
         n, k = shape

@@ -65,7 +65,8 @@ def round_all(
     for work in original_blocks(run, calibration):
         for item, grams in work.statistics():
             for linear in work.readers(item):
+                salience = run.plan.salience.get(linear.name)
                 for expert, gram in enumerate(grams):
-                    for tensor in rounded(work, work.weight(linear, expert), gram, specs[linear.name]):
+                    for tensor in rounded(work, work.weight(linear, expert), gram, specs[linear.name], salience):
                         into.write(linear.name, expert, tensor)
     run.progress.done()

@@ -3,8 +3,8 @@
     python -m tests.golden.make
 
 A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
-can store; in version 2 its residual stream is rotated too, in version 3 some of its linears have rows of two widths. `expected_<version>.json` keeps, per packed weight, a
-hash of its dequantized float32 values and a few of them.
+can store; in version 2 its residual stream is rotated too, in version 3 some linears have rows of two widths.
+`expected_<version>.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def unpacked_weights(folder: Path) -> dict[str, torch.Tensor]:
     """weight -> float32 (N, K), what its codes stand for."""
     reader = CheckpointReader(folder)
     return {
-        name: format_of(entry.spec).unpack(
-            {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}, entry.spec, entry.shape
-        ).dequantize()
+        name: format_of(entry.spec)
+        .unpack({part: reader.tensor(f"{name}.{part}") for part in entry.layout()}, entry.spec, entry.shape)
+        .dequantize()
         for name, entry in reader.entries.items()
     }
 
