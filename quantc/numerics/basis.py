@@ -120,7 +120,7 @@ class Basis:
         return join(spec, wide, *halves)
 
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
-        """`round` as each of the specs says."""
+        """`round` as each of the specs says; of one width each."""
         importance = self.gram.diagonal() if self.gram is not None and self.factor is not None else None
         grids = [fit_grid(weight, spec, importance) for spec in specs]
         if self.factor is None:

@@ -74,7 +74,9 @@ def rounded(
     for block, basis in work.rounding.bases(gram.matrix, gram.rows, specs).items():
         turned = basis.turn(weight)
         of_block = [spec for spec in specs if spec.hadamard == block]
-        yield from basis.round_each(turned, [spec for spec in of_block if not spec.wide_rows], rounds)
+        dense = [spec for spec in of_block if not spec.wide_rows]
+        if dense:
+            yield from basis.round_each(turned, dense, rounds)
         for spec in of_block:
             if spec.wide_rows:
                 assert salience is not None
