@@ -43,6 +43,16 @@ def test_every_weight_reads_bit_for_bit(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_the_reader_of_the_format_page_reads_the_same_bits(version: str) -> None:
+    page = (HERE.parent.parent / "docs/format.md").read_text()
+    code = page.partition("## A reader")[2].partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for name, values in expected(version).items():
+        assert digest(torch.from_numpy(names["read_weight"](HERE / version, name))) == values["sha256"], name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_every_part_packs_to_the_bytes_in_the_file(version: str) -> None:
     reader = CheckpointReader(HERE / version)
     for name, entry in reader.entries.items():

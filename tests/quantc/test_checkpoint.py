@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from quantc.checkpoint import (
     MANIFEST,
     CheckpointReader,
     PackedEntry,
+    ResidualRotation,
     checksum,
     describe_quantization,
     is_checkpoint,
     read_quantization,
+    read_residual_rotation,
     verify,
 )
 from quantc.checkpoint_writer import CheckpointWriter
@@ -392,6 +395,16 @@ def test_a_copy_without_a_manifest_can_be_read_but_not_verified(whole: Path) -> 
 def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     assert not is_checkpoint(tmp_path)
     assert refusal(tmp_path) == (f"{tmp_path} is no quantc checkpoint; pass a folder that `quantc quantize` wrote.")
+
+
+def test_version_3_may_rotate_hidden_states_too() -> None:
+    rotation = ResidualRotation(32, 16, "block.0", "block.1")
+    entries = {"a": PackedEntry(SPEC, (6, 8)), "b": PackedEntry(replace(SPEC, wide_rows=2), (6, 8))}
+    for found, version in (({"a": entries["a"]}, 2), (entries, 3)):
+        settings = describe_quantization(found, replace(SPEC, wide_rows=3), rotation)
+        assert settings["version"] == version
+        assert read_quantization({"quantization_config": settings}) == found
+        assert read_residual_rotation({"quantization_config": settings}) == rotation
 
 
 @pytest.mark.parametrize(
