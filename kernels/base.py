@@ -10,6 +10,7 @@ from ..formats import Parts
 from ..spec import QuantSpec
 
 Prepared = Any
+DENSE_ONLY = "needs all groups of a weight, and some are dropped"  # why a kernel refuses sparsity
 
 
 class Kernel(Protocol):

@@ -19,6 +19,8 @@ class QTensor:
     zeros: uint8, shaped as scales, or None when symmetric.
     low_rank_a, low_rank_b: float16 (..., R, K) and (..., N, R), or None.
     wide: bool (..., N), the rows whose codes are below 2^(bits + 1); None where there are none.
+    kept: bool, shaped as scales, the groups that are not dropped; None where none are. Of a dropped group the codes are
+        the zero point (0, or the middle when symmetric) and the scale is 1.
     """
 
     spec: QuantSpec
@@ -28,6 +30,7 @@ class QTensor:
     low_rank_a: torch.Tensor | None = None
     low_rank_b: torch.Tensor | None = None
     wide: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
