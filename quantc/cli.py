@@ -96,6 +96,7 @@ QUANTIZE_OPTIONS = options(
         help="Bits per code, 2 to 8; 3.25 is an average. Required without --recipe or --plan.",
     ),
     BUDGET_OPTIONS,
+    option("--sparsity", type=Number(0, 1), help="Share of the groups to drop, such as 0.2; of 16 or --group-size."),
     TARGET_OPTIONS,
     option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
     option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),

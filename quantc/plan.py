@@ -52,7 +52,9 @@ class Plan:
         for name, spec in self.specs.items():
             remark = {"why": self.why[name]} if name in self.why else {}
             entries[name] = KEEP if spec is None else self._entry(name, spec) | remark
-        comment = "# quantc plan: edit bits, group_size, grouping, symmetric, rank, hadamard or sparsity, or write `keep`.\n"
+        comment = (
+            "# quantc plan: edit bits, group_size, grouping, symmetric, rank, hadamard or sparsity, or write `keep`.\n"
+        )
         if any(spec and spec.wide_rows for spec in self.specs.values()):
             comment += "# wide: which rows have one bit more, in hexadecimal; without it none have.\n"
         return comment + yaml.safe_dump({"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None)

@@ -14,8 +14,6 @@ from ..qtensor import QTensor
 from ..spec import QuantSpec, packed_bytes
 from .base import Part, Parts
 
-LOW_RANK = ("low_rank_a", "low_rank_b")
-
 
 class GroupSparseFormat:
     """Parts: `kept`, a bit for each group, and qweight, scales and zeros of the groups kept, row by row.
@@ -70,12 +68,12 @@ class GroupSparseFormat:
         if not spec.symmetric:
             zeros = torch.zeros(kept.shape, dtype=torch.uint8, device=kept.device)
             zeros[kept] = unpack_bits(parts["zeros"], spec.bits, count).flatten()
-        low_rank = (parts.get(name) for name in LOW_RANK)
-        return QTensor(spec, codes.flatten(-2)[..., : shape[1]].contiguous(), scales, zeros, *low_rank, kept=kept)
+        a, b = parts.get("low_rank_a"), parts.get("low_rank_b")
+        return QTensor(spec, codes.flatten(-2)[..., : shape[1]].contiguous(), scales, zeros, a, b, kept=kept)
 
 
 def kept_groups(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
-    """bool (..., N, G): the groups that are stored; raises CheckpointError where they are not as many as the spec says."""
+    """bool (..., N, G): the groups that are stored; raises CheckpointError where their number is not the spec's."""
     kept = unpack_bits(parts["kept"], 1, spec.scales_shape(shape)[1]).bool()
     found, needed = kept.flatten(-2).sum(-1), spec.kept_groups(shape)
     if bool((found != needed).any()):

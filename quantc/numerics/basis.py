@@ -10,10 +10,11 @@ import torch
 
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .grids import fit_grid
+from . import sparsity
+from .grids import Grid, fit_grid
 from .hadamard import BAND, rotate, rotate_gram
-from .refine import refine
-from .rounding import Factor, factorize, gptq_each, round_to_nearest
+from .refine import refine, refit
+from .rounding import Factor, factorize, gptq, gptq_each, round_to_nearest
 from .row_widths import join
 
 # An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
@@ -21,6 +22,8 @@ FEWEST_ROWS_SHARE = 1 / 16
 # Code width from which on shrinking pays where inputs are not rotated. At 2 bits Gemma-3-270M has a KL divergence of
 # 1.83 without, 2.21 at 0.15 and 2.28 at 0.3, SmolLM2-135M 1.45, 1.43 and 1.50; rotated they have 1.16 and 1.30 at 0.3.
 SHRUNK_FROM_BITS = 3
+# Scale of a dropped group while the others are rounded: whatever is fed back to its weights, their codes stay at 0.
+HELD = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,14 @@ class Basis:
         assert self.factor is not None
         damped = self.gram.clone()
         diagonal = damped.diagonal()
-        diagonal.add_(self.factor.damp * diagonal[diagonal > 0].mean())
+        alive = diagonal[diagonal > 0]
+        diagonal.add_(self.factor.damp * alive.mean() if len(alive) else 1.0)
         return damped
+
+    @cached_property
+    def spectrum(self) -> sparsity.Spectrum:
+        """Of `damped`; whoever reads the same rows shares it."""
+        return sparsity.Spectrum.of(self.damped)
 
     def round(
         self, weight: torch.Tensor, spec: QuantSpec, rounds: int = 0, wide: torch.Tensor | None = None
@@ -121,6 +130,10 @@ class Basis:
 
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
         """`round` as each of the specs says; of one width each."""
+        if any(spec.sparsity for spec in specs):
+            return [
+                self._round_sparse(weight, s, rounds) if s.sparsity else self.round(weight, s, rounds) for s in specs
+            ]
         importance = self.gram.diagonal() if self.gram is not None and self.factor is not None else None
         grids = [fit_grid(weight, spec, importance) for spec in specs]
         if self.factor is None:
@@ -133,3 +146,29 @@ class Basis:
                 for (codes, grid), spec in zip(pairs, specs, strict=True)
             ]
         return [QTensor(spec, codes, grid.scales, grid.zeros) for (codes, grid), spec in zip(pairs, specs, strict=True)]
+
+    def _round_sparse(self, weight: torch.Tensor, spec: QuantSpec, rounds: int) -> QTensor:
+        """Groups are chosen, what stays makes up for the others and is rounded, and scales are fitted to the codes.
+
+        Without a factor the largest groups stay as they are, rounded to nearest.
+        """
+        n, k = weight.shape
+        g, count = spec.group_length((n, k)), spec.kept_groups((n, k))
+        if self.factor is None:
+            kept = sparsity.by_magnitude(weight, g, count)
+            fitted = weight * sparsity.spread(kept, g, k)
+            grid = fit_grid(fitted, spec)
+            codes = round_to_nearest(fitted, grid, spec)
+            return QTensor(spec, codes, grid.scales, grid.zeros, kept=kept)
+        assert self.gram is not None
+        read = self.gram.diagonal() > 0  # inputs that were always zero go first
+        kept = sparsity.by_admm(weight * read, self.spectrum, g, count)
+        fitted = sparsity.fit_support(weight, self.damped, sparsity.spread(kept, g, k))
+        grid = fit_grid(fitted, spec, self.damped.diagonal())
+        held = Grid(grid.scales.float().masked_fill(~kept, HELD), grid.zeros)
+        codes = gptq(fitted, self.factor, held, spec)
+        if rounds:
+            codes, held = refine(weight, codes, held, spec, self.damped, rounds)
+        else:
+            held = refit(weight, codes, held, spec, self.damped)
+        return QTensor(spec, codes, held.scales.masked_fill(~kept, 1), grid.zeros, kept=kept)
