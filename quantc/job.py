@@ -50,7 +50,7 @@ class Settings(TypedDict, total=False):
     is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
     predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
     that has to load the result hold for that. search: generations that then refine the plan by measuring.
-    sparsity: share of the groups of every linear that are dropped, for one width; group_size then is theirs.
+    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs.
     method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
     """
 
@@ -61,7 +61,7 @@ class Settings(TypedDict, total=False):
     size: int | str | None
     group_size: int | None
     symmetric: bool | None
-    sparsity: float | None
+    sparsity: float | Literal["2:4"] | None
     head_bits: int | Literal["auto"] | None
     pins: dict[str, int] | None
     formats: Sequence[str] | None
@@ -249,11 +249,11 @@ def _check_combination(passes: list[Pass]) -> None:
     sparse = any(isinstance(item, Sparsify) for item in passes)
     if config is not None and config.has_budget and sparse:
         raise UsageError(
-            "a budget is shared out among dense formats, and the pass sparsify drops groups of every linear alike; "
+            "a budget is shared out among dense formats, and the pass sparsify drops weights of every linear alike; "
             "pass --bits instead of a budget, or leave the sparsity out."
         )
     if target is not None and sparse:
-        raise UsageError(f"{target} loads no weights of which groups are dropped; leave the sparsity out.")
+        raise UsageError(f"{target} loads no linears of which weights are dropped; leave the sparsity out.")
     if target is not None and any(item.name == "rotate" for item in passes):
         raise UsageError(
             f"{target} rotates nothing at inference, and the recipe has the pass rotate; pass --preset fast, or a "
@@ -300,7 +300,7 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
         return f"{model}-quantc-{size(allocate.size).replace(' ', '')}"
     spec = QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric)
     for item in passes:
-        spec = item.sparse(spec) if isinstance(item, Sparsify) else spec
+        spec = item.config.sparse(spec) if isinstance(item, Sparsify) else spec
     return f"{model}-quantc-{spec.label()}"
 
 

@@ -93,12 +93,12 @@ class Plan:
 
     def _check_rotations(self, graph: ModelGraph) -> None:
         for name, spec in self.specs.items():
-            if spec is None or not (spec.hadamard or spec.rank or spec.sparsity):
+            if spec is None or not (spec.hadamard or spec.rank or spec.sparse):
                 continue
             if name not in graph.linears:
                 raise UsageError(
                     f"the plan gives {name} a rotation, a rank or a sparsity, but only linears inside the blocks have "
-                    "them; write 0 for all three."
+                    "them; leave them out."
                 )
             width = graph.linears[name].shape[1]
             if not fits(width, spec.hadamard):

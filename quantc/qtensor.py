@@ -19,8 +19,9 @@ class QTensor:
     zeros: uint8, shaped as scales, or None when symmetric.
     low_rank_a, low_rank_b: float16 (..., R, K) and (..., N, R), or None.
     wide: bool (..., N), the rows whose codes are below 2^(bits + 1); None where there are none.
-    kept: bool, shaped as scales, the groups that are not dropped; None where none are. Of a dropped group the codes are
-        the zero point (0, or the middle when symmetric) and the scale is 1.
+    kept: bool, shaped as scales, the groups that are not dropped, or as codes, the weights that are not where two of
+        four are; None where none are dropped. What is dropped has the zero point as its code; a dropped group has scale
+        1, and zero 0.
     """
 
     spec: QuantSpec

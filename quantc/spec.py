@@ -16,7 +16,8 @@ Grouping = Literal["per_oc", "per_ic"]
 WHOLE_ROW = -1
 MIN_BITS, MAX_BITS = 2, 8
 SCALE_BITS = 16
-NEWER_FIELDS = ("wide_rows", "sparsity")  # than version 1 of the file format
+NEWER_FIELDS = ("wide_rows", "sparsity", "two_of_four")  # than version 1 of the file format
+PLACE_BITS = 2  # which of four inputs a weight belongs to
 SPARSE_GROUPS = (8, 16, 32)  # what one index may stand for: shorter ones cost too much of it, longer ones quality
 
 
@@ -38,6 +39,8 @@ class QuantSpec:
 
     sparsity: share of the groups that are dropped whole, 0 for none; per_oc only, and groups of SPARSE_GROUPS. Nothing
         but an index of one bit for each group is stored of those that are dropped.
+    two_of_four: of every four consecutive inputs of an output channel two are dropped (2:4); per_oc only. The places of
+        the others, two bits each, are stored too.
 
     Raises UsageError when a field is out of range.
     """
@@ -50,6 +53,7 @@ class QuantSpec:
     hadamard: int = 0
     wide_rows: int = 0
     sparsity: float = 0.0
+    two_of_four: bool = False
 
     def __post_init__(self) -> None:
         if not _is_count(self.bits) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -71,6 +75,7 @@ class QuantSpec:
             raise UsageError(f"hadamard is {self.hadamard!r}, but a block order is 0 (none) or more; choose one.")
         self._check_wide_rows()
         self._check_sparsity()
+        self._check_two_of_four()
 
     def _check_wide_rows(self) -> None:
         if not _is_count(self.wide_rows) or self.wide_rows < 0:
@@ -97,6 +102,22 @@ class QuantSpec:
                 f"{self.sparsity:.0%} of the groups are dropped and {self.wide_rows} rows have one bit more, but a "
                 "weight has one of the two; leave the other out."
             )
+
+    def _check_two_of_four(self) -> None:
+        if not isinstance(self.two_of_four, bool):
+            raise UsageError(
+                f"two_of_four is {self.two_of_four!r}, but it is either true or false; choose one of those."
+            )
+        if self.two_of_four and (self.grouping != "per_oc" or self.wide_rows or self.sparsity):
+            raise UsageError(
+                "two of four weights are dropped, which needs per_oc groups, and neither wide rows nor another sparsity; "
+                "leave two_of_four out, or the others."
+            )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some weights are dropped."""
+        return self.sparsity > 0 or self.two_of_four
 
     @property
     def levels(self) -> int:
@@ -140,6 +161,9 @@ class QuantSpec:
         low_rank = self.rank * (n + k) * SCALE_BITS
         if self.sparsity:
             return self._sparse_bits(shape) + low_rank
+        if self.two_of_four:
+            halved = replace(self, two_of_four=False).stored_bits(shape) - n * packed_bytes(k, self.bits) * 8
+            return halved + sum(n * packed_bytes(places(k), width) * 8 for width in (self.bits, PLACE_BITS))
         if self.wide_rows:
             halves = replace(self, rank=0).halves(shape)
             return sum(spec.stored_bits(part) for spec, part in halves) + packed_bytes(n, 1) * 8 + low_rank
@@ -162,12 +186,13 @@ class QuantSpec:
         return self.stored_bits(shape) / (n * k)
 
     def label(self) -> str:
-        """Short name such as w4g128, w3g64sym-per_ic-r16-had, w3g64-wide72 or w4g16-s50."""
+        """Short name such as w4g128, w3g64sym-per_ic-r16-had, w3g64-wide72, w4g16-s50 or w4g64-2:4."""
         group = "row" if self.group_size == WHOLE_ROW else str(self.group_size)
         text = f"w{self.bits}g{group}" + ("sym" if self.symmetric else "")
         text += "" if self.grouping == "per_oc" else "-per_ic"
         text += f"-wide{self.wide_rows}" if self.wide_rows else ""
         text += f"-s{100 * self.sparsity:g}" if self.sparsity else ""
+        text += "-2:4" if self.two_of_four else ""
         text += f"-r{self.rank}" if self.rank else ""
         return text + ("-had" if self.hadamard else "")
 
@@ -192,3 +217,8 @@ def _is_count(value: object) -> bool:
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` codes of `bits` bits in one packed row."""
     return ceil(count * bits / 8)
+
+
+def places(k: int) -> int:
+    """How many of k weights are stored where two of four are; what is missing of the last four counts as dropped."""
+    return 2 * ceil(k / 4)

@@ -93,7 +93,7 @@ class NativeCpu:
             return found
         if dtype not in TYPES:
             return f"runs in float32, float16 and bfloat16, not in {str(dtype)[6:]}"
-        if spec.sparsity:
+        if spec.sparse:
             return DENSE_ONLY
         along = shape[1] if spec.grouping == "per_oc" else shape[0]
         least, group = LEAST_GROUP[spec.grouping], spec.group_length(shape)

@@ -46,7 +46,7 @@ class TorchInt4:
             (g in GROUP_SIZES, f"needs groups of {', '.join(map(str, GROUP_SIZES))}, not {g}"),
             (k % g == 0, f"needs whole groups, but {g} does not divide {k}"),
             (n % ROW_STEP == 0, f"needs output channels in steps of {ROW_STEP}, not {n}"),
-            (not spec.sparsity, DENSE_ONLY),
+            (not spec.sparse, DENSE_ONLY),
             (spec.rank == 0, "has no low-rank addition"),
         ]
         return next((reason for holds, reason in checks if not holds), None)

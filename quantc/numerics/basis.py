@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ..qtensor import QTensor
+from ..qtensor import QTensor, spread_groups
 from ..spec import QuantSpec
 from . import sparsity
 from .grids import Grid, fit_grid
@@ -22,7 +22,7 @@ FEWEST_ROWS_SHARE = 1 / 16
 # Code width from which on shrinking pays where inputs are not rotated. At 2 bits Gemma-3-270M has a KL divergence of
 # 1.83 without, 2.21 at 0.15 and 2.28 at 0.3, SmolLM2-135M 1.45, 1.43 and 1.50; rotated they have 1.16 and 1.30 at 0.3.
 SHRUNK_FROM_BITS = 3
-# Scale of a dropped group while the others are rounded: whatever is fed back to its weights, their codes stay at 0.
+# Scale of dropped weights while the others are rounded: whatever is fed back to them, their codes stand for 0.
 HELD = 2.0**100
 
 
@@ -130,10 +130,8 @@ class Basis:
 
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
         """`round` as each of the specs says; of one width each."""
-        if any(spec.sparsity for spec in specs):
-            return [
-                self._round_sparse(weight, s, rounds) if s.sparsity else self.round(weight, s, rounds) for s in specs
-            ]
+        if any(spec.sparse for spec in specs):
+            return [self._round_sparse(weight, s, rounds) if s.sparse else self.round(weight, s, rounds) for s in specs]
         importance = self.gram.diagonal() if self.gram is not None and self.factor is not None else None
         grids = [fit_grid(weight, spec, importance) for spec in specs]
         if self.factor is None:
@@ -148,27 +146,42 @@ class Basis:
         return [QTensor(spec, codes, grid.scales, grid.zeros) for (codes, grid), spec in zip(pairs, specs, strict=True)]
 
     def _round_sparse(self, weight: torch.Tensor, spec: QuantSpec, rounds: int) -> QTensor:
-        """Groups are chosen, what stays makes up for the others and is rounded, and scales are fitted to the codes.
+        """What stays is chosen, makes up for the rest and is rounded; then scales are fitted to the codes.
 
-        Without a factor the largest groups stay as they are, rounded to nearest.
+        Without a factor the largest weights or groups stay as they are, rounded to nearest. Where two of four weights
+        are dropped, refinement has no rounds: a descent would have to leave single codes out.
         """
-        n, k = weight.shape
-        g, count = spec.group_length((n, k)), spec.kept_groups((n, k))
+        shape = (weight.shape[0], weight.shape[1])
         if self.factor is None:
-            kept = sparsity.by_magnitude(weight, g, count)
-            fitted = weight * sparsity.spread(kept, g, k)
-            grid = fit_grid(fitted, spec)
-            codes = round_to_nearest(fitted, grid, spec)
-            return QTensor(spec, codes, grid.scales, grid.zeros, kept=kept)
+            stays = sparsity.by_magnitude(weight, spec)
+            grid = fit_grid(weight * stays, spec)
+            codes = round_to_nearest(weight * stays, grid, spec)
+            return _sparse_qtensor(spec, codes, grid, stays)
         assert self.gram is not None
         read = self.gram.diagonal() > 0  # inputs that were always zero go first
-        kept = sparsity.by_admm(weight * read, self.spectrum, g, count)
-        fitted = sparsity.fit_support(weight, self.damped, sparsity.spread(kept, g, k))
+        stays = sparsity.by_admm(weight * read, self.spectrum, spec)
+        fitted = sparsity.fit_support(weight, self.damped, stays)
         grid = fit_grid(fitted, spec, self.damped.diagonal())
-        held = Grid(grid.scales.float().masked_fill(~kept, HELD), grid.zeros)
-        codes = gptq(fitted, self.factor, held, spec)
-        if rounds:
-            codes, held = refine(weight, codes, held, spec, self.damped, rounds)
+        codes = gptq(fitted, self.factor, *_held(grid, spec, stays))
+        if rounds and not spec.two_of_four:
+            groups = Grid(grid.scales.float().masked_fill(~stays[:, :: spec.group_length(shape)], HELD), grid.zeros)
+            codes, grid = refine(weight, codes, groups, spec, self.damped, rounds)
         else:
-            held = refit(weight, codes, held, spec, self.damped)
-        return QTensor(spec, codes, held.scales.masked_fill(~kept, 1), grid.zeros, kept=kept)
+            grid = refit(weight, codes, grid, spec, self.damped)
+        return _sparse_qtensor(spec, codes, grid, stays)
+
+
+def _held(grid: Grid, spec: QuantSpec, stays: torch.Tensor) -> tuple[Grid, QuantSpec]:
+    """The grid with scales for every weight, so that those that do not stay (N, K) are held at 0, and its spec."""
+    shape = (stays.shape[0], stays.shape[1])
+    scales = spread_groups(grid.scales.float(), spec, shape).masked_fill(~stays, HELD)
+    zeros = None if grid.zeros is None else spread_groups(grid.zeros, spec, shape)
+    return Grid(scales, zeros), QuantSpec(spec.bits, 1, symmetric=spec.symmetric)
+
+
+def _sparse_qtensor(spec: QuantSpec, codes: torch.Tensor, grid: Grid, stays: torch.Tensor) -> QTensor:
+    """Of codes (N, K) that are zero points where stays (N, K) is not; a group that is dropped gets scale 1."""
+    if spec.two_of_four:
+        return QTensor(spec, codes, grid.scales, grid.zeros, kept=stays)
+    kept = stays[:, :: spec.group_length((codes.shape[0], codes.shape[1]))]
+    return QTensor(spec, codes, grid.scales.masked_fill(~kept, 1), grid.zeros, kept=kept)

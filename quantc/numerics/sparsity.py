@@ -1,8 +1,9 @@
-"""Which groups of a weight to drop, and what those that stay should then be. Nothing here knows of bits.
+"""Which weights to drop, in whole groups or two of four, and what those that stay should then be, before rounding.
 
 With D = W' - W what counts is f = tr(D H D^T), H (K, K) the Gram matrix of the inputs, damped so that it is definite.
-`by_admm` looks for the groups by the alternating direction method of multipliers, as ALPS does for single weights
-(Meng et al. 2024, arXiv:2406.07831): here groups compete over the whole weight. `fit_support` then minimises f over all
+`by_admm` looks for them by the alternating direction method of multipliers, as ALPS does for single weights
+(Meng et al. 2024, arXiv:2406.07831): here groups compete over the whole
+matrix. `fit_support` then minimises f over all
 that stays.
 
 Relative f on 7 linears of SmolLM2-135M (block 10), half of the groups of 16 dropped, the rest in 4 bits by `gptq`:
@@ -17,9 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..qtensor import spread_groups
+from ..spec import QuantSpec
+
 PENALTY = 0.1  # first of ADMM, for an H of unit diagonal
 ADMM_STEPS = 10  # 30 lose as much
-# The penalty grows so much in a step, the faster the more groups (a share of them) still change.
+# The penalty grows so much in a step, the faster the more weights (a share of them) still change.
 GROWTH = ((0.02, 1.3), (0.005, 1.2), (-1.0, 1.1))
 FIT_STEPS = 15  # 30 take 0.1 % off
 
@@ -45,32 +49,32 @@ class Spectrum:
         return cls(gram, lengths.float(), values.clamp(min=0).float(), vectors.float())
 
 
-def spread(kept: torch.Tensor, g: int, k: int) -> torch.Tensor:
-    """bool (N, K) of marks for groups of g (N, G)."""
-    return kept.repeat_interleave(g, 1)[:, :k]
-
-
-def by_magnitude(weight: torch.Tensor, g: int, count: int) -> torch.Tensor:
-    """bool (N, G): the `count` groups of g of a weight (N, K) with the largest sums of squares."""
+def by_magnitude(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """bool (N, K): the weights that stay of weight (N, K), those of least squares dropped in the spec's pattern."""
     n, k = weight.shape
+    g = 4 if spec.two_of_four else spec.group_length((n, k))
     columns = -(-k // g)
-    energies = torch.nn.functional.pad(weight.float().square(), (0, columns * g - k)).view(n, columns, g).sum(2)
-    kept = torch.zeros(n * columns, dtype=torch.bool, device=weight.device)
-    kept[energies.flatten().topk(count).indices] = True
-    return kept.view(n, columns)
+    filler = -1.0 if spec.two_of_four else 0.0  # what is missing of the last four never takes a weight's place
+    squares = torch.nn.functional.pad(weight.float().square(), (0, columns * g - k), value=filler).view(n, columns, g)
+    if spec.two_of_four:
+        kept = torch.zeros_like(squares, dtype=torch.bool).scatter_(2, squares.topk(2, dim=2).indices, True)
+        return kept.view(n, -1)[:, :k]
+    groups = torch.zeros(n * columns, dtype=torch.bool, device=weight.device)
+    groups[squares.sum(2).flatten().topk(spec.kept_groups((n, k))).indices] = True
+    return spread_groups(groups.view(n, columns), spec, (n, k))
 
 
-def by_admm(weight: torch.Tensor, spectrum: Spectrum, g: int, count: int) -> torch.Tensor:
-    """bool (N, G): the `count` groups of g with which a weight (N, K) can come nearest to its outputs."""
+def by_admm(weight: torch.Tensor, spectrum: Spectrum, spec: QuantSpec) -> torch.Tensor:
+    """bool (N, K): the weights with which a weight (N, K) can come nearest to its outputs, in the spec's pattern."""
     wanted = weight.float() * spectrum.lengths
     pulls = wanted @ (spectrum.vectors * spectrum.values)  # W H, in the basis of the eigenvectors
     sparse, multiplier = wanted, torch.zeros_like(wanted)
-    penalty, kept = PENALTY, by_magnitude(wanted, g, count)
+    penalty, kept = PENALTY, by_magnitude(wanted, spec)
     for _ in range(ADMM_STEPS):
         turned = torch.addmm(pulls, sparse - multiplier, spectrum.vectors, alpha=penalty)
         multiplier += turned.div_(spectrum.values + penalty) @ spectrum.vectors.T
-        before, kept = kept, by_magnitude(multiplier, g, count)
-        sparse = multiplier * spread(kept, g, weight.shape[1])
+        before, kept = kept, by_magnitude(multiplier, spec)
+        sparse = multiplier * kept
         multiplier -= sparse
         changed = float((kept != before).float().mean())
         penalty *= next(factor for share, factor in GROWTH if changed > share)

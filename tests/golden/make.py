@@ -4,7 +4,7 @@
 
 A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
 can store; in version 2 its residual stream is rotated too, in version 3 some linears have rows of two widths, or groups
-of which some are dropped (v3_sparse).
+of which some are dropped, or drop two of four weights (v3_sparse).
 `expected_<version>.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
 """
 
@@ -64,6 +64,7 @@ PLAN_SPARSE = Plan(
         **PLAN.specs,
         f"{BLOCK}.self_attn.q_proj": QuantSpec(4, 8, sparsity=0.5),
         f"{BLOCK}.self_attn.k_proj": QuantSpec(3, 8, symmetric=True, sparsity=0.3),
+        f"{BLOCK}.self_attn.o_proj": QuantSpec(4, 32, two_of_four=True),
         f"{BLOCK}.mlp.up_proj": QuantSpec(2, 16, hadamard=32, sparsity=0.9),
         f"{BLOCK}.mlp.down_proj": QuantSpec(5, 16, sparsity=0.25),
     }

@@ -178,6 +178,12 @@ def test_version_3_has_dropped_groups() -> None:
     assert shapes[f"{block}.self_attn.q_proj.qweight"] == ("U8", 64, 4)
     assert shapes[f"{block}.self_attn.k_proj.scales"] == ("F16", 45)  # 64 - round(19.2)
     assert shapes[f"{block}.mlp.up_proj.scales"] == ("F16", 9)  # 88 - round(79.2)
+    assert {name: shape for name, shape in shapes.items() if ".o_proj." in name} == {
+        f"{block}.self_attn.o_proj.qweight": ("U8", 32, 8),  # 16 of 32 codes of 4 bits
+        f"{block}.self_attn.o_proj.places": ("U8", 32, 4),
+        f"{block}.self_attn.o_proj.scales": ("F16", 32, 1),
+        f"{block}.self_attn.o_proj.zeros": ("U8", 32, 1),
+    }
     assert read_plan(HERE / "v3_sparse/plan.yaml").specs == PLAN_SPARSE.specs
 
 

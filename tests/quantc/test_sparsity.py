@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from transformers import PreTrainedTokenizerFast
 
@@ -30,11 +31,12 @@ TOKENS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_see
 
 
 def sparse_plan(folder: Path) -> Plan:
-    """Every linear as sparse as its place says; one of them is dense, one has nothing left."""
+    """Every linear as sparse as its place says; the first is dense, some keep two of four weights, some nothing."""
     run = opened_run(folder)
     for place, name in enumerate(run.graph.linears):
         sparsity = (0.0, 0.5, 0.25, 0.7, 1.0)[place % 5]
-        run.plan.specs[name] = QuantSpec(2 + place % 3, (8, 16)[place % 2], symmetric=place % 2 == 1, sparsity=sparsity)
+        spec = QuantSpec(2 + place % 3, (8, 16)[place % 2], symmetric=place % 2 == 1)
+        run.plan.specs[name] = replace(spec, sparsity=sparsity) if sparsity else replace(spec, two_of_four=place > 0)
     return run.plan
 
 
@@ -57,8 +59,9 @@ def test_a_plan_is_built_as_it_stands_and_the_model_runs(saved: Path) -> None:
     for name, entry in reader.entries.items():
         parts = {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}
         kept = format_of(entry.spec).unpack(parts, entry.spec, entry.shape).kept
-        assert (kept is None) == (entry.spec.sparsity == 0)
-        if kept is not None:
+        assert (kept is None) != entry.spec.sparse
+        if entry.spec.sparsity:
+            assert kept is not None
             assert set(kept.flatten(-2).sum(-1).flatten().tolist()) == {entry.spec.kept_groups(entry.shape)}
 
     packed = quantc.load(saved / "packed", dtype=torch.float32, verify=True)
@@ -97,12 +100,14 @@ def test_groups_of_another_length_and_the_name_of_the_folder() -> None:
     job = Job.of({"bits": 3, "sparsity": 0.25, "group_size": 8}, None, "cpu", None)
     assert [name for name, _ in job.recipe.passes] == ["allocate", "sparsify", "quantize"]
     assert default_name("tiny", job.passes, job.plan) == "tiny-quantc-w3g8-s25"
+    two = Job.of({"bits": 4, "sparsity": "2:4"}, None, "cpu", None)
+    assert default_name("tiny", two.passes, two.plan) == "tiny-quantc-w4g128-2:4"
+    assert Recipe.from_dict(yaml.safe_load(two.recipe.to_yaml())) == two.recipe
 
 
 def test_a_setting_replaces_what_the_recipe_says() -> None:
     recipe = Recipe.from_dict({"version": 1, "passes": ["allocate", {"sparsify": {"group_size": 32}}, "quantize"]})
-    (settings,) = [config for name, config in Job.of({"recipe": recipe, "sparsity": 0.4}, None, "cpu", None).recipe.passes
-                   if name == "sparsify"]  # fmt: skip
+    settings = dict(Job.of({"recipe": recipe, "sparsity": 0.4}, None, "cpu", None).recipe.passes)["sparsify"]
     assert (settings.sparsity, settings.group_size) == (0.4, 32)
 
 
@@ -111,8 +116,8 @@ def test_a_setting_replaces_what_the_recipe_says() -> None:
     [
         ({"bits": 4, "sparsity": 1}, "sparsity is 1, but a share above 0 and below 1 is dropped"),
         ({"bits": 4, "sparsity": 0.5, "group_size": 64}, "needs per_oc groups of 8, 16, 32, not per_oc ones of 64"),
-        ({"avg_bits": 3.5, "sparsity": 0.5}, "shared out among dense formats, and the pass sparsify drops groups"),
-        ({"bits": 4, "sparsity": 0.5, "target": "vllm"}, "vllm loads no weights of which groups are dropped"),
+        ({"avg_bits": 3.5, "sparsity": 0.5}, "shared out among dense formats, and the pass sparsify drops weights"),
+        ({"bits": 4, "sparsity": 0.5, "target": "vllm"}, "vllm loads no linears of which weights are dropped"),
     ],
 )
 def test_what_cannot_be_had_together_is_refused(settings: Any, message: str) -> None:
@@ -159,5 +164,5 @@ def test_dense_weights_beside_a_sparse_default_stay_dense() -> None:
     entries = {"a": PackedEntry(sparse, (32, 64)), "b": PackedEntry(replace(sparse, sparsity=0.0), (32, 64))}
     described = describe_quantization(entries, sparse)
     assert read_quantization({"quantization_config": described}) == entries
-    with pytest.raises(CheckpointError, match=r"a has a sparsity of 0\.5, in version 1"):
+    with pytest.raises(CheckpointError, match="a has dropped weights, in version 1"):
         read_quantization({"quantization_config": {**described, "version": 1}})

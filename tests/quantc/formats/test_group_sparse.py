@@ -149,7 +149,7 @@ def test_kernels_of_dense_weights_say_why_they_refuse(dtype: torch.dtype) -> Non
     assert choice.kernel is REFERENCE
     assert set(choice.refused) == {kernel.name for kernel in KERNELS} - {"reference"}
     assert choice.refused["native"] in (
-        "needs all groups of a weight, and some are dropped",
+        "needs a weight as a whole, and some of it is dropped",
         "was not built",
     )
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from quantc.numerics.basis import Basis, Rounding
-from quantc.numerics.sparsity import Spectrum, by_admm, by_magnitude, fit_support, spread
+from quantc.numerics.sparsity import Spectrum, by_admm, by_magnitude, fit_support
 from quantc.qtensor import spread_groups
 from quantc.spec import QuantSpec
+
+SPARSE = [QuantSpec(4, 16, sparsity=share) for share in (0.5, 0.75)]
 
 
 def layer(n: int, k: int, rows: int = 512, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,25 +29,40 @@ def lost(change: torch.Tensor, gram: torch.Tensor) -> float:
 @pytest.mark.parametrize("k", [48, 50, 13])
 def test_the_largest_groups_stay(k: int) -> None:
     weight, _ = layer(6, k)
-    kept = by_magnitude(weight, 16, 5)
+    stays = by_magnitude(weight, QuantSpec(4, 16, sparsity=0.5))
+    kept = stays[:, ::16]
     sums = torch.stack([part.square().sum(1) for part in weight.split(16, 1)], 1)
-    assert int(kept.sum()) == 5
+    assert int(kept.sum()) == kept.numel() // 2
+    assert torch.equal(stays, kept.repeat_interleave(16, 1)[:, :k])
     assert float(sums[kept].min()) >= float(sums[~kept].max())
-    assert spread(kept, 16, k).shape == weight.shape
 
 
-def test_admm_loses_less_than_magnitude() -> None:
+@pytest.mark.parametrize("k", [48, 49, 50, 51])
+def test_the_two_largest_of_four_stay(k: int) -> None:
+    weight, _ = layer(6, k)
+    stays = by_magnitude(weight, QuantSpec(4, 16, two_of_four=True))
+    for four, marks in zip(weight.abs().split(4, 1), stays.split(4, 1), strict=True):
+        assert bool((marks.sum(1) == min(2, four.shape[1])).all())
+        assert bool((four.masked_fill(~marks, 9).amin(1) >= four.masked_fill(marks, 0).amax(1)).all())
+
+
+@pytest.mark.parametrize("spec", [*SPARSE, QuantSpec(4, 16, two_of_four=True)], ids=QuantSpec.label)
+def test_admm_loses_less_than_magnitude(spec: QuantSpec) -> None:
     weight, gram = layer(32, 96)
     gram.diagonal().add_(0.01 * gram.diagonal().mean())
-    for count in (0, 1, 48, 96, 191, 192):
-        kept = by_admm(weight, Spectrum.of(gram), 16, count)
-        assert int(kept.sum()) == count
-        if count in (48, 96):
-            errors = [
-                lost(fit_support(weight, gram, spread(mask, 16, 96)) - weight, gram)
-                for mask in (kept, by_magnitude(weight * gram.diagonal().sqrt(), 16, count))
-            ]
-            assert errors[0] < 0.95 * errors[1]
+    stays = by_admm(weight, Spectrum.of(gram), spec)
+    assert int(stays.sum()) == (32 * 96 // 2 if spec.two_of_four else 16 * spec.kept_groups((32, 96)))
+    plain = by_magnitude(weight * gram.diagonal().sqrt(), spec)
+    errors = [lost(fit_support(weight, gram, marks) - weight, gram) for marks in (stays, plain)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_all_or_nothing_may_stay() -> None:
+    weight, gram = layer(8, 32)
+    gram.diagonal().add_(1)
+    for sparsity in (0.001, 0.999, 1.0):
+        spec = QuantSpec(4, 8, sparsity=sparsity)
+        assert int(by_admm(weight, Spectrum.of(gram), spec).sum()) == 8 * spec.kept_groups((8, 32))
 
 
 def test_what_stays_is_the_least_squares_solution() -> None:
@@ -78,14 +95,25 @@ def test_rounding_leaves_dropped_groups_at_zero(k: int, sparsity: float, rounds:
     assert bool((tensor.scales[~tensor.kept] == 1).all())
 
 
-def test_feedback_and_refit_lose_less_than_rounding_to_nearest() -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("k", "rounds"), [(96, 0), (90, 2), (13, 0)])
+def test_rounding_keeps_two_of_four(k: int, rounds: int, symmetric: bool) -> None:
+    weight, gram = layer(24, k)
+    spec = QuantSpec(4, 32, symmetric=symmetric, two_of_four=True)
+    tensor = Basis.of(gram, 512, 0, 0.01, True).round(weight, spec, rounds)
+    assert tensor.kept is not None
+    assert {int(four.sum(1).max()) for four in tensor.kept.split(4, 1)} <= {1, 2}
+    assert not tensor.dequantize()[~tensor.kept].any()
+
+
+@pytest.mark.parametrize("spec", [SPARSE[0], QuantSpec(4, 16, two_of_four=True)], ids=QuantSpec.label)
+def test_feedback_and_refit_lose_less_than_rounding_to_nearest(spec: QuantSpec) -> None:
     weight, gram = layer(32, 96)
-    spec = QuantSpec(4, 16, sparsity=0.5)
     guided = Basis.of(gram, 512, 0, 0.01, True).round(weight, spec).dequantize()
     plain = Basis.unguided(gram, 512, 0).round(weight, spec).dequantize()
     refined = Basis.of(gram, 512, 0, 0.01, True).round(weight, spec, 2).dequantize()
     assert lost(guided - weight, gram) < 0.6 * lost(plain - weight, gram)
-    assert lost(refined - weight, gram) < lost(guided - weight, gram)
+    assert lost(refined - weight, gram) <= lost(guided - weight, gram)
 
 
 def test_inputs_that_were_always_zero_go_first() -> None:
