@@ -110,8 +110,8 @@ class QuantSpec:
             )
         if self.two_of_four and (self.grouping != "per_oc" or self.wide_rows or self.sparsity):
             raise UsageError(
-                "two of four weights are dropped, which needs per_oc groups, and neither wide rows nor another sparsity; "
-                "leave two_of_four out, or the others."
+                "two of four weights are dropped, which needs per_oc groups, and neither wide rows nor another "
+                "sparsity; leave two_of_four out, or the others."
             )
 
     @property
