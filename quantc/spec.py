@@ -133,8 +133,7 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields; wide_rows only where there are some, so that earlier versions read all that they can."""
-        fields = asdict(self)
-        return fields if self.wide_rows else {key: value for key, value in fields.items() if key != "wide_rows"}
+        return {key: value for key, value in asdict(self).items() if key != "wide_rows" or value}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> QuantSpec:
