@@ -28,6 +28,18 @@ def lost_energy(weight: torch.Tensor, basis: Basis, spec: QuantSpec, least: int)
     return float(lost.sum()) * n / len(rows)
 
 
+def output_change(weight: torch.Tensor, basis: Basis, spec: QuantSpec, gram: torch.Tensor, least: int) -> float:
+    """tr(D G D^T) for the change D of a weight (N, K) as it multiplies unrotated inputs, of which gram (K, K) tells.
+
+    Estimated on `least` output channels or more, like `lost_energy`, but comparable between bases.
+    """
+    n, k = weight.shape
+    rows = sample_rows(n, spec.group_length((n, k)) if spec.grouping == "per_ic" else 1, least)
+    sample = weight[rows.to(weight.device)]
+    tensor = basis.round(basis.turn(sample), replace(spec, wide_rows=0, hadamard=basis.block))
+    return float(channel_energies(tensor.effective_weight() - sample, gram).sum()) * n / len(rows)
+
+
 def sample_rows(n: int, g: int, least: int) -> torch.Tensor:
     """int64 (M,), M >= least: output channels of whole groups of g, spread over n channels; all where there are few."""
     whole, wanted = n // g, -(-least // g)

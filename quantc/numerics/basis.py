@@ -48,11 +48,17 @@ class Rounding:
         """
         if not self.feedback:
             return Basis.unguided(gram, rows, block)
-        if gram is not None and self.shrink and (block or bits >= SHRUNK_FROM_BITS):
-            shrunk = gram * (1 - self.shrink)
-            shrunk.diagonal().copy_(gram.diagonal())
-            gram = shrunk
+        if gram is not None and (block or bits >= SHRUNK_FROM_BITS):
+            gram = self.shrunk(gram)
         return Basis.of(gram, rows, block, self.damp, self.act_order)
+
+    def shrunk(self, gram: torch.Tensor) -> torch.Tensor:
+        """(K, K): what is trusted of a Gram matrix."""
+        if not self.shrink:
+            return gram
+        shrunk = gram * (1 - self.shrink)
+        shrunk.diagonal().copy_(gram.diagonal())
+        return shrunk
 
     def bases(self, gram: torch.Tensor | None, rows: int, specs: Iterable[QuantSpec]) -> dict[int, Basis]:
         """`basis` for every rotation among specs, by the order of its blocks."""
