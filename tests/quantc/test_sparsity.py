@@ -86,6 +86,7 @@ def test_a_sparsity_is_a_setting(calib: str | None, tmp_path: Path) -> None:
     )  # fmt: skip
     assert {linear.spec for linear in report.linears} == {QuantSpec(4, 16, sparsity=0.5)}
     assert {linear.method for linear in report.linears} == {"gptq" if calib is None else "rtn"}
+    assert any("no sparsity are recommended" in note for note in report.notes)
     stored = report.bits_per_weight
     assert stored == CheckpointReader(tmp_path / "packed").bits_per_weight()
     assert 2.68 < stored < 2.9
