@@ -48,7 +48,7 @@ class Rivals:
         return sum(stored_bits(self.linears[name], spec) for name, spec in specs.items())
 
     def uniform(self, bits: int, group: int) -> Specs:
-        return {name: replace(spec, bits=bits, group_size=group) for name, spec in self.start.items()}
+        return {name: replace(spec, bits=bits, group_size=group, wide_rows=0) for name, spec in self.start.items()}
 
     def at_g64(self) -> Specs | None:
         """The largest uniform width in groups of 64, where it uses up the average to a hundredth."""
@@ -86,7 +86,7 @@ class Rivals:
 
     def _random_format(self, draw: random.Random, name: str) -> QuantSpec:
         groups = candidate_groups(self.linears[name].shape[1])
-        return replace(self.start[name], bits=draw.choice((2, 3, 4, 5)), group_size=draw.choice(groups))
+        return replace(self.start[name], bits=draw.choice((2, 3, 4, 5)), group_size=draw.choice(groups), wide_rows=0)
 
 
 def _next_width(bits: int) -> int:
@@ -103,11 +103,11 @@ def plans_of(run: api.Run, args: argparse.Namespace) -> Iterator[tuple[str, Call
         yield f"random {seed}", lambda seed=seed: rivals.random(seed)  # type: ignore[misc]
 
 
-def measure(name: str, specs: Specs, args: argparse.Namespace, scorer: Scorer) -> dict[str, Any]:
+def measure(name: str, chosen: Plan, args: argparse.Namespace, scorer: Scorer) -> dict[str, Any]:
     """Build a plan and score it."""
     with tempfile.TemporaryDirectory(prefix="plans-") as scratch:
         plan, out = Path(scratch) / "plan.yaml", Path(scratch) / "quantized"
-        Plan(dict(specs)).write(plan)
+        chosen.write(plan)
         calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
         measured, summary = quantize(args.model, out, plan=plan, preset=args.preset, **calibration)
         return {
@@ -147,7 +147,8 @@ def main() -> None:
     for name, make in plans_of(run, args):
         specs = make() if (name, args.avg_bits) not in done else None
         if specs is not None:
-            rows.append({**measure(name, specs, args, scorer), "settings": settings_of(args)})
+            chosen = Plan(dict(specs), salience=run.plan.salience)
+            rows.append({**measure(name, chosen, args, scorer), "settings": settings_of(args)})
             write_json(args.out, rows)
             print(f"{name}: {rows[-1]['bits_per_weight']:.3f} bits, KL {rows[-1]['mean_kl']:.4f}", flush=True)
     print(markdown([

@@ -16,7 +16,8 @@ class Kernel(Protocol):
     """A way to compute y = x W^T + bias for a packed weight W (N, K), x rotated first where the spec says so.
 
     name: shown by `quantc doctor`. supports: None, or the reason why not, as the end of a sentence that starts
-    with the kernel's name. prepare: the stored parts in the order the kernel wants, once at load time. run: y.
+    with the kernel's name. prepare: the stored parts in the order the kernel wants, once at load time. run: y. Of a
+    weight in two widths a kernel is given one half or the other, never both (kernels/two_widths.py).
     """
 
     name: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..formats import DENSE, Parts
+from ..formats import Parts, format_of
 from ..spec import QuantSpec
 from .rotation import rotate
 
@@ -34,7 +34,7 @@ class Reference:
 
     def run(self, x: torch.Tensor, prepared: PackedParts, bias: torch.Tensor | None = None) -> torch.Tensor:
         x = rotate(x, prepared.spec.hadamard) if prepared.spec.hadamard else x
-        tensor = DENSE.unpack(prepared.parts, prepared.spec, prepared.shape)
+        tensor = format_of(prepared.spec).unpack(prepared.parts, prepared.spec, prepared.shape)
         y = F.linear(x, tensor.dequantize(x.dtype))
         if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
             y = y + F.linear(F.linear(x, tensor.low_rank_a.to(x.dtype)), tensor.low_rank_b.to(x.dtype))

@@ -12,6 +12,7 @@ from .cpu.native import NATIVE
 from .cpu.torch_int4 import TORCH_INT4
 from .cuda.dense import CUDA_PACKED
 from .reference import REFERENCE
+from .two_widths import TwoWidths
 
 KERNELS: tuple[Kernel, ...] = (CUDA_PACKED, NATIVE, TORCH_INT4, REFERENCE)
 
@@ -25,7 +26,13 @@ class Choice:
 
 
 def choose(spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Choice:
-    """The first kernel that supports a weight (N, K) on a device with activations of a dtype."""
+    """The first kernel that supports a weight (N, K) on a device with activations of a dtype.
+
+    Of a weight in two widths: the first for each.
+    """
+    if spec.wide_rows:
+        narrow, wide = (choose(*half, device, dtype) for half in spec.halves(shape))
+        return Choice(TwoWidths(narrow.kernel, wide.kernel), {**wide.refused, **narrow.refused})
     refused: dict[str, str] = {}
     for kernel in KERNELS:
         reason = kernel.supports(spec, shape, device, dtype)

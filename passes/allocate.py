@@ -25,6 +25,7 @@ from ..pipeline import Fact, Pass, Run, register
 from ..runtimes import RUNTIMES
 from ..search import refine
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
+from ..sensitivity.wide_rows import with_wide_rows
 from ..sizes import weights_bytes
 from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec
 from ..units import size
@@ -173,8 +174,9 @@ class Allocate(Pass):
         self._check_formats(spec for found in specs.values() for spec in found)
         kept = {name: _kept_bits(run, linear.weight_name, linear.weights) for name, linear in run.graph.linears.items()}
         kept |= {name: _kept_bits(run, name, n * k) for name, (n, k) in tables.items()}
-        losses_found = losses({name: found for name, found in specs.items() if found})
-        return Budget(run.graph, losses_found, kept, self._rules(run), tables)
+        rated = with_wide_rows(losses({name: found for name, found in specs.items() if found}))
+        run.plan.salience = rated.salience
+        return Budget(run.graph, rated, kept, self._rules(run), tables)
 
     @property
     def _any_group(self) -> bool:
@@ -191,7 +193,7 @@ class Allocate(Pass):
 
     @staticmethod
     def _without_losses(specs: dict[str, list[QuantSpec]]) -> Losses:
-        return {name: [Candidate(spec, 0.0) for spec in found] for name, found in specs.items()}
+        return Losses({name: [Candidate(spec, 0.0) for spec in found] for name, found in specs.items()})
 
     def _share(self, run: Run, budget: Budget) -> Shared:
         config = self.config

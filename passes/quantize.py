@@ -85,7 +85,9 @@ class Quantize(Pass):
         """Round every linear that reads one activation."""
         specs = work.run.plan.specs
         outcomes = [
-            Outcome(linear, spec, self.rounding) for linear in work.readers(item) if (spec := specs[linear.name])
+            Outcome(linear, spec, self.rounding, work.run.plan.wide_rows(linear.name))
+            for linear in work.readers(item)
+            if (spec := specs[linear.name])
         ]
         for expert in range(work.experts(item)):
             rows = grams[expert].rows if grams else 0
@@ -123,8 +125,8 @@ class Quantize(Pass):
 class Outcome:
     """One linear on its way to codes, expert by expert."""
 
-    def __init__(self, linear: Linear, spec: QuantSpec, rounding: Rounding):
-        self.linear, self.spec, self.rounding = linear, spec, rounding
+    def __init__(self, linear: Linear, spec: QuantSpec, rounding: Rounding, wide: torch.Tensor | None):
+        self.linear, self.spec, self.rounding, self.wide = linear, spec, rounding, wide
         self._tensors: list[QTensor] = []
         self._factors: list[Factor | None] = []
         self._rows = 0
@@ -136,7 +138,7 @@ class Outcome:
         gram: (K, K), as it was measured: not rotated, not shrunk.
         """
         weight = basis.turn(source)
-        tensor = basis.round(weight, self.spec, self.rounding.rounds)
+        tensor = basis.round(weight, self.spec, self.rounding.rounds, self.wide)
         _check_scales(tensor.scales, self.linear.name)
         if self.spec.rank:
             residual = weight - tensor.dequantize()
@@ -193,4 +195,5 @@ def _stack(tensors: list[QTensor]) -> QTensor:
         stacked([tensor.zeros for tensor in tensors]),
         stacked([tensor.low_rank_a for tensor in tensors]),
         stacked([tensor.low_rank_b for tensor in tensors]),
+        stacked([tensor.wide for tensor in tensors]),
     )

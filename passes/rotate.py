@@ -46,7 +46,7 @@ from ..pipeline import BlockWork, Fact, Pass, Run, register
 from ..residual import BlockTurn, prove_turn
 from ..rewrite import Refusal, rotate_heads, weight_name
 from ..stats import Gram
-from ..trial import guides, lost_energy
+from ..trial import guides, output_change
 
 # Below this a block mixes too few channels to pay for its additions.
 SMALLEST_BLOCK = 16
@@ -209,12 +209,15 @@ def error_ratio(work: BlockWork, item: Activation, readers: list[Linear], grams:
     bits = min(spec.bits for reader in readers if (spec := work.run.plan.specs[reader.name]))
     for expert in seen[:: -(-len(seen) // TRIED_EXPERTS) or 1]:
         gram, rows = grams[expert].matrix, grams[expert].rows
+        # At 2 bits a basis without rotation is not shrunk, and by its own measure it would always win.
+        measure = work.rounding.shrunk(gram)
         for order in lost:
             basis = work.rounding.basis(gram, rows, order, bits)
             for linear in readers:
                 spec = work.run.plan.specs[linear.name]
                 assert spec is not None
-                lost[order] += lost_energy(work.weight(linear, expert), basis, spec, SAMPLED_ROWS)
+                weight = work.weight(linear, expert)
+                lost[order] += output_change(weight, basis, spec, measure, SAMPLED_ROWS)
     return lost[block] / lost[0] if lost[0] > 0 else None
 
 

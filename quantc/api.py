@@ -160,7 +160,7 @@ def pareto(
         point = curve.points[place]
         with tempfile.TemporaryDirectory(prefix=".pareto-", dir=folder) as scratch:
             built = Path(scratch) / "built"
-            planned = job.planned(point.plan.specs, tokens, run.report.calibration)
+            planned = job.planned(point.plan, tokens, run.report.calibration)
             report = planned.build(open_model(model), built)
             curve.points[place] = point.verified(_compare(built, model, windows, job), report.weights_bytes)
     pareto_page.write(curve, folder)

@@ -65,7 +65,8 @@ class Rules:
 
     def allows(self, name: str, spec: QuantSpec | None) -> bool:
         """Whether a linear may be stored so; None: as it is."""
-        if self.pinned(name) not in (None, KEPT_BITS if spec is None else spec.bits):
+        pinned = self.pinned(name)
+        if pinned is not None and (pinned != (KEPT_BITS if spec is None else spec.bits) or (spec and spec.wide_rows)):
             return False
         return spec is None or not self.formats or format_label(spec) in self.formats
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, UsageError
-from .formats import DENSE, Part
+from .formats import Part, format_of
 from .numerics.hadamard import fits
 from .spec import QuantSpec
 
 METHOD = "quantc"
 VERSION = 1
 TURNED_VERSION = 2  # of checkpoints with a rotated residual stream, which readers of version 1 would get wrong
+TWO_WIDTHS_VERSION = 3  # of those with rows of two widths in a weight, the residual stream rotated or not
+VERSIONS = (VERSION, TURNED_VERSION, TWO_WIDTHS_VERSION)
 MANIFEST = "quantc.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -94,7 +96,7 @@ class PackedEntry:
         return math.prod((*self.leading, *self.shape))
 
     def layout(self) -> dict[str, Part]:
-        return DENSE.layout(self.spec, self.shape, self.leading)
+        return format_of(self.spec).layout(self.spec, self.shape, self.leading)
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,18 @@ def describe_quantization(
     entries: dict[str, PackedEntry], default: QuantSpec, residual: ResidualRotation | None = None
 ) -> dict[str, Any]:
     """`quantization_config` for config.json: the default spec, and per weight its shape and what differs."""
-    common = default.to_dict()
+    common = replace(default, wide_rows=0).to_dict()
     modules = {}
     for name, entry in entries.items():
-        differs = {key: value for key, value in entry.spec.to_dict().items() if value != common[key]}
+        differs = {key: value for key, value in entry.spec.to_dict().items() if value != common.get(key)}
         modules[name] = {"shape": [*entry.leading, *entry.shape], **differs}
         if entry.transposed:
             modules[name]["transposed"] = True
     described = {"quant_method": METHOD, "version": VERSION, "default": common, "modules": modules}
     if residual is not None:
         described |= {"version": TURNED_VERSION, "residual_rotation": asdict(residual)}
+    if any(entry.spec.wide_rows for entry in entries.values()):
+        described["version"] = TWO_WIDTHS_VERSION
     return described
 
 
@@ -136,7 +140,7 @@ def read_residual_rotation(config: dict[str, Any]) -> ResidualRotation | None:
     """How a config's `quantization_config` says that hidden states are rotated; raises CheckpointError."""
     settings = config.get("quantization_config") or {}
     entry: Any = settings.get("residual_rotation")
-    if settings.get("version") == VERSION and entry is None:
+    if settings.get("version") != TURNED_VERSION and entry is None:
         return None
     if settings.get("version") == VERSION:
         raise CheckpointError(
@@ -162,14 +166,18 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
             f"the checkpoint was quantized by {settings.get('quant_method')!r}, but only {METHOD!r} can be read here; "
             "load it with the tool that wrote it."
         )
-    if settings.get("version") not in (VERSION, TURNED_VERSION):
+    if settings.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"the checkpoint has format version {settings.get('version')!r}, but this quantc reads versions {VERSION} "
-            f"and {TURNED_VERSION}; install the quantc that wrote it."
+            f"the checkpoint has format version {settings.get('version')!r}, but this quantc reads versions "
+            f"{VERSIONS[0]} to {VERSIONS[-1]}; install the quantc that wrote it."
         )
     read_residual_rotation(config)
     try:
-        return {name: _read_entry(settings.get("default", {}), dict(own)) for name, own in settings["modules"].items()}
+        entries = {
+            name: _read_entry(settings.get("default", {}), dict(own)) for name, own in settings["modules"].items()
+        }
+        _check_widths(entries, settings["version"])
+        return entries
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint's quantization_config cannot be read ({error}); copy it again."
@@ -183,6 +191,13 @@ def _read_entry(default: dict[str, Any], own: dict[str, Any]) -> PackedEntry:
     if not fits(k, spec.hadamard):
         raise ValueError(f"no Hadamard rotation of {k} inputs in blocks of {spec.hadamard} is known")
     return PackedEntry(spec, (n, k), tuple(leading), transposed)
+
+
+def _check_widths(entries: dict[str, PackedEntry], version: int) -> None:
+    for name, entry in entries.items():
+        n, wide = entry.shape[0], entry.spec.wide_rows
+        if wide >= n or (wide and version != TWO_WIDTHS_VERSION):
+            raise ValueError(f"{name} has {wide} of {n} rows in one bit more, in version {version}")
 
 
 class CheckpointReader:

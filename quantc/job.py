@@ -116,7 +116,7 @@ class Job:
         report = Report(model=source.name, output=output, notes=list(self.notes))
         report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
         rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
-        plan = replace(self.plan, specs=dict(self.plan.specs), why=dict(self.plan.why))  # a job may be built again
+        plan = self.plan.copy()  # a job may be built again
         run = Run(source, graph, plan, report, self.progress, _device(self.device), rounding)
         report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
         for item in self.passes:
@@ -147,16 +147,11 @@ class Job:
         recipe = self.recipe.with_settings(allocate={"size": size})
         return replace(self, recipe=recipe, passes=recipe.build_passes())
 
-    def planned(self, specs: dict[str, QuantSpec | None], tokens: torch.Tensor, calibration: str) -> Job:
-        """The same with specs for the linears and no budget, and this calibration set (samples, T)."""
+    def planned(self, plan: Plan, tokens: torch.Tensor, calibration: str) -> Job:
+        """The same with the specs of a plan and no budget, and this calibration set (samples, T)."""
         recipe = self.recipe.without("allocate", *BUDGETS)
-        return replace(
-            self,
-            recipe=recipe,
-            passes=recipe.build_passes(),
-            plan=Plan(dict(specs), shared_out=True),
-            given=(tokens, calibration),
-        )
+        plan = Plan(plan.specs, shared_out=True, salience=plan.salience)
+        return replace(self, recipe=recipe, passes=recipe.build_passes(), plan=plan, given=(tokens, calibration))
 
     def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
         """What the linears could be stored as. folder: for temporary files."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .budget import KEPT_BITS, Budget, Shared
 from .candidates import CANDIDATE_BITS
+from .graph import Linear
 from .pipeline import Run
 from .plan import Plan
 from .sizes import weights_bytes
@@ -174,17 +175,18 @@ def _point(run: Run, option: str, shared: Shared) -> Point:
         bits_per_weight=shared.bits / sum(weights.values()),
         weights_bytes=weights_bytes(run, specs),
         predicted_kl=shared.loss,
-        widths=_widths(shared.specs, weights),
-        plan=Plan(specs),
+        widths=_widths(shared.specs, run.graph.linears),
+        plan=Plan(specs, salience=run.plan.salience),
     )
 
 
-def _widths(specs: Mapping[str, QuantSpec | None], weights: Mapping[str, int]) -> dict[int, float]:
-    found: dict[int, int] = {}
+def _widths(specs: Mapping[str, QuantSpec | None], linears: Mapping[str, Linear]) -> dict[int, float]:
+    found: dict[int, float] = {}
     for name, spec in specs.items():
-        bits = KEPT_BITS if spec is None else spec.bits
-        found[bits] = found.get(bits, 0) + weights[name]
-    return {bits: found[bits] / sum(weights.values()) for bits in sorted(found)}
+        n = linears[name].shape[0]
+        for bits, rows in ({KEPT_BITS: n} if spec is None else spec.code_widths(n)).items():
+            found[bits] = found.get(bits, 0) + linears[name].weights * rows / n
+    return {bits: found[bits] / sum(found.values()) for bits in sorted(found)}
 
 
 def _uniform(run: Run, budget: Budget) -> list[Point]:

@@ -21,7 +21,7 @@ from .checkpoint import ResidualRotation
 from .checkpoint_writer import CheckpointWriter
 from .derive import outside_names
 from .errors import CalibrationError, PassError
-from .formats import DENSE
+from .formats import format_of
 from .frontend import Source, to_meta
 from .frontend.source import tensors_under
 from .gather import gather, gather_drifting, rounds, stages
@@ -404,5 +404,5 @@ def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: Checkpo
             exact = name not in run.edited or torch.equal(stored.float(), tensor.detach().cpu())
             writer.add(name, stored if exact else tensor.detach().cpu())
     for name, qtensor in quantized.items():
-        for part, tensor in DENSE.pack(qtensor).items():
+        for part, tensor in format_of(qtensor.spec).pack(qtensor).items():
             writer.add(f"{name}.{part}", tensor.cpu())

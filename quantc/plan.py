@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from .errors import UsageError
 from .graph import ModelGraph
 from .numerics.hadamard import fits
-from .spec import QuantSpec
+from .numerics.row_widths import mark_salient, read_rows, write_rows
+from .spec import QuantSpec, packed_bytes
 
 KEEP = "keep"
 
@@ -23,12 +25,23 @@ class Plan:
 
     why: linear -> remarks of the passes that chose its spec; nothing depends on it. given: the user handed the plan in.
     shared_out: the specs were chosen together, within a budget.
+    salience: linear -> float (N,), the greater the sooner a row has one bit more; for specs with wide_rows.
     """
 
     specs: dict[str, QuantSpec | None] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     given: bool = False
     shared_out: bool = False
+    salience: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
+
+    def copy(self) -> Plan:
+        """One that can be changed alone."""
+        return replace(self, specs=dict(self.specs), why=dict(self.why), salience=dict(self.salience))
+
+    def wide_rows(self, name: str) -> torch.Tensor | None:
+        """bool (N,): the rows of a linear (of every expert of a stack) that have one bit more; None where none have."""
+        spec = self.specs[name]
+        return mark_salient(self.salience[name], spec.wide_rows) if spec and spec.wide_rows else None
 
     def remark(self, name: str, why: str) -> None:
         """Add to what is said about a linear."""
@@ -38,9 +51,16 @@ class Plan:
         entries: dict[str, Any] = {}
         for name, spec in self.specs.items():
             remark = {"why": self.why[name]} if name in self.why else {}
-            entries[name] = KEEP if spec is None else spec.to_dict() | remark
+            entries[name] = KEEP if spec is None else self._entry(name, spec) | remark
         comment = "# quantc plan: edit bits, group_size, grouping, symmetric, rank or hadamard, or write `keep`.\n"
+        if any(spec and spec.wide_rows for spec in self.specs.values()):
+            comment += "# wide: which rows have one bit more, in hexadecimal; without it none have.\n"
         return comment + yaml.safe_dump({"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None)
+
+    def _entry(self, name: str, spec: QuantSpec) -> dict[str, Any]:
+        rows = self.wide_rows(name)
+        fields = replace(spec, wide_rows=0).to_dict()
+        return fields if rows is None else fields | {"wide": write_rows(rows)}
 
     def write(self, file: Path) -> None:
         """The YAML into a file, whole or not at all; raises UsageError where that cannot be written."""
@@ -61,6 +81,7 @@ class Plan:
                     f"the plan names {name}, which is no linear of this model; did you mean {near[0] if near else '-'}?"
                 )
         self._check_rotations(graph)
+        self._fit_masks(graph)
         missing = [name for name in graph.linears if name not in self.specs]
         if missing:
             raise UsageError(
@@ -83,6 +104,26 @@ class Plan:
                     f"the plan rotates {name} in blocks of {spec.hadamard}, but its {width} inputs need blocks that "
                     "divide them and for which a Hadamard matrix is known; write 0 for none."
                 )
+
+    def _fit_masks(self, graph: ModelGraph) -> None:
+        """Masks that were read have whole bytes; the bits after the last row go."""
+        for name, spec in self.specs.items():
+            if spec is None or not spec.wide_rows:
+                continue
+            if name not in graph.linears:
+                raise UsageError(
+                    f"the plan gives {name} rows of two widths, but only linears inside the blocks have them; leave "
+                    "wide out."
+                )
+            n, found = graph.linears[name].shape[0], self.salience[name]
+            if len(found) not in (n, 8 * packed_bytes(n, 1)) or bool(found[n:].any()):
+                raise UsageError(
+                    f"wide of {name} is a mask of {len(found)} rows, but there are {n}; write {2 * packed_bytes(n, 1)} "
+                    "digits, or leave it out."
+                )
+            if spec.wide_rows >= n:
+                raise UsageError(f"wide of {name} marks all of its {n} rows; leave it out, and write one bit more.")
+            self.salience[name] = found[:n]
 
 
 def read_plan(file: Path) -> Plan:
@@ -113,4 +154,15 @@ def _read_spec(plan: Plan, name: str, entry: dict[str, Any]) -> QuantSpec:
         if not isinstance(why, str):
             raise UsageError(f"why is {why!r}, but a remark in words is needed; leave it out if there is none.")
         plan.why[name] = why
-    return QuantSpec.from_dict(entry)
+    wide = entry.pop("wide", None)
+    if "wide_rows" in entry:
+        raise UsageError("wide_rows counts the rows that wide marks, and is not written; leave it out.")
+    if wide is None:
+        return QuantSpec.from_dict(entry)
+    try:
+        plan.salience[name] = read_rows(wide)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"wide is {wide!r}, but it marks rows in hexadecimal, as text in quotes; leave it out for none."
+        ) from error
+    return QuantSpec.from_dict({**entry, "wide_rows": int(plan.salience[name].sum())})

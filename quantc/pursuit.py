@@ -11,6 +11,7 @@ from .budget import Shared
 from .checkpoint_writer import CheckpointWriter
 from .frontend import open_model
 from .job import Job, PathLike
+from .plan import Plan
 from .report import Report
 from .shard_writer import writing
 from .targets import Target, held_out, meet
@@ -42,7 +43,8 @@ def pursue(
 
         def build(shared: Shared) -> float:
             folder = place.folder / f"build-{len(built) + 1}"
-            one = job.planned({**run.plan.specs, **shared.specs}, tokens, run.report.calibration)
+            plan = Plan({**run.plan.specs, **shared.specs}, salience=run.plan.salience)
+            one = job.planned(plan, tokens, run.report.calibration)
             built.append((shared, folder, one.build(open_model(model), folder, output=str(out))))
             return target.found(compare(folder, windows))
 

@@ -18,6 +18,7 @@ class QTensor:
     scales: float16 (..., *spec.scales_shape).
     zeros: uint8, shaped as scales, or None when symmetric.
     low_rank_a, low_rank_b: float16 (..., R, K) and (..., N, R), or None.
+    wide: bool (..., N), the rows whose codes are below 2^(bits + 1); None where there are none.
     """
 
     spec: QuantSpec
@@ -26,6 +27,7 @@ class QTensor:
     zeros: torch.Tensor | None = None
     low_rank_a: torch.Tensor | None = None
     low_rank_b: torch.Tensor | None = None
+    wide: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -35,10 +37,16 @@ class QTensor:
         """W (..., N, K) = (code - zero) * scale, computed in float32 and cast last; low-rank not included."""
         scales = spread_groups(self.scales.float(), self.spec, self.shape)
         if self.zeros is None:
-            centred = self.codes.float() - self.spec.mid
+            centred = self.codes.float() - self._mids()
         else:
             centred = self.codes.float() - spread_groups(self.zeros.float(), self.spec, self.shape)
         return centred.mul_(scales).to(dtype)
+
+    def _mids(self) -> torch.Tensor | int:
+        """The zero points of symmetric codes: one, or (..., N, 1) where rows have two widths."""
+        if self.wide is None:
+            return self.spec.mid
+        return torch.where(self.wide[..., None], 2 * self.spec.mid, self.spec.mid)
 
     def effective_weight(self) -> torch.Tensor:
         """float32 (..., N, K): what x is multiplied with in all, low-rank addition and rotation included."""

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import PackedEntry, ResidualRotation
 from .errors import CheckpointError
-from .formats import DENSE, Parts
+from .formats import DENSE, Parts, format_of
 from .kernels.base import Prepared
 from .kernels.registry import choose
 from .residual_hooks import attach
@@ -27,7 +27,7 @@ class _Packed(nn.Module):
         super().__init__()
         self.spec, self.matrix_shape, self.leading = spec, shape, leading
         self.dtype = dtype  # of the activations the model is built for
-        self._parts = DENSE.layout(spec, shape, leading)
+        self._parts = format_of(spec).layout(spec, shape, leading)
         for name, part in self._parts.items():
             self.register_buffer(name, torch.empty(part.shape, dtype=part.dtype, device="meta"))
         self._prepared: dict[tuple[int, torch.dtype, torch.device], tuple[Any, Prepared]] = {}
@@ -49,7 +49,8 @@ class _Packed(nn.Module):
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The whole weight (or one expert's), unpacked."""
-        return DENSE.unpack(self.parts(expert), self.spec, self.matrix_shape).effective_weight().to(dtype)
+        tensor = format_of(self.spec).unpack(self.parts(expert), self.spec, self.matrix_shape)
+        return tensor.effective_weight().to(dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Packed:
         """Moving to a device moves the parts; casting (`model.half()`) leaves the stored dtypes as they are."""
@@ -244,6 +245,10 @@ def _install_parameter(model: Any, name: str, parameter: torch.Tensor, entry: Pa
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     _check_shape(name, tuple(parameter.shape), entry.model_shape)
+    if entry.spec.wide_rows and not entry.leading:
+        raise CheckpointError(
+            f"the checkpoint packs {name} in two widths, but a table is read row by row and has one; quantize it again."
+        )
     packed = PackedWeight(parameter, entry)
     del parent._parameters[leaf]
     setattr(parent, leaf, packed)

@@ -8,7 +8,7 @@ import torch
 
 from .checkpoint_writer import SHARD_BYTES
 from .derive import outside_names
-from .formats import DENSE
+from .formats import format_of
 from .frontend.source import is_under
 from .pipeline import Run
 from .shard_writer import Entry, header
@@ -68,8 +68,8 @@ def _parts(run: Run, name: str, spec: QuantSpec | None) -> Iterator[Stored]:
     linear = run.graph.linears.get(name)
     if linear is None:
         n, k = run.source.model.get_parameter(name).shape
-        layout = DENSE.layout(spec, (n, k))
+        layout = format_of(spec).layout(spec, (n, k))
     else:
-        layout = DENSE.layout(spec, linear.shape, (linear.experts,) if linear.kind == "stack" else ())
+        layout = format_of(spec).layout(spec, linear.shape, (linear.experts,) if linear.kind == "stack" else ())
     for part, stored in layout.items():
         yield f"{name}.{part}", stored.dtype, stored.shape

@@ -5,7 +5,7 @@ Dimensions are named N (out_features), K (in_features), g (group size), R (rank)
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class QuantSpec:
     rank: rank R of an optional float16 low-rank addition y += b (a x), 0 for none.
     hadamard: order of the blocks of the Hadamard rotation that the input passes first (numerics/hadamard.py), 0 for
         none. Codes and low-rank factors then belong to the rotated input. Nothing is stored for it.
+    wide_rows: how many of the N output channels have codes of bits + 1, 0 for none; per_oc only. An index of one bit
+        for each output channel is stored too.
 
     Raises UsageError when a field is out of range.
     """
@@ -41,6 +43,7 @@ class QuantSpec:
     symmetric: bool = False
     rank: int = 0
     hadamard: int = 0
+    wide_rows: int = 0
 
     def __post_init__(self) -> None:
         if not _is_count(self.bits) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -60,6 +63,16 @@ class QuantSpec:
             raise UsageError(f"rank is {self.rank!r}, but a rank is 0 (none) or more; choose one of those.")
         if not _is_count(self.hadamard) or self.hadamard < 0:
             raise UsageError(f"hadamard is {self.hadamard!r}, but a block order is 0 (none) or more; choose one.")
+        self._check_wide_rows()
+
+    def _check_wide_rows(self) -> None:
+        if not _is_count(self.wide_rows) or self.wide_rows < 0:
+            raise UsageError(f"wide_rows is {self.wide_rows!r}, but it counts rows, 0 (none) or more; choose one.")
+        if self.wide_rows and (self.grouping != "per_oc" or self.bits == MAX_BITS):
+            raise UsageError(
+                f"{self.wide_rows} rows have one bit more, which needs per_oc groups and fewer than {MAX_BITS} bits, "
+                f"not {self.grouping} and {self.bits}; leave wide out."
+            )
 
     @property
     def levels(self) -> int:
@@ -82,9 +95,23 @@ class QuantSpec:
         g = self.group_length(shape)
         return (n, ceil(k / g)) if self.grouping == "per_oc" else (ceil(n / g), k)
 
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Every bit the file holds for one weight of this shape: codes, scales, zeros, low-rank factors."""
+    def halves(self, shape: tuple[int, int]) -> tuple[tuple[QuantSpec, tuple[int, int]], ...]:
+        """Spec and shape of the rows in `bits`, and of those in one bit more."""
         n, k = shape
+        narrow = replace(self, wide_rows=0)
+        return (narrow, (n - self.wide_rows, k)), (replace(narrow, bits=self.bits + 1), (self.wide_rows, k))
+
+    def code_widths(self, n: int) -> dict[int, int]:
+        """How many of n output channels have codes of each width."""
+        return {self.bits: n - self.wide_rows, self.bits + 1: self.wide_rows} if self.wide_rows else {self.bits: n}
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Every bit the file holds for one weight of this shape: codes, scales, zeros, low-rank factors, the index."""
+        n, k = shape
+        if self.wide_rows:
+            low_rank = self.rank * (n + k) * SCALE_BITS
+            halves = replace(self, rank=0).halves(shape)
+            return sum(spec.stored_bits(part) for spec, part in halves) + packed_bytes(n, 1) * 8 + low_rank
         rows, columns = self.scales_shape(shape)
         codes = n * packed_bytes(k, self.bits) * 8
         scales = rows * columns * SCALE_BITS
@@ -96,15 +123,17 @@ class QuantSpec:
         return self.stored_bits(shape) / (n * k)
 
     def label(self) -> str:
-        """Short name such as w4g128 or w3g64sym-per_ic-r16-had."""
+        """Short name such as w4g128, w3g64sym-per_ic-r16-had or w3g64-wide72."""
         group = "row" if self.group_size == WHOLE_ROW else str(self.group_size)
         text = f"w{self.bits}g{group}" + ("sym" if self.symmetric else "")
         text += "" if self.grouping == "per_oc" else "-per_ic"
+        text += f"-wide{self.wide_rows}" if self.wide_rows else ""
         text += f"-r{self.rank}" if self.rank else ""
         return text + ("-had" if self.hadamard else "")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields; wide_rows only where there are some, so that earlier versions read all that they can."""
+        return {key: value for key, value in asdict(self).items() if key != "wide_rows" or value}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> QuantSpec:

@@ -37,20 +37,24 @@ def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType
 
 def widths(run: Run) -> list[dict[str, Any]]:
     """What a plan gives to linears of one name in all blocks: how many, their average, smallest and largest bits."""
-    groups: dict[str, list[tuple[int, int]]] = {}
+    counts: dict[str, int] = {}
+    weights: dict[str, dict[int, float]] = {}
     for name, linear in run.graph.linears.items():
-        spec = run.plan.specs[name]
-        bits = 16 if spec is None else spec.bits
-        groups.setdefault(name.rpartition(".")[2], []).append((bits, linear.weights))
+        spec, kind = run.plan.specs[name], name.rpartition(".")[2]
+        n = linear.shape[0]
+        counts[kind] = counts.get(kind, 0) + 1
+        for bits, rows in ({16: n} if spec is None else spec.code_widths(n)).items():
+            found = weights.setdefault(kind, {})
+            found[bits] = found.get(bits, 0) + linear.weights * rows / n
     return [
         {
-            "linear": name,
-            "count": len(found),
-            "bits": sum(bits * weights for bits, weights in found) / sum(weights for _, weights in found),
-            "smallest": min(bits for bits, _ in found),
-            "largest": max(bits for bits, _ in found),
+            "linear": kind,
+            "count": counts[kind],
+            "bits": sum(bits * share for bits, share in found.items()) / sum(found.values()),
+            "smallest": min(found),
+            "largest": max(found),
         }
-        for name, found in groups.items()
+        for kind, found in weights.items()
     ]
 
 

@@ -14,6 +14,7 @@ from .grids import fit_grid
 from .hadamard import BAND, rotate, rotate_gram
 from .refine import refine
 from .rounding import Factor, factorize, gptq_each, round_to_nearest
+from .row_widths import join
 
 # An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
 FEWEST_ROWS_SHARE = 1 / 16
@@ -44,11 +45,17 @@ class Rounding:
         """
         if not self.feedback:
             return Basis.unguided(gram, rows, block)
-        if gram is not None and self.shrink and (block or bits >= SHRUNK_FROM_BITS):
-            shrunk = gram * (1 - self.shrink)
-            shrunk.diagonal().copy_(gram.diagonal())
-            gram = shrunk
+        if gram is not None and (block or bits >= SHRUNK_FROM_BITS):
+            gram = self.shrunk(gram)
         return Basis.of(gram, rows, block, self.damp, self.act_order)
+
+    def shrunk(self, gram: torch.Tensor) -> torch.Tensor:
+        """(K, K): what is trusted of a Gram matrix."""
+        if not self.shrink:
+            return gram
+        shrunk = gram * (1 - self.shrink)
+        shrunk.diagonal().copy_(gram.diagonal())
+        return shrunk
 
     def bases(self, gram: torch.Tensor | None, rows: int, specs: Iterable[QuantSpec]) -> dict[int, Basis]:
         """`basis` for every rotation among specs, by the order of its blocks."""
@@ -103,15 +110,23 @@ class Basis:
         diagonal.add_(self.factor.damp * diagonal[diagonal > 0].mean())
         return damped
 
-    def round(self, weight: torch.Tensor, spec: QuantSpec, rounds: int = 0) -> QTensor:
+    def round(
+        self, weight: torch.Tensor, spec: QuantSpec, rounds: int = 0, wide: torch.Tensor | None = None
+    ) -> QTensor:
         """A turned weight (N, K) on its grid: with error feedback where there is a factor, to nearest otherwise.
 
-        rounds: of refinement after error feedback.
+        rounds: of refinement after error feedback. wide: bool (N,), the rows that have one bit more, where some have;
+        what is fed back stays within a row, so that each width is rounded by itself.
         """
-        return self.round_each(weight, [spec], rounds)[0]
+        if wide is None:
+            return self.round_each(weight, [spec], rounds)[0]
+        wide = wide.to(weight.device)
+        (narrow, _), (more, _) = spec.halves((weight.shape[0], weight.shape[1]))
+        halves = self.round(weight[~wide], narrow, rounds), self.round(weight[wide], more, rounds)
+        return join(spec, wide, *halves)
 
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
-        """`round` as each of the specs says."""
+        """`round` as each of the specs says; of one width each."""
         importance = self.gram.diagonal() if self.gram is not None and self.factor is not None else None
         grids = [fit_grid(weight, spec, importance) for spec in specs]
         if self.factor is None:

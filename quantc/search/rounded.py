@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..calibration import CalibrationRun
-from ..formats import DENSE, Part
+from ..formats import Part, format_of
 from ..graph import Linear
 from ..pipeline import Run
 from ..qtensor import QTensor
@@ -27,7 +27,7 @@ class RoundedWeights:
         """Add a weight; expert: its number in a stack, or 0."""
         start = self._file.seek(0, 2)
         layout: dict[str, Part] = {}
-        for part, stored in DENSE.pack(tensor).items():
+        for part, stored in format_of(tensor.spec).pack(tensor).items():
             self._file.write(stored.cpu().contiguous().view(torch.uint8).numpy().data)
             layout[part] = Part(stored.dtype, tuple(stored.shape))
         self._places[name, expert, tensor.spec] = start, layout
@@ -45,7 +45,7 @@ class RoundedWeights:
         for name, part in layout.items():
             content = bytearray(self._file.read(torch.Size(part.shape).numel() * part.dtype.itemsize))
             parts[name] = torch.frombuffer(content, dtype=part.dtype).reshape(part.shape).to(device)
-        return DENSE.unpack(parts, spec, linear.shape).effective_weight()
+        return format_of(spec).unpack(parts, spec, linear.shape).effective_weight()
 
     def close(self) -> None:
         """Give the disk space back; nothing can be read afterwards."""
@@ -65,7 +65,8 @@ def round_all(
     for work in original_blocks(run, calibration):
         for item, grams in work.statistics():
             for linear in work.readers(item):
+                salience = run.plan.salience.get(linear.name)
                 for expert, gram in enumerate(grams):
-                    for tensor in rounded(work, work.weight(linear, expert), gram, specs[linear.name]):
+                    for tensor in rounded(work, work.weight(linear, expert), gram, specs[linear.name], salience):
                         into.write(linear.name, expert, tensor)
     run.progress.done()

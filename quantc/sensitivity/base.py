@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from ..calibration import CalibrationRun
 from ..frontend import to_meta
 from ..graph import Activation, Block, Linear
+from ..numerics.row_widths import mark_salient
 from ..pipeline import BlockWork, Run
 from ..qtensor import QTensor
 from ..spec import QuantSpec
@@ -30,7 +31,12 @@ class Candidate:
     loss: float
 
 
-Losses = dict[str, list[Candidate]]  # by the linear's name
+class Losses(dict[str, list[Candidate]]):
+    """By the linear's name. salience: of output channels, float16 (N,) of mean 1, of the linears where it is known."""
+
+    def __init__(self, found: Mapping[str, list[Candidate]], salience: Mapping[str, torch.Tensor] | None = None):
+        super().__init__(found)
+        self.salience = dict(salience or {})
 
 
 def original_blocks(run: Run, calibration: CalibrationRun) -> Iterator[BlockWork]:
@@ -57,14 +63,24 @@ def sampled_channels(linear: Linear, specs: list[QuantSpec]) -> torch.Tensor:
     return sample_rows(linear.shape[0], along, least)
 
 
-def rounded(work: BlockWork, weight: torch.Tensor, gram: Gram, specs: list[QuantSpec]) -> Iterator[QTensor]:
+def rounded(
+    work: BlockWork, weight: torch.Tensor, gram: Gram, specs: list[QuantSpec], salience: torch.Tensor | None = None
+) -> Iterator[QTensor]:
     """A weight (M, K) as each spec says, as the recipe rounds it, on the statistics of what it multiplies.
 
-    A rank is left out: its low-rank addition is made after rounding.
+    A rank is left out: its low-rank addition is made after rounding. salience: (M,), where rows have two widths.
     """
+    rounds = work.rounding.rounds
     for block, basis in work.rounding.bases(gram.matrix, gram.rows, specs).items():
+        turned = basis.turn(weight)
         of_block = [spec for spec in specs if spec.hadamard == block]
-        yield from basis.round_each(basis.turn(weight), of_block, work.rounding.rounds)
+        dense = [spec for spec in of_block if not spec.wide_rows]
+        if dense:
+            yield from basis.round_each(turned, dense, rounds)
+        for spec in of_block:
+            if spec.wide_rows:
+                assert salience is not None
+                yield basis.round(turned, spec, rounds, mark_salient(salience, spec.wide_rows))
 
 
 def errors(

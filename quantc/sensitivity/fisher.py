@@ -40,6 +40,7 @@ from ..pipeline import BlockWork, Run
 from ..spec import QuantSpec
 from ..stats import Gram
 from .base import Candidate, Candidates, Losses, errors, planned_activations, sampled_channels
+from .salience import Salience
 from .tables import Tables
 
 BEYOND_SECOND_ORDER = 4.5
@@ -69,7 +70,7 @@ def measure(
         sweep.backward(seed)
         of_tables = outside.losses(sweep.gradients, BEYOND_SECOND_ORDER)
     run.progress.done()
-    return {**found.losses(), **of_tables}
+    return Losses({**found.losses(), **of_tables}, found.salience.found)
 
 
 class _Fisher(Reader):
@@ -82,6 +83,7 @@ class _Fisher(Reader):
         self._grams: dict[str, list[Gram]] = {}  # activation -> one for each expert
         self._channels: dict[str, torch.Tensor] = {}
         self._draws: dict[str, list[torch.Tensor]] = {}  # linear -> bfloat16 (experts, M, K) of each draw
+        self.salience = Salience()
 
     @contextmanager
     def watching(self, block: Block, module: nn.Module) -> Iterator[None]:
@@ -102,6 +104,7 @@ class _Fisher(Reader):
         """See Reader. Every sample is a draw of its own where the rows are kept apart by sample."""
         if self.run.plan.specs[linear.name] is None:
             return
+        self.salience.add(linear.name, gradient.float().square().reshape(-1, gradient.shape[-1]).sum(0)[None])
         sampled = gradient[..., self._sampled(linear)].float()
         apart = gradient.ndim == 3 and gradient.shape[0] == batch.count
         draws = batch.count if apart else 1
@@ -112,6 +115,7 @@ class _Fisher(Reader):
     def stack_gradient(self, linear: Linear, gradient: torch.Tensor) -> None:
         """See Reader. A batch is a draw."""
         if self.run.plan.specs[linear.name] is not None:
+            self.salience.add(linear.name, gradient.float().square().sum(-1))
             self._draws.setdefault(linear.name, []).append(gradient[:, self._sampled(linear)].bfloat16())
 
     def end(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -123,7 +127,10 @@ class _Fisher(Reader):
         work = BlockWork(self.run, block, module, self.calibration)
         for item in planned_activations(self.run, block):
             for linear in work.readers(item):
-                self._round(work, linear, self._grams[item.label])
+                grams = self._grams[item.label]
+                self._round(work, linear, grams)
+                energies = [work.weight(linear, expert).square().sum(1) for expert in range(len(grams))]
+                self.salience.finish(linear.name, energies)
             del self._grams[item.label]
         self._draws.clear()
 
@@ -148,7 +155,7 @@ class _Fisher(Reader):
         if draws is not None:
             self._found[linear.name] = {spec: lost[spec] * (1 + BEYOND_SECOND_ORDER * shares[spec]) for spec in specs}
 
-    def losses(self) -> Losses:
+    def losses(self) -> dict[str, list[Candidate]]:
         """Of every linear; those without gradients lose for a share of energy what the others do on average."""
         known = [spec for name in self._found for spec in self._found[name].items()]
         energy = sum(share for name in self._found for share in self._shares[name].values())

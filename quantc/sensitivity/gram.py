@@ -35,7 +35,7 @@ def measure(run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates
     folder: for temporary files.
     """
     calibration = CalibrationRun(run.source.model, run.graph, tokens[:SAMPLES], run.device, folder)
-    found: Losses = {}
+    found = Losses({})
     run.progress.stage("Sensitivity", len(run.graph.blocks))
     for work in original_blocks(run, calibration):
         for item, grams in work.statistics():

@@ -126,13 +126,13 @@ class _Variants:
     def losses(self) -> Losses:
         """Of the variants, once they are through all blocks."""
         found = dict(zip(self._made, self._divergences(), strict=True))
-        return {
+        return Losses({
             name: [
                 Candidate(spec, max(0.0, found[name, spec] - found.get((name, None), 0.0)))
                 for spec in self.candidates(self.run.graph.linears[name])
             ]
             for name in dict(self._made)
-        }
+        })  # fmt: skip
 
     def _divergences(self) -> list[float]:
         """Of every variant from the original, in nats per token."""

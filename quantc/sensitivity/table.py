@@ -6,6 +6,7 @@ estimator, and the candidates of every linear.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from ..spec import QuantSpec
 from .base import Candidate, Losses
 
 CACHE = "losses"  # the part of the disk cache
-FORMAT = 3  # of an entry; also raised when an estimator changes what it finds
+FORMAT = 4  # of an entry; also raised when an estimator changes what it finds
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,18 @@ def key_of(run: Run, tokens: torch.Tensor, **question: Any) -> str:
 
 
 def _encode(losses: Losses) -> bytes:
-    return json.dumps({
-        name: [[candidate.spec.to_dict(), candidate.loss] for candidate in found] for name, found in losses.items()
-    }).encode()  # fmt: skip
+    found = {name: [[candidate.spec.to_dict(), candidate.loss] for candidate in of] for name, of in losses.items()}
+    salience = {name: base64.b64encode(of.numpy().tobytes()).decode() for name, of in losses.salience.items()}
+    return json.dumps({"losses": found, "salience": salience}).encode()
 
 
 def _decode(content: bytes) -> Losses:
-    return {
-        name: [Candidate(QuantSpec.from_dict(spec), loss) for spec, loss in found]
-        for name, found in json.loads(content).items()
+    stored = json.loads(content)
+    found = {
+        name: [Candidate(QuantSpec.from_dict(spec), loss) for spec, loss in of] for name, of in stored["losses"].items()
     }
+    salience = {
+        name: torch.frombuffer(bytearray(base64.b64decode(of)), dtype=torch.float16)
+        for name, of in stored["salience"].items()
+    }
+    return Losses(found, salience)

@@ -25,7 +25,7 @@ from ..frontend import to_meta
 from ..numerics.basis import Basis
 from ..pipeline import Run
 from ..spec import QuantSpec
-from .base import Candidate, Losses
+from .base import Candidate
 from .kl import divergence
 
 STRIDE = 16  # every so many positions of a sample the logits are measured: 512 positions of 16 samples of 512
@@ -46,7 +46,7 @@ class Tables:
         if self.candidates:
             self._ends.append((tokens[:, ::STRIDE], hidden.detach()[:, ::STRIDE].clone()))
 
-    def losses(self, gradients: StateFile, beyond: float) -> Losses:
+    def losses(self, gradients: StateFile, beyond: float) -> dict[str, list[Candidate]]:
         """Of all candidates.
 
         gradients: of every sample, at what the first block receives. beyond: by how much losing a share of a table's

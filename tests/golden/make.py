@@ -3,8 +3,8 @@
     python -m tests.golden.make
 
 A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
-can store; in version 2 its residual stream is rotated too. `expected_<version>.json` keeps, per packed weight, a
-hash of its dequantized float32 values and a few of them.
+can store; in version 2 its residual stream is rotated too, in version 3 some linears have rows of two widths.
+`expected_<version>.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantc
 from quantc.checkpoint import CheckpointReader
-from quantc.formats import DENSE
+from quantc.formats import format_of
 from quantc.plan import Plan
 from quantc.recipe import Recipe
 from quantc.spec import WHOLE_ROW, QuantSpec
@@ -43,6 +43,21 @@ PLAN = Plan(
 )
 
 
+PLAN_3 = Plan(
+    {
+        **PLAN.specs,
+        f"{BLOCK}.self_attn.q_proj": QuantSpec(4, 16, wide_rows=7),
+        f"{BLOCK}.self_attn.k_proj": QuantSpec(3, 32, symmetric=True, wide_rows=15),
+        f"{BLOCK}.mlp.up_proj": QuantSpec(2, WHOLE_ROW, hadamard=32, wide_rows=1),
+    },
+    salience={
+        f"{BLOCK}.self_attn.q_proj": torch.arange(32) * 5 % 32,
+        f"{BLOCK}.self_attn.k_proj": torch.arange(16),
+        f"{BLOCK}.mlp.up_proj": torch.arange(44),
+    },
+)
+
+
 def build_tiny() -> torch.nn.Module:
     config = AutoConfig.for_model(
         "llama", vocab_size=160, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=2,
@@ -61,9 +76,9 @@ def unpacked_weights(folder: Path) -> dict[str, torch.Tensor]:
     """weight -> float32 (N, K), what its codes stand for."""
     reader = CheckpointReader(folder)
     return {
-        name: DENSE.unpack(
-            {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}, entry.spec, entry.shape
-        ).dequantize()
+        name: format_of(entry.spec)
+        .unpack({part: reader.tensor(f"{name}.{part}") for part in entry.layout()}, entry.spec, entry.shape)
+        .dequantize()
         for name, entry in reader.entries.items()
     }
 
@@ -72,14 +87,14 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def make(version: str, passes: list[object]) -> None:
-    """Quantize the tiny model by the plan and keep the folder and what its codes stand for."""
+def make(version: str, passes: list[object], plan: Plan = PLAN) -> None:
+    """Quantize the tiny model by a plan and keep the folder and what its codes stand for."""
     folder = HERE / version
     recipe = Recipe.from_dict({"version": 1, "passes": passes})
     # Relative paths, because the checkpoint keeps those it was made from.
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         save_with_tokenizer(build_tiny(), Path("tiny"))
-        Path("plan.yaml").write_text(PLAN.to_yaml())
+        Path("plan.yaml").write_text(plan.to_yaml())
         quantc.quantize(
             "./tiny", plan="plan.yaml", recipe=recipe, calib="tiny/text.txt", samples=8, seq_len=32, out=version
         )
@@ -97,3 +112,5 @@ if __name__ == "__main__":
         make("v1", ["allocate", "quantize"])
     if not (HERE / "v2").exists():
         make("v2", [{"rotate": {"residual": "folded", "value": "folded"}}, "quantize"])
+    if not (HERE / "v3").exists():
+        make("v3", ["allocate", "quantize"], PLAN_3)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import quantc
-from quantc.checkpoint import TURNED_VERSION, VERSION, CheckpointReader, read_quantization, verify
-from quantc.formats import DENSE
+from quantc.checkpoint import VERSIONS as READ
+from quantc.checkpoint import CheckpointReader, read_quantization, verify
+from quantc.formats import DENSE, format_of
 from quantc.plan import read_plan
 from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
-from tests.golden.make import PLAN, digest, unpacked_weights
+from tests.golden.make import PLAN, PLAN_3, digest, unpacked_weights
 
 HERE = Path(__file__).parent
 VERSIONS = sorted(folder.name for folder in HERE.glob("v[0-9]*"))
@@ -27,7 +28,7 @@ def expected(version: str) -> dict[str, Any]:
 
 
 def test_the_versions_that_are_written_have_golden_checkpoints() -> None:
-    assert {f"v{VERSION}", f"v{TURNED_VERSION}"} <= set(VERSIONS)
+    assert {f"v{version}" for version in READ} <= set(VERSIONS)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -42,11 +43,22 @@ def test_every_weight_reads_bit_for_bit(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_the_reader_of_the_format_page_reads_the_same_bits(version: str) -> None:
+    page = (HERE.parent.parent / "docs/format.md").read_text()
+    code = page.partition("## A reader")[2].partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for name, values in expected(version).items():
+        assert digest(torch.from_numpy(names["read_weight"](HERE / version, name))) == values["sha256"], name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_every_part_packs_to_the_bytes_in_the_file(version: str) -> None:
     reader = CheckpointReader(HERE / version)
     for name, entry in reader.entries.items():
         parts = {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}
-        again = DENSE.pack(DENSE.unpack(parts, entry.spec, entry.shape))
+        storage = format_of(entry.spec)
+        again = storage.pack(storage.unpack(parts, entry.spec, entry.shape))
         assert again.keys() == parts.keys()
         for part, tensor in parts.items():
             assert torch.equal(again[part], tensor), f"{name}.{part}"
@@ -129,6 +141,27 @@ def test_version_2_rotates_its_hidden_states() -> None:
         logits = quantc.load(HERE / "v2", dtype=torch.float32)(torch.tensor([[3, 17, 42, 159]])).logits
     expected = torch.tensor([0.000825, -0.344703, 1.294219, -1.805369])
     torch.testing.assert_close(logits[0, -1, :4], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_version_3_has_rows_of_two_widths() -> None:
+    reader = CheckpointReader(HERE / "v3")
+    assert reader.config["quantization_config"]["version"] == 3
+    block = "model.layers.0"
+    shapes = {name: (entry["dtype"], *entry["shape"]) for name, entry in reader.manifest["tensors"].items()}
+    assert {name: shape for name, shape in shapes.items() if ".q_proj." in name} == {
+        f"{block}.self_attn.q_proj.wide": ("U8", 4),  # a bit for each of 32 rows
+        f"{block}.self_attn.q_proj.qweight": ("U8", 25, 16),  # 32 codes of 4 bits
+        f"{block}.self_attn.q_proj.scales": ("F16", 25, 2),
+        f"{block}.self_attn.q_proj.zeros": ("U8", 25, 1),
+        f"{block}.self_attn.q_proj.wide_qweight": ("U8", 7, 20),  # of 5 bits
+        f"{block}.self_attn.q_proj.wide_scales": ("F16", 7, 2),
+        f"{block}.self_attn.q_proj.wide_zeros": ("U8", 7, 2),
+    }
+    assert reader.tensor(f"{block}.self_attn.k_proj.wide").tolist() == [0xFE, 0xFF]  # all but row 0
+    assert reader.tensor(f"{block}.mlp.up_proj.wide").tolist() == [0, 0, 0, 0, 0, 8]  # row 43
+    plan = read_plan(HERE / "v3/plan.yaml")
+    assert plan.specs == PLAN_3.specs
+    assert plan.to_yaml() == PLAN_3.to_yaml()
 
 
 def test_the_bytes_of_one_small_weight() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from quantc.checkpoint import (
     MANIFEST,
     CheckpointReader,
     PackedEntry,
+    ResidualRotation,
     checksum,
     describe_quantization,
     is_checkpoint,
     read_quantization,
+    read_residual_rotation,
     verify,
 )
 from quantc.checkpoint_writer import CheckpointWriter
@@ -394,17 +397,30 @@ def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     assert refusal(tmp_path) == (f"{tmp_path} is no quantc checkpoint; pass a folder that `quantc quantize` wrote.")
 
 
+def test_version_3_may_rotate_hidden_states_too() -> None:
+    rotation = ResidualRotation(32, 16, "block.0", "block.1")
+    entries = {"a": PackedEntry(SPEC, (6, 8)), "b": PackedEntry(replace(SPEC, wide_rows=2), (6, 8))}
+    for found, version in (({"a": entries["a"]}, 2), (entries, 3)):
+        settings = describe_quantization(found, replace(SPEC, wide_rows=3), rotation)
+        assert settings["version"] == version
+        assert read_quantization({"quantization_config": settings}) == found
+        assert read_residual_rotation({"quantization_config": settings}) == rotation
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"version": 3}, "format version 3, but this quantc reads versions 1 and 2; install the quantc that wrote it."),
-        ({"version": None}, "format version None, but this quantc reads versions 1 and 2"),
+        ({"version": 4}, "format version 4, but this quantc reads versions 1 to 3; install the quantc that wrote it."),
+        ({"version": None}, "format version None, but this quantc reads versions 1 to 3"),
         ({"version": 2}, "residual_rotation cannot be read"),
         ({"residual_rotation": {}}, "residual_rotation belongs to version 2, but the checkpoint has version 1"),
         ({"version": 2, "residual_rotation": {"width": 30, "order": 16, "first": "a", "last": "b"}}, "blocks of 16"),
         ({"version": 2, "residual_rotation": {"width": 32, "order": 16, "angle": 1}}, "residual_rotation cannot"),
         ({"quant_method": "gptq"}, "quantized by 'gptq', but only 'quantc' can be read here"),
         ({"default": {"bits": 4, "codebook": "nf4"}}, "has the unknown key 'codebook'"),
+        ({"version": 3, "residual_rotation": {}}, "residual_rotation cannot be read"),
+        ({"default": {"bits": 4, "wide_rows": 2}}, "has 2 of 6 rows in one bit more, in version 1"),
+        ({"version": 3, "default": {"bits": 4, "wide_rows": 6}}, "has 6 of 6 rows in one bit more, in version 3"),
         ({"default": {"bits": 12}}, "bits is 12, but codes have 2 to 8 bits"),
         ({"modules": {"a": {}}}, "quantization_config cannot be read ('shape')"),
         ({"modules": {"a": {"shape": [3]}}}, "quantization_config cannot be read ("),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantc.errors import UsageError
-from quantc.formats import FORMATS
+from quantc.formats import format_of
 from quantc.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
 
@@ -31,11 +31,10 @@ def blank(spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
     return QTensor(spec, torch.zeros(shape, dtype=torch.uint8), scales, zeros, a, b)
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
-def test_stored_bits_are_the_bytes_of_the_packed_parts(format_name: str, spec: QuantSpec) -> None:
+def test_stored_bits_are_the_bytes_of_the_packed_parts(spec: QuantSpec) -> None:
     for shape in SHAPES:
-        parts = FORMATS[format_name].pack(blank(spec, shape))
+        parts = format_of(spec).pack(blank(spec, shape))
         stored = 8 * sum(part.nbytes for part in parts.values())
         assert spec.stored_bits(shape) == stored
         assert spec.bits_per_weight(shape) == stored / (shape[0] * shape[1])
@@ -55,6 +54,7 @@ def test_bits_per_weight_of_the_usual_specs() -> None:
         (QuantSpec(3, 64, symmetric=True), "w3g64sym"),
         (QuantSpec(2, WHOLE_ROW), "w2grow"),
         (QuantSpec(3, 64, "per_ic", True, 16), "w3g64sym-per_ic-r16"),
+        (QuantSpec(3, 64, hadamard=64, wide_rows=72, rank=2), "w3g64-wide72-r2-had"),
     ],
 )
 def test_label(spec: QuantSpec, label: str) -> None:
@@ -91,6 +91,17 @@ def test_mapping_roundtrip(spec: QuantSpec) -> None:
             "grouping is 'per_row', but only per_oc and per_ic exist; choose one of those.",
         ),
         ({"rank": -1}, "rank is -1, but a rank is 0 (none) or more; choose one of those."),
+        ({"wide_rows": -1}, "wide_rows is -1, but it counts rows, 0 (none) or more; choose one."),
+        (
+            {"wide_rows": 5, "grouping": "per_ic"},
+            "5 rows have one bit more, which needs per_oc groups and fewer than 8 bits, not per_ic and 4; leave wide "
+            "out.",
+        ),
+        (
+            {"wide_rows": 5, "bits": 8},
+            "5 rows have one bit more, which needs per_oc groups and fewer than 8 bits, not per_oc and 8; leave wide "
+            "out.",
+        ),
     ],
 )
 def test_a_field_out_of_range_is_named(fields: dict[str, Any], message: str) -> None:
@@ -103,6 +114,13 @@ def test_a_field_out_of_range_is_named(fields: dict[str, Any], message: str) -> 
 def test_a_field_of_a_wrong_type_is_named(fields: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(fields))):
         QuantSpec.from_dict(fields)
+
+
+def test_wide_rows_are_written_only_where_there_are_some() -> None:
+    assert "wide_rows" not in QuantSpec().to_dict()
+    spec = QuantSpec(3, 64, wide_rows=7)
+    assert spec.to_dict()["wide_rows"] == 7
+    assert QuantSpec.from_dict(spec.to_dict()) == spec
 
 
 def test_an_unknown_key_is_named() -> None:

@@ -1,0 +1,83 @@
+"""Rows of two code widths, as docs/format.md has them: two dense weights, and which row is in which."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..errors import CheckpointError
+from ..numerics.packing import pack_bits, unpack_bits
+from ..numerics.row_widths import join, leading_count, split, take_rows
+from ..qtensor import QTensor
+from ..spec import QuantSpec, packed_bytes
+from .base import Part, Parts
+from .dense import DENSE
+
+PREFIX = "wide_"  # of the parts of the rows in one bit more
+LOW_RANK = ("low_rank_a", "low_rank_b")
+
+
+class TwoWidthsFormat:
+    """Parts: those of the dense format for the rows in the spec's bits, the same again with PREFIX for those in one bit
+    more, and `wide`, a bit for each row that says which it is. Low-rank factors are those of the whole weight."""
+
+    name = "two-widths"
+
+    def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:
+        narrow, wide = (DENSE.layout(half, part, leading) for half, part in replace(spec, rank=0).halves(shape))
+        whole = DENSE.layout(replace(spec, wide_rows=0), shape, leading)
+        return {
+            "wide": Part(torch.uint8, (*leading, packed_bytes(shape[0], 1))),
+            **narrow,
+            **{PREFIX + name: part for name, part in wide.items()},
+            **{name: whole[name] for name in LOW_RANK if name in whole},
+        }
+
+    def pack(self, tensor: QTensor) -> Parts:
+        assert tensor.wide is not None
+        narrow, wide = (DENSE.pack(half) for half in split(tensor))
+        parts = {"wide": pack_bits(tensor.wide.to(torch.uint8), 1), **narrow}
+        parts |= {PREFIX + name: part for name, part in wide.items()}
+        if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
+            parts |= {"low_rank_a": tensor.low_rank_a, "low_rank_b": tensor.low_rank_b}
+        return parts
+
+    def unpack(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
+        halves = zip((_narrow(parts), _wide(parts)), replace(spec, rank=0).halves(shape), strict=True)
+        narrow, wide = (DENSE.unpack(own, half, part) for own, (half, part) in halves)
+        tensor = join(spec, wide_rows(parts, spec, shape), narrow, wide)
+        tensor.low_rank_a, tensor.low_rank_b = parts.get("low_rank_a"), parts.get("low_rank_b")
+        return tensor
+
+    def dense_halves(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Parts, Parts]:
+        """Parts of the two dense weights, each with its rows of the low-rank addition, as `spec.halves` has them."""
+        narrow, wide = _narrow(parts), _wide(parts)
+        if spec.rank:
+            rows, factor = wide_rows(parts, spec, shape), parts["low_rank_b"]
+            narrow |= {"low_rank_a": parts["low_rank_a"], "low_rank_b": take_rows(factor, ~rows)}
+            wide |= {"low_rank_a": parts["low_rank_a"], "low_rank_b": take_rows(factor, rows)}
+        return narrow, wide
+
+
+def wide_rows(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
+    """bool (..., N): the rows in one bit more; raises CheckpointError where they are not as many as the spec says."""
+    rows = unpack_bits(parts["wide"], 1, shape[0]).bool()
+    found = rows.sum(-1)
+    if bool((found != spec.wide_rows).any()):
+        raise CheckpointError(
+            f"the index of a weight {shape} marks {int(found.sum())} rows of {leading_count(rows)} such weights as "
+            f"wide, but its spec says {spec.wide_rows} of each; copy the checkpoint again."
+        )
+    return rows
+
+
+def _narrow(parts: Parts) -> Parts:
+    return {name: part for name, part in parts.items() if not name.startswith("wide") and name not in LOW_RANK}
+
+
+def _wide(parts: Parts) -> Parts:
+    return {name.removeprefix(PREFIX): part for name, part in parts.items() if name.startswith(PREFIX)}
+
+
+TWO_WIDTHS = TwoWidthsFormat()

@@ -1,0 +1,67 @@
+"""Weights whose output channels have two code widths, taken apart into two weights of one width, and put together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..qtensor import QTensor
+from ..spec import QuantSpec
+from .packing import pack_bits, unpack_bits
+
+
+def take_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(..., M, C): the rows of values (..., N, C) that rows, bool (..., N), marks, M of them for each leading index."""
+    *leading, _, columns = values.shape
+    return values[rows].reshape(*leading, int(rows.sum()) // leading_count(rows), columns)
+
+
+def put_rows(rows: torch.Tensor, marked: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(..., N, C): inverse of `take_rows` for the rows that are marked, and for those that are not."""
+    values = marked.new_empty(*rows.shape, marked.shape[-1])
+    values[rows] = marked.flatten(0, -2)
+    values[~rows] = others.flatten(0, -2)
+    return values
+
+
+def leading_count(rows: torch.Tensor) -> int:
+    """How many weights (experts) a mask (..., N) is for."""
+    return torch.Size(rows.shape[:-1]).numel()
+
+
+def split(tensor: QTensor) -> tuple[QTensor, QTensor]:
+    """The rows in the spec's bits, and those in one bit more; without low-rank factors."""
+    assert tensor.wide is not None
+    (narrow, _), (wide, _) = replace(tensor.spec, rank=0).halves(tensor.shape)
+    return _half(tensor, narrow, ~tensor.wide), _half(tensor, wide, tensor.wide)
+
+
+def _half(tensor: QTensor, spec: QuantSpec, rows: torch.Tensor) -> QTensor:
+    zeros = None if tensor.zeros is None else take_rows(tensor.zeros, rows)
+    return QTensor(spec, take_rows(tensor.codes, rows), take_rows(tensor.scales, rows), zeros)
+
+
+def join(spec: QuantSpec, wide: torch.Tensor, narrow: QTensor, more: QTensor) -> QTensor:
+    """Inverse of `split`. wide: bool (..., N), where the rows of `more` belong."""
+    zeros = None if more.zeros is None or narrow.zeros is None else put_rows(wide, more.zeros, narrow.zeros)
+    codes, scales = put_rows(wide, more.codes, narrow.codes), put_rows(wide, more.scales, narrow.scales)
+    return QTensor(spec, codes, scales, zeros, wide=wide)
+
+
+def mark_salient(salience: torch.Tensor, count: int) -> torch.Tensor:
+    """bool (N,): the `count` rows of greatest salience (N,), the first ones where it is equal."""
+    rows = torch.zeros(len(salience), dtype=torch.bool)
+    rows[salience.argsort(descending=True, stable=True)[:count]] = True
+    return rows
+
+
+def write_rows(rows: torch.Tensor) -> str:
+    """Marks (N,) as hexadecimal digits, two a byte: bit i % 8 of byte i // 8, bit 0 the least significant, is row i."""
+    return bytes(pack_bits(rows.to(torch.uint8), 1).tolist()).hex()
+
+
+def read_rows(digits: str) -> torch.Tensor:
+    """bool: inverse of `write_rows`, up to whole bytes; raises TypeError or ValueError for other text."""
+    packed = torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
+    return unpack_bits(packed, 1, 8 * len(packed)).bool()

@@ -1,0 +1,44 @@
+"""Candidates whose most salient rows have one bit more: their losses follow from those of both widths, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ..spec import MAX_BITS
+from .base import Candidate, Losses
+
+EIGHTHS = range(1, 8)  # of the rows, that have one bit more
+ROW_STEP = 16  # kernels multiply so many rows together
+
+
+def with_wide_rows(losses: Losses) -> Losses:
+    """The same, and rows of two widths for every linear of known salience, where both widths are candidates."""
+    return Losses(
+        {
+            name: [*found, *_mixed(found, losses.salience[name])] if name in losses.salience else found
+            for name, found in losses.items()
+        },
+        losses.salience,
+    )
+
+
+def _mixed(candidates: list[Candidate], salience: torch.Tensor) -> Iterator[Candidate]:
+    by_spec = {candidate.spec: candidate.loss for candidate in candidates}
+    shares = _shares(salience)
+    for spec, loss in by_spec.items():
+        wider = by_spec.get(replace(spec, bits=min(spec.bits + 1, MAX_BITS)))
+        if wider is None or spec.bits == MAX_BITS or spec.grouping != "per_oc":
+            continue
+        for rows, share in shares.items():
+            yield Candidate(replace(spec, wide_rows=rows), (1 - share) * loss + share * wider)
+
+
+def _shares(salience: torch.Tensor) -> dict[int, float]:
+    """Share of a linear's loss that its most salient rows have, by how many they are."""
+    n = len(salience)
+    sums = salience.double().sort(descending=True).values.cumsum(0)
+    counts = sorted({round(n * part / 8 / ROW_STEP) * ROW_STEP for part in EIGHTHS} - {0, n})
+    return {rows: float(sums[rows - 1] / sums[-1]) for rows in counts if rows < n}
