@@ -37,10 +37,8 @@ class RelaxedWeight(nn.Module):
         self.tensor = tensor
         self.offsets = nn.Parameter(torch.zeros_like(turned))
         self.factors = nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32))
-        spec = tensor.spec
-        zeros = torch.full_like(tensor.scales, spec.mid) if tensor.zeros is None else tensor.zeros
-        self._zeros = spread_groups(zeros.float(), spec, tensor.shape)
-        scales = spread_groups(tensor.scales.float(), spec, tensor.shape)
+        self._zeros, self._top = tensor.zero_points(), tensor.largest_codes()
+        scales = spread_groups(tensor.scales.float(), tensor.spec, tensor.shape)
         codes = tensor.codes.float()
         self._start = codes + (turned / scales + self._zeros - codes).clamp_(-INSIDE, INSIDE)
 
@@ -65,7 +63,8 @@ class RelaxedWeight(nn.Module):
         return replace(self.tensor, codes=codes, scales=self._stored_scales().to(torch.float16))
 
     def _stored_codes(self) -> torch.Tensor:
-        return _straight_through(self._start + self.offsets, torch.round).clamp(0, self.tensor.spec.levels - 1)
+        codes = _straight_through(self._start + self.offsets, torch.round).clamp(min=0)
+        return torch.minimum(codes, self._top)
 
     def _stored_scales(self) -> torch.Tensor:
         return _straight_through(self.tensor.scales.float() * (1 + self.factors), _as_float16)
