@@ -25,7 +25,7 @@ from ..reconstruction import Reconstruction, Trainable, Trained, train
 from ..rewrite import weight_name
 
 # Of Adam's first step, falling to 0: in codes, and as a share of a scale. See docs/results.md for others.
-OFFSET_RATE, SCALE_RATE = 0.004, 0.002
+OFFSET_RATE, SCALE_RATE = 0.002, 0.004
 
 
 @dataclass(frozen=True)
