@@ -7,7 +7,6 @@ import torch
 from ..numerics import hadamard
 from .cuda import hadamard as on_cuda
 
-
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 LIBRARY.define("rotate(Tensor x, int block) -> Tensor")
 
