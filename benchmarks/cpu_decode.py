@@ -1,4 +1,4 @@
-"""Decode speed on the CPU of a packed checkpoint, its original in bfloat16, and other runtimes where they are installed.
+"""Decode speed on the CPU: packed checkpoints, their original in bfloat16, and other runtimes where they are installed.
 
 64 new tokens after a prompt of 32, batch 1, greedy, two threads. Every contestant is a process of its own, which waits
 while another has its turn; the turns alternate, so that other work on the machine slows all of them. What is printed is

@@ -29,8 +29,9 @@ INT8_VARIABLE = "QUANTC_CPU_INT8"
 STRIP, BLOCK, ALIGNMENT = 16, 32, 64  # as in native/image.h
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
 # Rows of x from which torch multiplies with unpacked panels. Own float32 sums are 1.5 to 5 times as fast as torch's
-# F.linear up to 256 rows (Zen 5, 2 threads); bfloat16 ones fall behind its dot products between 32 and 64.
-PANEL_FROM = {torch.bfloat16: 192}
+# F.linear up to 256 rows (Zen 5, 2 threads). Own bfloat16 ones take 0.9 to 1.2 of its time at 128 to 512 rows, and
+# panels 1.2 to 1.8 times as long as they do at 128, 1.3 at 256, 1.1 at 512.
+PANEL_FROM = {torch.bfloat16: 1024}
 # Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input lies in a page of its own,
 # and writing them takes 20 times as long.
 PANEL_ROWS = 128

@@ -102,7 +102,7 @@ INLINE void strips_side_by_side(const Pairs<BITS>& decode, const Image* w, const
 
 template <int BITS, int M>
 void multiply_strips_bfloat16(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  constexpr int SIDE = M == 1 ? 1 : M == 4 ? 4 : 2;
+  constexpr int SIDE = M == 4 ? 4 : M == 8 ? 2 : 1;
   const Pairs<BITS> decode(w->mid);
   int64_t strip = from;
   for (; strip + SIDE <= to; strip += SIDE) strips_side_by_side<BITS, M, SIDE>(decode, w, x, y, strip);
