@@ -187,11 +187,17 @@ def _windows(run: Run, text: str) -> list[Window]:
 
 
 def load(
-    path: PathLike, *, dtype: torch.dtype | None = None, device: str = "cpu", verify: bool = False
+    path: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    verify: bool = False,
+    compile: bool = False,
 ) -> PreTrainedModel:
     """A packed checkpoint as a transformers model that runs on packed weights.
 
     dtype: of activations and of what is not quantized; None is the model's own. verify: also check every checksum.
+    compile: let `generate` compile the step that makes a token, for which its first call takes a minute (compiled.py).
     Raises CheckpointError that names the tensor for a truncated, missing, changed or unknown one.
     """
     if verify:
@@ -200,7 +206,12 @@ def load(
         CheckpointReader(path)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
-    return model.eval().to(device)
+    model.eval().to(device)
+    if compile:
+        from .compiled import compile_decoding
+
+        compile_decoding(model)
+    return model
 
 
 def evaluate(

@@ -48,9 +48,13 @@ class HiddenStates:
     def fill(self, other: HiddenStates) -> None:
         self._data.copy_(other._data)
 
+    def empty(self) -> HiddenStates:
+        """Room for as many states, in a file of their own where these are in one."""
+        return HiddenStates(tuple(self._data.shape), self._folder)
+
     def copy(self) -> HiddenStates:
-        """The same states once more, in a file of their own where these are in one."""
-        twin = HiddenStates(tuple(self._data.shape), self._folder)
+        """The same states once more."""
+        twin = self.empty()
         twin.fill(self)
         return twin
 
@@ -147,6 +151,16 @@ class CalibrationRun:
         """Every batch, and what the block is called with for it, hidden states left out."""
         for batch in self._batches:
             yield batch, _moved(batch.calls[block.index], self.device)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """A copy of the hidden states of a batch, on the device of the run."""
+        assert self._states is not None
+        return self._states.read(batch.start, batch.count).to(self.device, copy=True)
+
+    def empty_states(self) -> HiddenStates:
+        """Room for as many hidden states as there are, in a file where these are in one."""
+        assert self._states is not None
+        return self._states.empty()
 
     @property
     def total_tokens(self) -> int:

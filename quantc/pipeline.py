@@ -149,6 +149,7 @@ class BlockWork:
     calibration: CalibrationRun | None
     quantized: dict[str, QTensor] = field(default_factory=dict)
     keep_statistics: bool = False  # for a pass that comes later
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # what rounded weights in the module replace
     _kept: dict[str, list[Gram]] = field(default_factory=dict)
     _proof: Proof | None = None
 
@@ -161,6 +162,11 @@ class BlockWork:
         stored = self._parameter(linear).detach()
         matrix = stored[expert] if linear.kind == "stack" else stored
         return matrix.T if linear.transposed else matrix
+
+    def original(self, linear: Linear) -> torch.Tensor:
+        """float32 (N, K), or (E, N, K) of a stack: the weight before it was rounded, where passes have rounded it."""
+        stored = self.originals.get(weight_name(self.block, linear), self._parameter(linear).data)
+        return stored.transpose(-1, -2) if linear.transposed else stored
 
     def _parameter(self, linear: Linear) -> nn.Parameter:
         return self.module.get_parameter(weight_name(self.block, linear))
@@ -200,13 +206,12 @@ class BlockWork:
         where rows are still the original ones, and none for experts, whose rows change with the routing.
         """
         assert self.calibration is not None
-        originals: dict[str, torch.Tensor] = {}
         wanted = [item for item in self.block.activations if self.readers(item)]
         self._kept = {}
         for items in [part for stage in stages(wanted) for part in rounds(stage, lambda item: 2 * self.experts(item))]:
             grams = self._new_grams(items)
-            if originals:
-                drifts = gather_drifting(self.calibration, self.block, self.module, items, grams, originals)
+            if self.originals:
+                drifts = gather_drifting(self.calibration, self.block, self.module, items, grams, self.originals)
             else:
                 drifts = {}
                 gather(self.calibration, self.block, self.module, items, grams)
@@ -215,7 +220,7 @@ class BlockWork:
                 yield item, grams.pop(item.label), drifts.pop(item.label, None)
                 self._release(item)
             rounded = [reader for item in items for reader in self.readers(item)]
-            originals |= {weight_name(self.block, linear): self._parameter(linear).data for linear in rounded}
+            self.originals |= {weight_name(self.block, linear): self._parameter(linear).data for linear in rounded}
             self.replace_weights(rounded)
 
     def _hand_out(

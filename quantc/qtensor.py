@@ -40,17 +40,20 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W (..., N, K) = (code - zero) * scale, computed in float32 and cast last; low-rank not included."""
         scales = spread_groups(self.scales.float(), self.spec, self.shape)
-        if self.zeros is None:
-            centred = self.codes.float() - self._mids()
-        else:
-            centred = self.codes.float() - spread_groups(self.zeros.float(), self.spec, self.shape)
-        return centred.mul_(scales).to(dtype)
+        return (self.codes.float() - self.zero_points()).mul_(scales).to(dtype)
 
-    def _mids(self) -> torch.Tensor | int:
-        """The zero points of symmetric codes: one, or (..., N, 1) where rows have two widths."""
-        if self.wide is None:
-            return self.spec.mid
-        return torch.where(self.wide[..., None], 2 * self.spec.mid, self.spec.mid)
+    def zero_points(self) -> torch.Tensor:
+        """float32 (..., N, K), or as broadcasts to it: the code of a weight of 0."""
+        if self.zeros is not None:
+            return spread_groups(self.zeros.float(), self.spec, self.shape)
+        return (self.largest_codes() + 1) / 2
+
+    def largest_codes(self) -> torch.Tensor:
+        """float32 (..., N, 1), or as broadcasts to it: one less than there are codes in a row's width."""
+        levels = torch.tensor(float(self.spec.levels), device=self.codes.device)
+        if self.wide is not None:
+            levels = torch.where(self.wide[..., None], 2 * levels, levels)
+        return levels - 1
 
     def effective_weight(self) -> torch.Tensor:
         """float32 (..., N, K): what x is multiplied with in all, low-rank addition and rotation included."""

@@ -2,6 +2,8 @@
 
 The weights between the two were made for rotated hidden states; what lies outside, embeddings and head above all,
 was not. A model's own record of hidden states (output_hidden_states) is of the rotated ones.
+
+torch.compile sees an operator: it cannot look into the making of Hadamard matrices.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from torch import nn
 
 from .checkpoint import ResidualRotation
 from .errors import CheckpointError
-from .numerics.residual import turn, turn_back
+from .numerics import residual
+
+LIBRARY = torch.library.Library("quantc", "FRAGMENT")
+LIBRARY.define("turn(Tensor x, int block, bool back) -> Tensor")
 
 
 def attach(model: nn.Module, rotation: ResidualRotation) -> None:
@@ -37,10 +42,10 @@ def _turn_input(
     """The arguments with the hidden state, the first that looks like one, rotated."""
     for place, value in enumerate(args):
         if _is_state(value, rotation):
-            return (*args[:place], turn(value, rotation.order), *args[place + 1 :]), kwargs
+            return (*args[:place], _turn(value, rotation.order, False), *args[place + 1 :]), kwargs
     for name, value in kwargs.items():
         if _is_state(value, rotation):
-            return args, {**kwargs, name: turn(value, rotation.order)}
+            return args, {**kwargs, name: _turn(value, rotation.order, False)}
     raise CheckpointError(
         f"{type(module).__name__} receives no hidden state of width {rotation.width}, so it cannot be rotated; "
         "config.json does not belong to these weights."
@@ -50,14 +55,31 @@ def _turn_input(
 def _turn_output(rotation: ResidualRotation, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """The output with the hidden state, alone or the first in a tuple that looks like one, rotated back."""
     if isinstance(output, torch.Tensor):
-        return turn_back(output, rotation.order)
+        return _turn(output, rotation.order, True)
     for place, value in enumerate(output):
         if _is_state(value, rotation):
-            return (*output[:place], turn_back(value, rotation.order), *output[place + 1 :])
+            return (*output[:place], _turn(value, rotation.order, True), *output[place + 1 :])
     raise CheckpointError(
         f"{type(module).__name__} returns no hidden state of width {rotation.width}, so it cannot be rotated back; "
         "config.json does not belong to these weights."
     )
+
+
+def _turn(x: torch.Tensor, block: int, back: bool) -> torch.Tensor:
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+        y: torch.Tensor = torch.ops.quantc.turn(x, block, back)
+        return y
+    return residual.turn_back(x, block) if back else residual.turn(x, block)
+
+
+@torch.library.impl(LIBRARY, "turn", "CompositeExplicitAutograd")
+def _turn_operator(x: torch.Tensor, block: int, back: bool) -> torch.Tensor:
+    return _turn(x.detach(), block, back)
+
+
+@torch.library.register_fake("quantc::turn", lib=LIBRARY)
+def _fake_turn(x: torch.Tensor, block: int, back: bool) -> torch.Tensor:
+    return x.new_empty(x.shape)
 
 
 def _is_state(value: Any, rotation: ResidualRotation) -> bool:

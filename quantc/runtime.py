@@ -138,9 +138,14 @@ class PackedWeight(_Packed):
         """Rows of the table for int indices (...): float (..., K), unpacked row by row."""
         if not indices.numel():
             return torch.empty(*indices.shape, self.matrix_shape[1], dtype=self.dtype)
+        if torch.compiler.is_compiling():  # how many rows differ is no shape that a compiler knows
+            return self._unpacked_rows(indices.flatten()).unflatten(0, indices.shape)
         wanted, back = torch.unique(indices, return_inverse=True)
-        shape = (len(wanted), self.matrix_shape[1])
-        return DENSE.unpack(*self._rows_of(wanted), shape).effective_weight().to(self.dtype)[back]
+        return self._unpacked_rows(wanted)[back]
+
+    def _unpacked_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        shape = (len(rows), self.matrix_shape[1])
+        return DENSE.unpack(*self._rows_of(rows), shape).effective_weight().to(self.dtype)
 
     def _rows_of(self, rows: torch.Tensor) -> tuple[Parts, QuantSpec]:
         """Parts and spec of the table that has just these rows; a per_ic group then holds a single row."""

@@ -19,12 +19,16 @@ import torch
 
 from ...errors import UsageError
 
-VERSION = 2  # of the C interface in native/api.h and of images
+VERSION = 3  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
 FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them
 
+PRODUCT = "PPPPqPPq"  # Product of native/weight.h, for struct.pack
+LARGEST_GROUP = 8  # products in a call, as in native/weight.h
+
 _INT, _LONG, _POINTER, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+_BYTES = ctypes.c_char_p
 _INTERFACE = {
     "version": (_INT, []),
     "levels": (_TEXT, []),
@@ -34,23 +38,11 @@ _INTERFACE = {
     "pool": (_TEXT, []),
     "image_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _INT, _INT]),
     "pack": (None, [_INT, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT]),
-    "matmul": (None, [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _INT]),
+    "matmul": (None, [_BYTES, _INT, _POINTER, _LONG, _INT, _INT, _INT]),
     "rotate": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT]),
     "panel_step": (_LONG, [_POINTER]),
     "unpack": (None, [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]),
 }
-
-
-class Weight(ctypes.Structure):
-    """Weight of native/weight.h: addresses, and the rank of the low-rank addition."""
-
-    _fields_ = (
-        ("image", ctypes.c_void_p),
-        ("rotation", ctypes.c_void_p),
-        ("low_rank_a", ctypes.c_void_p),
-        ("low_rank_b", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-    )
 
 
 class Library:

@@ -10,8 +10,9 @@ products of integers, with a scale for every 32 activations. Nothing else change
 
 from __future__ import annotations
 
-import ctypes
 import os
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -29,8 +30,9 @@ INT8_VARIABLE = "QUANTC_CPU_INT8"
 STRIP, BLOCK, ALIGNMENT = 16, 32, 64  # as in native/image.h
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
 # Rows of x from which torch multiplies with unpacked panels. Own float32 sums are 1.5 to 5 times as fast as torch's
-# F.linear up to 256 rows (Zen 5, 2 threads); bfloat16 ones fall behind its dot products between 32 and 64.
-PANEL_FROM = {torch.bfloat16: 192}
+# F.linear up to 256 rows (Zen 5, 2 threads). Own bfloat16 ones take 0.9 to 1.2 of its time at 128 to 512 rows, and
+# panels 1.2 to 1.8 times as long as they do at 128, 1.3 at 256, 1.1 at 512.
+PANEL_FROM = {torch.bfloat16: 1024}
 # Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input lies in a page of its own,
 # and writing them takes 20 times as long.
 PANEL_ROWS = 128
@@ -40,15 +42,19 @@ LIBRARY.define(
     "native_matmul(Tensor x, Tensor image, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int n, "
     "int hadamard, bool int8) -> Tensor"
 )
+# Of the same x with several weights of one spec, without low-rank additions.
+LIBRARY.define(
+    "native_matmuls(Tensor x, Tensor[] images, Tensor?[] biases, int[] n, int hadamard, bool int8) -> Tensor[]"
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NativeWeight:
     """A prepared weight (N, K).
 
     image: uint8 (bytes,), see native/image.h. low_rank_a, low_rank_b: float16 (R, K) and (ceil(N / 16), R, 16), or
-    None. hadamard: order of the input's rotation, 0 for none. int8: whether activations are rounded. handle, at
-    address: what the library reads all that from.
+    None. hadamard: order of the input's rotation, 0 for none. int8: whether activations are rounded. addresses: of all
+    that, as Weight of native/weight.h lists them.
     """
 
     image: torch.Tensor
@@ -58,16 +64,13 @@ class NativeWeight:
     low_rank_b: torch.Tensor | None
     hadamard: int
     int8: bool
-    handle: library.Weight = field(init=False, repr=False)
-    address: int = field(init=False, repr=False)
+    addresses: tuple[int, int, int, int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tables = rotation.rotation(self.k, self.hadamard).address if self.hadamard else None
+        tables = rotation.rotation(self.k, self.hadamard).address if self.hadamard else 0
         a, b = self.low_rank_a, self.low_rank_b
-        factors = (None, None, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
-        handle = library.Weight(self.image.data_ptr(), tables, *factors)
-        object.__setattr__(self, "handle", handle)
-        object.__setattr__(self, "address", ctypes.addressof(handle))
+        factors = (0, 0, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
+        self.addresses = (self.image.data_ptr(), tables, *factors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has memory, and so addresses, of its own."""
@@ -145,6 +148,29 @@ def _native_matmul(
     return multiply(x, weight, bias)
 
 
+@torch.library.impl(LIBRARY, "native_matmuls", "CPU")
+def _native_matmuls(
+    x: torch.Tensor,
+    images: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    n: list[int],
+    hadamard: int,
+    int8: bool,
+) -> list[torch.Tensor]:
+    weights = [
+        NativeWeight(image, rows, x.shape[-1], None, None, hadamard, int8)
+        for image, rows in zip(images, n, strict=True)
+    ]
+    return multiply_all(x, weights, biases)
+
+
+@torch.library.register_fake("quantc::native_matmuls", lib=LIBRARY)
+def _fake_native_matmuls(
+    x: torch.Tensor, images: object, biases: object, n: list[int], hadamard: int, int8: bool
+) -> list[torch.Tensor]:
+    return [x.new_empty(*x.shape[:-1], rows) for rows in n]
+
+
 @torch.library.register_fake("quantc::native_matmul", lib=LIBRARY)
 def _fake_native_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor:
     n = weight_and_bias[4]
@@ -174,25 +200,48 @@ def in_strips(b: torch.Tensor) -> torch.Tensor:
 
 def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype."""
+    return multiply_all(x, [w], [bias])[0]
+
+
+def multiply_all(
+    x: torch.Tensor, weights: Sequence[NativeWeight], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """A y (..., N) for each of up to LARGEST_GROUP weights of the same K and int8, in one call of the library."""
     if x.requires_grad and torch.is_grad_enabled():
-        return _differentiable(x, w, bias)
+        return [_differentiable(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
     if not x.is_contiguous():
         x = x.contiguous()
-    shape = x.shape
-    rows = x.numel() // w.k
-    y = x.new_empty(*shape[:-1], w.n)
-    if rows >= PANEL_FROM.get(x.dtype, rows + 1) and not w.int8:
-        x = rotation.rotate(x, w.hadamard, torch.get_num_threads()) if w.hadamard else x
-        _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
+    first = weights[0]
+    rows, leading = x.numel() // first.k, x.shape[:-1]
+    outputs = [x.new_empty(*leading, w.n) for w in weights]
+    if rows >= PANEL_FROM.get(x.dtype, rows + 1) and not first.int8:
+        for w, bias, y in zip(weights, biases, outputs, strict=True):
+            _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
     elif rows:
-        if bias is not None and not (bias.is_contiguous() and bias.dtype in TYPES):
-            bias = bias.contiguous().float()
-        address, bias_type = (None, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
-        library.loaded().matmul(
-            w.address, x.data_ptr(), y.data_ptr(), address, rows, TYPES[x.dtype], bias_type, w.int8,
-            torch.get_num_threads(),
-        )  # fmt: skip
-    return y
+        _multiply_rows(x, rows, weights, [_readable(bias) for bias in biases], outputs)
+    return outputs
+
+
+def _multiply_rows(
+    x: torch.Tensor,
+    rows: int,
+    weights: Sequence[NativeWeight],
+    biases: Sequence[torch.Tensor | None],
+    outputs: Sequence[torch.Tensor],
+) -> None:
+    products: list[int] = []
+    for w, bias, y in zip(weights, biases, outputs, strict=True):
+        products += w.addresses
+        products += (y.data_ptr(), 0, 0) if bias is None else (y.data_ptr(), bias.data_ptr(), TYPES[bias.dtype])
+    count = len(weights)
+    packed = struct.pack(library.PRODUCT * count, *products)
+    threads = torch.get_num_threads()
+    library.loaded().matmul(packed, count, x.data_ptr(), rows, TYPES[x.dtype], weights[0].int8, threads)
+
+
+def _readable(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """As the library reads it."""
+    return bias if bias is None or (bias.is_contiguous() and bias.dtype in TYPES) else bias.contiguous().float()
 
 
 def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
@@ -209,6 +258,7 @@ def _panels(w: NativeWeight) -> list[tuple[int, int]]:
 
 
 def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    x = rotation.rotate(x, w.hadamard, torch.get_num_threads()) if w.hadamard else x
     panels = _panels(w)
     room = x.new_empty(w.k * (panels[0][1] - panels[0][0]))
     for start, stop in panels:

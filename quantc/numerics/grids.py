@@ -37,7 +37,7 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | N
     rows = max(1, CHUNK_WEIGHTS // flat.shape[1])
     fitted = [
         _search(chunk, spec, _rows_of(spread, start, chunk.shape[0]))
-        for start, chunk in zip(range(0, flat.shape[0], rows), flat.split(rows), strict=True)
+        for start, chunk in zip(range(0, max(1, flat.shape[0]), rows), flat.split(rows), strict=True)
     ]
     scales = torch.cat([scale for scale, _ in fitted]).reshape(groups.shape[:2])
     zeros = torch.cat([zero for _, zero in fitted]).reshape(groups.shape[:2])

@@ -33,10 +33,9 @@ void quantc_cpu_pack(int32_t bits, int64_t n, int64_t k, int64_t group, int32_t 
        static_cast<const uint16_t*>(scales), static_cast<const uint8_t*>(zeros), threads, image);
 }
 
-void quantc_cpu_matmul(const void* weight, const void* x, void* y, const void* bias, int64_t m, int32_t type,
-                       int32_t bias_type, int32_t int8, int32_t threads) {
-  multiply(*static_cast<const Weight*>(weight),
-           Call{x, y, bias, m, static_cast<Type>(type), static_cast<Type>(bias_type), int8 != 0, threads});
+void quantc_cpu_matmul(const void* products, int32_t count, const void* x, int64_t m, int32_t type, int32_t int8,
+                       int32_t threads) {
+  multiply(static_cast<const Product*>(products), count, Call{x, m, static_cast<Type>(type), int8 != 0, threads});
 }
 
 void quantc_cpu_rotate(const void* rotation, const void* x, void* out, int64_t m, int32_t type, int32_t threads) {

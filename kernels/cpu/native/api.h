@@ -25,10 +25,11 @@ EXPORT int64_t quantc_cpu_image_bytes(int32_t bits, int64_t n, int64_t k, int64_
 EXPORT void quantc_cpu_pack(int32_t bits, int64_t n, int64_t k, int64_t group, int32_t per_ic, const void* codes,
                             const void* scales, const void* zeros, void* image, int32_t threads);
 
-// y [m][n] = x [m][k] W^T + bias for a Weight (weight.h), with its rotation of x and its low-rank addition. Types:
-// 0 float32, 1 float16, 2 bfloat16; y has that of x. bias: [n] or null. int8: nonzero rounds x to int8 in blocks of 32, where has_int8 says so.
-EXPORT void quantc_cpu_matmul(const void* weight, const void* x, void* y, const void* bias, int64_t m, int32_t type,
-                              int32_t bias_type, int32_t int8, int32_t threads);
+// The products of x [m][k] with 1 to LARGEST_GROUP weights of this k: `products` are Product structs (weight.h), each
+// with its rotation of x, its low-rank addition and its bias. Types: 0 float32, 1 float16, 2 bfloat16; every y has that
+// of x. int8: nonzero rounds x to int8 in blocks of 32, where has_int8 says so.
+EXPORT void quantc_cpu_matmul(const void* products, int32_t count, const void* x, int64_t m, int32_t type, int32_t int8,
+                              int32_t threads);
 
 // x [m][width] rotated, for a Rotation (weight.h), to out of its type.
 EXPORT void quantc_cpu_rotate(const void* rotation, const void* x, void* out, int64_t m, int32_t type, int32_t threads);

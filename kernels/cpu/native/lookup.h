@@ -20,12 +20,13 @@ struct Lookup {
     table = _mm512_loadu_ps(entries);
   }
   INLINE_MEMBER Floats operator()(const Words& low, const Words& high, int low_at, int high_at) const {
-    WordLanes index = low.part[0] >> low_at;
-    if (high_width(BITS)) {
-      constexpr uint32_t mask = (1u << low_width(BITS)) - 1;
-      index = (index & mask) | (move_bit(high.part[0], high_at, low_width(BITS)) & ~mask);
+    __m512i index = reinterpret_cast<__m512i>(low.part[0] >> low_at);
+    if (high_width(BITS)) {  // one operation, where compilers make two of (index & mask) | (upper & ~mask)
+      const __m512i mask = _mm512_set1_epi32((1 << low_width(BITS)) - 1);
+      const WordLanes upper = move_bit(high.part[0], high_at, low_width(BITS));
+      index = _mm512_ternarylogic_epi32(mask, index, reinterpret_cast<__m512i>(upper), 0xca);
     }
-    return {{_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), table)}};
+    return {{_mm512_permutexvar_ps(index, table)}};
   }
 };
 template <>

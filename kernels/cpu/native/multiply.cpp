@@ -136,56 +136,139 @@ void multiply_piece(void* context, int64_t piece) {
   }
 }
 
-void take_room(Multiplication& job, int64_t rows) {
+int64_t value_size(const Multiplication& job) {
+  return job.kind == BY_BFLOAT16 ? 2 : job.kind == BY_INT8 && !job.w->per_ic ? 1 : 4;
+}
+
+// Whether two products take the rows of x in one order, with the same sums: q, k and v of one spec do.
+bool same_inputs(const Multiplication& a, const Multiplication& b) {
+  return a.weight->rotation == b.weight->rotation && !a.weight->rank && !b.weight->rank && a.w->bits == b.w->bits &&
+         a.w->per_ic == b.w->per_ic && a.w->symmetric == b.w->symmetric && a.w->group_blocks == b.w->group_blocks &&
+         (a.w->per_ic || a.w->group == b.w->group);
+}
+
+// Puts a product's share of the caller's scratch at `room`, rows of x that another has loaded aside; returns its bytes.
+size_t take_room(Multiplication& job, const Multiplication* loaded, int64_t rows, uintptr_t room) {
   const Image* w = job.w;
-  const int64_t value = job.kind == BY_BFLOAT16 ? 2 : job.kind == BY_INT8 && !w->per_ic ? 1 : 4;
-  job.row_bytes = w->blocks * BLOCK * value;
-  const int64_t tile = job.level->tile, padded = (rows + tile - 1) / tile * tile;
-  const size_t ordered = aligned(static_cast<size_t>(padded * job.row_bytes));
-  const size_t sums = aligned(static_cast<size_t>(4 * padded * groups_of_inputs(w)));
-  const size_t scales = aligned(static_cast<size_t>(4 * padded * w->blocks));
-  const int64_t rank = job.weight->rank;
-  const size_t inner = aligned(static_cast<size_t>(4 * rows * rank)), added = static_cast<size_t>(rank ? 4 * rows * w->n : 0);
-  char* room = caller_scratch.at_least(ordered + sums + scales + inner + added);
-  job.ordered = room;
-  job.sums = reinterpret_cast<float*>(room + ordered);
-  job.scales = reinterpret_cast<float*>(room + ordered + sums);
-  job.inner = reinterpret_cast<float*>(room + ordered + sums + scales);
-  job.added = reinterpret_cast<float*>(room + ordered + sums + scales + inner);
+  job.row_bytes = w->blocks * BLOCK * value_size(job);
+  if (loaded) {
+    job.ordered = loaded->ordered, job.sums = loaded->sums, job.scales = loaded->scales;
+    return 0;
+  }
+  const int64_t tile = job.level->tile, padded = (rows + tile - 1) / tile * tile, rank = job.weight->rank;
+  size_t used = 0;
+  const auto next = [&](int64_t bytes) {
+    const uintptr_t at = room + used;
+    used += aligned(static_cast<size_t>(bytes));
+    return at;
+  };
+  job.ordered = reinterpret_cast<char*>(next(padded * job.row_bytes));
+  job.sums = reinterpret_cast<float*>(next(4 * padded * groups_of_inputs(w)));
+  job.scales = reinterpret_cast<float*>(next(4 * padded * w->blocks));
+  job.inner = reinterpret_cast<float*>(next(4 * rows * rank));
+  job.added = reinterpret_cast<float*>(next(rank ? 4 * rows * w->n : 0));
+  return used;
+}
+
+// The products of a call. Their pieces are shared out as one list: waking threads costs as much as a small product.
+struct Together {
+  Multiplication jobs[LARGEST_GROUP];
+  int count;
+  int loaders[LARGEST_GROUP];  // which of them load rows of x
+  int loader_count;
+  int64_t m, first_piece[LARGEST_GROUP + 1];
+
+  void add(const Product& product, const Call& call) {
+    Multiplication& job = jobs[count++] = Multiplication{};
+    job.weight = &product.weight;
+    job.w = static_cast<const Image*>(product.weight.image);
+    job.level = &level();
+    job.bias = product.bias;
+    job.type = call.type;
+    job.bias_type = static_cast<Type>(product.bias_type);
+    const bool by_bfloat16 = job.type == BFLOAT16 && job.level->by_bfloat16 && !job.w->per_ic;
+    job.kind = call.int8 && job.level->by_int8 ? BY_INT8 : by_bfloat16 ? BY_BFLOAT16 : BY_FLOAT;
+  }
+
+  // At 0 this only counts the bytes.
+  size_t take_rooms(int64_t rows, uintptr_t room) {
+    size_t used = 0;
+    loader_count = 0;
+    for (int i = 0; i < count; ++i) {
+      const Multiplication* loaded = nullptr;
+      for (int j = 0; j < loader_count && !loaded; ++j)
+        if (same_inputs(jobs[i], jobs[loaders[j]])) loaded = &jobs[loaders[j]];
+      used += take_room(jobs[i], loaded, rows, room + used);
+      if (!loaded) loaders[loader_count++] = i;
+    }
+    return used;
+  }
+
+  void go_to(const Product* products, const Call& call, int64_t from) {
+    m = call.m - from < SLAB ? call.m - from : SLAB;
+    for (int i = 0; i < count; ++i) {
+      const int64_t size = size_of(call.type);
+      jobs[i].m = m;
+      jobs[i].x = static_cast<const char*>(call.x) + from * jobs[i].w->k * size;
+      jobs[i].y = static_cast<char*>(products[i].y) + from * jobs[i].w->n * size;
+    }
+  }
+};
+
+void load_one(void* context, int64_t i) {
+  Together& all = *static_cast<Together*>(context);
+  load_row(&all.jobs[all.loaders[i / all.m]], i % all.m);
+}
+
+void multiply_one(void* context, int64_t piece) {
+  Together& all = *static_cast<Together*>(context);
+  int i = 0;
+  while (piece >= all.first_piece[i + 1]) ++i;
+  multiply_piece(&all.jobs[i], piece - all.first_piece[i]);
+}
+
+void load(Together& all, int threads) {
+  int64_t cost = 0;
+  for (int i = 0; i < all.loader_count; ++i) {
+    const Multiplication& job = all.jobs[all.loaders[i]];
+    cost += cost_of_row(job.w->k, job.weight->rotation, job.weight->rank);
+  }
+  share_out(all.loader_count * all.m, threads_for_rows(all.m, cost, threads), load_one, &all);
 }
 
 // Pieces that fit a core's cache, a few for each thread, and no thread for next to nothing.
-void run(Multiplication& job, int threads) {
-  const Image* w = job.w;
-  const int64_t strip_bytes = w->blocks * w->bits * VECTOR;
-  if (w->n * w->k * job.m < ALONE) threads = 1;
-  const int64_t even = (w->strips + 4 * threads - 1) / (4 * threads);
-  const int64_t cached = PIECE_BYTES / strip_bytes > 0 ? PIECE_BYTES / strip_bytes : 1;
-  job.strips_in_piece = even < cached ? even : cached;
-  share_out((w->strips + job.strips_in_piece - 1) / job.strips_in_piece, threads, multiply_piece, &job);
+void run(Together& all, int threads) {
+  int64_t strips = 0, products = 0;
+  for (int i = 0; i < all.count; ++i) {
+    strips += all.jobs[i].w->strips;
+    products += all.jobs[i].w->n * all.jobs[i].w->k * all.m;
+  }
+  if (products < ALONE) threads = 1;
+  const int64_t even = (strips + 4 * threads - 1) / (4 * threads);
+  for (int i = 0; i < all.count; ++i) {
+    Multiplication& job = all.jobs[i];
+    const int64_t strip_bytes = job.w->blocks * job.w->bits * VECTOR;
+    const int64_t cached = PIECE_BYTES / strip_bytes > 0 ? PIECE_BYTES / strip_bytes : 1;
+    job.strips_in_piece = even < cached ? even : cached;
+    all.first_piece[i + 1] = all.first_piece[i] + (job.w->strips + job.strips_in_piece - 1) / job.strips_in_piece;
+  }
+  share_out(all.first_piece[all.count], threads, multiply_one, &all);
 }
 
 }  // namespace
 
-void multiply(const Weight& weight, const Call& call) {
-  Multiplication job{};
-  const Image* w = job.w = static_cast<const Image*>(weight.image);
-  job.level = &level();
-  job.weight = &weight;
-  job.bias = call.bias;
-  job.type = call.type;
-  job.bias_type = call.bias_type;
-  const bool by_bfloat16 = job.type == BFLOAT16 && job.level->by_bfloat16 && !w->per_ic;
-  job.kind = call.int8 && job.level->by_int8 ? BY_INT8 : by_bfloat16 ? BY_BFLOAT16 : BY_FLOAT;
-  take_room(job, call.m < SLAB ? call.m : SLAB);
-  const int64_t cost = cost_of_row(w->k, weight.rotation, weight.rank);
-  const int64_t x_row = w->k * size_of(job.type), y_row = w->n * size_of(job.type);
+void multiply(const Product* products, int count, const Call& call) {
+  Together all;
+  all.count = 0;
+  all.first_piece[0] = 0;
+  for (int i = 0; i < count; ++i) all.add(products[i], call);
+  const int64_t rows = call.m < SLAB ? call.m : SLAB;
+  char* room = caller_scratch.at_least(all.take_rooms(rows, 0));
+  all.take_rooms(rows, reinterpret_cast<uintptr_t>(room));
   for (int64_t from = 0; from < call.m; from += SLAB) {
-    job.m = call.m - from < SLAB ? call.m - from : SLAB;
-    job.x = static_cast<const char*>(call.x) + from * x_row;
-    job.y = static_cast<char*>(call.y) + from * y_row;
-    share_out(job.m, threads_for_rows(job.m, cost, call.threads), load_row, &job);
-    run(job, call.threads);
+    all.go_to(products, call, from);
+    load(all, call.threads);
+    run(all, call.threads);
   }
 }
 

@@ -4,15 +4,14 @@
 #include "level.h"
 
 struct Call {
-  const void* x;     // [m][k] of type
-  void* y;           // [m][n] of type
-  const void* bias;  // [n] of bias_type, or null
+  const void* x;  // [m][k] of type
   int64_t m;
-  Type type, bias_type;
+  Type type;
   bool int8;
   int threads;
 };
 
-void multiply(const Weight& weight, const Call& call);
+// Up to LARGEST_GROUP products of the same x.
+void multiply(const Product* products, int count, const Call& call);
 // x [m][width] to out of its type, in memory of its own.
 void rotate_rows(const Rotation& rotation, const void* x, void* out, int64_t m, Type type, int threads);

@@ -1,4 +1,4 @@
-// A weight as the caller hands it over: an image and what goes with it. kernels/cpu/library.py mirrors these structs.
+// A weight as the caller hands it over: an image and what goes with it. kernels/cpu/native.py writes these structs.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +20,16 @@ struct Weight {
   // y += b (a x), x rotated, in float16: a [rank][k], b [ceil(n / 16)][rank][16]. rank: 0 without.
   const uint16_t *low_rank_a, *low_rank_b;
   int64_t rank;
+};
+
+constexpr int LARGEST_GROUP = 8;  // products in a call
+
+// y [m][n] of x's type = x W^T + bias [n] of bias_type (level.h), or null.
+struct Product {
+  Weight weight;
+  void* y;
+  const void* bias;
+  int64_t bias_type;
 };
 
 // Bytes of the workspace that rotating a row takes, in floats: the row, what a last load of sixteen reads beyond it,

@@ -54,8 +54,10 @@ static void exercise(int bits, int64_t n, int64_t k, int64_t group, bool per_ic,
     const size_t size = type ? 2 : 4;
     for (int64_t m : {1, 2, 3, 5, 8, 9, 33, 65}) {
       Block x(size * static_cast<size_t>(m * k)), y(size * static_cast<size_t>(m * n)), bias(size * static_cast<size_t>(n));
+      Block other(size * static_cast<size_t>(m * n));
+      const Product products[] = {{weight, y.data, m % 2 ? bias.data : nullptr, type}, {weight, other.data, nullptr, 0}};
       for (int int8 = 0; int8 <= quantc_cpu_has_int8(); ++int8)
-        quantc_cpu_matmul(&weight, x.data, y.data, m % 2 ? bias.data : nullptr, m, type, type, int8, 2);
+        for (int count = 1; count <= 2; ++count) quantc_cpu_matmul(products, count, x.data, m, type, int8, 2);
     }
     Block panel(size * static_cast<size_t>(n * k));
     quantc_cpu_unpack(image.data, 0, n, panel.data, type, 2);

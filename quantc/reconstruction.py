@@ -1,0 +1,109 @@
+"""Blocks trained to reproduce themselves: parameters of a rounded block against what the float block puts out.
+
+Both run on the hidden states that the quantized blocks before them deliver. A step is a batch of the calibration set;
+some batches are kept aside and decide which state of the parameters is the best one, the first included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .blocks import BlockCall
+from .calibration import Batch, CalibrationRun, fast_matmul
+from .graph import Block
+
+HELD_OUT = 8  # of so many batches one is kept aside
+CHECKS = 5  # times that the batches kept aside are looked at after the first step
+BETAS = (0.9, 0.99)  # of Adam; SignSGD moves what is noise as far as what is not, and found nothing from GPTQ's codes
+
+Weights = Mapping[str, torch.Tensor]  # by their names inside the block
+
+
+class Reconstruction:
+    """A block's calibration batches, and what the float block makes of them."""
+
+    def __init__(self, calibration: CalibrationRun, block: Block, module: nn.Module, originals: Weights):
+        """originals: the float weights, where the module has others."""
+        self._calibration, self._block, self._module = calibration, block, module
+        self._batches = list(calibration.calls(block))
+        self._targets = calibration.empty_states()
+        with torch.no_grad():
+            for batch, call in self._batches:
+                self._targets.write(batch.start, self._output(originals, batch, call))
+
+    def split(self) -> tuple[list[int], list[int]]:
+        """The batches to train on, and those kept aside; a single batch is both."""
+        numbers = range(len(self._batches))
+        aside = [at for at in numbers if at % HELD_OUT == 0]
+        return [at for at in numbers if at not in aside] or aside, aside
+
+    def loss(self, at: int, weights: Weights) -> torch.Tensor:
+        """Mean squared error of the block's output on a batch, with these weights in place."""
+        batch, call = self._batches[at]
+        with fast_matmul(self._calibration.device):
+            found = self._output(weights, batch, call).float()
+        return (found - self._targets.read(batch.start, batch.count).to(found.device)).square().mean()
+
+    def _output(self, weights: Weights, batch: Batch, call: BlockCall) -> torch.Tensor:
+        called = call.with_hidden(self._calibration.hidden(batch))
+        output = functional_call(self._module, dict(weights), called.args, called.kwargs)
+        return self._block.returns.unwrap(output)
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What is trained: parameters, each group with the rate of its steps, and what they make of the block's weights.
+
+    settle: called after every step, moves parameters back to where they may be.
+    """
+
+    groups: Sequence[tuple[list[nn.Parameter], float]]
+    weights: Callable[[], Weights]
+    settle: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Mean squared errors on the batches kept aside, before and of the best state."""
+
+    before: float
+    after: float
+
+
+def train(
+    target: Reconstruction, trainable: Trainable, steps: int, keep: Callable[[], None], generator: torch.Generator
+) -> Trained:
+    """Take steps by Adam at rates that fall to 0; `keep` is called whenever the parameters are better than ever."""
+    own, aside = target.split()
+    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in trainable.groups], betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+    def error() -> float:
+        with torch.no_grad():
+            weights = trainable.weights()
+            return sum(float(target.loss(at, weights)) for at in aside) / len(aside)
+
+    before = best = error()
+    order: list[int] = []
+    for step in range(1, steps + 1):
+        order = order or torch.randperm(len(own), generator=generator).tolist()
+        _step(target, trainable, own[order.pop()], optimizer)
+        schedule.step()
+        if step * CHECKS // steps > (step - 1) * CHECKS // steps and (found := error()) < best:
+            best = found
+            keep()
+    return Trained(before, best)
+
+
+def _step(target: Reconstruction, trainable: Trainable, at: int, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    with torch.enable_grad():
+        loss = target.loss(at, trainable.weights())
+        loss.backward()
+    optimizer.step()
+    trainable.settle()
