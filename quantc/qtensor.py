@@ -55,6 +55,12 @@ class QTensor:
             levels = torch.where(self.wide[..., None], 2 * levels, levels)
         return levels - 1
 
+    def stays(self) -> torch.Tensor | None:
+        """bool (..., N, K): the weights that are not dropped; None where none are."""
+        if self.kept is None or self.spec.two_of_four:
+            return self.kept
+        return spread_groups(self.kept, self.spec, self.shape)
+
     def effective_weight(self) -> torch.Tensor:
         """float32 (..., N, K): what x is multiplied with in all, low-rank addition and rotation included."""
         weight = self.dequantize()

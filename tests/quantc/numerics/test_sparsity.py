@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from quantc.formats import format_of
 from quantc.numerics.basis import Basis, Rounding
+from quantc.numerics.relaxed import RelaxedWeight
 from quantc.numerics.sparsity import Spectrum, by_admm, by_magnitude, fit_support
 from quantc.qtensor import spread_groups
 from quantc.spec import QuantSpec
@@ -124,6 +128,24 @@ def test_inputs_that_were_always_zero_go_first() -> None:
     assert tensor.kept.tolist() == [[False, False, True, True]] * 8
     nothing = Basis.of(torch.zeros(64, 64), 512, 0, 0.01, True).round(weight, QuantSpec(4, 16, sparsity=0.5))
     assert bool(torch.isfinite(nothing.dequantize()).all())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("pattern", [{"sparsity": 0.5}, {"two_of_four": True}], ids=str)
+def test_training_leaves_what_is_dropped_at_zero(pattern: dict[str, Any], symmetric: bool) -> None:
+    weight, gram = layer(8, 60)
+    spec = QuantSpec(4, 16, symmetric=symmetric, **pattern)
+    tensor = Basis.of(gram, 512, 0, 0.01, True).round(weight, spec)
+    relaxed = RelaxedWeight(tensor, weight)
+    torch.testing.assert_close(relaxed(), tensor.dequantize())
+    with torch.no_grad():
+        relaxed.offsets.fill_(1.0)
+    found, stays = relaxed.qtensor(), tensor.stays()
+    assert stays is not None
+    assert not found.dequantize()[~stays].any()
+    assert not torch.equal(found.codes, tensor.codes)
+    again = format_of(spec).unpack(format_of(spec).pack(found), spec, (8, 60))
+    assert torch.equal(again.dequantize(), found.dequantize())
 
 
 def test_dense_and_sparse_specs_share_a_basis() -> None:
