@@ -10,6 +10,7 @@ from ..formats import Parts
 from ..spec import QuantSpec
 
 Prepared = Any
+DENSE_ONLY = "needs a weight as a whole, and some of it is dropped"  # why a kernel refuses sparsity
 
 
 class Kernel(Protocol):

@@ -118,6 +118,8 @@ class Choice:
     def decide(self, error: str) -> tuple[QuantSpec, str]:
         """The spec that loses less, and why; `error` says what was measured."""
         if self.other is None:
+            if self.planned.sparse:
+                return self.planned, "per_oc: weights are dropped along the inputs"
             missing = "per_oc" if self.planned.grouping == "per_ic" else "per_ic"
             return self.planned, f"{self.planned.grouping}: {missing} groups need more bits"
         per_ic, per_oc = (self._lost[grouping] / self._channels for grouping in ("per_ic", "per_oc"))
@@ -130,8 +132,10 @@ def turn_groups(spec: QuantSpec, shape: tuple[int, int]) -> QuantSpec | None:
     """The spec with groups along the other dimension of a weight (N, K), at no more bits; None if there is none.
 
     Groups keep their length where they can. Where the other dimension is no multiple of it, so that more groups would
-    be needed, they are longer, by as little as saves the difference.
+    be needed, they are longer, by as little as saves the difference. Weights are dropped along K.
     """
+    if spec.sparse:
+        return None
     other = replace(spec, grouping="per_ic" if spec.grouping == "per_oc" else "per_oc")
     along = shape[0] if other.grouping == "per_ic" else shape[1]
     g = min(spec.group_length(shape), along)

@@ -196,4 +196,5 @@ def _stack(tensors: list[QTensor]) -> QTensor:
         stacked([tensor.low_rank_a for tensor in tensors]),
         stacked([tensor.low_rank_b for tensor in tensors]),
         stacked([tensor.wide for tensor in tensors]),
+        stacked([tensor.kept for tensor in tensors]),
     )

@@ -24,8 +24,8 @@ from .spec import QuantSpec
 METHOD = "quantc"
 VERSION = 1
 TURNED_VERSION = 2  # of checkpoints with a rotated residual stream, which readers of version 1 would get wrong
-TWO_WIDTHS_VERSION = 3  # of those with rows of two widths in a weight, the residual stream rotated or not
-VERSIONS = (VERSION, TURNED_VERSION, TWO_WIDTHS_VERSION)
+UNEVEN_VERSION = 3  # of those with rows of two widths or dropped weights in some, the residual stream rotated or not
+VERSIONS = (VERSION, TURNED_VERSION, UNEVEN_VERSION)
 MANIFEST = "quantc.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -121,7 +121,7 @@ def describe_quantization(
     entries: dict[str, PackedEntry], default: QuantSpec, residual: ResidualRotation | None = None
 ) -> dict[str, Any]:
     """`quantization_config` for config.json: the default spec, and per weight its shape and what differs."""
-    common = replace(default, wide_rows=0).to_dict()
+    common = replace(default, wide_rows=0, sparsity=0.0, two_of_four=False).to_dict()
     modules = {}
     for name, entry in entries.items():
         differs = {key: value for key, value in entry.spec.to_dict().items() if value != common.get(key)}
@@ -131,8 +131,8 @@ def describe_quantization(
     described = {"quant_method": METHOD, "version": VERSION, "default": common, "modules": modules}
     if residual is not None:
         described |= {"version": TURNED_VERSION, "residual_rotation": asdict(residual)}
-    if any(entry.spec.wide_rows for entry in entries.values()):
-        described["version"] = TWO_WIDTHS_VERSION
+    if any(entry.spec.wide_rows or entry.spec.sparse for entry in entries.values()):
+        described["version"] = UNEVEN_VERSION
     return described
 
 
@@ -176,7 +176,7 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
         entries = {
             name: _read_entry(settings.get("default", {}), dict(own)) for name, own in settings["modules"].items()
         }
-        _check_widths(entries, settings["version"])
+        _check_uneven(entries, settings["version"])
         return entries
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -193,11 +193,13 @@ def _read_entry(default: dict[str, Any], own: dict[str, Any]) -> PackedEntry:
     return PackedEntry(spec, (n, k), tuple(leading), transposed)
 
 
-def _check_widths(entries: dict[str, PackedEntry], version: int) -> None:
+def _check_uneven(entries: dict[str, PackedEntry], version: int) -> None:
     for name, entry in entries.items():
         n, wide = entry.shape[0], entry.spec.wide_rows
-        if wide >= n or (wide and version != TWO_WIDTHS_VERSION):
+        if wide >= n or (wide and version != UNEVEN_VERSION):
             raise ValueError(f"{name} has {wide} of {n} rows in one bit more, in version {version}")
+        if entry.spec.sparse and version != UNEVEN_VERSION:
+            raise ValueError(f"{name} has dropped weights, in version {version}")
 
 
 class CheckpointReader:

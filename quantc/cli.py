@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__, console
-from .command_group import Above, Commands, Number, Pin, Share, Whole, WholeOr, Words, as_mapping, as_words, options
+from .command_group import (
+    Above,
+    Commands,
+    Number,
+    NumberOr,
+    Pin,
+    Share,
+    Whole,
+    WholeOr,
+    Words,
+    as_mapping,
+    as_words,
+    options,
+)
 from .errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -96,6 +109,11 @@ QUANTIZE_OPTIONS = options(
         help="Bits per code, 2 to 8; 3.25 is an average. Required without --recipe or --plan.",
     ),
     BUDGET_OPTIONS,
+    option(
+        "--sparsity",
+        type=NumberOr("2:4", 0, 1),
+        help="Share of the groups (of 16, or --group-size) to drop, such as 0.2; or 2:4. [default: none]",
+    ),
     TARGET_OPTIONS,
     option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
     option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),

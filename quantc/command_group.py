@@ -89,6 +89,17 @@ class Number(click.ParamType):
         )
 
 
+class NumberOr(Number):
+    """A word, or a number in a range."""
+
+    def __init__(self, word: str, low: float, high: float):
+        super().__init__(low, high)
+        self.word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == self.word else super().convert(value, param, ctx)
+
+
 class Above(click.ParamType):
     """A number above a limit."""
 

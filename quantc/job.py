@@ -23,6 +23,7 @@ from .kernels.cuda.gram import products_for
 from .numerics.basis import Rounding
 from .numerics.rounding import using_panel
 from .passes.allocate import Allocate, AllocateConfig
+from .passes.sparsify import Sparsify
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .presets import preset as named_preset
@@ -49,6 +50,7 @@ class Settings(TypedDict, total=False):
     is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
     predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
     that has to load the result hold for that. search: generations that then refine the plan by measuring.
+    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs.
     method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
     """
 
@@ -59,6 +61,7 @@ class Settings(TypedDict, total=False):
     size: int | str | None
     group_size: int | None
     symmetric: bool | None
+    sparsity: float | Literal["2:4"] | None
     head_bits: int | Literal["auto"] | None
     pins: dict[str, int] | None
     formats: Sequence[str] | None
@@ -90,15 +93,15 @@ class Job:
             raise UsageError(f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}.")
         method, allocate = settings.get("method"), _allocation(settings)
         kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
-        chosen = _resolve_recipe(settings.get("recipe"), settings.get("preset")).with_settings(
+        chosen = _sparsified(_resolve_recipe(settings.get("recipe"), settings.get("preset")), settings).with_settings(
             allocate=allocate,
             quantize={"method": method},
             calibration={"source": settings.get("calib"), **kept},
         )
-        given_plan = _given_plan(plan, *allocate.values())
+        given_plan = _given_plan(plan, *allocate.values(), settings.get("sparsity"))
         passes, notes = _build_passes(chosen, method)
         pipeline.check_order(passes, planned=plan is not None)
-        _check_target(passes)
+        _check_combination(passes)
         return cls(chosen, passes, given_plan, notes, device, progress or LogProgress())
 
     @classmethod
@@ -219,6 +222,16 @@ def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None) -> Rec
     return DEFAULT if recipe is None else read_recipe(Path(recipe))
 
 
+def _sparsified(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the pass sparsify where a sparsity is asked for; a group size is that of the groups dropped."""
+    sparsity = settings.get("sparsity")
+    if sparsity is not None:
+        recipe = recipe.including(Sparsify.name, before="quantize")
+    if all(name != Sparsify.name for name, _ in recipe.passes):
+        return recipe
+    return recipe.with_settings(sparsify={"sparsity": sparsity, "group_size": settings.get("group_size")})
+
+
 def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[str]]:
     """The passes that run, and notes on those that do not, or not as the recipe says."""
     passes = recipe.build_passes()
@@ -229,10 +242,18 @@ def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[
     return without_text(passes)
 
 
-def _check_target(passes: list[Pass]) -> None:
-    """Raise UsageError where a runtime has to load the result and a pass makes what none loads."""
+def _check_combination(passes: list[Pass]) -> None:
+    """Raise UsageError where passes ask for what cannot be had together, or what a target does not load."""
     config = allocation(passes)
     target = config and config.target
+    sparse = any(isinstance(item, Sparsify) for item in passes)
+    if config is not None and config.has_budget and sparse:
+        raise UsageError(
+            "a budget is shared out among dense formats, and the pass sparsify drops weights of every linear alike; "
+            "pass --bits instead of a budget, or leave the sparsity out."
+        )
+    if target is not None and sparse:
+        raise UsageError(f"{target} loads no linears of which weights are dropped; leave the sparsity out.")
     if target is not None and any(item.name == "rotate" for item in passes):
         raise UsageError(
             f"{target} rotates nothing at inference, and the recipe has the pass rotate; pass --preset fast, or a "
@@ -244,7 +265,9 @@ def _given_plan(plan: PathLike | None, *settings: object) -> Plan:
     if plan is None:
         return Plan()
     if any(value is not None for value in settings):
-        raise UsageError("a plan says how every linear is stored; leave out bits, group size, symmetry and head bits.")
+        raise UsageError(
+            "a plan says how every linear is stored; leave out bits, group size, symmetry, sparsity and head bits."
+        )
     return read_plan(Path(plan))
 
 
@@ -275,7 +298,10 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
         return f"{model}-quantc-{allocate.avg_bits:g}bits"
     if allocate.size is not None:
         return f"{model}-quantc-{size(allocate.size).replace(' ', '')}"
-    return f"{model}-quantc-{QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric).label()}"
+    spec = QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric)
+    for item in passes:
+        spec = item.config.sparse(spec) if isinstance(item, Sparsify) else spec
+    return f"{model}-quantc-{spec.label()}"
 
 
 def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_started: float) -> None:

@@ -52,7 +52,9 @@ class Plan:
         for name, spec in self.specs.items():
             remark = {"why": self.why[name]} if name in self.why else {}
             entries[name] = KEEP if spec is None else self._entry(name, spec) | remark
-        comment = "# quantc plan: edit bits, group_size, grouping, symmetric, rank or hadamard, or write `keep`.\n"
+        comment = (
+            "# quantc plan: edit bits, group_size, grouping, symmetric, rank, hadamard or sparsity, or write `keep`.\n"
+        )
         if any(spec and spec.wide_rows for spec in self.specs.values()):
             comment += "# wide: which rows have one bit more, in hexadecimal; without it none have.\n"
         return comment + yaml.safe_dump({"version": 1, "linears": entries}, sort_keys=False, default_flow_style=None)
@@ -91,12 +93,12 @@ class Plan:
 
     def _check_rotations(self, graph: ModelGraph) -> None:
         for name, spec in self.specs.items():
-            if spec is None or not (spec.hadamard or spec.rank):
+            if spec is None or not (spec.hadamard or spec.rank or spec.sparse):
                 continue
             if name not in graph.linears:
                 raise UsageError(
-                    f"the plan gives {name} a rotation or a rank, but only linears inside the blocks have them; write "
-                    "0 for both."
+                    f"the plan gives {name} a rotation, a rank or a sparsity, but only linears inside the blocks have "
+                    "them; leave them out."
                 )
             width = graph.linears[name].shape[1]
             if not fits(width, spec.hadamard):

@@ -19,6 +19,9 @@ class QTensor:
     zeros: uint8, shaped as scales, or None when symmetric.
     low_rank_a, low_rank_b: float16 (..., R, K) and (..., N, R), or None.
     wide: bool (..., N), the rows whose codes are below 2^(bits + 1); None where there are none.
+    kept: bool, shaped as scales, the groups that are not dropped, or as codes, the weights that are not where two of
+        four are; None where none are dropped. What is dropped has the zero point as its code; a dropped group has scale
+        1, and zero 0.
     """
 
     spec: QuantSpec
@@ -28,6 +31,7 @@ class QTensor:
     low_rank_a: torch.Tensor | None = None
     low_rank_b: torch.Tensor | None = None
     wide: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,6 +54,12 @@ class QTensor:
         if self.wide is not None:
             levels = torch.where(self.wide[..., None], 2 * levels, levels)
         return levels - 1
+
+    def stays(self) -> torch.Tensor | None:
+        """bool (..., N, K): the weights that are not dropped; None where none are."""
+        if self.kept is None or self.spec.two_of_four:
+            return self.kept
+        return spread_groups(self.kept, self.spec, self.shape)
 
     def effective_weight(self) -> torch.Tensor:
         """float32 (..., N, K): what x is multiplied with in all, low-rank addition and rotation included."""

@@ -60,6 +60,14 @@ class Recipe:
             tuple((name, _replaced(config, settings.get(name, {}))) for name, config in self.passes),
         )
 
+    def including(self, name: str, before: str) -> Recipe:
+        """This recipe with a pass, at its defaults and in front of another, unless it has that pass."""
+        if any(known == name for known, _ in self.passes):
+            return self
+        place = next((at for at, (known, _) in enumerate(self.passes) if known == before), len(self.passes))
+        added = (name, REGISTRY[name].Config())
+        return replace(self, passes=(*self.passes[:place], added, *self.passes[place:]))
+
     def without(self, part: str, *keys: str) -> Recipe:
         """This recipe with settings of a pass at their defaults."""
         return replace(

@@ -250,9 +250,10 @@ def _install_parameter(model: Any, name: str, parameter: torch.Tensor, entry: Pa
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     _check_shape(name, tuple(parameter.shape), entry.model_shape)
-    if entry.spec.wide_rows and not entry.leading:
+    if not entry.leading and format_of(entry.spec) is not DENSE:
         raise CheckpointError(
-            f"the checkpoint packs {name} in two widths, but a table is read row by row and has one; quantize it again."
+            f"the checkpoint packs {name} as {format_of(entry.spec).name}, but a table is read row by row, which needs "
+            f"{DENSE.name}; quantize it again."
         )
     packed = PackedWeight(parameter, entry)
     del parent._parameters[leaf]

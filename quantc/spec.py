@@ -6,7 +6,7 @@ Dimensions are named N (out_features), K (in_features), g (group size), R (rank)
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from math import ceil
+from math import ceil, floor
 from typing import Any, Literal
 
 from .errors import UsageError
@@ -16,6 +16,9 @@ Grouping = Literal["per_oc", "per_ic"]
 WHOLE_ROW = -1
 MIN_BITS, MAX_BITS = 2, 8
 SCALE_BITS = 16
+NEWER_FIELDS = ("wide_rows", "sparsity", "two_of_four")  # than version 1 of the file format
+PLACE_BITS = 2  # which of four inputs a weight belongs to
+SPARSE_GROUPS = (8, 16, 32)  # what one index may stand for: shorter ones cost too much of it, longer ones quality
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class QuantSpec:
     wide_rows: how many of the N output channels have codes of bits + 1, 0 for none; per_oc only. An index of one bit
         for each output channel is stored too.
 
+    sparsity: share of the groups that are dropped whole, 0 for none; per_oc only, and groups of SPARSE_GROUPS. Nothing
+        but an index of one bit for each group is stored of those that are dropped.
+    two_of_four: of every four consecutive inputs of an output channel two are dropped (2:4); per_oc only. The places of
+        the others, two bits each, are stored too.
+
     Raises UsageError when a field is out of range.
     """
 
@@ -44,6 +52,8 @@ class QuantSpec:
     rank: int = 0
     hadamard: int = 0
     wide_rows: int = 0
+    sparsity: float = 0.0
+    two_of_four: bool = False
 
     def __post_init__(self) -> None:
         if not _is_count(self.bits) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -64,6 +74,8 @@ class QuantSpec:
         if not _is_count(self.hadamard) or self.hadamard < 0:
             raise UsageError(f"hadamard is {self.hadamard!r}, but a block order is 0 (none) or more; choose one.")
         self._check_wide_rows()
+        self._check_sparsity()
+        self._check_two_of_four()
 
     def _check_wide_rows(self) -> None:
         if not _is_count(self.wide_rows) or self.wide_rows < 0:
@@ -73,6 +85,39 @@ class QuantSpec:
                 f"{self.wide_rows} rows have one bit more, which needs per_oc groups and fewer than {MAX_BITS} bits, "
                 f"not {self.grouping} and {self.bits}; leave wide out."
             )
+
+    def _check_sparsity(self) -> None:
+        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity <= 1 or self.sparsity is True:
+            raise UsageError(f"sparsity is {self.sparsity!r}, but it is a share of the groups; choose one from 0 to 1.")
+        if not self.sparsity:
+            return
+        if self.grouping != "per_oc" or self.group_size not in SPARSE_GROUPS:
+            raise UsageError(
+                f"{self.sparsity:.0%} of the groups are dropped, which needs per_oc groups of "
+                f"{', '.join(map(str, SPARSE_GROUPS))}, not {self.grouping} ones of {self.group_size}; change them, or "
+                "leave sparsity out."
+            )
+        if self.wide_rows:
+            raise UsageError(
+                f"{self.sparsity:.0%} of the groups are dropped and {self.wide_rows} rows have one bit more, but a "
+                "weight has one of the two; leave the other out."
+            )
+
+    def _check_two_of_four(self) -> None:
+        if not isinstance(self.two_of_four, bool):
+            raise UsageError(
+                f"two_of_four is {self.two_of_four!r}, but it is either true or false; choose one of those."
+            )
+        if self.two_of_four and (self.grouping != "per_oc" or self.wide_rows or self.sparsity):
+            raise UsageError(
+                "two of four weights are dropped, which needs per_oc groups, and neither wide rows nor another "
+                "sparsity; leave two_of_four out, or the others."
+            )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some weights are dropped."""
+        return self.sparsity > 0 or self.two_of_four
 
     @property
     def levels(self) -> int:
@@ -95,6 +140,11 @@ class QuantSpec:
         g = self.group_length(shape)
         return (n, ceil(k / g)) if self.grouping == "per_oc" else (ceil(n / g), k)
 
+    def kept_groups(self, shape: tuple[int, int]) -> int:
+        """How many of the groups of a weight of this shape are not dropped; every expert of a stack keeps as many."""
+        rows, columns = self.scales_shape(shape)
+        return rows * columns - floor(self.sparsity * rows * columns + 0.5)
+
     def halves(self, shape: tuple[int, int]) -> tuple[tuple[QuantSpec, tuple[int, int]], ...]:
         """Spec and shape of the rows in `bits`, and of those in one bit more."""
         n, k = shape
@@ -106,34 +156,49 @@ class QuantSpec:
         return {self.bits: n - self.wide_rows, self.bits + 1: self.wide_rows} if self.wide_rows else {self.bits: n}
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Every bit the file holds for one weight of this shape: codes, scales, zeros, low-rank factors, the index."""
+        """Every bit the file holds for one weight of this shape: codes, scales, zeros, low-rank factors, an index."""
         n, k = shape
+        low_rank = self.rank * (n + k) * SCALE_BITS
+        if self.sparsity:
+            return self._sparse_bits(shape) + low_rank
+        if self.two_of_four:
+            halved = replace(self, two_of_four=False).stored_bits(shape) - n * packed_bytes(k, self.bits) * 8
+            return halved + sum(n * packed_bytes(places(k), width) * 8 for width in (self.bits, PLACE_BITS))
         if self.wide_rows:
-            low_rank = self.rank * (n + k) * SCALE_BITS
             halves = replace(self, rank=0).halves(shape)
             return sum(spec.stored_bits(part) for spec, part in halves) + packed_bytes(n, 1) * 8 + low_rank
         rows, columns = self.scales_shape(shape)
         codes = n * packed_bytes(k, self.bits) * 8
         scales = rows * columns * SCALE_BITS
         zeros = 0 if self.symmetric else rows * packed_bytes(columns, self.bits) * 8
-        return codes + scales + zeros + self.rank * (n + k) * SCALE_BITS
+        return codes + scales + zeros + low_rank
+
+    def _sparse_bits(self, shape: tuple[int, int]) -> int:
+        """Of the groups that are kept, and of the index. A short last group takes as much as the others."""
+        rows, columns = self.scales_shape(shape)
+        kept = self.kept_groups(shape)
+        group = packed_bytes(self.group_length(shape), self.bits) * 8 + SCALE_BITS
+        zeros = 0 if self.symmetric else packed_bytes(kept, self.bits) * 8
+        return rows * packed_bytes(columns, 1) * 8 + kept * group + zeros
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         n, k = shape
         return self.stored_bits(shape) / (n * k)
 
     def label(self) -> str:
-        """Short name such as w4g128, w3g64sym-per_ic-r16-had or w3g64-wide72."""
+        """Short name such as w4g128, w3g64sym-per_ic-r16-had, w3g64-wide72, w4g16-s50 or w4g64-2:4."""
         group = "row" if self.group_size == WHOLE_ROW else str(self.group_size)
         text = f"w{self.bits}g{group}" + ("sym" if self.symmetric else "")
         text += "" if self.grouping == "per_oc" else "-per_ic"
         text += f"-wide{self.wide_rows}" if self.wide_rows else ""
+        text += f"-s{100 * self.sparsity:g}" if self.sparsity else ""
+        text += "-2:4" if self.two_of_four else ""
         text += f"-r{self.rank}" if self.rank else ""
         return text + ("-had" if self.hadamard else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; wide_rows only where there are some, so that earlier versions read all that they can."""
-        return {key: value for key, value in asdict(self).items() if key != "wide_rows" or value}
+        """The fields; NEWER_FIELDS only where they say something, so that earlier versions read all that they can."""
+        return {key: value for key, value in asdict(self).items() if value or key not in NEWER_FIELDS}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> QuantSpec:
@@ -152,3 +217,8 @@ def _is_count(value: object) -> bool:
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` codes of `bits` bits in one packed row."""
     return ceil(count * bits / 8)
+
+
+def places(k: int) -> int:
+    """How many of k weights are stored where two of four are; what is missing of the last four counts as dropped."""
+    return 2 * ceil(k / 4)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ...formats import Parts
 from ...spec import QuantSpec
+from ..base import DENSE_ONLY
 from ..rotation import rotate
 from . import library, rotation
 from .library import TYPES
@@ -95,6 +96,8 @@ class NativeCpu:
             return found
         if dtype not in TYPES:
             return f"runs in float32, float16 and bfloat16, not in {str(dtype)[6:]}"
+        if spec.sparse:
+            return DENSE_ONLY
         along = shape[1] if spec.grouping == "per_oc" else shape[0]
         least, group = LEAST_GROUP[spec.grouping], spec.group_length(shape)
         if group < min(least, along):

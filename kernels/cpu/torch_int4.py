@@ -12,7 +12,7 @@ import torch
 
 from ...formats import DENSE, Parts
 from ...spec import QuantSpec
-from ..base import Prepared
+from ..base import DENSE_ONLY, Prepared
 from ..rotation import rotate
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -46,6 +46,7 @@ class TorchInt4:
             (g in GROUP_SIZES, f"needs groups of {', '.join(map(str, GROUP_SIZES))}, not {g}"),
             (k % g == 0, f"needs whole groups, but {g} does not divide {k}"),
             (n % ROW_STEP == 0, f"needs output channels in steps of {ROW_STEP}, not {n}"),
+            (not spec.sparse, DENSE_ONLY),
             (spec.rank == 0, "has no low-rank addition"),
         ]
         return next((reason for holds, reason in checks if not holds), None)

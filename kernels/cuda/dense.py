@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ...formats import Parts
 from ...spec import QuantSpec
+from ..base import DENSE_ONLY
 from ..rotation import rotate
 from . import packed
 from .crossover import crossover
@@ -46,6 +47,7 @@ class CudaPacked:
             (dtype in ELEMENTS, f"runs in float16 and bfloat16, not in {str(dtype)[6:]}"),
             (dtype != torch.bfloat16 or capability >= MATMUL_FROM, "needs compute capability 8.0 for bfloat16"),
             (spec.bits in CODE_BITS, f"has codes of {', '.join(map(str, CODE_BITS))} bits, not {spec.bits}"),
+            (not spec.sparse, DENSE_ONLY),
             (k % X_STEP == 0, f"needs inputs in steps of {X_STEP}, not {k}"),
             (
                 sets_in_tile(spec, shape) is not None,

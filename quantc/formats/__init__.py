@@ -3,14 +3,20 @@
 from ..spec import QuantSpec
 from .base import Format, Part, Parts
 from .dense import DENSE
+from .group_sparse import GROUP_SPARSE
+from .two_of_four import TWO_OF_FOUR
 from .two_widths import TWO_WIDTHS
 
-FORMATS: dict[str, Format] = {storage.name: storage for storage in (DENSE, TWO_WIDTHS)}
+FORMATS: dict[str, Format] = {storage.name: storage for storage in (DENSE, TWO_WIDTHS, GROUP_SPARSE, TWO_OF_FOUR)}
 
 
 def format_of(spec: QuantSpec) -> Format:
     """The format that a weight of this spec is stored in."""
+    if spec.sparsity:
+        return GROUP_SPARSE
+    if spec.two_of_four:
+        return TWO_OF_FOUR
     return TWO_WIDTHS if spec.wide_rows else DENSE
 
 
-__all__ = ["DENSE", "FORMATS", "TWO_WIDTHS", "Format", "Part", "Parts", "format_of"]
+__all__ = ["DENSE", "FORMATS", "GROUP_SPARSE", "TWO_OF_FOUR", "TWO_WIDTHS", "Format", "Part", "Parts", "format_of"]

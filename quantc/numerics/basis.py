@@ -8,12 +8,13 @@ from functools import cached_property
 
 import torch
 
-from ..qtensor import QTensor
+from ..qtensor import QTensor, spread_groups
 from ..spec import QuantSpec
-from .grids import fit_grid
+from . import sparsity
+from .grids import Grid, fit_grid
 from .hadamard import BAND, rotate, rotate_gram
-from .refine import refine
-from .rounding import Factor, factorize, gptq_each, round_to_nearest
+from .refine import refine, refit
+from .rounding import Factor, factorize, gptq, gptq_each, round_to_nearest
 from .row_widths import join
 
 # An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
@@ -21,6 +22,8 @@ FEWEST_ROWS_SHARE = 1 / 16
 # Code width from which on shrinking pays where inputs are not rotated. At 2 bits Gemma-3-270M has a KL divergence of
 # 1.83 without, 2.21 at 0.15 and 2.28 at 0.3, SmolLM2-135M 1.45, 1.43 and 1.50; rotated they have 1.16 and 1.30 at 0.3.
 SHRUNK_FROM_BITS = 3
+# Scale of dropped weights while the others are rounded: whatever is fed back to them, their codes stand for 0.
+HELD = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,14 @@ class Basis:
         assert self.factor is not None
         damped = self.gram.clone()
         diagonal = damped.diagonal()
-        diagonal.add_(self.factor.damp * diagonal[diagonal > 0].mean())
+        alive = diagonal[diagonal > 0]
+        diagonal.add_(self.factor.damp * alive.mean() if len(alive) else 1.0)
         return damped
+
+    @cached_property
+    def spectrum(self) -> sparsity.Spectrum:
+        """Of `damped`; whoever reads the same rows shares it."""
+        return sparsity.Spectrum.of(self.damped)
 
     def round(
         self, weight: torch.Tensor, spec: QuantSpec, rounds: int = 0, wide: torch.Tensor | None = None
@@ -127,6 +136,8 @@ class Basis:
 
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
         """`round` as each of the specs says; of one width each."""
+        if any(spec.sparse for spec in specs):
+            return [self._round_sparse(weight, s, rounds) if s.sparse else self.round(weight, s, rounds) for s in specs]
         importance = self.gram.diagonal() if self.gram is not None and self.factor is not None else None
         grids = [fit_grid(weight, spec, importance) for spec in specs]
         if self.factor is None:
@@ -139,3 +150,44 @@ class Basis:
                 for (codes, grid), spec in zip(pairs, specs, strict=True)
             ]
         return [QTensor(spec, codes, grid.scales, grid.zeros) for (codes, grid), spec in zip(pairs, specs, strict=True)]
+
+    def _round_sparse(self, weight: torch.Tensor, spec: QuantSpec, rounds: int) -> QTensor:
+        """What stays is chosen, makes up for the rest and is rounded; then scales are fitted to the codes.
+
+        Without a factor the largest weights or groups stay as they are, rounded to nearest. Where two of four weights
+        are dropped, refinement has no rounds: a descent would have to leave single codes out.
+        """
+        shape = (weight.shape[0], weight.shape[1])
+        if self.factor is None:
+            stays = sparsity.by_magnitude(weight, spec)
+            grid = fit_grid(weight * stays, spec)
+            codes = round_to_nearest(weight * stays, grid, spec)
+            return _sparse_qtensor(spec, codes, grid, stays)
+        assert self.gram is not None
+        read = self.gram.diagonal() > 0  # inputs that were always zero go first
+        stays = sparsity.by_admm(weight * read, self.spectrum, spec)
+        fitted = sparsity.fit_support(weight, self.damped, stays)
+        grid = fit_grid(fitted, spec, self.damped.diagonal())
+        codes = gptq(fitted, self.factor, *_held(grid, spec, stays))
+        if rounds and not spec.two_of_four:
+            groups = Grid(grid.scales.float().masked_fill(~stays[:, :: spec.group_length(shape)], HELD), grid.zeros)
+            codes, grid = refine(weight, codes, groups, spec, self.damped, rounds)
+        else:
+            grid = refit(weight, codes, grid, spec, self.damped)
+        return _sparse_qtensor(spec, codes, grid, stays)
+
+
+def _held(grid: Grid, spec: QuantSpec, stays: torch.Tensor) -> tuple[Grid, QuantSpec]:
+    """The grid with scales for every weight, so that those that do not stay (N, K) are held at 0, and its spec."""
+    shape = (stays.shape[0], stays.shape[1])
+    scales = spread_groups(grid.scales.float(), spec, shape).masked_fill(~stays, HELD)
+    zeros = None if grid.zeros is None else spread_groups(grid.zeros, spec, shape)
+    return Grid(scales, zeros), QuantSpec(spec.bits, 1, symmetric=spec.symmetric)
+
+
+def _sparse_qtensor(spec: QuantSpec, codes: torch.Tensor, grid: Grid, stays: torch.Tensor) -> QTensor:
+    """Of codes (N, K) that are zero points where stays (N, K) is not; a group that is dropped gets scale 1."""
+    if spec.two_of_four:
+        return QTensor(spec, codes, grid.scales, grid.zeros, kept=stays)
+    kept = stays[:, :: spec.group_length((codes.shape[0], codes.shape[1]))]
+    return QTensor(spec, codes, grid.scales.masked_fill(~kept, 1), grid.zeros, kept=kept)

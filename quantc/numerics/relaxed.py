@@ -38,6 +38,10 @@ class RelaxedWeight(nn.Module):
         self.offsets = nn.Parameter(torch.zeros_like(turned))
         self.factors = nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32))
         self._zeros, self._top = tensor.zero_points(), tensor.largest_codes()
+        self._bottom = torch.zeros_like(self._top)
+        stays = tensor.stays()
+        if stays is not None:  # what is dropped stays at its zero point
+            self._top, self._bottom = (torch.where(stays, end, self._zeros) for end in (self._top, self._bottom))
         scales = spread_groups(tensor.scales.float(), tensor.spec, tensor.shape)
         codes = tensor.codes.float()
         self._start = codes + (turned / scales + self._zeros - codes).clamp_(-INSIDE, INSIDE)
@@ -63,8 +67,8 @@ class RelaxedWeight(nn.Module):
         return replace(self.tensor, codes=codes, scales=self._stored_scales().to(torch.float16))
 
     def _stored_codes(self) -> torch.Tensor:
-        codes = _straight_through(self._start + self.offsets, torch.round).clamp(min=0)
-        return torch.minimum(codes, self._top)
+        codes = _straight_through(self._start + self.offsets, torch.round)
+        return torch.minimum(torch.maximum(codes, self._bottom), self._top)
 
     def _stored_scales(self) -> torch.Tensor:
         return _straight_through(self.tensor.scales.float() * (1 + self.factors), _as_float16)

@@ -3,7 +3,8 @@
     python -m tests.golden.make
 
 A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
-can store; in version 2 its residual stream is rotated too, in version 3 some linears have rows of two widths.
+can store; in version 2 its residual stream is rotated too, in version 3 some linears have rows of two widths, or groups
+of which some are dropped, or drop two of four weights (v3_sparse).
 `expected_<version>.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
 """
 
@@ -55,6 +56,18 @@ PLAN_3 = Plan(
         f"{BLOCK}.self_attn.k_proj": torch.arange(16),
         f"{BLOCK}.mlp.up_proj": torch.arange(44),
     },
+)
+
+
+PLAN_SPARSE = Plan(
+    {
+        **PLAN.specs,
+        f"{BLOCK}.self_attn.q_proj": QuantSpec(4, 8, sparsity=0.5),
+        f"{BLOCK}.self_attn.k_proj": QuantSpec(3, 8, symmetric=True, sparsity=0.3),
+        f"{BLOCK}.self_attn.o_proj": QuantSpec(4, 32, two_of_four=True),
+        f"{BLOCK}.mlp.up_proj": QuantSpec(2, 16, hadamard=32, sparsity=0.9),
+        f"{BLOCK}.mlp.down_proj": QuantSpec(5, 16, sparsity=0.25),
+    }
 )
 
 
@@ -114,3 +127,5 @@ if __name__ == "__main__":
         make("v2", [{"rotate": {"residual": "folded", "value": "folded"}}, "quantize"])
     if not (HERE / "v3").exists():
         make("v3", ["allocate", "quantize"], PLAN_3)
+    if not (HERE / "v3_sparse").exists():
+        make("v3_sparse", ["allocate", "quantize"], PLAN_SPARSE)

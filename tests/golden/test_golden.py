@@ -17,7 +17,7 @@ from quantc.formats import DENSE, format_of
 from quantc.plan import read_plan
 from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
-from tests.golden.make import PLAN, PLAN_3, digest, unpacked_weights
+from tests.golden.make import PLAN, PLAN_3, PLAN_SPARSE, digest, unpacked_weights
 
 HERE = Path(__file__).parent
 VERSIONS = sorted(folder.name for folder in HERE.glob("v[0-9]*"))
@@ -162,6 +162,29 @@ def test_version_3_has_rows_of_two_widths() -> None:
     plan = read_plan(HERE / "v3/plan.yaml")
     assert plan.specs == PLAN_3.specs
     assert plan.to_yaml() == PLAN_3.to_yaml()
+
+
+def test_version_3_has_dropped_groups() -> None:
+    reader = CheckpointReader(HERE / "v3_sparse")
+    assert reader.config["quantization_config"]["version"] == 3
+    block = "model.layers.0"
+    shapes = {name: (entry["dtype"], *entry["shape"]) for name, entry in reader.manifest["tensors"].items()}
+    assert {name: shape for name, shape in shapes.items() if ".down_proj." in name} == {
+        f"{block}.mlp.down_proj.kept": ("U8", 32, 1),  # a bit for each of 3 groups of a row
+        f"{block}.mlp.down_proj.qweight": ("U8", 72, 10),  # three quarters of 96 groups, 16 codes of 5 bits
+        f"{block}.mlp.down_proj.scales": ("F16", 72),
+        f"{block}.mlp.down_proj.zeros": ("U8", 45),
+    }
+    assert shapes[f"{block}.self_attn.q_proj.qweight"] == ("U8", 64, 4)
+    assert shapes[f"{block}.self_attn.k_proj.scales"] == ("F16", 45)  # 64 - round(19.2)
+    assert shapes[f"{block}.mlp.up_proj.scales"] == ("F16", 9)  # 88 - round(79.2)
+    assert {name: shape for name, shape in shapes.items() if ".o_proj." in name} == {
+        f"{block}.self_attn.o_proj.qweight": ("U8", 32, 8),  # 16 of 32 codes of 4 bits
+        f"{block}.self_attn.o_proj.places": ("U8", 32, 4),
+        f"{block}.self_attn.o_proj.scales": ("F16", 32, 1),
+        f"{block}.self_attn.o_proj.zeros": ("U8", 32, 1),
+    }
+    assert read_plan(HERE / "v3_sparse/plan.yaml").specs == PLAN_SPARSE.specs
 
 
 def test_the_bytes_of_one_small_weight() -> None:

@@ -54,7 +54,7 @@ def test_yaml_roundtrip_keeps_specs_and_order(tmp_path: Path) -> None:
 def test_a_person_can_read_it() -> None:
     text = whole_plan().to_yaml()
     assert text.startswith(
-        "# quantc plan: edit bits, group_size, grouping, symmetric, rank or hadamard, or write `keep`."
+        "# quantc plan: edit bits, group_size, grouping, symmetric, rank, hadamard or sparsity, or write `keep`."
     )
     assert "h.0.down_proj: keep\n" in text
     assert (
@@ -178,7 +178,7 @@ def test_only_linears_in_blocks_have_rotations_and_ranks(model: Path, tmp_path: 
     content = yaml.safe_load(plan.read_text())
     content["linears"]["model.embed_tokens.weight"] = {"bits": 8, "group_size": 16, **setting}
     plan.write_text(yaml.safe_dump(content))
-    with pytest.raises(UsageError, match="only linears inside the blocks have them; write 0 for both"):
+    with pytest.raises(UsageError, match="only linears inside the blocks have them; leave them out"):
         quantc.quantize(model, plan=plan, method="rtn", out=tmp_path / "out")
 
 

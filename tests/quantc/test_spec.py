@@ -142,3 +142,19 @@ def test_an_unknown_key_is_named() -> None:
 def test_groups_of_a_shape(spec: QuantSpec, shape: tuple[int, int], length: int, scales: tuple[int, int]) -> None:
     assert spec.group_length(shape) == length
     assert spec.scales_shape(shape) == scales
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 15), (0.1, 13), (0.5, 7), (0.3, 10), (1.0, 0)])
+def test_a_share_of_the_groups_is_dropped_half_a_group_up(sparsity: float, kept: int) -> None:
+    assert QuantSpec(4, 16, sparsity=sparsity).kept_groups((5, 40)) == kept
+
+
+def test_sparsity_is_written_and_labelled_only_where_there_is_some() -> None:
+    assert not {"sparsity", "two_of_four"} & QuantSpec(4, 16).to_dict().keys()
+    for spec, label in (
+        (QuantSpec(4, 16, sparsity=0.3, rank=2), "w4g16-s30-r2"),
+        (QuantSpec(4, 32, symmetric=True, sparsity=0.125, hadamard=8), "w4g32sym-s12.5-had"),
+        (QuantSpec(4, 64, two_of_four=True), "w4g64-2:4"),
+    ):
+        assert spec.label() == label
+        assert QuantSpec.from_dict(spec.to_dict()) == spec

@@ -130,7 +130,7 @@ def test_a_table_of_two_widths_is_not_loaded() -> None:
     model = build("llama")
     n, k = model.get_input_embeddings().weight.shape
     entry = PackedEntry(QuantSpec(3, 16, wide_rows=1), (n, k))
-    with pytest.raises(CheckpointError, match=r"packs model\.embed_tokens\.weight in two widths, but a table is read"):
+    with pytest.raises(CheckpointError, match=r"packs model\.embed_tokens\.weight as two-widths, but a table is read"):
         install(model, {"model.embed_tokens.weight": entry})
 
 
