@@ -19,10 +19,12 @@ from ..errors import UsageError
 from ..graph import Linear
 from ..numerics.hadamard import rotate
 from ..numerics.relaxed import RelaxedWeight
-from ..pipeline import BlockWork, Fact, Pass, register
+from ..pace import Pace
+from ..pipeline import BlockWork, Fact, Pass, Run, register
 from ..qtensor import QTensor
-from ..reconstruction import Reconstruction, Trainable, Trained, train
+from ..reconstruction import Reconstruction, Trainable, Trained, seconds_of, train
 from ..rewrite import weight_name
+from ..units import duration
 
 # Of Adam's first step, falling to 0: in codes, and as a share of a scale. See docs/results.md for others.
 OFFSET_RATE, SCALE_RATE = 0.002, 0.004
@@ -32,16 +34,21 @@ OFFSET_RATE, SCALE_RATE = 0.002, 0.004
 class TuneConfig:
     """steps: of training for each block, a batch of 2048 tokens each.
 
+    budget: wall seconds for all blocks together; a block then gets fewer steps where its share holds fewer. The result
+    depends on the machine then, and on what else it does.
     codes, scales: whether these are trained.
     """
 
     steps: int = 50
+    budget: float | None = None
     codes: bool = True
     scales: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UsageError(f"steps is {self.steps}, but training takes 1 or more; raise it or drop the pass tune.")
+        if self.budget is not None and not self.budget > 0:
+            raise UsageError(f"budget is {self.budget:g} seconds, but training takes time; raise it or leave it out.")
         if not (self.codes or self.scales):
             raise UsageError("tune trains neither codes nor scales; switch one of them on, or drop the pass.")
 
@@ -57,6 +64,7 @@ class Tune(Pass):
     def __init__(self, config: TuneConfig):
         super().__init__(config)
         self._found: list[Trained] = []
+        self._pace = Pace(config.steps, config.budget, 1)
 
     @property
     def calibrated(self) -> bool:
@@ -65,9 +73,12 @@ class Tune(Pass):
     def build(self, work: BlockWork) -> None:
         if work.block is work.run.graph.blocks[0]:
             self._found = []  # a recipe may be built again
+            self._pace = Pace(self.config.steps, self.config.budget, len(work.run.graph.blocks))
+        self._pace.begin()
         if work.quantized:
             assert work.calibration is not None
             self._tune(work, Reconstruction(work.calibration, work.block, work.module, work.originals))
+        self._pace.end()
         if work.block is work.run.graph.blocks[-1]:
             work.run.report.notes += self._notes()
 
@@ -81,8 +92,20 @@ class Tune(Pass):
         def keep() -> None:
             work.quantized.update({linear.name: weight.qtensor() for linear, weight in relaxed.items()})
 
+        trainable = self._trainable(work, relaxed)
+        steps = self._steps(work.run, target, trainable)
         generator = torch.Generator().manual_seed(work.block.index)
-        self._found.append(train(target, self._trainable(work, relaxed), self.config.steps, keep, generator))
+        self._found.append(train(target, trainable, steps, keep, generator))
+
+    def _steps(self, run: Run, target: Reconstruction, trainable: Trainable) -> int:
+        """Of the block in work; before the first one says how long all will take."""
+        if self._found and self.config.budget is None:
+            return self._pace.steps(0.0, 0.0)
+        cost = seconds_of(target, trainable)
+        steps = self._pace.steps(*cost)
+        if not self._found:
+            run.progress.note(f"tune: {steps} steps a block, about {duration(self._pace.estimate(*cost))} in all")
+        return steps
 
     def _trainable(self, work: BlockWork, relaxed: dict[Linear, RelaxedWeight]) -> Trainable:
         groups = []
@@ -110,7 +133,11 @@ class Tune(Pass):
         ratios = sorted(found.after / found.before for found in self._found if found.before > 0)
         better = sum(ratio < 1 for ratio in ratios)
         middle = f", squared errors {ratios[len(ratios) // 2]:.2f} times as large (median)" if ratios else ""
-        return [f"tune: {better} of {len(self._found)} blocks are nearer to the original on text kept aside{middle}"]
+        seconds, steps = sorted(self._pace.seconds), sorted(self._pace.taken)
+        return [
+            f"tune: {better} of {len(self._found)} blocks are nearer to the original on text kept aside{middle}",
+            f"tune: {steps[len(steps) // 2]} steps and {duration(seconds[len(seconds) // 2])} a block (median)",
+        ]
 
 
 def _turned(weight: torch.Tensor, tensor: QTensor) -> torch.Tensor:

@@ -114,6 +114,8 @@ QUANTIZE_OPTIONS = options(
         type=NumberOr("2:4", 0, 1),
         help="Share of the groups (of 16, or --group-size) to drop, such as 0.2; or 2:4. [default: none]",
     ),
+    option("--tune-steps", type=COUNT, help="Train every block for so many steps after rounding. [default: none]"),
+    option("--tune-budget", metavar="TIME", help="Train for so long in all, such as 10min. [default: as steps take]"),
     TARGET_OPTIONS,
     option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
     option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),

@@ -24,6 +24,7 @@ from .numerics.basis import Rounding
 from .numerics.rounding import using_panel
 from .passes.allocate import Allocate, AllocateConfig
 from .passes.sparsify import Sparsify
+from .passes.tune import Tune
 from .pipeline import Pass, Run
 from .plan import Plan, read_plan
 from .presets import preset as named_preset
@@ -35,7 +36,7 @@ from .sizes import weights_bytes
 from .spec import QuantSpec
 from .stats import using_products
 from .tokens import calibration_tokens
-from .units import parse_size, size
+from .units import parse_duration, parse_size, size
 
 PathLike = str | os.PathLike[str]
 BUDGETS = ("avg_bits", "size")  # of allocate
@@ -51,6 +52,8 @@ class Settings(TypedDict, total=False):
     predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
     that has to load the result hold for that. search: generations that then refine the plan by measuring.
     sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs.
+    tune_steps: of training for each block after rounding. tune_budget: wall seconds for that in all, or text such as
+    10min; either adds the pass tune to a recipe without it.
     method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
     """
 
@@ -62,6 +65,8 @@ class Settings(TypedDict, total=False):
     group_size: int | None
     symmetric: bool | None
     sparsity: float | Literal["2:4"] | None
+    tune_steps: int | None
+    tune_budget: float | str | None
     head_bits: int | Literal["auto"] | None
     pins: dict[str, int] | None
     formats: Sequence[str] | None
@@ -93,7 +98,8 @@ class Job:
             raise UsageError(f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}.")
         method, allocate = settings.get("method"), _allocation(settings)
         kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
-        chosen = _sparsified(_resolve_recipe(settings.get("recipe"), settings.get("preset")), settings).with_settings(
+        chosen = _resolve_recipe(settings.get("recipe"), settings.get("preset"))
+        chosen = _trained(_sparsified(chosen, settings), settings).with_settings(
             allocate=allocate,
             quantize={"method": method},
             calibration={"source": settings.get("calib"), **kept},
@@ -230,6 +236,15 @@ def _sparsified(recipe: Recipe, settings: Settings) -> Recipe:
     if all(name != Sparsify.name for name, _ in recipe.passes):
         return recipe
     return recipe.with_settings(sparsify={"sparsity": sparsity, "group_size": settings.get("group_size")})
+
+
+def _trained(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the pass tune where steps or a budget for it are asked for."""
+    steps, budget = settings.get("tune_steps"), settings.get("tune_budget")
+    if steps is None and budget is None:
+        return recipe
+    seconds = parse_duration(budget) if isinstance(budget, str) else budget
+    return recipe.including(Tune.name).with_settings(tune={"steps": steps, "budget": seconds})
 
 
 def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[str]]:

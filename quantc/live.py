@@ -72,6 +72,9 @@ class LiveProgress:
     def linear(self, name: str, error: float) -> None:
         self._detail = f"{name}   error {number(error)}"
 
+    def note(self, text: str) -> None:
+        self._live.console.print(text, style="dim", markup=False)
+
     def done(self) -> None:
         """Close the stage in work, if any; the time it took stays on the screen."""
         if self._task is None:

@@ -17,6 +17,9 @@ class Progress(Protocol):
 
     def linear(self, name: str, error: float) -> None: ...
 
+    def note(self, text: str) -> None:
+        """A sentence for whoever watches, between the steps."""
+
     def done(self) -> None: ...
 
 
@@ -35,6 +38,9 @@ class LogProgress:
 
     def linear(self, name: str, error: float) -> None:
         log.debug("%s error %.3g", name, error)
+
+    def note(self, text: str) -> None:
+        log.info("%s", text)
 
     def done(self) -> None:
         log.info("%s done", self._name)

@@ -60,8 +60,8 @@ class Recipe:
             tuple((name, _replaced(config, settings.get(name, {}))) for name, config in self.passes),
         )
 
-    def including(self, name: str, before: str) -> Recipe:
-        """This recipe with a pass, at its defaults and in front of another, unless it has that pass."""
+    def including(self, name: str, before: str | None = None) -> Recipe:
+        """This recipe with a pass, at its defaults and in front of another or last, unless it has that pass."""
         if any(known == name for known, _ in self.passes):
             return self
         place = next((at for at, (known, _) in enumerate(self.passes) if known == before), len(self.passes))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import nn
@@ -98,6 +99,19 @@ def train(
             best = found
             keep()
     return Trained(before, best)
+
+
+def seconds_of(target: Reconstruction, trainable: Trainable) -> tuple[float, float]:
+    """Wall seconds that `train` needs besides its steps, and for each step, from one that is not taken."""
+    own, aside = target.split()
+    started = perf_counter()
+    with torch.enable_grad():
+        target.loss(own[0], trainable.weights()).backward()
+    step = perf_counter() - started
+    for parameters, _ in trainable.groups:
+        for parameter in parameters:
+            parameter.grad = None
+    return (CHECKS + 1) * len(aside) * step / 3, step  # a forward pass is a third of a step
 
 
 def _step(target: Reconstruction, trainable: Trainable, at: int, optimizer: torch.optim.Optimizer) -> None:

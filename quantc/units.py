@@ -49,6 +49,17 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+DURATION_UNITS = {"s": 1, "": 1, "min": 60, "m": 60, "h": 3600}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from text such as 90s, 10min or 1.5h; raises UsageError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in DURATION_UNITS:
+        raise UsageError(f"{text!r} is no time; 90s, 10min and 1.5h are examples.")
+    return float(found[1]) * DURATION_UNITS[found[2]]
+
+
 def clock(seconds: float) -> str:
     """Seconds as a running clock, such as 3:05 or 2:07:00."""
     minutes, rest = divmod(int(seconds), 60)

@@ -45,7 +45,8 @@ def test_other_text_gains_too(tmp_path: Path) -> None:
     after, tuned = quantized(tmp_path, "allocate", "quantize", "tune: {steps: 40}")
     assert tuned < 0.9 * plain
     assert after.weights_bytes == before.weights_bytes
-    assert "tune: 4 of 4 blocks are nearer to the original" in after.notes[-1]
+    assert "tune: 4 of 4 blocks are nearer to the original" in after.notes[-2]
+    assert "tune: 40 steps and " in after.notes[-1]
     verify(tmp_path / "out")
 
 
@@ -63,7 +64,7 @@ def test_it_builds_on_rotated_scaled_and_corrected_blocks(tmp_path: Path) -> Non
     _, plain = quantized(tmp_path, *passes)
     report, tuned = quantized(tmp_path, *passes, "tune: {steps: 40}")
     assert tuned < 1.05 * plain  # these passes leave this model little: 0.0040, of 0.011 without them
-    assert "blocks are nearer to the original" in report.notes[-1]
+    assert "blocks are nearer to the original" in report.notes[-2]
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -81,14 +82,27 @@ def test_other_kinds_of_models(family: str, tmp_path: Path) -> None:
     save_with_tokenizer(build(family), tmp_path / "model")
     tuned = recipe(tmp_path, "allocate", "rotate", "quantize", "tune: {steps: 4}")
     report = quantize_saved(tmp_path, recipe=tuned, bits=3, group_size=16)
-    assert "blocks are nearer to the original" in report.notes[-1]
+    assert "blocks are nearer to the original" in report.notes[-2]
     model = quantc.load(tmp_path / "packed", dtype=torch.float32)
     assert bool(torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all())
+
+
+def test_steps_and_a_budget_add_the_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="quantc"):
+        report, _ = quantized(tmp_path, "allocate", "quantize", tune_steps=2, samples=8)
+    assert "tune: 2 steps and " in report.notes[-1]
+    assert "tune: 2 steps a block, about " in caplog.text
+    report, _ = quantized(tmp_path, "allocate", "quantize", tune_steps=1000, tune_budget="0.001s", samples=8)
+    assert "tune: 1 steps and " in report.notes[-1]
+    with pytest.raises(UsageError, match=r"'soon' is no time; 90s, 10min and 1\.5h are examples"):
+        quantized(tmp_path, "allocate", "quantize", tune_budget="soon")
 
 
 def test_it_follows_quantize_and_needs_text_and_something_to_train(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="steps is 0, but training takes 1 or more"):
         TuneConfig(steps=0)
+    with pytest.raises(UsageError, match="budget is 0 seconds, but training takes time"):
+        TuneConfig(budget=0.0)
     with pytest.raises(UsageError, match="trains neither codes nor scales"):
         TuneConfig(codes=False, scales=False)
     with pytest.raises(quantc.QuantcError, match="the pass tune needs"):

@@ -118,13 +118,14 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
     target = "--max-kl 0.05 --max-ppl-increase 2% --text held.txt"
     budget = (
         "--size 300MiB --pin *.0.*=8 --pin *.v_proj=4 --formats w4g128,w8g128 --target vllm --search 5 --sparsity 2:4"
+        " --tune-steps 20 --tune-budget 10min"
     )
     more = f"--samples 4 --seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda --force"
     assert run("quantize", "tiny", *words.split(), *budget.split(), *target.split(), *more.split()).exit_code == 0
     assert calls == [
         {
             "max_kl": 0.05, "max_ppl_increase": 0.02, "text": "held.txt",
-            "sparsity": "2:4",
+            "sparsity": "2:4", "tune_steps": 20, "tune_budget": "10min",
             "size": "300MiB", "pins": {"*.0.*": 8, "*.v_proj": 4}, "formats": ("w4g128", "w8g128"),
             "target": "vllm", "search": 5, "model": "tiny",
             "bits": 3, "avg_bits": 3.25, "out": "out", "group_size": -1, "method": "rtn",

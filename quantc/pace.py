@@ -1,0 +1,45 @@
+"""How many steps of training a block gets: as many as asked for, or as fit a budget of time."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+
+class Pace:
+    """Blocks one after another, each with its share of the time that is left.
+
+    steps: for each block at most. budget: wall seconds for all blocks together, None where time does not matter.
+    """
+
+    def __init__(self, steps: int, budget: float | None, blocks: int):
+        self.most, self._left, self._blocks = steps, budget, blocks
+        self.seconds: list[float] = []  # that each block took
+        self.taken: list[int] = []  # steps of each block
+        self._started = 0.0
+
+    def begin(self) -> None:
+        """Work on a block begins."""
+        self._started = perf_counter()
+
+    def steps(self, fixed: float, step: float) -> int:
+        """How many steps the block in work takes, where it still needs `fixed` seconds and `step` for every step.
+
+        One at least: a budget that is used up already ends the run soonest that way.
+        """
+        steps = self.most
+        if self._left is not None:
+            share = self._left / (self._blocks - len(self.seconds)) - (perf_counter() - self._started)
+            steps = min(steps, max(1, int((share - fixed) / step)))
+        self.taken.append(steps)
+        return steps
+
+    def estimate(self, fixed: float, step: float) -> float:
+        """Seconds that all blocks will take, where all are as the first one; to be asked before its steps."""
+        block = perf_counter() - self._started + fixed + step * self.taken[0]
+        return block * self._blocks
+
+    def end(self) -> None:
+        """The block in work is done."""
+        self.seconds.append(perf_counter() - self._started)
+        if self._left is not None:
+            self._left = max(0.0, self._left - self.seconds[-1])

@@ -1,0 +1,67 @@
+"""Pace: steps as asked for without a budget, and shares of the time that is left with one."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantc import pace
+from quantc.pace import Pace
+
+
+class Clock:
+    """Stands in for the time."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(pace, "perf_counter", clock)
+    return clock
+
+
+def block(made: Pace, clock: Clock, before: float, fixed: float, step: float) -> int:
+    """Steps of a block that spends `before` seconds first, and then what it said."""
+    made.begin()
+    clock.now += before
+    steps = made.steps(fixed, step)
+    clock.now += fixed + steps * step
+    made.end()
+    return steps
+
+
+def test_without_a_budget_every_block_gets_what_was_asked_for(clock: Clock) -> None:
+    made = Pace(50, None, 2)
+    assert [block(made, clock, 1.0, 1.0, 10.0) for _ in range(2)] == [50, 50]
+    assert made.seconds == [502.0, 502.0]
+
+
+def test_a_budget_is_shared_and_never_exceeded_by_more_than_a_step_a_block(clock: Clock) -> None:
+    made = Pace(50, 100.0, 4)
+    assert [block(made, clock, 2.0, 3.0, 1.0) for _ in range(4)] == [20, 20, 20, 20]
+    assert clock.now == 200.0
+
+
+def test_what_one_block_leaves_goes_to_the_others(clock: Clock) -> None:
+    made = Pace(10, 60.0, 3)
+    assert block(made, clock, 0.0, 0.0, 1.0) == 10  # of 20 seconds
+    assert block(made, clock, 0.0, 0.0, 5.0) == 5  # of 25
+    assert block(made, clock, 0.0, 0.0, 2.5) == 10
+
+
+def test_a_spent_budget_leaves_a_step_for_each_block(clock: Clock) -> None:
+    made = Pace(10, 5.0, 2)
+    assert [block(made, clock, 10.0, 1.0, 1.0) for _ in range(2)] == [1, 1]
+
+
+def test_the_estimate_is_that_of_equal_blocks(clock: Clock) -> None:
+    made = Pace(10, None, 3)
+    made.begin()
+    clock.now += 4.0
+    made.steps(1.0, 2.0)
+    assert made.estimate(1.0, 2.0) == 3 * 25.0
