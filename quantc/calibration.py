@@ -6,7 +6,7 @@ The hidden states of the whole calibration set stand between two blocks; past a 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -150,7 +150,16 @@ class CalibrationRun:
     def calls(self, block: Block) -> Iterator[tuple[Batch, BlockCall]]:
         """Every batch, and what the block is called with for it, hidden states left out."""
         for batch in self._batches:
-            yield batch, _moved(batch.calls[block.index], self.device)
+            yield batch, self.call(block, batch)
+
+    def call(self, block: Block, batch: Batch) -> BlockCall:
+        """What the block is called with for a batch, hidden states left out."""
+        return _moved(batch.calls[block.index], self.device)
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """All batches, in order."""
+        return self._batches
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """A copy of the hidden states of a batch, on the device of the run."""

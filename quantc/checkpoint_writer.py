@@ -34,7 +34,7 @@ class CheckpointWriter:
         self.weights_bytes = 0
         self._shard_bytes = shard_bytes
         self._shard: ShardWriter | None = None
-        self._shards: list[list[str]] = []
+        self._shards: list[ShardWriter] = []  # that are whole
         if out.exists() and force and not _is_ours(out):
             raise UsageError(
                 f"{out} exists and is no quantc checkpoint, so --force does not replace it; choose another --out."
@@ -82,6 +82,20 @@ class CheckpointWriter:
         if self._shard.bytes >= self._shard_bytes:
             self._finish_shard()
 
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that was added."""
+        return self._shard_of(name).read(name)
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor of the same dtype and shape in the place of one that was added."""
+        tensor = tensor.contiguous()
+        self.tensors[name]["sha256"] = checksum(tensor)
+        self._shard_of(name).replace(name, tensor)
+
+    def _shard_of(self, name: str) -> ShardWriter:
+        shards = [*self._shards, self._shard] if self._shard else self._shards
+        return next(shard for shard in shards if name in shard.names)
+
     def add_text(self, name: str, text: str) -> None:
         """Write a text file into the checkpoint."""
         with writing(self.folder / name):
@@ -116,15 +130,15 @@ class CheckpointWriter:
     def _finish_shard(self) -> None:
         if self._shard is not None:
             self.weights_bytes += self._shard.finish()
-            self._shards.append(self._shard.names)
+            self._shards.append(self._shard)
             self._shard = None
 
     def _name_shards(self) -> dict[str, str]:
         weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
+        for number, shard in enumerate(self._shards, start=1):
             file = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            (self.folder / f"shard-{number:05d}.safetensors").rename(self.folder / file)
-            weight_map.update(dict.fromkeys(names, file))
+            shard.file.rename(self.folder / file)
+            weight_map.update(dict.fromkeys(shard.names, file))
         return weight_map
 
     def _swap_in(self) -> None:

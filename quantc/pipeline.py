@@ -114,6 +114,9 @@ class Pass:
     def build_outside(self, work: OutsideWork) -> None:
         """Work on the tensors outside the blocks."""
 
+    def finish(self, work: FinishWork) -> None:
+        """Work on the model as it has been written, after all blocks."""
+
 
 REGISTRY: dict[str, type[Pass]] = {}
 
@@ -317,6 +320,41 @@ class OutsideWork:
         return self.run.source.model.state_dict()[self.name]
 
 
+@dataclass
+class FinishWork:
+    """The model as it has been written, and the calibration set at its first block."""
+
+    run: Run
+    calibration: CalibrationRun
+    writer: CheckpointWriter
+
+    def floats(self, block: Block) -> dict[str, torch.Tensor]:
+        """float32, by their names inside the block: its tensors that are not rounded."""
+        packed = {linear.weight_name for linear in self._rounded(block)}
+        names = [name for name, _ in tensors_under(self.run.source.model, block.name) if name not in packed]
+        return {name.removeprefix(block.name + "."): self.writer.read(name).float() for name in names}
+
+    def qtensors(self, block: Block) -> dict[Linear, QTensor]:
+        """The block's rounded weights."""
+        return {linear: self._unpacked(linear) for linear in self._rounded(block)}
+
+    def replace(self, linear: Linear, tensor: QTensor) -> None:
+        """Write a rounded weight of the same spec instead."""
+        for part, stored in format_of(tensor.spec).pack(tensor).items():
+            self.writer.replace(f"{linear.name}.{part}", stored.cpu())
+
+    def _rounded(self, block: Block) -> list[Linear]:
+        return [linear for linear in block.quantized if self.run.plan.specs[linear.name] is not None]
+
+    def _unpacked(self, linear: Linear) -> QTensor:
+        spec = self.run.plan.specs[linear.name]
+        assert spec is not None
+        storage, leading = format_of(spec), (linear.experts,) if linear.kind == "stack" else ()
+        parts = storage.layout(spec, linear.shape, leading)
+        stored = {part: self.writer.read(f"{linear.name}.{part}").to(self.run.device) for part in parts}
+        return storage.unpack(stored, spec, linear.shape)
+
+
 def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: CheckpointWriter) -> None:
     """The build sweep: every block is loaded, worked on by the passes in order, written and freed.
 
@@ -326,12 +364,18 @@ def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: Che
     graph = run.graph
     names = [block.name for block in graph.blocks]
     calibration = None if tokens is None else analyse(run, passes, tokens, writer.folder)
+    finishing = [item for item in passes if item.calibrated and type(item).finish is not Pass.finish]
+    first = calibration.snapshot() if calibration is not None and finishing else None
     _build_outside(run, passes, names, writer)
     run.progress.stage("Quantizing", len(graph.blocks))
     for block in graph.blocks:
         _build_block(run, passes, block, calibration, writer)
         run.progress.step(block.name)
     run.progress.done()
+    if calibration is not None and first is not None:
+        for item in finishing:
+            calibration.restart(first)
+            item.finish(FinishWork(run, calibration, writer))
     if calibration is not None:
         for name, rows in calibration.bad_rows.items():
             run.report.notes.append(f"{name} put out {rows} non-finite calibration rows; they were left out")

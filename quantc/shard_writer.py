@@ -59,6 +59,38 @@ class ShardWriter:
         self._entries.append(Entry(name, tensor.dtype, list(tensor.shape), self.bytes, tensor.nbytes))
         self.bytes += tensor.nbytes
 
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that was added, from the disk."""
+        entry = self._entry(name)
+        file, start = self._place(entry)
+        with file.open("rb") as stream:
+            stream.seek(start)
+            content = bytearray(stream.read(entry.bytes))
+        return torch.frombuffer(content, dtype=entry.dtype).reshape(entry.shape) if content else _empty(entry)
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a contiguous CPU tensor of the same dtype and shape in the place of one that was added."""
+        entry = self._entry(name)
+        assert (tensor.dtype, list(tensor.shape)) == (entry.dtype, entry.shape)
+        file, start = self._place(entry)
+        with writing(self.file), file.open("r+b") as stream:
+            stream.seek(start)
+            stream.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _entry(self, name: str) -> Entry:
+        return next(entry for entry in self._entries if entry.name == name)
+
+    def _place(self, wanted: Entry) -> tuple[Path, int]:
+        """The file that holds a tensor's bytes, and where in it: the spool before `finish`."""
+        if self._spool.exists():
+            return self._spool, wanted.start
+        before = 0
+        for entry in in_order(self._entries):
+            if entry is wanted:
+                break
+            before += entry.bytes
+        return self.file, len(header(self._entries)) + before
+
     def finish(self) -> int:
         """Write the file, remove the spool; returns the file's bytes."""
         with writing(self.file):
@@ -85,6 +117,10 @@ class writing:
                 f"{self._file} could not be written ({error.strerror or error}); nothing was left behind: "
                 "free some space or choose another --out, and run again."
             ) from error
+
+
+def _empty(entry: Entry) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype)
 
 
 def in_order(entries: Iterable[Entry]) -> list[Entry]:

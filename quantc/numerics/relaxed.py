@@ -48,12 +48,7 @@ class RelaxedWeight(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """float32 (..., N, K): what unrotated inputs are multiplied with."""
-        tensor = self.tensor
-        scales = spread_groups(self._stored_scales(), tensor.spec, tensor.shape)
-        weight = (self._stored_codes() - self._zeros) * scales
-        if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
-            weight = weight + tensor.low_rank_b.float() @ tensor.low_rank_a.float()
-        return rotate_back(weight, tensor.spec.hadamard) if tensor.spec.hadamard else weight
+        return _effective(self.tensor, self._stored_codes() - self._zeros, self._stored_scales())
 
     @torch.no_grad()
     def clamp_offsets(self) -> None:
@@ -71,7 +66,29 @@ class RelaxedWeight(nn.Module):
         return torch.minimum(torch.maximum(codes, self._bottom), self._top)
 
     def _stored_scales(self) -> torch.Tensor:
-        return _straight_through(self.tensor.scales.float() * (1 + self.factors), _as_float16)
+        return _stored(self.tensor.scales, self.factors)
+
+
+def rescaled(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
+    """float32 (..., N, K): the effective weight with its scales multiplied by 1 + factors, as they would be stored."""
+    return _effective(tensor, tensor.codes.float() - tensor.zero_points(), _stored(tensor.scales, factors))
+
+
+def with_scales(tensor: QTensor, factors: torch.Tensor) -> QTensor:
+    """The weight with its scales multiplied by 1 + factors."""
+    return replace(tensor, scales=_stored(tensor.scales, factors).to(torch.float16))
+
+
+def _stored(scales: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return _straight_through(scales.float() * (1 + factors), _as_float16)
+
+
+def _effective(tensor: QTensor, steps: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The weight of so many steps of these scales, with what the spec adds to it."""
+    weight = steps * spread_groups(scales, tensor.spec, tensor.shape)
+    if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
+        weight = weight + tensor.low_rank_b.float() @ tensor.low_rank_a.float()
+    return rotate_back(weight, tensor.spec.hadamard) if tensor.spec.hadamard else weight
 
 
 def _as_float16(values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,24 @@ def test_tensors_larger_than_a_copy_step(tmp_path: Path) -> None:
     write(tmp_path / "ours.safetensors", made)
     save_file(made, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_tensors_are_read_and_replaced_in_the_spool_and_in_the_file(finished: bool, tmp_path: Path) -> None:
+    made = {"b": torch.rand(3, 2), "none": torch.empty(0, 4), "a": torch.arange(5, dtype=torch.uint8)}
+    shard = ShardWriter(tmp_path / "ours.safetensors")
+    for name, tensor in made.items():
+        shard.add(name, tensor)
+    if finished:
+        shard.finish()
+    shard.replace("b", -made["b"])
+    shard.replace("none", made["none"])
+    if not finished:
+        shard.finish()
+    assert torch.equal(shard.read("b"), -made["b"])
+    save_file({**made, "b": -made["b"]}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    assert shard.read("none").shape == (0, 4)
 
 
 def write(file: Path, made: dict[str, torch.Tensor]) -> int:
