@@ -25,12 +25,13 @@ from quantc.graph import Activation, Linear
 from quantc.numerics import grids
 from quantc.numerics.rounding import round_to_nearest
 from quantc.passes.scale import Scale
-from quantc.pipeline import BlockWork, register
+from quantc.pipeline import register
 from quantc.progress import LogProgress
 from quantc.qtensor import QTensor
 from quantc.recipe import Recipe
 from quantc.runtime import unpack
 from quantc.stats import Gram, output_energy
+from quantc.work import BlockWork
 
 STEPS = 20
 spent = {"none": 0.0, "scale": 0.0, "published_scale": 0.0}  # CPU seconds of searching

@@ -17,7 +17,8 @@ from ..calibration import CalibrationRun, HiddenStates
 from ..distillation import Distillation
 from ..errors import UsageError
 from ..frontend import to_meta
-from ..pipeline import Fact, FinishWork, Pass, Run, register
+from ..pipeline import Fact, Pass, Run, register
+from ..work import FinishWork
 
 RATE = 0.002  # of Adam's first step, as a share of a scale, falling to 0
 

@@ -22,10 +22,11 @@ import torch
 
 from ..graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
-from ..pipeline import BlockWork, Fact, Pass, Run, register
+from ..pipeline import Fact, Pass, Run, register
 from ..spec import Grouping, QuantSpec
 from ..stats import Gram, channel_energies
 from ..trial import guides, lost_energies, sample_rows
+from ..work import BlockWork
 
 SAMPLED_ROWS = 256  # output channels, at least, on which both are tried: whole groups of them
 # Share of the error that per_ic must save. Fewer kernels run it (torch's int4 operator does not), so that a draw goes

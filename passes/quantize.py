@@ -12,11 +12,12 @@ from ..graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
 from ..numerics.lowrank import compensate
 from ..numerics.rounding import Factor
-from ..pipeline import BlockWork, Fact, OutsideWork, Pass, register
+from ..pipeline import Fact, Pass, register
 from ..qtensor import QTensor
 from ..report import LinearReport
 from ..spec import QuantSpec
 from ..stats import Drift, Gram, output_energy
+from ..work import BlockWork, OutsideWork
 
 Method = Literal["gptq", "rtn"]
 

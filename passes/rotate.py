@@ -42,11 +42,12 @@ from ..frontend import to_meta
 from ..graph import Activation, Block, Linear
 from ..numerics.hadamard import block_order
 from ..numerics.residual import turn
-from ..pipeline import BlockWork, Fact, Pass, Run, register
+from ..pipeline import Fact, Pass, Run, register
 from ..residual import BlockTurn, prove_turn
 from ..rewrite import Refusal, rotate_heads, weight_name
 from ..stats import Gram
 from ..trial import guides, output_change
+from ..work import BlockWork
 
 # Below this a block mixes too few channels to pay for its additions.
 SMALLEST_BLOCK = 16

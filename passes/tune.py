@@ -20,11 +20,12 @@ from ..graph import Linear
 from ..numerics.hadamard import rotate
 from ..numerics.relaxed import RelaxedWeight
 from ..pace import Pace
-from ..pipeline import BlockWork, Fact, Pass, Run, register
+from ..pipeline import Fact, Pass, Run, register
 from ..qtensor import QTensor
 from ..reconstruction import Reconstruction, Trainable, Trained, seconds_of, train
 from ..rewrite import weight_name
 from ..units import duration
+from ..work import BlockWork
 
 # Of Adam's first step, falling to 0: in codes, and as a share of a scale. See docs/results.md for others.
 OFFSET_RATE, SCALE_RATE = 0.002, 0.004

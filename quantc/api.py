@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from . import pareto_page, pipeline
+from . import pareto_page, sweep
 from .blocks import find_blocks
 from .checkpoint import CheckpointReader, is_checkpoint
 from .checkpoint import verify as verify_checkpoint
@@ -121,7 +121,7 @@ def plan(
     tokens = job.tokens(run)
     assert tokens is not None, "a budget needs calibration text, and allocate has refused to do without"
     with tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder, kernels_of(run.device):
-        pipeline.analyse(run, [item for item in job.passes if item.name == "allocate"], tokens, Path(folder))
+        sweep.analyse(run, [item for item in job.passes if item.name == "allocate"], tokens, Path(folder))
     run.report.count_costs(started, cpu_started)
     return run
 

@@ -23,9 +23,9 @@ from .calibration import Batch, HiddenStates, fast_matmul
 from .frontend import to_meta
 from .graph import Block
 from .numerics.relaxed import rescaled, with_scales
-from .pipeline import FinishWork
 from .reconstruction import BETAS, CHECKS, HELD_OUT, Trained
 from .rewrite import weight_name
+from .work import FinishWork
 
 CHUNK_VALUES = 2**24  # logits of one chunk of tokens: 64 MiB in float32, for each of a few tensors alive at once
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
-from . import companions, pipeline
+from . import companions, pipeline, sweep
 from .budget import Budget
 from .checkpoint_writer import CheckpointWriter
 from .derive import derive
@@ -143,7 +143,7 @@ class Job:
             writer.require_space(weights_bytes(run, run.plan.specs))
             tokens = self.tokens(run)
             with kernels_of(run.device):
-                pipeline.build(run, self.passes, tokens, writer)
+                sweep.build(run, self.passes, tokens, writer)
             companions.write_companions(run, writer)
             _finish_report(run, writer, started, cpu_started)
             if at_most is not None and writer.weights_bytes > at_most:

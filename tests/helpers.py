@@ -14,11 +14,12 @@ import quantc
 from quantc.calibration import CalibrationRun
 from quantc.derive import derive
 from quantc.frontend import open_model, to_meta
-from quantc.pipeline import BlockWork, Run
+from quantc.pipeline import Run
 from quantc.plan import Plan
 from quantc.progress import LogProgress
 from quantc.report import Report
 from quantc.spec import QuantSpec
+from quantc.work import BlockWork
 from tests.families import VOCAB
 from tests.word_tokenizer import make_tokenizer
 

@@ -126,17 +126,18 @@ BELOW_PIPELINE = (
 
 @pytest.mark.parametrize("module", modules_under(*BELOW_PIPELINE))
 def test_what_the_pipeline_builds_on_does_not_know_it(module: str) -> None:
-    above = {"pipeline", "passes", "kernels", "runtime", "hf", "api", "cli", "recipe", "export"}
+    above = {"pipeline", "work", "sweep", "passes", "kernels", "runtime", "hf", "api", "cli", "recipe", "export"}
     assert not parts_imported(module) & above
 
 
 def test_the_pipeline_knows_no_pass_and_nothing_above() -> None:
     above = {"passes", "kernels", "runtime", "hf", "api", "cli", "recipe", "export"}
-    assert not parts_imported("quantc.pipeline") & above
+    for module in ("quantc.pipeline", "quantc.work", "quantc.sweep"):
+        assert not parts_imported(module) & above
 
 
 def test_runtime_and_hf_know_nothing_of_quantizing() -> None:
-    quantizing = {"pipeline", "passes", "calibration", "frontend", "api", "cli", "recipe", "derive"}
+    quantizing = {"pipeline", "work", "sweep", "passes", "calibration", "frontend", "api", "cli", "recipe", "derive"}
     assert not parts_imported("quantc.runtime") & quantizing
     assert "numerics" not in parts_imported("quantc.runtime")
     assert parts_imported("quantc.hf") == {"runtime", "checkpoint", "errors"}

@@ -11,11 +11,12 @@ from ..calibration import CalibrationRun
 from ..frontend import to_meta
 from ..graph import Activation, Block, Linear
 from ..numerics.row_widths import mark_salient
-from ..pipeline import BlockWork, Run
+from ..pipeline import Run
 from ..qtensor import QTensor
 from ..spec import QuantSpec
 from ..stats import Gram
 from ..trial import sample_rows
+from ..work import BlockWork
 
 SAMPLED_CHANNELS = 128  # output channels of a linear, at least, that are rounded for every candidate
 SAMPLED_OF_STACK = 512  # the same of all experts of a stack together, and no fewer than 8 of each

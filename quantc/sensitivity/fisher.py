@@ -36,9 +36,10 @@ from ..backward import BackwardSweep, Reader
 from ..calibration import Batch, CalibrationRun
 from ..graph import Block, Linear
 from ..observe import observed
-from ..pipeline import BlockWork, Run
+from ..pipeline import Run
 from ..spec import QuantSpec
 from ..stats import Gram
+from ..work import BlockWork
 from .base import Candidate, Candidates, Losses, errors, planned_activations, sampled_channels
 from .salience import Salience
 from .tables import Tables

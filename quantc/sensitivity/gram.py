@@ -20,9 +20,10 @@ import torch
 
 from ..calibration import CalibrationRun
 from ..graph import Linear
-from ..pipeline import BlockWork, Run
+from ..pipeline import Run
 from ..spec import QuantSpec
 from ..stats import Gram, output_energy
+from ..work import BlockWork
 from .base import Candidate, Candidates, Losses, errors, original_blocks, sampled_channels
 
 SAMPLES = 16  # of the calibration set: as many as fisher sweeps, so that both round on the same statistics

@@ -26,10 +26,11 @@ from ..calibration import CalibrationRun
 from ..errors import CalibrationError
 from ..frontend import to_meta
 from ..graph import Linear
-from ..pipeline import BlockWork, Run
+from ..pipeline import Run
 from ..rewrite import weight_name
 from ..spec import QuantSpec
 from ..stats import Gram
+from ..work import BlockWork
 from .base import Candidate, Candidates, Losses, errors, original_blocks
 
 SAMPLES = 4  # of the calibration set, on which the divergence is measured

@@ -14,7 +14,7 @@ from quantc import backward, calibration
 from quantc.calibration import CalibrationRun
 from quantc.graph import ModelGraph
 from quantc.passes.importance import LARGEST_WEIGHT, TEMPER, Importance, ImportanceConfig, _tempered
-from quantc.pipeline import _analyse
+from quantc.sweep import _analyse
 from tests.families import VOCAB, build
 from tests.helpers import opened_run
 

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantc
-from quantc import calibration, gather, pipeline
+from quantc import calibration, gather
+from quantc import work as handed
 from quantc.calibration import CalibrationRun
 from quantc.checkpoint import CheckpointReader
 from quantc.errors import CalibrationError, ModelError, UsageError
@@ -267,8 +268,8 @@ def test_rounds_of_statistics_and_reruns_do_not_change_corrected_bytes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     rounds: list[int] = []  # activations of each
-    gathered = pipeline.gather_drifting
-    monkeypatch.setattr(pipeline, "gather_drifting", lambda *args: (rounds.append(len(args[3])), gathered(*args))[1])
+    gathered = handed.gather_drifting
+    monkeypatch.setattr(handed, "gather_drifting", lambda *args: (rounds.append(len(args[3])), gathered(*args))[1])
     expected = run_with(models / name, tmp_path / "one", correct=0.5)
     few = len(rounds)
     assert run_with(models / name, tmp_path / "again", correct=0.5) == expected

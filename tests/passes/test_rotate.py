@@ -14,10 +14,10 @@ from quantc.numerics.basis import Rounding
 from quantc.numerics.hadamard import block_order, rotation
 from quantc.passes import rotate
 from quantc.passes.rotate import Rotate, RotateConfig, error_ratio
-from quantc.pipeline import BlockWork
 from quantc.recipe import Recipe
 from quantc.spec import QuantSpec
 from quantc.stats import Gram, output_energy
+from quantc.work import BlockWork
 from tests.families import VOCAB, build
 from tests.helpers import block_works, in_memory_run, quantize_saved, save_with_tokenizer
 from tests.outliers import OutlierLab

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import quantc
-from quantc import pipeline, residual
+from quantc import residual, sweep
 from quantc.calibration import CalibrationRun
 from quantc.checkpoint import CheckpointReader
 from quantc.derive import derive
@@ -20,13 +20,14 @@ from quantc.errors import CheckpointError, UsageError
 from quantc.frontend import open_model, to_meta
 from quantc.numerics.hadamard import rotate, rotation
 from quantc.passes import rotate as rotate_pass
-from quantc.pipeline import BlockWork, Run
+from quantc.pipeline import Run
 from quantc.plan import Plan
 from quantc.progress import LogProgress
 from quantc.recipe import Recipe
 from quantc.report import Report
 from quantc.residual_hooks import attach
 from quantc.runtime import unpack
+from quantc.work import BlockWork
 from tests.families import FAMILIES, VOCAB, build
 from tests.helpers import save_with_tokenizer
 from tests.test_families import TOKENS
@@ -78,7 +79,7 @@ def rewrite(folder: Path, **settings: str) -> Rewritten:
         item.plan(run)
     tokens = torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(2))
     calibration = CalibrationRun(source.model, graph, tokens, run.device, folder)
-    pipeline._analyse(run, passes, calibration, tokens, folder)
+    sweep._analyse(run, passes, calibration, tokens, folder)
     for block in graph.blocks:
         source.load(block.name)
         work = BlockWork(run, block, source.model.get_submodule(block.name), calibration)

@@ -9,9 +9,9 @@ from quantc.graph import Activation
 from quantc.numerics.basis import Basis
 from quantc.passes import scale
 from quantc.passes.scale import LEAST_GAIN, Scale, ScaleConfig, best_scales
-from quantc.pipeline import BlockWork
 from quantc.rewrite import Refusal
 from quantc.stats import Gram, output_energy
+from quantc.work import BlockWork
 from tests.families import VOCAB, build
 from tests.helpers import block_works, in_memory_run
 from tests.outliers import OutlierLab

@@ -18,9 +18,9 @@ from quantc.gather import gather_drifting, stages
 from quantc.graph import Activation
 from quantc.observe import observed
 from quantc.passes.quantize import Quantize, QuantizeConfig
-from quantc.pipeline import BlockWork
 from quantc.rewrite import weight_name
 from quantc.stats import Drift, Gram
+from quantc.work import BlockWork
 from tests.families import FAMILIES, VOCAB, build
 from tests.helpers import block_works, in_memory_run
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantc
-from quantc import calibration, gather, pipeline
+from quantc import calibration, gather, sweep, work
 from quantc.checkpoint import CheckpointReader
 from quantc.errors import CalibrationError, PassError
 from quantc.graph import Activation
@@ -108,7 +108,7 @@ def test_a_seed_makes_a_run_repeat(models: Path, tmp_path: Path, name: str) -> N
 def test_rounds_of_statistics_do_not_change_the_bytes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    passes_over_a_block = count_calls(monkeypatch, pipeline, "gather")
+    passes_over_a_block = count_calls(monkeypatch, work, "gather")
     run(models / name, tmp_path / "one")
     once = len(passes_over_a_block)
     monkeypatch.setattr(gather, "STATISTICS_BYTES", 1)
@@ -181,7 +181,7 @@ def outputs_of_block_0(hidden: torch.Tensor, checkpoint: Path | None) -> torch.T
 
 
 def test_round_to_nearest_needs_no_calibration(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "CalibrationRun", None)
+    monkeypatch.setattr(sweep, "CalibrationRun", None)
     report = run(models / "llama", tmp_path / "out", method="rtn", calib=str(tmp_path / "no such file"))
     assert {linear.method for linear in report.linears} == {"rtn"}
     assert report.calibration == ""

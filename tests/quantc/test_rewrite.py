@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantc import pipeline
+from quantc import work as handed
 from quantc.graph import Activation
-from quantc.pipeline import BlockWork
 from quantc.rewrite import Edits, Refusal, fold_scales, powers_of_two, weight_name
 from quantc.trace import ROUTES
+from quantc.work import BlockWork
 from tests.families import FAMILIES, VOCAB, build
 from tests.helpers import block_works, in_memory_run
 
@@ -212,7 +212,7 @@ def test_a_wrong_fold_is_refused_and_changes_nothing(
         spoil(work, item, args[3], edits)
         return edits, used
 
-    monkeypatch.setattr(pipeline, "fold_scales", spoiled)
+    monkeypatch.setattr(handed, "fold_scales", spoiled)
     assert work.divide(item, random_scales(item)) == CHANGED
     assert all(torch.equal(value, before[name]) for name, value in work.module.named_parameters())
     monkeypatch.undo()

@@ -47,7 +47,7 @@ def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         pytest.fail("calibration text is needed")
 
-    for name in ("quantc.tokens.load_documents", "quantc.job.calibration_tokens", "quantc.pipeline.CalibrationRun"):
+    for name in ("quantc.tokens.load_documents", "quantc.job.calibration_tokens", "quantc.sweep.CalibrationRun"):
         monkeypatch.setattr(name, fail)
 
 
