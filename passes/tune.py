@@ -11,12 +11,16 @@ gradient is noise as far as any other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..errors import UsageError
-from ..graph import Linear
+from ..frontend import to_meta
+from ..graph import Block, Linear
 from ..numerics.hadamard import rotate
 from ..numerics.relaxed import RelaxedWeight
 from ..pace import Pace
@@ -37,11 +41,15 @@ class TuneConfig:
 
     budget: wall seconds for all blocks together; a block then gets fewer steps where its share holds fewer. The result
     depends on the machine then, and on what else it does.
+    window: blocks whose output is to be reproduced, the rounded one and those behind it, which are not rounded yet. 2
+    weighs errors by what the next block makes of them: 6 % less KL divergence on stories15M than 1, at 1.35 times the
+    cost; 3 gains nothing more.
     codes, scales: whether these are trained.
     """
 
     steps: int = 50
     budget: float | None = None
+    window: int = 2
     codes: bool = True
     scales: bool = True
 
@@ -50,6 +58,8 @@ class TuneConfig:
             raise UsageError(f"steps is {self.steps}, but training takes 1 or more; raise it or drop the pass tune.")
         if self.budget is not None and not self.budget > 0:
             raise UsageError(f"budget is {self.budget:g} seconds, but training takes time; raise it or leave it out.")
+        if self.window < 1:
+            raise UsageError(f"window is {self.window}, but the block itself is 1; choose 1 or more.")
         if not (self.codes or self.scales):
             raise UsageError("tune trains neither codes nor scales; switch one of them on, or drop the pass.")
 
@@ -77,11 +87,24 @@ class Tune(Pass):
             self._pace = Pace(self.config.steps, self.config.budget, len(work.run.graph.blocks))
         self._pace.begin()
         if work.quantized:
-            assert work.calibration is not None
-            self._tune(work, Reconstruction(work.calibration, work.block, work.module, work.originals))
+            with self._behind(work) as ahead:
+                assert work.calibration is not None
+                self._tune(work, Reconstruction(work.calibration, work.block, work.module, work.originals, ahead))
         self._pace.end()
         if work.block is work.run.graph.blocks[-1]:
             work.run.report.notes += self._notes()
+
+    @contextmanager
+    def _behind(self, work: BlockWork) -> Iterator[list[tuple[Block, nn.Module]]]:
+        """The blocks of the window behind the one in work, loaded. None where the stream between blocks is rotated."""
+        run, first = work.run, work.block.index + 1
+        blocks = run.graph.blocks[first : first + self.config.window - 1] if run.residual is None else []
+        for block in blocks:
+            run.source.load(block.name)
+        modules = [run.source.model.get_submodule(block.name).to(run.device) for block in blocks]
+        yield list(zip(blocks, modules, strict=True))
+        for module in modules:
+            to_meta(module)
 
     def _tune(self, work: BlockWork, target: Reconstruction) -> None:
         relaxed = {

@@ -28,9 +28,19 @@ Weights = Mapping[str, torch.Tensor]  # by their names inside the block
 class Reconstruction:
     """A block's calibration batches, and what the float block makes of them."""
 
-    def __init__(self, calibration: CalibrationRun, block: Block, module: nn.Module, originals: Weights):
-        """originals: the float weights, where the module has others."""
-        self._calibration, self._block, self._module = calibration, block, module
+    def __init__(
+        self,
+        calibration: CalibrationRun,
+        block: Block,
+        module: nn.Module,
+        originals: Weights,
+        ahead: Sequence[tuple[Block, nn.Module]] = (),
+    ):
+        """originals: the float weights, where the module has others.
+
+        ahead: the blocks that follow, unrounded; then what the last of these puts out is to be reproduced.
+        """
+        self._calibration, self._block, self._module, self._ahead = calibration, block, module, ahead
         self._batches = list(calibration.calls(block))
         self._targets = calibration.empty_states()
         with torch.no_grad():
@@ -44,7 +54,7 @@ class Reconstruction:
         return [at for at in numbers if at not in aside] or aside, aside
 
     def loss(self, at: int, weights: Weights) -> torch.Tensor:
-        """Mean squared error of the block's output on a batch, with these weights in place."""
+        """Mean squared error of the output on a batch, with these weights in place."""
         batch, call = self._batches[at]
         with fast_matmul(self._calibration.device):
             found = self._output(weights, batch, call).float()
@@ -53,7 +63,10 @@ class Reconstruction:
     def _output(self, weights: Weights, batch: Batch, call: BlockCall) -> torch.Tensor:
         called = call.with_hidden(self._calibration.hidden(batch))
         output = functional_call(self._module, dict(weights), called.args, called.kwargs)
-        return self._block.returns.unwrap(output)
+        hidden = self._block.returns.unwrap(output)
+        for block, module in self._ahead:
+            hidden = block.returns.unwrap(self._calibration.call(block, batch).with_hidden(hidden).run(module))
+        return hidden
 
 
 @dataclass(frozen=True)

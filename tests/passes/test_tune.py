@@ -33,7 +33,11 @@ def quantized(folder: Path, *passes: str, **settings: Any) -> tuple[Report, floa
     (folder / "other.txt").write_text(stories[len(stories) // 2 :])
     calibration = {"calib": str(folder / "calib.txt"), "samples": 48, "seq_len": 128, **settings}
     report = quantc.quantize(
-        TRAINED, recipe=recipe(folder, *passes), out=folder / "out", bits=3, group_size=32, force=True, **calibration
+        TRAINED,
+        recipe=recipe(folder, *passes),
+        out=folder / "out",
+        force=True,
+        **{"bits": 3, "group_size": 32, **calibration},
     )
     found = quantc.evaluate(folder / "out", text=str(folder / "other.txt"), against=TRAINED, context=128, windows=16)
     assert found.mean_kl is not None
@@ -50,6 +54,23 @@ def test_other_text_gains_too(tmp_path: Path) -> None:
     verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_windows_of_any_length(window: int, tmp_path: Path) -> None:
+    """Longer than what is left of the model, too; what lies behind a block is not rounded by it."""
+    _, plain = quantized(tmp_path, "allocate", "quantize")
+    report, tuned = quantized(tmp_path, "allocate", "quantize", f"tune: {{window: {window}}}")
+    assert tuned < 0.95 * plain
+    assert "tune: 4 of 4 blocks" in report.notes[-2]
+    verify(tmp_path / "out")
+
+
+def test_folded_rotations_of_the_stream_leave_a_window_of_one(tmp_path: Path) -> None:
+    passes = ("allocate", "rotate: {residual: folded}", "quantize")
+    _, plain = quantized(tmp_path, *passes, samples=16)
+    _, tuned = quantized(tmp_path, *passes, "tune", samples=16)
+    assert tuned < plain
+
+
 @pytest.mark.parametrize("part", ["codes", "scales"])
 def test_each_part_can_be_switched_off(part: str, tmp_path: Path) -> None:
     other = "scales" if part == "codes" else "codes"
@@ -61,10 +82,11 @@ def test_each_part_can_be_switched_off(part: str, tmp_path: Path) -> None:
 
 def test_it_builds_on_rotated_scaled_and_corrected_blocks(tmp_path: Path) -> None:
     passes = ("allocate", "scale", "rotate", "quantize: {correct: 0.5, rounds: 1, shrink: 0.3}")
-    _, plain = quantized(tmp_path, *passes)
-    report, tuned = quantized(tmp_path, *passes, "tune: {steps: 40}")
-    assert tuned < 1.05 * plain  # these passes leave this model little: 0.0040, of 0.011 without them
-    assert "blocks are nearer to the original" in report.notes[-2]
+    # At 3 bits these passes leave this model 0.004, where what training finds (0.0031 to 0.0043) is chance.
+    _, plain = quantized(tmp_path, *passes, bits=2)
+    report, tuned = quantized(tmp_path, *passes, "tune: {steps: 40}", bits=2)
+    assert tuned < 0.92 * plain
+    assert "4 of 4 blocks are nearer to the original" in report.notes[-2]
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -103,6 +125,8 @@ def test_it_follows_quantize_and_needs_text_and_something_to_train(tmp_path: Pat
         TuneConfig(steps=0)
     with pytest.raises(UsageError, match="budget is 0 seconds, but training takes time"):
         TuneConfig(budget=0.0)
+    with pytest.raises(UsageError, match="window is 0, but the block itself is 1"):
+        TuneConfig(window=0)
     with pytest.raises(UsageError, match="trains neither codes nor scales"):
         TuneConfig(codes=False, scales=False)
     with pytest.raises(quantc.QuantcError, match="the pass tune needs"):
