@@ -24,10 +24,10 @@ from ...spec import QuantSpec
 from ..base import DENSE_ONLY
 from ..rotation import rotate
 from . import library, rotation
+from .images import in_strips, pack
 from .library import TYPES
 
 INT8_VARIABLE = "QUANTC_CPU_INT8"
-STRIP, BLOCK, ALIGNMENT = 16, 32, 64  # as in native/image.h
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
 # Rows of x from which torch multiplies with unpacked panels. Own float32 sums are 1.5 to 5 times as fast as torch's
 # F.linear up to 256 rows (Zen 5, 2 threads). Own bfloat16 ones take 0.9 to 1.2 of its time at 128 to 512 rows, and
@@ -96,7 +96,7 @@ class NativeCpu:
             return found
         if dtype not in TYPES:
             return f"runs in float32, float16 and bfloat16, not in {str(dtype)[6:]}"
-        if spec.sparse:
+        if spec.two_of_four:
             return DENSE_ONLY
         along = shape[1] if spec.grouping == "per_oc" else shape[0]
         least, group = LEAST_GROUP[spec.grouping], spec.group_length(shape)
@@ -178,26 +178,6 @@ def _fake_native_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tens
     return x.new_empty(*x.shape[:-1], n)
 
 
-def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
-    """The dense format's codes, scales and zeros as an image: uint8 (bytes,)."""
-    lib = library.loaded()
-    per_ic = spec.grouping == "per_ic"
-    header = (spec.bits, *shape, spec.group_length(shape), int(per_ic))
-    size = lib.image_bytes(*header, int(spec.symmetric))
-    room = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
-    image = room[-room.data_ptr() % ALIGNMENT :][:size]
-    stored = [None if part is None else part.contiguous() for part in map(parts.get, ("qweight", "scales", "zeros"))]
-    addresses = [None if part is None else part.data_ptr() for part in stored]
-    lib.pack(*header, *addresses, image.data_ptr(), torch.get_num_threads())
-    return image
-
-
-def in_strips(b: torch.Tensor) -> torch.Tensor:
-    """b (N, R) as the library reads it: (ceil(N / 16), R, 16), filled up with zeros."""
-    padded = F.pad(b, (0, 0, 0, -b.shape[0] % STRIP))
-    return padded.unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
-
-
 def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype."""
     return multiply_all(x, [w], [bias])[0]
@@ -245,14 +225,24 @@ def _readable(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
-    """Rows [start, stop) of W into out (K, stop - start); both on the steps of a panel, or stop is N."""
-    assert out.is_contiguous()
+    """Rows [start, stop) of W into out (K, stop - start), in the order of `_panel`; both on its steps, or stop is N."""
+    assert (out.T if _has_kept_groups(w) else out).is_contiguous()
     lib = library.loaded()
     lib.unpack(w.image.data_ptr(), start, stop, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
 
 
+def _has_kept_groups(w: NativeWeight) -> bool:
+    return not library.loaded().panel_step(w.image.data_ptr())
+
+
+def _panel(w: NativeWeight, room: torch.Tensor, rows: int) -> torch.Tensor:
+    """(K, rows) in the order that the library writes: by inputs, or by outputs where groups are dropped."""
+    values = room[: w.k * rows]
+    return values.view(rows, w.k).T if _has_kept_groups(w) else values.view(w.k, rows)
+
+
 def _panels(w: NativeWeight) -> list[tuple[int, int]]:
-    step = library.loaded().panel_step(w.image.data_ptr())
+    step = library.loaded().panel_step(w.image.data_ptr()) or 1
     rows = max(1, PANEL_ROWS // step) * step
     return [(start, min(start + rows, w.n)) for start in range(0, w.n, rows)]
 
@@ -262,7 +252,7 @@ def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None,
     panels = _panels(w)
     room = x.new_empty(w.k * (panels[0][1] - panels[0][0]))
     for start, stop in panels:
-        panel = room[: w.k * (stop - start)].view(w.k, stop - start)
+        panel = _panel(w, room, stop - start)
         unpack(w, start, stop, panel)
         if bias is None:
             torch.mm(x, panel, out=y[:, start:stop])
@@ -275,7 +265,7 @@ def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None,
 def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The same product through the unpacked weight, so that gradients reach x (adapters train on packed weights)."""
     x = rotate(x, w.hadamard) if w.hadamard else x
-    weight = x.new_empty(w.k, w.n)
+    weight = _panel(w, x.new_empty(w.k * w.n), w.n)
     unpack(w, 0, w.n, weight)
     y = x @ weight
     if w.low_rank_a is not None:

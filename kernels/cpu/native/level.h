@@ -48,6 +48,11 @@ struct Level {
   Strips by_int8;
   // Strips [from, to) as columns of W^T: out [k][stride] of a type, column 0 being the first row of strip `from`.
   void (*unpack)(const Image*, int64_t from, int64_t to, void* out, Type, int64_t stride);
+  // The same of weights with dropped groups (kept.h): rows of x in the order of the units, strips being shares, and
+  // rows [from, to) as rows of out [to - from][k].
+  void (*load_kept)(const Image*, const void* x, Type, float* row);
+  Strips by_kept;
+  void (*unpack_kept)(const Image*, int64_t from, int64_t to, void* out, Type);
 };
 
 extern const Level LEVEL_SCALAR;

@@ -49,8 +49,11 @@ int64_t cost_of_row(int64_t k, const Rotation* rotation, int64_t rank) {
 
 int threads_for_rows(int64_t rows, int64_t cost, int threads) { return rows * cost < ALONE ? 1 : threads; }
 
+int64_t products_per_row(const Image* w) { return is_sparse(w) ? w->kept.groups * w->group : w->n * w->k; }
+
 void order_row(const Multiplication& job, const void* x, int64_t row, float* workspace) {
   char* to = job.ordered + row * job.row_bytes;
+  if (is_sparse(job.w)) return job.level->load_kept(job.w, x, job.type, reinterpret_cast<float*>(to));
   float* sums = job.sums + row * groups_of_inputs(job.w);
   if (job.kind == BY_BFLOAT16) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
   if (job.kind == BY_FLOAT || job.w->per_ic) return job.level->load_float(job.w, x, job.type, reinterpret_cast<float*>(to), sums);
@@ -76,13 +79,17 @@ void load_row(void* context, int64_t row) {
   order_row(job, x, row, workspace);
 }
 
+Strips kernel_of(const Multiplication& job) {
+  if (is_sparse(job.w)) return job.level->by_kept;
+  return job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
+}
+
 void multiply_tile(const Multiplication& job, Inputs inputs, int64_t row, int64_t from, int64_t to) {
   const int64_t n = job.w->n, left = job.m - row;
   const bool own = job.weight->rank > 0;
   Outputs out{job.y + row * n * size_of(job.type), own ? job.added + row * n : job.bias, job.type,
               own ? FLOAT32 : job.bias_type, n, static_cast<int>(left < inputs.m ? left : inputs.m), own ? n : 0};
-  const Strips kernel = job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
-  kernel(job.w, inputs, out, from, to);
+  kernel_of(job)(job.w, inputs, out, from, to);
 }
 
 // Every group of outputs scales x in its own way.
@@ -143,8 +150,8 @@ int64_t value_size(const Multiplication& job) {
 // Whether two products take the rows of x in one order, with the same sums: q, k and v of one spec do.
 bool same_inputs(const Multiplication& a, const Multiplication& b) {
   return a.weight->rotation == b.weight->rotation && !a.weight->rank && !b.weight->rank && a.w->bits == b.w->bits &&
-         a.w->per_ic == b.w->per_ic && a.w->symmetric == b.w->symmetric && a.w->group_blocks == b.w->group_blocks &&
-         (a.w->per_ic || a.w->group == b.w->group);
+         a.w->per_ic == b.w->per_ic && a.w->symmetric == b.w->symmetric && is_sparse(a.w) == is_sparse(b.w) &&
+         (is_sparse(a.w) || a.w->group_blocks == b.w->group_blocks) && (a.w->per_ic || a.w->group == b.w->group);
 }
 
 // Puts a product's share of the caller's scratch at `room`, rows of x that another has loaded aside; returns its bytes.
@@ -187,7 +194,8 @@ struct Together {
     job.type = call.type;
     job.bias_type = static_cast<Type>(product.bias_type);
     const bool by_bfloat16 = job.type == BFLOAT16 && job.level->by_bfloat16 && !job.w->per_ic;
-    job.kind = call.int8 && job.level->by_int8 ? BY_INT8 : by_bfloat16 ? BY_BFLOAT16 : BY_FLOAT;
+    const bool by_int8 = call.int8 && job.level->by_int8;
+    job.kind = is_sparse(job.w) ? BY_FLOAT : by_int8 ? BY_INT8 : by_bfloat16 ? BY_BFLOAT16 : BY_FLOAT;
   }
 
   // At 0 this only counts the bytes.
@@ -241,13 +249,13 @@ void run(Together& all, int threads) {
   int64_t strips = 0, products = 0;
   for (int i = 0; i < all.count; ++i) {
     strips += all.jobs[i].w->strips;
-    products += all.jobs[i].w->n * all.jobs[i].w->k * all.m;
+    products += products_per_row(all.jobs[i].w) * all.m;
   }
   if (products < ALONE) threads = 1;
   const int64_t even = (strips + 4 * threads - 1) / (4 * threads);
   for (int i = 0; i < all.count; ++i) {
     Multiplication& job = all.jobs[i];
-    const int64_t strip_bytes = job.w->blocks * job.w->bits * VECTOR;
+    const int64_t strip_bytes = is_sparse(job.w) ? job.w->bytes / job.w->strips : job.w->blocks * job.w->bits * VECTOR;
     const int64_t cached = PIECE_BYTES / strip_bytes > 0 ? PIECE_BYTES / strip_bytes : 1;
     job.strips_in_piece = even < cached ? even : cached;
     all.first_piece[i + 1] = all.first_piece[i] + (job.w->strips + job.strips_in_piece - 1) / job.strips_in_piece;
