@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 from torch.nn import functional as F
 
@@ -11,6 +13,7 @@ from ...spec import QuantSpec
 from . import library
 
 STRIP, ALIGNMENT = 16, 64  # as in native/image.h
+UNIT, LAST_PLACE, PLACES = 16, 65535, 8  # inputs side by side, and how far their places count: as in native/kept.h
 
 
 def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
@@ -22,6 +25,11 @@ def in_strips(b: torch.Tensor) -> torch.Tensor:
     """b (N, R) as the library reads it: (ceil(N / 16), R, 16), filled up with zeros."""
     padded = F.pad(b, (0, 0, 0, -b.shape[0] % STRIP))
     return padded.unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
+
+
+def longest_row(group: int) -> int:
+    """How many inputs a weight with dropped groups can have."""
+    return LAST_PLACE // (PLACES * ceil(group / UNIT)) * group
 
 
 def _pack_dense(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
@@ -36,10 +44,10 @@ def _pack_dense(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.
 def _pack_kept(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
     lib = library.loaded()
     kept_groups(parts, spec, shape)  # the library relies on as many marks as there are groups
-    header = (spec.bits, *shape, spec.group_length(shape), spec.kept_groups(shape))
-    image = _room(lib.kept_bytes(*header, int(spec.symmetric)))
     stored = [_contiguous(parts, name) for name in ("kept", "qweight", "scales", "zeros")]
-    lib.pack_kept(*header, *map(_address, stored), image.data_ptr(), torch.get_num_threads())
+    header = (spec.bits, *shape, spec.group_length(shape), _address(stored[0]))
+    image = _room(lib.kept_bytes(*header, int(spec.symmetric)))
+    lib.pack_kept(*header, *map(_address, stored[1:]), image.data_ptr(), torch.get_num_threads())
     return image
 
 

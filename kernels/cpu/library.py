@@ -38,10 +38,11 @@ _INTERFACE = {
     "pool": (_TEXT, []),
     "image_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _INT, _INT]),
     "pack": (None, [_INT, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT]),
-    "kept_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _LONG, _INT]),
-    "pack_kept": (None, [_INT, _LONG, _LONG, _LONG, _LONG, *[_POINTER] * 5, _INT]),
+    "kept_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _POINTER, _INT]),
+    "pack_kept": (None, [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 5, _INT]),
     "matmul": (None, [_BYTES, _INT, _POINTER, _LONG, _INT, _INT, _INT]),
     "rotate": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT]),
+    "panel_by_rows": (_INT, [_POINTER]),
     "panel_step": (_LONG, [_POINTER]),
     "unpack": (None, [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]),
 }
@@ -62,6 +63,7 @@ class Library:
     pack_kept: Any
     matmul: Any
     rotate: Any
+    panel_by_rows: Any
     panel_step: Any
     unpack: Any
 

@@ -2,10 +2,12 @@
 
 Weights are repacked once into an image (native/image.h): 16 output channels side by side, inputs running inside, codes
 placed so that one shift yields them for float32, bfloat16 and int8 products alike. Few rows of x
-are multiplied with the codes; from PANEL_FROM on, panels of the weight are unpacked and given to torch's matmul.
+are multiplied with the codes; from PANEL_FROM on, panels of the weight are unpacked and given to torch's matmul. Of
+weights with dropped groups (native/kept.h) only the groups that stay are in the image, and are read.
 
 Activations are rounded to int8 only where QUANTC_CPU_INT8=1 says so, or NATIVE.int8 is set: then sums are of
-products of integers, with a scale for every 32 activations. Nothing else changes the arithmetic.
+products of integers, with a scale for every 32 activations, but not where groups are dropped. Nothing else changes the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ...spec import QuantSpec
 from ..base import DENSE_ONLY
 from ..rotation import rotate
 from . import library, rotation
-from .images import in_strips, pack
+from .images import in_strips, longest_row, pack
 from .library import TYPES
 
 INT8_VARIABLE = "QUANTC_CPU_INT8"
@@ -102,7 +104,9 @@ class NativeCpu:
         least, group = LEAST_GROUP[spec.grouping], spec.group_length(shape)
         if group < min(least, along):
             return f"needs {spec.grouping} groups of {least} or more, not {group}"
-        if self.int8 and not found.has_int8():
+        if spec.sparsity and shape[1] > (longest := longest_row(group)):
+            return f"needs rows of up to {longest} inputs in groups of {group} where groups are dropped, not {shape[1]}"
+        if self.int8 and not spec.sparsity and not found.has_int8():
             return f"has no int8 activations on {library.level()}, and {INT8_VARIABLE} asks for them"
         return None
 
@@ -115,7 +119,7 @@ class NativeCpu:
             None if a is None else a.contiguous(),
             None if b is None else in_strips(b),
             spec.hadamard,
-            self.int8,
+            self.int8 and not spec.sparsity,
         )
 
     def run(self, x: torch.Tensor, prepared: NativeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -232,7 +236,7 @@ def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
 
 
 def _has_kept_groups(w: NativeWeight) -> bool:
-    return not library.loaded().panel_step(w.image.data_ptr())
+    return bool(library.loaded().panel_by_rows(w.image.data_ptr()))
 
 
 def _panel(w: NativeWeight, room: torch.Tensor, rows: int) -> torch.Tensor:
@@ -242,7 +246,7 @@ def _panel(w: NativeWeight, room: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _panels(w: NativeWeight) -> list[tuple[int, int]]:
-    step = library.loaded().panel_step(w.image.data_ptr()) or 1
+    step = library.loaded().panel_step(w.image.data_ptr())
     rows = max(1, PANEL_ROWS // step) * step
     return [(start, min(start + rows, w.n)) for start in range(0, w.n, rows)]
 

@@ -16,9 +16,9 @@ constexpr uint32_t VERSION = 4;
 
 // What the image of a weight with dropped groups has besides: kept.h. All zero in the others.
 struct Kept {
-  int64_t units, unit;               // of a group, and inputs in a unit: 8 or 16
-  int64_t groups;                    // that are kept
-  int64_t columns, starts, shares;   // offsets in bytes from the image's header
+  int64_t units, unit;                     // of a group, and inputs in a unit: 8 or 16
+  int64_t slots;                           // for kept groups, the empty ones included
+  int64_t places, order, starts, shares;   // offsets in bytes from the image's header
 };
 
 struct Image {

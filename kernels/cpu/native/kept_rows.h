@@ -63,22 +63,19 @@ struct UnitDecoder {
   }
 };
 
-// Scales of sixteen groups, and what they add to a code times its scale: (code - zero) * scale is exact in float32.
+// Scales of a run of slots, and what they add to a code times its scale: (code - zero) * scale is exact in float32.
+// Widened long before they are used: a load that meets a store on its way, in another size, waits for it.
+constexpr int64_t RUN = 256;
 struct Grids {
-  float scales[UNIT], offsets[UNIT];
-  INLINE_MEMBER void load(const Image* w, int64_t g) {
-    const Floats wide = load_float16(at_offset<uint16_t>(w, w->scales) + g);
-    Floats zeros = all(static_cast<float>(-w->mid));
-    if (!w->symmetric) {
-      typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-      Bytes stored[PARTS];
-      __builtin_memcpy(stored, zeros_of(w) + g, sizeof stored);
-      for (int p = 0; p < PARTS; ++p)
-        zeros.part[p] = -__builtin_convertvector(__builtin_convertvector(stored[p], IntLanes), FloatLanes);
+  float scales[RUN], offsets[RUN];
+  INLINE_MEMBER void load(const Image* w, int64_t from, int64_t to) {
+    for (int64_t slot = from; slot < to; slot += UNIT) {
+      const Floats wide = load_float16(at_offset<uint16_t>(w, w->scales) + slot);
+      Floats shifts = w->symmetric ? all(static_cast<float>(-w->mid)) : load_offsets(zeros_of(w) + slot, 0);
+      for (int p = 0; p < PARTS; ++p) shifts.part[p] *= wide.part[p];
+      __builtin_memcpy(scales + (slot - from), &wide, sizeof wide);
+      __builtin_memcpy(offsets + (slot - from), &shifts, sizeof shifts);
     }
-    for (int p = 0; p < PARTS; ++p) zeros.part[p] *= wide.part[p];
-    __builtin_memcpy(scales, &wide, sizeof scales);
-    __builtin_memcpy(offsets, &zeros, sizeof offsets);
   }
 };
 
@@ -94,57 +91,55 @@ INLINE float sum_of_lanes(const Floats& values) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// Calls visit(group, place among CHAINS or 0, codes of unit u, u, scale, offset) for the kept groups [from, to).
-template <typename UnitCodes, int CHAINS, int UNITS, typename Visit>
-INLINE void for_each_kept(const Image* w, const UnitCodes& codes, int64_t from, int64_t to, Visit visit) {
-  const int64_t bytes = bytes_of_group(w), unit_bytes = bytes / UNITS;
-  const uint16_t* columns = kept_columns(w);
-  const uint8_t* at = kept_codes(w) + from * bytes;
-  for (int64_t g = from; g < to; g += UNIT) {
-    Grids grids;
-    grids.load(w, g);
-    const int count = to - g < UNIT ? static_cast<int>(to - g) : UNIT;
-    const auto step = [&](int i, int chain) INLINE_LAMBDA {
-      unrolled<UNITS>([&](int u) INLINE_LAMBDA {
-        visit(columns[g + i], chain, u, codes(at + u * unit_bytes), grids.scales[i], grids.offsets[i]);
+// Rows of four that are summed at once: as many as the registers hold, with M rows of x.
+constexpr int rows_at_once(int m) { return LANES == 1 ? 1 : LANES == 16 && m > 4 ? 2 : LANES == 16 || m == 1 ? 4 : 4 / m; }
+
+// Sums of ROWS of four rows, from row `place` of them on, for M rows of x: to[m][row within the strip].
+template <template <int> class Decoder, int BITS, int M, int UNITS, int ROWS>
+INLINE void sum_rows(const Image* w, const UnitDecoder<Decoder, BITS>& codes, const Inputs& x, int64_t four, int place,
+                     float (*to)[STRIP]) {
+  const int64_t from = starts_of_fours(w)[four], end = starts_of_fours(w)[four + 1], bytes = bytes_of_group(w);
+  const char* inputs = static_cast<const char*>(x.rows);
+  const int64_t stride = x.stride;
+  const uint8_t* at = kept_codes(w) + (from + place) * bytes;
+  Floats sums[ROWS][M];
+  unrolled<ROWS * M>([&](int i) INLINE_LAMBDA { sums[i / M][i % M] = all(0); });
+  Grids grids;
+  for (int64_t run = from; run < end; run += RUN) {
+    const int64_t run_end = run + RUN < end ? run + RUN : end;
+    grids.load(w, run, run_end);
+    const uint16_t* places = places_of(w) + run + place;
+    const float *scales = grids.scales + place, *offsets = grids.offsets + place;
+    for (int64_t i = 0; i < run_end - run; i += FOUR, at += FOUR * bytes) {
+      unrolled<ROWS>([&](int r) INLINE_LAMBDA {
+        const float* own = reinterpret_cast<const float*>(inputs + static_cast<int64_t>(places[i + r]) * PLACE);
+        unrolled<UNITS>([&](int u) INLINE_LAMBDA {
+          const Floats values = codes(at + r * bytes + u * (bytes / UNITS));
+          const Floats weights = multiply_add(values, scales[i + r], all(offsets[i + r]));
+          unrolled<M>([&](int m) INLINE_LAMBDA {
+            Floats inputs_of_unit;
+            __builtin_memcpy(&inputs_of_unit, own + m * stride + u * UNIT, sizeof inputs_of_unit);
+            sums[r][m] = multiply_add(weights, inputs_of_unit, sums[r][m]);
+          });
+        });
       });
-      at += bytes;
-    };
-    int i = 0;
-    for (; i + CHAINS <= count; i += CHAINS) unrolled<CHAINS>([&](int c) INLINE_LAMBDA { step(i + c, c); });
-    for (; i < count; ++i) step(i, 0);
+    }
   }
+  const uint8_t* order = row_order(w) + four * FOUR + place;
+  unrolled<ROWS * M>([&](int i) INLINE_LAMBDA { to[i % M][order[i / M]] = sum_of_lanes(sums[i / M][i % M]); });
 }
 
 template <template <int> class Decoder, int BITS, int M, int UNITS>
 void multiply_rows(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;
+  constexpr int ROWS = rows_at_once(M);
   const UnitDecoder<Decoder, BITS> codes(w);
-  const float* inputs = static_cast<const float*>(x.rows);
-  const int64_t* starts = row_starts(w);
   const int64_t last = first_row(w, to);
   for (int64_t first = first_row(w, from); first < last; first += STRIP) {
-    const int count = last - first < STRIP ? static_cast<int>(last - first) : STRIP;
     float totals[M][STRIP];
-    for (int r = 0; r < count; ++r) {
-      Floats sums[CHAINS][M];
-      for (auto& chain : sums)
-        for (Floats& sum : chain) sum = all(0);
-      for_each_kept<decltype(codes), CHAINS, UNITS>(w, codes, starts[first + r], starts[first + r + 1],
-          [&](int64_t column, int chain, int u, const Floats& values, float scale, float offset) INLINE_LAMBDA {
-            const Floats weights = multiply_add(values, scale, all(offset));
-            const float* at = inputs + (column * UNITS + u) * UNIT;
-            unrolled<M>([&](int m) INLINE_LAMBDA {
-              Floats own;
-              __builtin_memcpy(&own, at + m * x.stride, sizeof own);
-              sums[chain][m] = multiply_add(weights, own, sums[chain][m]);
-            });
-          });
-      for (int m = 0; m < M; ++m) {
-        for (int c = 1; c < CHAINS; ++c) sums[0][m] = add(sums[0][m], sums[c][m]);
-        totals[m][r] = sum_of_lanes(sums[0][m]);
-      }
-    }
+    for (int64_t four = first / FOUR; four < (first + STRIP) / FOUR; ++four)
+      for (int place = 0; place < FOUR; place += ROWS)
+        sum_rows<Decoder, BITS, M, UNITS, ROWS>(w, codes, x, four, place, totals);
+    const int count = last - first < STRIP ? static_cast<int>(last - first) : STRIP;
     for (int m = 0; m < M && m < y.rows; ++m) {
       Floats outputs;
       __builtin_memcpy(&outputs, totals[m], sizeof outputs);
@@ -163,32 +158,51 @@ void multiply_units(const Image* w, const Inputs& x, const Outputs& y, int64_t f
   if constexpr (LARGEST_TILE >= 8) return multiply_rows<Decoder, BITS, 8, UNITS>(w, x, y, from, to);
 }
 
-// (code - zero) * scale of one row, rounded once to the output's type, and zero where groups are dropped.
-template <template <int> class Decoder, int BITS, int UNITS>
-void unpack_row_of(const Image* w, int64_t row, char* out, Type type) {
+// The weights of one slot's unit, rounded once to the output's type, to their place in a row of W.
+template <int BITS>
+INLINE void place_unit(const Image* w, int64_t column, int64_t u, const Floats& weights, char* row, Type type) {
+  const int64_t size = type == FLOAT32 ? 4 : 2, start = column * w->group, first = start + u * UNIT;
+  const int64_t end = start + w->group < w->k ? start + w->group : w->k;
+  float lanes[UNIT], ordered[UNIT];
+  __builtin_memcpy(lanes, &weights, sizeof lanes);
+  for (int i = 0; i < UNIT; ++i) ordered[input_of_lane(BITS, i)] = lanes[i];
+  Floats in_order;
+  __builtin_memcpy(&in_order, ordered, sizeof ordered);
+  char rounded[4 * UNIT];
+  round_to(type, in_order, rounded);
+  const int64_t left = end - first < UNIT ? end - first : UNIT;
+  if (left > 0) __builtin_memcpy(row + first * size, rounded, static_cast<size_t>(left * size));
+}
+
+// (code - zero) * scale of the strip from a row on, and zero where groups are dropped.
+template <template <int> class Decoder, int BITS>
+void unpack_strip_of(const Image* w, int64_t row, char* out, Type type) {
   const UnitDecoder<Decoder, BITS> codes(w);
-  const int64_t size = type == FLOAT32 ? 4 : 2;
-  __builtin_memset(out, 0, static_cast<size_t>(w->k * size));
-  for_each_kept<decltype(codes), 1, UNITS>(w, codes, row_starts(w)[row], row_starts(w)[row + 1],
-      [&](int64_t column, int, int u, const Floats& values, float scale, float offset) INLINE_LAMBDA {
-        const Floats weights = multiply_add(values, scale, all(offset));
-        float lanes[UNIT], ordered[UNIT];
-        __builtin_memcpy(lanes, &weights, sizeof lanes);
-        for (int i = 0; i < UNIT; ++i) ordered[input_of_lane(BITS, i)] = lanes[i];
-        Floats in_order;
-        __builtin_memcpy(&in_order, ordered, sizeof ordered);
-        char rounded[4 * UNIT];
-        round_to(type, in_order, rounded);
-        const int64_t first = column * w->group + u * UNIT, end = column * w->group + w->group, stop = end < w->k ? end : w->k;
-        const int64_t left = stop - first < w->kept.unit ? stop - first : w->kept.unit;
-        if (left > 0) __builtin_memcpy(out + first * size, rounded, static_cast<size_t>(left * size));
-      });
+  const int64_t row_bytes = w->k * (type == FLOAT32 ? 4 : 2), bytes = bytes_of_group(w), units = w->kept.units;
+  const int64_t count = w->n - row < STRIP ? w->n - row : STRIP;
+  __builtin_memset(out, 0, static_cast<size_t>(count * row_bytes));
+  for (int64_t four = row / FOUR; four < (row + STRIP) / FOUR; ++four) {
+    const int64_t from = starts_of_fours(w)[four], end = starts_of_fours(w)[four + 1];
+    Grids grids;
+    for (int64_t slot = from; slot < end; ++slot) {
+      const int64_t in_run = (slot - from) % RUN;
+      if (!in_run) grids.load(w, slot, slot + RUN < end ? slot + RUN : end);
+      const int64_t column = places_of(w)[slot] / places_of_group(w);
+      if (column == w->groups) continue;
+      char* to = out + row_order(w)[four * FOUR + (slot - from) % FOUR] * row_bytes;
+      for (int64_t u = 0; u < units; ++u) {
+        const Floats values = codes(kept_codes(w) + slot * bytes + u * (bytes / units));
+        const Floats weights = multiply_add(values, grids.scales[in_run], all(grids.offsets[in_run]));
+        place_unit<BITS>(w, column, u, weights, to, type);
+      }
+    }
+  }
 }
 
 template <int WORDS, typename Convert>
 INLINE void order_units(const Image* w, float* row, Convert value) {
   const int64_t in_group = w->kept.units * UNIT;
-  for (int64_t g = 0; g < w->groups; ++g) {
+  for (int64_t g = 0; g <= w->groups; ++g) {  // after the last: zeros, for empty slots
     const int64_t first = g * w->group, left = w->k - first, count = left < w->group ? left : w->group;
     for (int64_t u = 0; u < w->kept.units; ++u) {
       float* to = row + g * in_group + u * UNIT;
@@ -217,35 +231,30 @@ void load_kept(const Image* w, const void* x, Type type, float* row) {
   order_lanes(w, row, [=](int64_t i) { return from_float16(from[i]); });
 }
 
-// step(a constant of the code width, one of the units of a group)
+// step(a constant of the code width)
 template <typename Step>
-INLINE void with_sizes(const Image* w, Step step) {
-  const auto with_units = [&](auto bits) INLINE_LAMBDA {
-    if (w->kept.units == 1) return step(bits, std::integral_constant<int, 1>{});
-    step(bits, std::integral_constant<int, 2>{});
-  };
-  switch (w->bits) {
-    case 2: return with_units(std::integral_constant<int, 2>{});
-    case 3: return with_units(std::integral_constant<int, 3>{});
-    case 4: return with_units(std::integral_constant<int, 4>{});
-    case 5: return with_units(std::integral_constant<int, 5>{});
-    case 6: return with_units(std::integral_constant<int, 6>{});
-    default: return with_units(std::integral_constant<int, 8>{});
+INLINE void with_bits(int bits, Step step) {
+  switch (bits) {
+    case 2: return step(std::integral_constant<int, 2>{});
+    case 3: return step(std::integral_constant<int, 3>{});
+    case 4: return step(std::integral_constant<int, 4>{});
+    case 5: return step(std::integral_constant<int, 5>{});
+    case 6: return step(std::integral_constant<int, 6>{});
+    default: return step(std::integral_constant<int, 8>{});
   }
 }
 
 template <template <int> class Decoder>
 void multiply_kept(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  with_sizes(w, [&](auto bits, auto units) { multiply_units<Decoder, bits, units>(w, x, y, from, to); });
+  with_bits(w->bits, [&](auto bits) {
+    if (w->kept.units == 1) return multiply_units<Decoder, bits, 1>(w, x, y, from, to);
+    multiply_units<Decoder, bits, 2>(w, x, y, from, to);
+  });
 }
 
 template <template <int> class Decoder>
-void unpack_kept(const Image* w, int64_t from, int64_t to, void* out, Type type) {
-  const int64_t row_bytes = w->k * (type == FLOAT32 ? 4 : 2);
-  for (int64_t row = from; row < to; ++row) {
-    char* at = static_cast<char*>(out) + (row - from) * row_bytes;
-    with_sizes(w, [&](auto bits, auto units) { unpack_row_of<Decoder, bits, units>(w, row, at, type); });
-  }
+void unpack_kept(const Image* w, int64_t row, void* out, Type type) {
+  with_bits(w->bits, [&](auto bits) { unpack_strip_of<Decoder, bits>(w, row, static_cast<char*>(out), type); });
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "multiply.h"
 
+#include "cost.h"
+#include "kept.h"
 #include "levels.h"
 #include "scratch.h"
 #include "threads.h"
@@ -8,7 +10,6 @@ namespace {
 
 constexpr int64_t SLAB = 64;                // rows of x for which a piece of W stays in a core's cache
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of packed weight that a thread takes at once: an eighth of a Zen 5's L2
-constexpr int64_t ALONE = 1 << 19;          // products below which one thread is faster: 7 us alone, 3 to 9 to wake another
 
 thread_local Scratch caller_scratch, worker_scratch;
 
@@ -40,19 +41,9 @@ struct Multiplication {
 
 int64_t groups_of_inputs(const Image* w) { return w->per_ic ? 1 : w->groups; }
 
-// Products (75 in a nanosecond of one Zen 5 core) that take as long as what comes before them: x to its order 0.1 ns a
-// value, its rotation 0.26 and with a base matrix 0.16 + base / 190 more, a x two products' time for each.
-int64_t cost_of_row(int64_t k, const Rotation* rotation, int64_t rank) {
-  const int64_t base = rotation && rotation->base > 1 ? 12 + 2 * rotation->base / 5 : 0;
-  return k * (8 + (rotation ? 20 + base : 0) + 2 * rank);
-}
-
-int threads_for_rows(int64_t rows, int64_t cost, int threads) { return rows * cost < ALONE ? 1 : threads; }
-
-int64_t products_per_row(const Image* w) { return is_sparse(w) ? w->kept.groups * w->group : w->n * w->k; }
-
 void order_row(const Multiplication& job, const void* x, int64_t row, float* workspace) {
   char* to = job.ordered + row * job.row_bytes;
+  if (is_sparse(job.w) && job.kind == BY_BFLOAT16) return job.level->load_kept_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to));
   if (is_sparse(job.w)) return job.level->load_kept(job.w, x, job.type, reinterpret_cast<float*>(to));
   float* sums = job.sums + row * groups_of_inputs(job.w);
   if (job.kind == BY_BFLOAT16) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
@@ -79,8 +70,15 @@ void load_row(void* context, int64_t row) {
   order_row(job, x, row, workspace);
 }
 
+Kind kind_of(const Multiplication& job, const Call& call) {
+  const bool bfloat16 = call.type == BFLOAT16;
+  if (is_sparse(job.w)) return bfloat16 && call.m == 1 && job.level->by_kept_bfloat16 && fits_pairs(job.w) ? BY_BFLOAT16 : BY_FLOAT;
+  if (call.int8 && job.level->by_int8) return BY_INT8;
+  return bfloat16 && job.level->by_bfloat16 && !job.w->per_ic ? BY_BFLOAT16 : BY_FLOAT;
+}
+
 Strips kernel_of(const Multiplication& job) {
-  if (is_sparse(job.w)) return job.level->by_kept;
+  if (is_sparse(job.w)) return job.kind == BY_BFLOAT16 ? job.level->by_kept_bfloat16 : job.level->by_kept;
   return job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
 }
 
@@ -143,7 +141,8 @@ void multiply_piece(void* context, int64_t piece) {
   }
 }
 
-int64_t value_size(const Multiplication& job) {
+int64_t value_size(const Multiplication& job) {  // a unit of dropped groups takes as much in pairs of bfloat16
+  if (is_sparse(job.w)) return 4;
   return job.kind == BY_BFLOAT16 ? 2 : job.kind == BY_INT8 && !job.w->per_ic ? 1 : 4;
 }
 
@@ -193,9 +192,7 @@ struct Together {
     job.bias = product.bias;
     job.type = call.type;
     job.bias_type = static_cast<Type>(product.bias_type);
-    const bool by_bfloat16 = job.type == BFLOAT16 && job.level->by_bfloat16 && !job.w->per_ic;
-    const bool by_int8 = call.int8 && job.level->by_int8;
-    job.kind = is_sparse(job.w) ? BY_FLOAT : by_int8 ? BY_INT8 : by_bfloat16 ? BY_BFLOAT16 : BY_FLOAT;
+    job.kind = kind_of(job, call);
   }
 
   // At 0 this only counts the bytes.

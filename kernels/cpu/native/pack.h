@@ -10,7 +10,7 @@ Image describe(int bits, int64_t n, int64_t k, int64_t group, bool per_ic, bool 
 void pack(const Image& header, int stored_bits, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
           int threads, void* image);
 
-// The same of a weight with dropped groups (kept.h), `kept` of which stay. marks [n][ceil(groups / 8)]: the format's bits.
-Image describe_kept(int bits, int64_t n, int64_t k, int64_t group, int64_t kept, bool symmetric);
-void pack_kept(const Image& header, int stored_bits, const uint8_t* marks, const uint8_t* codes, const uint16_t* scales,
-               const uint8_t* zeros, int threads, void* image);
+// The same of a weight with dropped groups (kept.h). marks [n][ceil(groups / 8)]: a bit for each group, 1 where it stays.
+int64_t kept_bytes(int bits, int64_t n, int64_t k, int64_t group, const uint8_t* marks, bool symmetric);
+void pack_kept(int bits, int64_t n, int64_t k, int64_t group, const uint8_t* marks, const uint8_t* codes,
+               const uint16_t* scales, const uint8_t* zeros, int threads, void* image);
