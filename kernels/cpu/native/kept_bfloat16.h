@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr int64_t PAIR_PLACE = PLACE / 2;  // groups of x take half as much as floats
+
 struct ZerosAndScales {
   static constexpr int64_t RUN = 256;  // slots; widened before they are used, as in kept_rows.h
   alignas(64) float scales[RUN];
@@ -26,25 +28,32 @@ struct ZerosAndScales {
   }
 };
 
+// The slots of a pair fill half a register each, whose 64-bit words are a slot's codes from one, two, three bits on.
 struct PairDecoder {
-  __m512i table, shifts;
+  __m512i table, shifts, first, second;  // of four slots' codes, and the same of their scales and zeros below
+  __m512i first_words, second_words;
   PairDecoder() {
     uint16_t values[32], amounts[32];
     for (int i = 0; i < 32; ++i) {
       values[i] = to_bfloat16(static_cast<float>(i % 16));  // a lookup reads 5 bits, of which one is the next code's
-      amounts[i] = static_cast<uint16_t>(i / 8 * 4);
+      amounts[i] = static_cast<uint16_t>(i / 4 % 4 * 4);
     }
     table = _mm512_loadu_si512(values);
     shifts = _mm512_loadu_si512(amounts);
+    first = _mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0);
+    second = _mm512_set_epi64(3, 3, 3, 3, 2, 2, 2, 2);
+    first_words = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    second_words = _mm512_add_epi32(first_words, _mm512_set1_epi32(2));
   }
-  INLINE_MEMBER __m512bh operator()(__m512i words) const {
-    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts), table));
+  INLINE_MEMBER __m512bh codes(__m512i four, __m512i which) const {
+    const __m512i shifted = _mm512_srlv_epi16(_mm512_permutexvar_epi64(which, four), shifts);
+    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(shifted, table));
   }
 };
 
 INLINE __m512bh pair_of_inputs(const char* row, const uint16_t* places) {
-  const char *first = row + static_cast<int64_t>(places[0]) * PLACE, *second = row + static_cast<int64_t>(places[1]) * PLACE;
-  return reinterpret_cast<__m512bh>(_mm512_mask_loadu_epi64(_mm512_loadu_si512(first), 0xaa, second));
+  const auto at = [&](int i) { return reinterpret_cast<const __m256i*>(row + static_cast<int64_t>(places[i]) * PAIR_PLACE); };
+  return reinterpret_cast<__m512bh>(_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_load_si256(at(0))), _mm256_load_si256(at(1)), 1));
 }
 
 INLINE __m512 pair_product(__m512bh codes, __m512i zeros, __m512bh inputs) {
@@ -52,9 +61,12 @@ INLINE __m512 pair_product(__m512bh codes, __m512i zeros, __m512bh inputs) {
   return _mm512_dpbf16_ps(product, reinterpret_cast<__m512bh>(zeros), inputs);
 }
 
-INLINE __m128 sum_of_blocks(__m512 sums) {
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+// Of both halves of both sums.
+INLINE __m128 sums_of_halves(__m512 first, __m512 second) {
+  const __m256 one = _mm256_hadd_ps(_mm512_castps512_ps256(first), _mm512_extractf32x8_ps(first, 1));
+  const __m256 two = _mm256_hadd_ps(_mm512_castps512_ps256(second), _mm512_extractf32x8_ps(second, 1));
+  const __m256 all = _mm256_hadd_ps(one, two);
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
 // Sums of four rows.
@@ -69,31 +81,33 @@ INLINE __m128 sum_four(const Image* w, const PairDecoder& decode, const char* ro
     const uint16_t* places = places_of(w) + run;
     for (int64_t i = 0; i < count; i += FOUR, at += FOUR * UNIT / 2, places += FOUR) {
       const __m512i codes = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-      const __m512i zeros = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(grids.zeros + i)));
-      const __m512 scales = _mm512_broadcast_f32x4(_mm_load_ps(grids.scales + i));
-      const __m512 one = pair_product(decode(_mm512_shuffle_i64x2(codes, codes, 0)), _mm512_unpacklo_epi32(zeros, zeros),
+      const __m512i zeros = _mm512_castsi128_si512(_mm_load_si128(reinterpret_cast<const __m128i*>(grids.zeros + i)));
+      const __m512 scales = _mm512_castps128_ps512(_mm_load_ps(grids.scales + i));
+      const __m512 one = pair_product(decode.codes(codes, decode.first), _mm512_permutexvar_epi32(decode.first_words, zeros),
                                       pair_of_inputs(row, places));
-      const __m512 two = pair_product(decode(_mm512_shuffle_i64x2(codes, codes, 0x55)), _mm512_unpackhi_epi32(zeros, zeros),
+      const __m512 two = pair_product(decode.codes(codes, decode.second), _mm512_permutexvar_epi32(decode.second_words, zeros),
                                       pair_of_inputs(row, places + 2));
-      first = _mm512_fmadd_ps(one, _mm512_unpacklo_ps(scales, scales), first);
-      second = _mm512_fmadd_ps(two, _mm512_unpackhi_ps(scales, scales), second);
+      first = _mm512_fmadd_ps(one, _mm512_permutexvar_ps(decode.first_words, scales), first);
+      second = _mm512_fmadd_ps(two, _mm512_permutexvar_ps(decode.second_words, scales), second);
     }
   }
-  return _mm_hadd_ps(sum_of_blocks(first), sum_of_blocks(second));
+  return sums_of_halves(first, second);
 }
 
 }  // namespace
 
-// Word w of block b (of four 128-bit ones) is input 4 (w % 4) + b of the group, twice: the first slot of a pair takes
-// the lower half of each block, the second the upper one.
+// A group as its codes meet it: place 4 b + w holds the input whose code is at bit 4 b of 16-bit word w. Half the bytes of
+// floats, so that PLACE halves too: where x outgrows the first cache, products take twice as long.
 void load_kept_bfloat16(const Image* w, const void* x, uint16_t* row) {
-  const uint16_t* from = static_cast<const uint16_t*>(x);
-  for (int64_t g = 0; g <= w->groups; ++g, from += UNIT, row += 2 * UNIT) {
-    const int64_t left = g < w->groups ? w->k - g * UNIT : 0;
-    uint16_t inputs[UNIT] = {};
-    __builtin_memcpy(inputs, from, static_cast<size_t>(2 * (left < UNIT ? left : UNIT)));
-    for (int i = 0; i < 2 * UNIT; ++i) row[i] = inputs[i % 4 * 4 + i / 8];
-  }
+  const __m256i order = _mm256_set_epi16(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const char* from = static_cast<const char*>(x);
+  const int64_t whole = w->k / UNIT, left = w->k % UNIT;
+  const auto put = [&](int64_t g, __m256i inputs) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(row + g * UNIT), _mm256_permutexvar_epi16(order, inputs));
+  };
+  for (int64_t g = 0; g < whole; ++g) put(g, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + g * 2 * UNIT)));
+  if (left) put(whole, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << left) - 1), from + whole * 2 * UNIT));
+  put(w->groups, _mm256_setzero_si256());
 }
 
 void multiply_kept_bfloat16(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
