@@ -46,3 +46,17 @@ inline const uint16_t* places_of(const Image* w) { return at_offset<uint16_t>(w,
 inline int64_t places_of_group(const Image* w) { return w->kept.units * UNIT * 4 / PLACE; }
 inline const uint8_t* row_order(const Image* w) { return at_offset<uint8_t>(w, w->kept.order); }
 inline const int64_t* starts_of_fours(const Image* w) { return at_offset<int64_t>(w, w->kept.starts); }
+
+// Asks for the sixteen slots from here on, some while before they are read. Four streams, each short, are more than
+// processors foresee: without, one row of bfloat16 and 11008 inputs takes 1.6 times as long. 512 slots are as good as
+// 256 at 4096 inputs and better at 11008; 1024 take a tenth longer.
+constexpr int64_t AHEAD = 512;
+template <int BYTES>  // of a group, or more
+inline __attribute__((always_inline)) void fetch_slots(const Image* w, int64_t slot, int64_t bytes) {
+  const uint8_t* codes = kept_codes(w) + (slot + AHEAD) * bytes;
+  for (int at = 0; at < UNIT * BYTES; at += VECTOR) __builtin_prefetch(codes + at);
+  if (slot & UNIT) return;
+  __builtin_prefetch(at_offset<uint16_t>(w, w->scales) + slot + AHEAD);
+  __builtin_prefetch(places_of(w) + slot + AHEAD);
+  if (!w->symmetric) __builtin_prefetch(zeros_of(w) + slot + AHEAD);
+}

@@ -18,6 +18,7 @@ struct ZerosAndScales {
   alignas(64) uint32_t zeros[RUN];  // less than nothing, as two bfloat16
   INLINE_MEMBER void load(const Image* w, int64_t from, int64_t to) {
     for (int64_t slot = from; slot < to; slot += UNIT) {
+      fetch_slots<UNIT / 2>(w, slot, UNIT / 2);
       const Floats wide = load_float16(at_offset<uint16_t>(w, w->scales) + slot);
       const Floats shifts = w->symmetric ? all(static_cast<float>(-w->mid)) : load_offsets(zeros_of(w) + slot, 0);
       const WordLanes upper = reinterpret_cast<WordLanes>(shifts.part[0]);

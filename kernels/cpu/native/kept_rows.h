@@ -66,10 +66,12 @@ struct UnitDecoder {
 // Scales of a run of slots, and what they add to a code times its scale: (code - zero) * scale is exact in float32.
 // Widened long before they are used: a load that meets a store on its way, in another size, waits for it.
 constexpr int64_t RUN = 256;
+template <int BYTES>
 struct Grids {
   float scales[RUN], offsets[RUN];
   INLINE_MEMBER void load(const Image* w, int64_t from, int64_t to) {
     for (int64_t slot = from; slot < to; slot += UNIT) {
+      fetch_slots<BYTES>(w, slot, bytes_of_group(w));
       const Floats wide = load_float16(at_offset<uint16_t>(w, w->scales) + slot);
       Floats shifts = w->symmetric ? all(static_cast<float>(-w->mid)) : load_offsets(zeros_of(w) + slot, 0);
       for (int p = 0; p < PARTS; ++p) shifts.part[p] *= wide.part[p];
@@ -104,7 +106,7 @@ INLINE void sum_rows(const Image* w, const UnitDecoder<Decoder, BITS>& codes, co
   const uint8_t* at = kept_codes(w) + (from + place) * bytes;
   Floats sums[ROWS][M];
   unrolled<ROWS * M>([&](int i) INLINE_LAMBDA { sums[i / M][i % M] = all(0); });
-  Grids grids;
+  Grids<2 * BITS * UNITS> grids;
   for (int64_t run = from; run < end; run += RUN) {
     const int64_t run_end = run + RUN < end ? run + RUN : end;
     grids.load(w, run, run_end);
@@ -183,7 +185,7 @@ void unpack_strip_of(const Image* w, int64_t row, char* out, Type type) {
   __builtin_memset(out, 0, static_cast<size_t>(count * row_bytes));
   for (int64_t four = row / FOUR; four < (row + STRIP) / FOUR; ++four) {
     const int64_t from = starts_of_fours(w)[four], end = starts_of_fours(w)[four + 1];
-    Grids grids;
+    Grids<2 * BITS> grids;
     for (int64_t slot = from; slot < end; ++slot) {
       const int64_t in_run = (slot - from) % RUN;
       if (!in_run) grids.load(w, slot, slot + RUN < end ? slot + RUN : end);
