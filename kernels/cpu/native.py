@@ -35,6 +35,9 @@ LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips
 # F.linear up to 256 rows (Zen 5, 2 threads). Own bfloat16 ones take 0.9 to 1.2 of its time at 128 to 512 rows, and
 # panels 1.2 to 1.8 times as long as they do at 128, 1.3 at 256, 1.1 at 512.
 PANEL_FROM = {torch.bfloat16: 1024}
+# The same where half of the groups of 16 is dropped: at 64 rows own bfloat16 products take 0.8 and 1.5 times as long as
+# panels (K 1536 and 4096), at 32 rows 0.5, at 128 rows 1.3 and 1.9. Own float32 ones take half the time up to 256 rows.
+KEPT_PANEL_FROM = {torch.bfloat16: 64}
 # Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input lies in a page of its own,
 # and writing them takes 20 times as long.
 PANEL_ROWS = 128
@@ -198,12 +201,22 @@ def multiply_all(
     first = weights[0]
     rows, leading = x.numel() // first.k, x.shape[:-1]
     outputs = [x.new_empty(*leading, w.n) for w in weights]
-    if rows >= PANEL_FROM.get(x.dtype, rows + 1) and not first.int8:
-        for w, bias, y in zip(weights, biases, outputs, strict=True):
-            _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
-    elif rows:
+    by_panels = [rows > 1 and _is_for_panels(w, rows, x.dtype) for w in weights]
+    if rows and not any(by_panels):
         _multiply_rows(x, rows, weights, [_readable(bias) for bias in biases], outputs)
+        return outputs
+    for w, bias, y, panels in zip(weights, biases, outputs, by_panels, strict=True):
+        if panels:
+            _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
+        elif rows:
+            _multiply_rows(x, rows, [w], [_readable(bias)], [y])
     return outputs
+
+
+def _is_for_panels(w: NativeWeight, rows: int, dtype: torch.dtype) -> bool:
+    if w.int8 or rows < min(table.get(dtype, rows + 1) for table in (PANEL_FROM, KEPT_PANEL_FROM)):
+        return False
+    return rows >= (KEPT_PANEL_FROM if _has_kept_groups(w) else PANEL_FROM).get(dtype, rows + 1)
 
 
 def _multiply_rows(

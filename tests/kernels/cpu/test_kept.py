@@ -105,7 +105,7 @@ def test_bias_low_rank_and_rotation(level: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_go_through_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "PANEL_ROWS", 80)
-    monkeypatch.setattr(native, "PANEL_FROM", {dtype: 60})
+    monkeypatch.setattr(native, "KEPT_PANEL_FROM", {dtype: 60})
     tensor = random_kept(QuantSpec(3, 16, sparsity=0.5), (190, 130))
     weight = prepare(tensor, dtype)
     assert len(native._panels(weight)) > 1
