@@ -19,7 +19,7 @@ import torch
 
 from ...errors import UsageError
 
-VERSION = 3  # of the C interface in native/api.h and of images
+VERSION = 4  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
 FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them
@@ -38,8 +38,11 @@ _INTERFACE = {
     "pool": (_TEXT, []),
     "image_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _INT, _INT]),
     "pack": (None, [_INT, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT]),
+    "kept_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _POINTER, _INT]),
+    "pack_kept": (None, [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 5, _INT]),
     "matmul": (None, [_BYTES, _INT, _POINTER, _LONG, _INT, _INT, _INT]),
     "rotate": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT]),
+    "panel_by_rows": (_INT, [_POINTER]),
     "panel_step": (_LONG, [_POINTER]),
     "unpack": (None, [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]),
 }
@@ -56,8 +59,11 @@ class Library:
     pool: Any
     image_bytes: Any
     pack: Any
+    kept_bytes: Any
+    pack_kept: Any
     matmul: Any
     rotate: Any
+    panel_by_rows: Any
     panel_step: Any
     unpack: Any
 

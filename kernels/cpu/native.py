@@ -2,10 +2,12 @@
 
 Weights are repacked once into an image (native/image.h): 16 output channels side by side, inputs running inside, codes
 placed so that one shift yields them for float32, bfloat16 and int8 products alike. Few rows of x
-are multiplied with the codes; from PANEL_FROM on, panels of the weight are unpacked and given to torch's matmul.
+are multiplied with the codes; from PANEL_FROM on, panels of the weight are unpacked and given to torch's matmul. Of
+weights with dropped groups (native/kept.h) only the groups that stay are in the image, and are read.
 
 Activations are rounded to int8 only where QUANTC_CPU_INT8=1 says so, or NATIVE.int8 is set: then sums are of
-products of integers, with a scale for every 32 activations. Nothing else changes the arithmetic.
+products of integers, with a scale for every 32 activations, but not where groups are dropped. Nothing else changes the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ from ...spec import QuantSpec
 from ..base import DENSE_ONLY
 from ..rotation import rotate
 from . import library, rotation
+from .images import in_strips, longest_row, pack
 from .library import TYPES
 
 INT8_VARIABLE = "QUANTC_CPU_INT8"
-STRIP, BLOCK, ALIGNMENT = 16, 32, 64  # as in native/image.h
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
 # Rows of x from which torch multiplies with unpacked panels. Own float32 sums are 1.5 to 5 times as fast as torch's
 # F.linear up to 256 rows (Zen 5, 2 threads). Own bfloat16 ones take 0.9 to 1.2 of its time at 128 to 512 rows, and
 # panels 1.2 to 1.8 times as long as they do at 128, 1.3 at 256, 1.1 at 512.
 PANEL_FROM = {torch.bfloat16: 1024}
+# The same where half of the groups of 16 is dropped: at 64 rows own bfloat16 products take 0.8 and 1.5 times as long as
+# panels (K 1536 and 4096), at 32 rows 0.5, at 128 rows 1.3 and 1.9. Own float32 ones take half the time up to 256 rows.
+KEPT_PANEL_FROM = {torch.bfloat16: 64}
 # Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input lies in a page of its own,
 # and writing them takes 20 times as long.
 PANEL_ROWS = 128
@@ -96,13 +101,15 @@ class NativeCpu:
             return found
         if dtype not in TYPES:
             return f"runs in float32, float16 and bfloat16, not in {str(dtype)[6:]}"
-        if spec.sparse:
+        if spec.two_of_four:
             return DENSE_ONLY
         along = shape[1] if spec.grouping == "per_oc" else shape[0]
         least, group = LEAST_GROUP[spec.grouping], spec.group_length(shape)
         if group < min(least, along):
             return f"needs {spec.grouping} groups of {least} or more, not {group}"
-        if self.int8 and not found.has_int8():
+        if spec.sparsity and shape[1] > (longest := longest_row(group)):
+            return f"needs rows of up to {longest} inputs in groups of {group} where groups are dropped, not {shape[1]}"
+        if self.int8 and not spec.sparsity and not found.has_int8():
             return f"has no int8 activations on {library.level()}, and {INT8_VARIABLE} asks for them"
         return None
 
@@ -115,7 +122,7 @@ class NativeCpu:
             None if a is None else a.contiguous(),
             None if b is None else in_strips(b),
             spec.hadamard,
-            self.int8,
+            self.int8 and not spec.sparsity,
         )
 
     def run(self, x: torch.Tensor, prepared: NativeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -178,26 +185,6 @@ def _fake_native_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tens
     return x.new_empty(*x.shape[:-1], n)
 
 
-def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
-    """The dense format's codes, scales and zeros as an image: uint8 (bytes,)."""
-    lib = library.loaded()
-    per_ic = spec.grouping == "per_ic"
-    header = (spec.bits, *shape, spec.group_length(shape), int(per_ic))
-    size = lib.image_bytes(*header, int(spec.symmetric))
-    room = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
-    image = room[-room.data_ptr() % ALIGNMENT :][:size]
-    stored = [None if part is None else part.contiguous() for part in map(parts.get, ("qweight", "scales", "zeros"))]
-    addresses = [None if part is None else part.data_ptr() for part in stored]
-    lib.pack(*header, *addresses, image.data_ptr(), torch.get_num_threads())
-    return image
-
-
-def in_strips(b: torch.Tensor) -> torch.Tensor:
-    """b (N, R) as the library reads it: (ceil(N / 16), R, 16), filled up with zeros."""
-    padded = F.pad(b, (0, 0, 0, -b.shape[0] % STRIP))
-    return padded.unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
-
-
 def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype."""
     return multiply_all(x, [w], [bias])[0]
@@ -214,12 +201,22 @@ def multiply_all(
     first = weights[0]
     rows, leading = x.numel() // first.k, x.shape[:-1]
     outputs = [x.new_empty(*leading, w.n) for w in weights]
-    if rows >= PANEL_FROM.get(x.dtype, rows + 1) and not first.int8:
-        for w, bias, y in zip(weights, biases, outputs, strict=True):
-            _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
-    elif rows:
+    by_panels = [rows > 1 and _is_for_panels(w, rows, x.dtype) for w in weights]
+    if rows and not any(by_panels):
         _multiply_rows(x, rows, weights, [_readable(bias) for bias in biases], outputs)
+        return outputs
+    for w, bias, y, panels in zip(weights, biases, outputs, by_panels, strict=True):
+        if panels:
+            _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
+        elif rows:
+            _multiply_rows(x, rows, [w], [_readable(bias)], [y])
     return outputs
+
+
+def _is_for_panels(w: NativeWeight, rows: int, dtype: torch.dtype) -> bool:
+    if w.int8 or rows < min(table.get(dtype, rows + 1) for table in (PANEL_FROM, KEPT_PANEL_FROM)):
+        return False
+    return rows >= (KEPT_PANEL_FROM if _has_kept_groups(w) else PANEL_FROM).get(dtype, rows + 1)
 
 
 def _multiply_rows(
@@ -245,10 +242,20 @@ def _readable(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
-    """Rows [start, stop) of W into out (K, stop - start); both on the steps of a panel, or stop is N."""
-    assert out.is_contiguous()
+    """Rows [start, stop) of W into out (K, stop - start), in the order of `_panel`; both on its steps, or stop is N."""
+    assert (out.T if _has_kept_groups(w) else out).is_contiguous()
     lib = library.loaded()
     lib.unpack(w.image.data_ptr(), start, stop, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+
+
+def _has_kept_groups(w: NativeWeight) -> bool:
+    return bool(library.loaded().panel_by_rows(w.image.data_ptr()))
+
+
+def _panel(w: NativeWeight, room: torch.Tensor, rows: int) -> torch.Tensor:
+    """(K, rows) in the order that the library writes: by inputs, or by outputs where groups are dropped."""
+    values = room[: w.k * rows]
+    return values.view(rows, w.k).T if _has_kept_groups(w) else values.view(w.k, rows)
 
 
 def _panels(w: NativeWeight) -> list[tuple[int, int]]:
@@ -262,7 +269,7 @@ def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None,
     panels = _panels(w)
     room = x.new_empty(w.k * (panels[0][1] - panels[0][0]))
     for start, stop in panels:
-        panel = room[: w.k * (stop - start)].view(w.k, stop - start)
+        panel = _panel(w, room, stop - start)
         unpack(w, start, stop, panel)
         if bias is None:
             torch.mm(x, panel, out=y[:, start:stop])
@@ -275,7 +282,7 @@ def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None,
 def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The same product through the unpacked weight, so that gradients reach x (adapters train on packed weights)."""
     x = rotate(x, w.hadamard) if w.hadamard else x
-    weight = x.new_empty(w.k, w.n)
+    weight = _panel(w, x.new_empty(w.k * w.n), w.n)
     unpack(w, 0, w.n, weight)
     y = x @ weight
     if w.low_rank_a is not None:

@@ -25,6 +25,13 @@ EXPORT int64_t quantc_cpu_image_bytes(int32_t bits, int64_t n, int64_t k, int64_
 EXPORT void quantc_cpu_pack(int32_t bits, int64_t n, int64_t k, int64_t group, int32_t per_ic, const void* codes,
                             const void* scales, const void* zeros, void* image, int32_t threads);
 
+// The same of a weight with dropped groups: marks [n][ceil(ceil(k / group) / 8)], codes, scales and zeros are those of the
+// format group-sparse, as many as marks says. group: up to 32, and up to k.
+EXPORT int64_t quantc_cpu_kept_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, const void* marks,
+                                     int32_t symmetric);
+EXPORT void quantc_cpu_pack_kept(int32_t bits, int64_t n, int64_t k, int64_t group, const void* marks, const void* codes,
+                                 const void* scales, const void* zeros, void* image, int32_t threads);
+
 // The products of x [m][k] with 1 to LARGEST_GROUP weights of this k: `products` are Product structs (weight.h), each
 // with its rotation of x, its low-rank addition and its bias. Types: 0 float32, 1 float16, 2 bfloat16; every y has that
 // of x. int8: nonzero rounds x to int8 in blocks of 32, where has_int8 says so.
@@ -35,5 +42,7 @@ EXPORT void quantc_cpu_matmul(const void* products, int32_t count, const void* x
 EXPORT void quantc_cpu_rotate(const void* rotation, const void* x, void* out, int64_t m, int32_t type, int32_t threads);
 
 // Rows [from, to) of W as columns of out [k][to - from]. from and to: multiples of quantc_cpu_panel_step, or to is n.
+// Of an image with dropped groups, where quantc_cpu_panel_by_rows says so, as rows of out [to - from][k].
+EXPORT int32_t quantc_cpu_panel_by_rows(const void* image);
 EXPORT int64_t quantc_cpu_panel_step(const void* image);
 EXPORT void quantc_cpu_unpack(const void* image, int64_t from, int64_t to, void* out, int32_t type, int32_t threads);

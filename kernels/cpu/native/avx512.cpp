@@ -3,6 +3,7 @@
 #define LANES 16
 #include "hadamard.h"
 #include "lookup.h"
+#include "kept_rows.h"
 #include "low_rank.h"
 
 static bool runs_here() {
@@ -14,5 +15,6 @@ static bool runs_here() {
 const Level LEVEL_AVX512 = {
     "avx512", runs_here, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
     multiply<Lookup>, nullptr, nullptr, unpack<Lookup>,
+    load_kept, multiply_kept<Lookup>, unpack_kept<Lookup>, nullptr, nullptr,
 };
 #endif

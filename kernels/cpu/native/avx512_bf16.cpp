@@ -4,6 +4,7 @@
 #define LANES 16
 #include <immintrin.h>
 
+#include "kept_bfloat16.h"
 #include "totals.h"
 
 namespace {

@@ -12,7 +12,14 @@ constexpr int STRIP = 16;   // output rows: float32 lanes of an AVX-512 register
 constexpr int BLOCK = 32;   // inputs: then every plane of a block is a whole number of 64-byte vectors
 constexpr int VECTOR = 64;  // bytes: a 32-bit word for each row of a strip
 constexpr uint32_t MAGIC = 0x43504351;
-constexpr uint32_t VERSION = 3;
+constexpr uint32_t VERSION = 4;
+
+// What the image of a weight with dropped groups has besides: kept.h. All zero in the others.
+struct Kept {
+  int64_t units, unit;                     // of a group, and inputs in a unit: 8 or 16
+  int64_t slots;                           // for kept groups, the empty ones included
+  int64_t places, order, starts, shares;   // offsets in bytes from the image's header
+};
 
 struct Image {
   uint32_t magic, version;
@@ -28,6 +35,7 @@ struct Image {
   int64_t scales;  // float16: per_oc [strips][groups][16], per_ic [groups][blocks * 32]
   int64_t zeros;   // uint8, shaped as the scales; none if symmetric
   int64_t bytes;   // all of it
+  Kept kept;       // of a weight with dropped groups, whose strips, blocks, codes, scales and zeros are those of kept.h
 };
 
 // Planes of a code. The lower plane has `bits` 2, 4 or 8, the upper one the 1 or 2 that are left.
@@ -60,6 +68,7 @@ constexpr int quad_input(int bits, int quad, int byte) {
   return vector * 4 * per_byte + 2 * (byte % 2 * per_byte + place) + byte / 2;
 }
 
+inline bool is_sparse(const Image* w) { return w->kept.units > 0; }
 inline const uint32_t* codes_of(const Image* w, int64_t strip) {
   const int64_t words = w->blocks * w->bits * STRIP;
   return reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(w) + w->codes) + strip * words;
@@ -74,10 +83,15 @@ inline int64_t blocks_before(const Image* w, int64_t group) {  // per_oc; the la
   const int64_t before = group * w->group_blocks;
   return before < w->blocks ? before : w->blocks;
 }
+inline const int32_t* shares_of(const Image* w) {
+  return reinterpret_cast<const int32_t*>(reinterpret_cast<const char*>(w) + w->kept.shares);
+}
 inline int64_t first_row(const Image* w, int64_t strip) {
+  if (is_sparse(w)) return shares_of(w)[strip];
   return strip / w->group_strips * (w->per_ic ? w->group : 0) + strip % w->group_strips * STRIP;
 }
 inline int rows_in(const Image* w, int64_t strip) {
+  if (is_sparse(w)) return shares_of(w)[strip + 1] - shares_of(w)[strip];
   const int64_t group_end = w->per_ic ? (strip / w->group_strips + 1) * w->group : w->n;
   const int64_t end = group_end < w->n ? group_end : w->n;
   const int64_t left = end - first_row(w, strip);

@@ -48,6 +48,14 @@ struct Level {
   Strips by_int8;
   // Strips [from, to) as columns of W^T: out [k][stride] of a type, column 0 being the first row of strip `from`.
   void (*unpack)(const Image*, int64_t from, int64_t to, void* out, Type, int64_t stride);
+  // The same of weights with dropped groups (kept.h): a row of x in the order of their units, products of shares, and
+  // the strip from a row on as rows of out [16][k].
+  void (*load_kept)(const Image*, const void* x, Type, float* row);
+  Strips by_kept;
+  void (*unpack_kept)(const Image*, int64_t row, void* out, Type);
+  // Of one row of bfloat16 where fits_pairs (kept.h), or null.
+  void (*load_kept_bfloat16)(const Image*, const void* x, uint16_t* row);
+  Strips by_kept_bfloat16;
 };
 
 extern const Level LEVEL_SCALAR;

@@ -6,6 +6,8 @@
 #if defined(__x86_64__)
 void multiply_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+void load_kept_bfloat16(const Image*, const void*, uint16_t*);
+void multiply_kept_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 #endif
 
 namespace {
@@ -32,6 +34,8 @@ struct Available {
     Level bfloat16 = vnni;
     bfloat16.name = "avx512_bf16";
     bfloat16.by_bfloat16 = multiply_bfloat16;
+    bfloat16.load_kept_bfloat16 = load_kept_bfloat16;
+    bfloat16.by_kept_bfloat16 = multiply_kept_bfloat16;
     bfloat16.runs_here = [] {
       return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
     };

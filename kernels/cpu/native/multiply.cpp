@@ -1,5 +1,7 @@
 #include "multiply.h"
 
+#include "cost.h"
+#include "kept.h"
 #include "levels.h"
 #include "scratch.h"
 #include "threads.h"
@@ -8,7 +10,6 @@ namespace {
 
 constexpr int64_t SLAB = 64;                // rows of x for which a piece of W stays in a core's cache
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of packed weight that a thread takes at once: an eighth of a Zen 5's L2
-constexpr int64_t ALONE = 1 << 19;          // products below which one thread is faster: 7 us alone, 3 to 9 to wake another
 
 thread_local Scratch caller_scratch, worker_scratch;
 
@@ -40,17 +41,10 @@ struct Multiplication {
 
 int64_t groups_of_inputs(const Image* w) { return w->per_ic ? 1 : w->groups; }
 
-// Products (75 in a nanosecond of one Zen 5 core) that take as long as what comes before them: x to its order 0.1 ns a
-// value, its rotation 0.26 and with a base matrix 0.16 + base / 190 more, a x two products' time for each.
-int64_t cost_of_row(int64_t k, const Rotation* rotation, int64_t rank) {
-  const int64_t base = rotation && rotation->base > 1 ? 12 + 2 * rotation->base / 5 : 0;
-  return k * (8 + (rotation ? 20 + base : 0) + 2 * rank);
-}
-
-int threads_for_rows(int64_t rows, int64_t cost, int threads) { return rows * cost < ALONE ? 1 : threads; }
-
 void order_row(const Multiplication& job, const void* x, int64_t row, float* workspace) {
   char* to = job.ordered + row * job.row_bytes;
+  if (is_sparse(job.w) && job.kind == BY_BFLOAT16) return job.level->load_kept_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to));
+  if (is_sparse(job.w)) return job.level->load_kept(job.w, x, job.type, reinterpret_cast<float*>(to));
   float* sums = job.sums + row * groups_of_inputs(job.w);
   if (job.kind == BY_BFLOAT16) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
   if (job.kind == BY_FLOAT || job.w->per_ic) return job.level->load_float(job.w, x, job.type, reinterpret_cast<float*>(to), sums);
@@ -76,13 +70,24 @@ void load_row(void* context, int64_t row) {
   order_row(job, x, row, workspace);
 }
 
+Kind kind_of(const Multiplication& job, const Call& call) {
+  const bool bfloat16 = call.type == BFLOAT16;
+  if (is_sparse(job.w)) return bfloat16 && call.m == 1 && job.level->by_kept_bfloat16 && fits_pairs(job.w) ? BY_BFLOAT16 : BY_FLOAT;
+  if (call.int8 && job.level->by_int8) return BY_INT8;
+  return bfloat16 && job.level->by_bfloat16 && !job.w->per_ic ? BY_BFLOAT16 : BY_FLOAT;
+}
+
+Strips kernel_of(const Multiplication& job) {
+  if (is_sparse(job.w)) return job.kind == BY_BFLOAT16 ? job.level->by_kept_bfloat16 : job.level->by_kept;
+  return job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
+}
+
 void multiply_tile(const Multiplication& job, Inputs inputs, int64_t row, int64_t from, int64_t to) {
   const int64_t n = job.w->n, left = job.m - row;
   const bool own = job.weight->rank > 0;
   Outputs out{job.y + row * n * size_of(job.type), own ? job.added + row * n : job.bias, job.type,
               own ? FLOAT32 : job.bias_type, n, static_cast<int>(left < inputs.m ? left : inputs.m), own ? n : 0};
-  const Strips kernel = job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
-  kernel(job.w, inputs, out, from, to);
+  kernel_of(job)(job.w, inputs, out, from, to);
 }
 
 // Every group of outputs scales x in its own way.
@@ -136,15 +141,16 @@ void multiply_piece(void* context, int64_t piece) {
   }
 }
 
-int64_t value_size(const Multiplication& job) {
+int64_t value_size(const Multiplication& job) {  // a unit of dropped groups takes as much in pairs of bfloat16
+  if (is_sparse(job.w)) return 4;
   return job.kind == BY_BFLOAT16 ? 2 : job.kind == BY_INT8 && !job.w->per_ic ? 1 : 4;
 }
 
 // Whether two products take the rows of x in one order, with the same sums: q, k and v of one spec do.
 bool same_inputs(const Multiplication& a, const Multiplication& b) {
   return a.weight->rotation == b.weight->rotation && !a.weight->rank && !b.weight->rank && a.w->bits == b.w->bits &&
-         a.w->per_ic == b.w->per_ic && a.w->symmetric == b.w->symmetric && a.w->group_blocks == b.w->group_blocks &&
-         (a.w->per_ic || a.w->group == b.w->group);
+         a.w->per_ic == b.w->per_ic && a.w->symmetric == b.w->symmetric && is_sparse(a.w) == is_sparse(b.w) &&
+         (is_sparse(a.w) || a.w->group_blocks == b.w->group_blocks) && (a.w->per_ic || a.w->group == b.w->group);
 }
 
 // Puts a product's share of the caller's scratch at `room`, rows of x that another has loaded aside; returns its bytes.
@@ -186,8 +192,7 @@ struct Together {
     job.bias = product.bias;
     job.type = call.type;
     job.bias_type = static_cast<Type>(product.bias_type);
-    const bool by_bfloat16 = job.type == BFLOAT16 && job.level->by_bfloat16 && !job.w->per_ic;
-    job.kind = call.int8 && job.level->by_int8 ? BY_INT8 : by_bfloat16 ? BY_BFLOAT16 : BY_FLOAT;
+    job.kind = kind_of(job, call);
   }
 
   // At 0 this only counts the bytes.
@@ -241,13 +246,13 @@ void run(Together& all, int threads) {
   int64_t strips = 0, products = 0;
   for (int i = 0; i < all.count; ++i) {
     strips += all.jobs[i].w->strips;
-    products += all.jobs[i].w->n * all.jobs[i].w->k * all.m;
+    products += products_per_row(all.jobs[i].w) * all.m;
   }
   if (products < ALONE) threads = 1;
   const int64_t even = (strips + 4 * threads - 1) / (4 * threads);
   for (int i = 0; i < all.count; ++i) {
     Multiplication& job = all.jobs[i];
-    const int64_t strip_bytes = job.w->blocks * job.w->bits * VECTOR;
+    const int64_t strip_bytes = is_sparse(job.w) ? job.w->bytes / job.w->strips : job.w->blocks * job.w->bits * VECTOR;
     const int64_t cached = PIECE_BYTES / strip_bytes > 0 ? PIECE_BYTES / strip_bytes : 1;
     job.strips_in_piece = even < cached ? even : cached;
     all.first_piece[i + 1] = all.first_piece[i] + (job.w->strips + job.strips_in_piece - 1) / job.strips_in_piece;

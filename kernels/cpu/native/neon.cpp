@@ -2,11 +2,13 @@
 #if defined(__aarch64__)
 #define LANES 4
 #include "hadamard.h"
+#include "kept_rows.h"
 #include "low_rank.h"
 #include "strips.h"
 
 const Level LEVEL_NEON = {
     "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
     multiply<Converter>, nullptr, nullptr, unpack<Converter>,
+    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr,
 };
 #endif

@@ -1,4 +1,4 @@
-// From the dense format's parts to an image.
+// From the parts of the dense and of the group-sparse format to an image.
 #pragma once
 
 #include "image.h"
@@ -9,3 +9,8 @@ Image describe(int bits, int64_t n, int64_t k, int64_t group, bool per_ic, bool 
 // Fills an image of which only the bytes are there. codes [n][ceil(k * bits / 8)], scales and zeros as in the format.
 void pack(const Image& header, int stored_bits, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
           int threads, void* image);
+
+// The same of a weight with dropped groups (kept.h). marks [n][ceil(groups / 8)]: a bit for each group, 1 where it stays.
+int64_t kept_bytes(int bits, int64_t n, int64_t k, int64_t group, const uint8_t* marks, bool symmetric);
+void pack_kept(int bits, int64_t n, int64_t k, int64_t group, const uint8_t* marks, const uint8_t* codes,
+               const uint16_t* scales, const uint8_t* zeros, int threads, void* image);

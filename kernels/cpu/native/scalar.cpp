@@ -2,9 +2,11 @@
 #define LANES 1
 #include "hadamard.h"
 #include "int8.h"
+#include "kept_rows.h"
 #include "low_rank.h"
 
 const Level LEVEL_SCALAR = {
     "scalar", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
     multiply<Converter>, nullptr, multiply_int8, unpack<Converter>,
+    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr,
 };

@@ -1,0 +1,65 @@
+"""Stored parts as the native library reads them: repacked once into an image (native/image.h, native/kept.h)."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch.nn import functional as F
+
+from ...formats import Parts
+from ...formats.group_sparse import kept_groups
+from ...spec import QuantSpec
+from . import library
+
+STRIP, ALIGNMENT = 16, 64  # as in native/image.h
+UNIT, LAST_PLACE, PLACES = 16, 65535, 8  # inputs side by side, and how far their places count: as in native/kept.h
+
+
+def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
+    """The codes, scales and zeros of a weight, dense or group-sparse, as an image: uint8 (bytes,)."""
+    return _pack_kept(parts, spec, shape) if spec.sparsity else _pack_dense(parts, spec, shape)
+
+
+def in_strips(b: torch.Tensor) -> torch.Tensor:
+    """b (N, R) as the library reads it: (ceil(N / 16), R, 16), filled up with zeros."""
+    padded = F.pad(b, (0, 0, 0, -b.shape[0] % STRIP))
+    return padded.unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
+
+
+def longest_row(group: int) -> int:
+    """How many inputs a weight with dropped groups can have."""
+    return LAST_PLACE // (PLACES * ceil(group / UNIT)) * group
+
+
+def _pack_dense(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
+    lib = library.loaded()
+    header = (spec.bits, *shape, spec.group_length(shape), int(spec.grouping == "per_ic"))
+    image = _room(lib.image_bytes(*header, int(spec.symmetric)))
+    stored = [_contiguous(parts, name) for name in ("qweight", "scales", "zeros")]
+    lib.pack(*header, *map(_address, stored), image.data_ptr(), torch.get_num_threads())
+    return image
+
+
+def _pack_kept(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
+    lib = library.loaded()
+    kept_groups(parts, spec, shape)  # the library relies on as many marks as there are groups
+    stored = [_contiguous(parts, name) for name in ("kept", "qweight", "scales", "zeros")]
+    header = (spec.bits, *shape, spec.group_length(shape), _address(stored[0]))
+    image = _room(lib.kept_bytes(*header, int(spec.symmetric)))
+    lib.pack_kept(*header, *map(_address, stored[1:]), image.data_ptr(), torch.get_num_threads())
+    return image
+
+
+def _room(size: int) -> torch.Tensor:
+    room = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+    return room[-room.data_ptr() % ALIGNMENT :][:size]
+
+
+def _contiguous(parts: Parts, name: str) -> torch.Tensor | None:
+    part = parts.get(name)
+    return None if part is None else part.contiguous()
+
+
+def _address(part: torch.Tensor | None) -> int | None:
+    return None if part is None else part.data_ptr()
