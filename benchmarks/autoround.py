@@ -9,6 +9,7 @@ command's CPU seconds are those of its process, start-up and writing included.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import tempfile
 from dataclasses import asdict
@@ -39,13 +40,19 @@ tokenizer.save_pretrained(out)
 
 
 def save_original(path: str, folder: Path) -> None:
-    """The model as a transformers folder of float32 weights."""
+    """The model as a transformers folder of float32 weights; a new one, since what came from GGUF cannot be saved."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     from quantc.frontend import open_model
 
     source = open_model(path)
-    source.load_whole(torch.float32).save_pretrained(folder)
+    original = source.load_whole(torch.float32)
+    config = copy.deepcopy(original.config)
+    config.__dict__.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(original.state_dict())
+    model.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
 
 

@@ -1,7 +1,7 @@
 """Peak memory of quantizing a model of two billion parameters, against the project's own bound.
 
 A synthetic Llama checkpoint (random bfloat16 weights, many layers) and one with half the layers are written,
-and each is quantized in a process of its own, round-to-nearest and GPTQ. Measured: its peak resident
+and each is quantized in a process of its own, round-to-nearest, GPTQ, and GPTQ with `tune`. Measured: its peak resident
 set size, whole command. Bound: embedding and head + three blocks + hidden states of the calibration set +
 1.5 GB; the first two in the checkpoint's bfloat16, hidden states in float32. The peak must not grow with the
 number of layers.
@@ -24,6 +24,7 @@ from benchmarks.common import describe, machine, markdown, quantize, write_json
 
 ALLOWANCE = 1_500_000_000  # bytes
 VOCABULARY, HEAD_DIM = 32_000, 128
+TUNE_STEPS = 3  # memory is the same after the first
 SEED = 0
 
 
@@ -123,10 +124,13 @@ def write_tokenizer(folder: Path) -> None:
 
 def measure(shape: Shape, folder: Path, method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row of the result: quantize a checkpoint and compare its peak with bound and checkpoint."""
-    tokens = args.samples * args.seq_len if method == "gptq" else 0
-    calibration = {"samples": args.samples, "seq_len": args.seq_len} if tokens else {}
+    tokens = 0 if method == "rtn" else args.samples * args.seq_len
+    options = {"samples": args.samples, "seq_len": args.seq_len} if tokens else {}
+    if method == "tune":
+        options["tune_steps"] = TUNE_STEPS
     out = folder.with_name("quantized")
-    measured, summary = quantize(str(folder), out, threads=args.threads, bits=args.bits, method=method, **calibration)
+    rounding = "rtn" if method == "rtn" else "gptq"
+    measured, summary = quantize(str(folder), out, threads=args.threads, bits=args.bits, method=rounding, **options)
     shutil.rmtree(out)
     peak, bound = measured.peak_rss_bytes, shape.bound(tokens)
     print(f"{method}, {shape.layers} layers: peak {peak / 1e9:.2f} GB", file=sys.stderr, flush=True)
@@ -182,9 +186,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=2048, help="hidden size, a multiple of 128")
     parser.add_argument("--intermediate", type=int, default=4096, help="width of the MLP")
     parser.add_argument("--layers", type=int, default=48, help="layers of the whole model")
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"], help="what to measure")
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "tune"], help="what to measure")
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=4, help="calibration windows for GPTQ")
+    parser.add_argument("--samples", type=int, default=4, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens in each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to write checkpoints [default: a temporary folder]")

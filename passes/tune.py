@@ -37,7 +37,7 @@ OFFSET_RATE, SCALE_RATE = 0.002, 0.004
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """steps: of training for each block, a batch of 2048 tokens each.
+    """steps: of training for each block, of 512 tokens or one sample each.
 
     budget: wall seconds for all blocks together; a block then gets fewer steps where its share holds fewer. The result
     depends on the machine then, and on what else it does.
@@ -47,7 +47,7 @@ class TuneConfig:
     codes, scales: whether these are trained.
     """
 
-    steps: int = 50
+    steps: int = 100
     budget: float | None = None
     window: int = 2
     codes: bool = True

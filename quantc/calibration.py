@@ -93,6 +93,8 @@ class CalibrationRun:
         self._states: HiddenStates | None = None
         size = max(1, BATCH_TOKENS // self.seq_len)
         self._probe, _ = self._calls(tokens[:1, :PROBE_TOKENS])
+        one, two = (self._calls(tokens[:1].expand(count, -1))[0] for count in (1, 2))
+        self._axes = [_sample_axes(*calls) for calls in zip(one, two, strict=True)]
         for start in range(0, self.samples, size):
             self._capture(start, tokens[start : start + size], folder)
 
@@ -151,6 +153,16 @@ class CalibrationRun:
         """Every batch, and what the block is called with for it, hidden states left out."""
         for batch in self._batches:
             yield batch, self.call(block, batch)
+
+    def parts(self, tokens: int) -> Iterator[Batch]:
+        """The set in batches of at most so many tokens, or of one sample."""
+        size = max(1, tokens // self.seq_len)
+        for batch in self._batches:
+            for start in range(0, batch.count, size):
+                count = min(size, batch.count - start)
+                calls = zip(batch.calls, self._axes, strict=True)
+                part = [_narrowed(call, axes, batch.count, start, count) for call, axes in calls]
+                yield Batch(batch.start + start, count, part)
 
     def call(self, block: Block, batch: Batch) -> BlockCall:
         """What the block is called with for a batch, hidden states left out."""
@@ -259,6 +271,28 @@ def _moved(value: Any, device: torch.device) -> Any:
     return _map_tensors(lambda tensor, _: tensor.to(device), value, value)
 
 
+def _sample_axes(one: BlockCall, two: BlockCall) -> Any:
+    """A call with the axis along which samples lie, or None, in place of each tensor; from calls of one and of two."""
+
+    def axis(tensor: torch.Tensor, single: Any) -> int | None:
+        return next((at for at, length in enumerate(single.shape) if tensor.shape[at] == 2 * length), None)
+
+    return _map_tensors(axis, two, one)
+
+
+def _narrowed(value: BlockCall, axes: Any, samples: int, start: int, count: int) -> BlockCall:
+    """The call of some of its samples."""
+
+    def narrow(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
+        if axis is None:
+            return tensor
+        each = tensor.shape[axis] // samples  # ALiBi's biases have one row for each head
+        return tensor.narrow(axis, start * each, count * each)
+
+    narrowed: BlockCall = _map_tensors(narrow, value, axes)
+    return narrowed
+
+
 def _shared(value: Any, known: Any) -> Any:
     """`value`, with every tensor that equals its counterpart in `known` replaced by that one."""
 
@@ -269,7 +303,7 @@ def _shared(value: Any, known: Any) -> Any:
     return _map_tensors(choose, value, known)
 
 
-def _map_tensors(change: Callable[[torch.Tensor, Any], torch.Tensor], value: Any, other: Any) -> Any:
+def _map_tensors(change: Callable[[torch.Tensor, Any], Any], value: Any, other: Any) -> Any:
     """`value` with `change(tensor, counterpart in other)` for its tensors; other objects stay the same object."""
     if isinstance(value, torch.Tensor):
         return change(value, other)

@@ -76,3 +76,10 @@ def spread_groups(values: torch.Tensor, spec: QuantSpec, shape: tuple[int, int])
     if spec.grouping == "per_oc":
         return values.repeat_interleave(g, dim=-1)[..., :k]
     return values.repeat_interleave(g, dim=-2)[..., :n, :]
+
+
+def group_sums(values: torch.Tensor, g: int) -> torch.Tensor:
+    """(..., ceil(K/g)): sums over groups of g of the last dimension K."""
+    count = -(-values.shape[-1] // g)
+    padded = torch.nn.functional.pad(values, (0, count * g - values.shape[-1]))
+    return padded.unflatten(-1, (count, g)).sum(-1)

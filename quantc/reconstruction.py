@@ -22,6 +22,10 @@ HELD_OUT = 8  # of so many batches one is kept aside
 CHECKS = 5  # times that the batches kept aside are looked at after the first step
 BETAS = (0.9, 0.99)  # of Adam; SignSGD moves what is noise as far as what is not, and found nothing from GPTQ's codes
 
+# Tokens of a step, where samples are not longer. stories15M, 3 bits, KL on two texts and CPU seconds: 100 steps of 512
+# 0.162 and 0.196 in 47, 50 of 2048 0.167 and 0.198 in 61, 50 of 1024 0.173 and 0.205 in 41, 50 of 512 0.177 and 0.211.
+STEP_TOKENS = 512
+
 Weights = Mapping[str, torch.Tensor]  # by their names inside the block
 
 
@@ -41,7 +45,7 @@ class Reconstruction:
         ahead: the blocks that follow, unrounded; then what the last of these puts out is to be reproduced.
         """
         self._calibration, self._block, self._module, self._ahead = calibration, block, module, ahead
-        self._batches = list(calibration.calls(block))
+        self._batches = [(part, calibration.call(block, part)) for part in calibration.parts(STEP_TOKENS)]
         self._targets = calibration.empty_states()
         with torch.no_grad():
             for batch, call in self._batches:
@@ -94,7 +98,9 @@ def train(
 ) -> Trained:
     """Take steps by Adam at rates that fall to 0; `keep` is called whenever the parameters are better than ever."""
     own, aside = target.split()
-    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in trainable.groups], betas=BETAS)
+    optimizer = torch.optim.Adam(
+        [{"params": group, "lr": rate} for group, rate in trainable.groups], betas=BETAS, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
     def error() -> float:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..qtensor import group_sums
 from ..spec import QuantSpec
 from .grids import Grid
 from .rounding import grid_rows
@@ -163,12 +164,12 @@ class _Layer:
         after = slopes.clone()
         levels = self.codes[channels].float().sub_(self.zeros[channels])
         scales = self.scales[channels]
-        curvatures = _group_sums(levels.square(), g).mul_(corner.diagonal()[:, None])
+        curvatures = group_sums(levels.square(), g).mul_(corner.diagonal()[:, None])
         steps = torch.empty_like(levels)
         group_of = torch.arange(self.shape[0], device=channels.device) // g
 
         def visit(position: int) -> None:
-            slope = _group_sums(slopes[position] * levels[position], g)
+            slope = group_sums(slopes[position] * levels[position], g)
             step = _scale_step(scales[position, ::g], slope, curvatures[position])[group_of]
             scales[position] += step
             torch.mul(levels[position], step, out=steps[position])
@@ -205,10 +206,3 @@ def _scale_step(scales: torch.Tensor, slopes: torch.Tensor, curvatures: torch.Te
     steps = stored - scales
     better = torch.isfinite(stored) & (stored != 0) & (steps * (2 * slopes + curvatures * steps) < 0)
     return torch.where(better, steps, 0.0)
-
-
-def _group_sums(values: torch.Tensor, g: int) -> torch.Tensor:
-    """(..., ceil(N/g)): sums over groups of g of the last dimension N."""
-    count = -(-values.shape[-1] // g)
-    padded = torch.nn.functional.pad(values, (0, count * g - values.shape[-1]))
-    return padded.unflatten(-1, (count, g)).sum(-1)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from quantc.numerics.basis import Basis
-from quantc.numerics.hadamard import rotate
+from quantc.numerics.hadamard import rotate, rotate_back
 from quantc.numerics.relaxed import RelaxedWeight
-from quantc.qtensor import QTensor
+from quantc.qtensor import QTensor, spread_groups
 from quantc.spec import QuantSpec
 
 SPECS = [
@@ -92,3 +92,33 @@ def test_experts_are_trained_as_one_stack() -> None:
     )
     both = RelaxedWeight(stack, torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(5)))
     assert torch.allclose(both(), torch.stack([part() for part in parts]), atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label())
+def test_gradients_are_those_of_the_weight_without_rounding(spec: QuantSpec) -> None:
+    """As autograd finds them through (code + offset - zero) (1 + factor) scale, rotated back."""
+    weight = relaxed(spec)
+    tensor, generator = weight.tensor, torch.Generator().manual_seed(6)
+    with torch.no_grad():  # small moves: no code reaches another, and all stay in range
+        weight.offsets.copy_(1e-4 * torch.rand(weight.offsets.shape, generator=generator) - 5e-5)
+    slopes = torch.randn(tensor.shape, generator=generator)
+    (weight() * slopes).sum().backward()
+    found = [parameter.grad.clone() for parameter in weight.parameters() if parameter.grad is not None]
+    weight.zero_grad()
+    steps = tensor.codes.float() - tensor.zero_points() + (weight.offsets - weight.offsets.detach())
+    scales = spread_groups(tensor.scales.float() * (1 + weight.factors), spec, tensor.shape)
+    turned = steps * scales
+    (rotate_back(turned, spec.hadamard) * slopes if spec.hadamard else turned * slopes).sum().backward()
+    for parameter, gradient in zip(weight.parameters(), found, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(gradient, parameter.grad, rtol=2e-3, atol=1e-6)
+
+
+def test_codes_beyond_their_range_have_no_gradient() -> None:
+    weight = relaxed(QuantSpec(3, 16))
+    with torch.no_grad():
+        weight.offsets.fill_(1.0)
+    weight().sum().backward()
+    assert weight.offsets.grad is not None
+    assert torch.equal(weight.offsets.grad == 0, weight.tensor.codes == 7)
+    assert bool((weight.tensor.codes == 7).any())
