@@ -67,7 +67,9 @@ def decode_launch(product: Product, device: Device, workspace: Workspace) -> Lau
     splits = best_splits(strips, tiles_k, DECODE_WARPS, device.multiprocessors, room)
     program = decode_program(product.weight.variant, product.x.dtype, tokens, product.unrotated)
     shared = _rotation_bytes(product.weight, m, splits) if product.unrotated else 0
-    arguments = (*_arguments(product, workspace), *_rotation_arguments(product))
+    order = product.weight.hadamard if product.unrotated else 0
+    rotation = rotation_arguments(order, product.weight.shape[1], product.x.device)
+    arguments = (*_arguments(product, workspace), *rotation)
     return Launch(program, (strips, splits, 1), (32 * DECODE_WARPS, 1, 1), shared, arguments)
 
 
@@ -165,13 +167,12 @@ def _rotation_bytes(weight: CudaWeight, m: int, splits: int) -> int:
     return max(widths) * (4 + 2 * m)
 
 
-def _rotation_arguments(product: Product) -> tuple[Any, ...]:
-    """Of decode, after the others."""
-    if not product.unrotated:
+def rotation_arguments(order: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    """Of programs that rotate rows of K inputs themselves, after the others; order 0: of those that do not."""
+    if order == 0:
         return (None, None, 0, 0, 0.0)
-    order, k = product.weight.hadamard, product.weight.shape[1]
     base = base_order(order) or 1
-    return (*hadamard.tables(k, base, product.x.device), base, (order // base).bit_length() - 1, order**-0.5)
+    return (*hadamard.tables(k, base, device), base, (order // base).bit_length() - 1, order**-0.5)
 
 
 def _arguments(product: Product, workspace: Workspace) -> tuple[Any, ...]:
