@@ -12,6 +12,7 @@ import torch
 
 from ...numerics.hadamard import base_order
 from . import hadamard
+from .kept_layout import KeptWeight
 from .layout import TILE, CudaWeight, Variant
 from .program import Budget, Launch, Program
 
@@ -73,8 +74,8 @@ def decode_launch(product: Product, device: Device, workspace: Workspace) -> Lau
     return Launch(program, (strips, splits, 1), (32 * DECODE_WARPS, 1, 1), shared, arguments)
 
 
-def rotates(weight: CudaWeight, m: int) -> bool:
-    """Whether decode_launch should rotate x (m, K) itself."""
+def rotates(weight: CudaWeight | KeptWeight, m: int) -> bool:
+    """Whether decode_launch, here or in kept_launch.py, should rotate x (m, K) itself."""
     order = weight.hadamard
     fits = m <= FUSED_TOKENS and weight.shape[1] <= FUSED_INPUTS and weight.low_rank_a is None
     return order > 0 and order % X_STEP == 0 and fits
