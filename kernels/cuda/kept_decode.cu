@@ -29,14 +29,21 @@ struct Rotation {
     float scale;
 };
 
-// x (M, K) as rows of `width` inputs in shared memory, an even number of them or one; zeros past K and M.
+// x (M, K) into shared memory; zeros past K and M. Two tokens change places every two inputs, so that 16 bytes are what a
+// lane needs of both: rows (pairs of tokens, width / 2, 2, 2), or (width,) of one.
 INLINE void load_rows(u16* rows, const u16* x, int M, int K, int width) {
-    const int count = TOKENS == 1 ? 1 : M + M % 2;
-    for (int m = 0; m < count; ++m)
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    for (int m = 0; m < M; m += 2)
         for (int k = threadIdx.x * 8; k < width; k += THREADS * 8) {
-            const bool valid = m < M && k < K;
-            const uint4 v = valid ? *(const uint4*)(x + (size_t)m * K + k) : make_uint4(0, 0, 0, 0);
-            st_shared((uint4*)(rows + m * width + k), v);
+            const uint4 even = k < K ? *(const uint4*)(x + (size_t)m * K + k) : none;
+            if (TOKENS == 1) {
+                st_shared((uint4*)(rows + k), even);
+                continue;
+            }
+            const uint4 odd = m + 1 < M && k < K ? *(const uint4*)(x + (size_t)(m + 1) * K + k) : none;
+            uint4* to = (uint4*)(rows + m * width + 2 * k);
+            st_shared(to, make_uint4(even.x, odd.x, even.y, odd.y));
+            st_shared(to + 1, make_uint4(even.z, odd.z, even.w, odd.w));
         }
     sync_block();
 }
@@ -57,41 +64,64 @@ INLINE void rotate_row(u16* row, float* values, int K, const Rotation& rotation)
     sync_block();
 }
 
-// Of an octet, for two tokens each: fragments of which only the diagonal counts.
+// Of an octet: fragments of which only the diagonal counts. A product has room for 16 times 8 runs of inputs, two for each
+// row: what two tokens have there, or for one token the weights of two slots, of which each product uses its own.
 struct Sums {
-    float d[(TOKENS + 1) / 2][4];
+    float d[TOKENS == 1 ? 2 : TOKENS / 2][4];
 
     INLINE void clear() {
 #pragma unroll
-        for (int t = 0; t < (TOKENS + 1) / 2; ++t)
+        for (auto& fragment : d)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) d[t][i] = 0;
+            for (float& value : fragment) value = 0;
     }
 
-    INLINE void add(const Step& step, const Offsets& offsets, const u16* rows, int M, int width, int lane) {
+    // own: of the lane's inputs, in slots that begin at input 0.
+    INLINE void add(const Step& step, const Offsets& offsets, const u16* own, int M, int width) {
 #pragma unroll
-        for (int s = 0; s < SLOTS; ++s) {
-            u32 b[2];
-            step.weights(b, s, offsets);
-            const u16* at = rows + step.input(s, lane);
+        for (int s = 0; s < SLOTS; s += 2) {
+            u32 even[2], odd[2];
+            step.weights(even, s, offsets);
+            step.weights(odd, s + 1, offsets);
+            const int even_input = step.slot_input(s), odd_input = step.slot_input(s + 1);
+            if (TOKENS == 1) {
+                const u32 a[4] = {even[0], odd[0], even[1], odd[1]};
+                multiply_one(d[0], a, own + even_input);
+                multiply_one(d[1], a, own + odd_input);
+                continue;
+            }
 #pragma unroll
-            for (int t = 0; t < (TOKENS + 1) / 2; ++t) {
+            for (int t = 0; t < TOKENS / 2; ++t) {
                 if (2 * t >= M) continue;
-                const uint2 even = ld_shared((const uint2*)(at + 2 * t * width));
-                const uint2 odd = TOKENS == 1 ? make_uint2(0, 0) : ld_shared((const uint2*)(at + (2 * t + 1) * width));
-                const u32 a[4] = {even.x, odd.x, even.y, odd.y};
-                mma<ELEMENT>(d[t], a, b);
+                multiply_two(d[t], own + 2 * (t * width + even_input), even);
+                multiply_two(d[t], own + 2 * (t * width + odd_input), odd);
             }
         }
     }
 
+    INLINE static void multiply_one(float (&d)[4], const u32 (&weights)[4], const u16* x) {
+        const uint2 v = ld_shared((const uint2*)x);
+        const u32 b[2] = {v.x, v.y};
+        mma<ELEMENT>(d, weights, b);
+    }
+
+    INLINE static void multiply_two(float (&d)[4], const u16* x, const u32 (&weights)[2]) {
+        const uint4 v = ld_shared((const uint4*)x);
+        const u32 a[4] = {v.x, v.y, v.z, v.w};
+        mma<ELEMENT>(d, a, weights);
+    }
+
     // piece (TOKENS, 8)
     INLINE void store(float* piece, int M, int lane) const {
-        const int row = lane / 4;
+        const int row = lane / 4, odd = row % 2;
         if (lane % 4 != row / 2) return;
+        if (TOKENS == 1) {
+            piece[row] = odd ? d[0][1] + d[1][3] : d[0][0] + d[1][2];
+            return;
+        }
 #pragma unroll
         for (int m = 0; m < TOKENS; ++m)
-            if (m < M) piece[m * OCTET + row] = row % 2 ? d[m / 2][m % 2 * 2 + 1] : d[m / 2][m % 2 * 2];
+            if (m < M) piece[m * OCTET + row] = odd ? d[m / 2][m % 2 * 2 + 1] : d[m / 2][m % 2 * 2];
     }
 };
 
@@ -140,6 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (first >= end) return;
 
     const Offsets offsets((u32)M >> 31);
+    const u16* own = inputs + (TOKENS == 1 ? 1 : 2) * Step::lane_input(lane);
     const int first_octet = ahead[0].octet();
     int octet = first_octet;
     Sums sums;
@@ -148,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
             if (step + a >= end) continue;
-            sums.add(ahead[a], offsets, inputs, M, width, lane);
+            sums.add(ahead[a], offsets, own, M, width);
             octet = ahead[a].octet();
             if (ahead[a].ends_octet() || step + a == end - 1) {
                 sums.store(partial + piece_at(octet, worker), M, lane);

@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     for (int s = 0; s < SLOTS; ++s) {
         u32 pairs[2];
         step.weights(pairs, s, offsets);
-        const int input = step.input(s, lane);
+        const int input = step.slot_input(s) + Step::lane_input(lane);
         if (row < N && input < K) *(uint2*)(weight + (size_t)row * K + input) = make_uint2(pairs[0], pairs[1]);
     }
 }

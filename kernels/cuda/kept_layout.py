@@ -16,7 +16,7 @@ from .layout import PAIRS, pairs_as_words
 
 OCTET = 8  # rows side by side
 STEP = 128  # inputs of a row in a step
-ZERO_BITS = 4  # at the end of a column's 16, with codes of up to as many bits
+ZERO_BITS = 4  # before a column's 12, with codes of up to as many bits
 STEPS_AT_ONCE = 1 << 12  # codes are arranged for 4 million inputs at a time: they take 12 bytes each meanwhile
 
 
@@ -87,12 +87,13 @@ def prepare(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> KeptWeight
     codes = unpack_bits(parts["qweight"], spec.bits, spec.group_length(shape))
     zeros = unpack_bits(parts["zeros"], spec.bits, spec.kept_groups(shape)) if "zeros" in parts else None
     words, apart = _group_words(parts["scales"], zeros, kept, spec)
-    empty = kept.shape[1] << 16  # a column that the weight does not have, and a scale of 0
     return KeptWeight(
         variant=KeptVariant(spec.bits, group),
         shape=shape,
         codes=_arrange(_placed(F.pad(codes, (0, group - codes.shape[-1])), order, steps, group), spec.bits),
-        groups=_by_lanes(_placed(words, order, steps, group, empty)),
+        groups=_by_lanes(
+            _placed(words, order, steps, group, int(_word(*torch.tensor([0, kept.shape[1], 0]), spec.bits)))
+        ),
         zeros=None if apart is None else _by_lanes(_placed(apart, order, steps, group)),
         owners=order.owners,
         starts=order.starts,
@@ -137,12 +138,14 @@ def _group_words(
     """int32 (C,): scale and column, with up to 4 bits the zero point too; wider ones are uint8 (C,) of their own."""
     _, column = kept.nonzero(as_tuple=True)
     zeros = torch.full_like(column, spec.mid) if zeros is None else zeros.long()
-    low = scales.contiguous().view(torch.int16).long() & 0xFFFF
-    fused = spec.bits <= ZERO_BITS
-    high = column | zeros << (16 - ZERO_BITS) if fused else column
-    word = low | high << 16
-    words = torch.where(word < 1 << 31, word, word - (1 << 32)).int()
-    return words, None if fused else zeros.to(torch.uint8)
+    words = _word(scales.contiguous().view(torch.int16).long() & 0xFFFF, column, zeros, spec.bits)
+    return words, None if spec.bits <= ZERO_BITS else zeros.to(torch.uint8)
+
+
+def _word(scale: torch.Tensor, column: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 of int64: bits of a float16 scale, column, and zero point where there is room for it."""
+    word = scale | (column << ZERO_BITS | zero if bits <= ZERO_BITS else column) << 16
+    return torch.where(word < 1 << 31, word, word - (1 << 32)).int()
 
 
 def _by_lanes(values: torch.Tensor) -> torch.Tensor:

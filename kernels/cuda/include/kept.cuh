@@ -5,13 +5,13 @@
 // that what fills up is half a step for each octet and hardly more.
 //
 // A step is 128 inputs of each of the eight rows: slot s of 8 is 16 of them, one product of the tensor cores. Rows keep
-// other groups and so meet other inputs: column j of B holds 16 weights of row j, row i of A what row i of the octet meets,
-// and of their product only the diagonal counts. With r = lane / 4 and c = lane % 4, a lane holds inputs 4 c to 4 c + 3 of
-// row r in every slot: pairs 2 s and 2 s + 1 of codes.cuh. What A's rows from 8 on hold is free for a second token.
+// other groups and so meet other inputs: one operand holds 16 weights of each row, the other what each row meets, and of
+// their product only the diagonal counts. With r = lane / 4 and c = lane % 4, a lane holds inputs 4 c to 4 c + 3 of row r in
+// every slot: pairs 2 s and 2 s + 1 of codes.cuh.
 //
 // codes  u32 [steps][BITS / VECTOR][32][VECTOR]: a lane's words
 // groups u32 [steps][8][HALVES][WORDS]: float16 scale below, column above. Groups of 8: half h has groups 2 s + h
-// zeros  u8, in the order of groups. With codes of up to 4 bits there are none: they are the last 4 bits of a column
+// zeros  u8, in the order of groups. With codes of up to 4 bits there are none: they are the lowest 4 bits of columns
 // owners int32 [steps]: twice the number of the octet, plus 1 where it ends
 // starts int32 [octets + 1]: first step of each octet, and the number of steps
 // rows   int32 [octets][8]: which row of W each is; N where there is none
@@ -71,29 +71,30 @@ struct Step {
 
     INLINE static int group_of(int s) { return s * WORDS / SLOTS; }
 
-    // First of the four inputs that the lane meets in a slot.
-    INLINE int input(int s, int lane) const {
-        const u32 upper = groups[group_of(s)] >> 16;
-        const int column = ZEROS_APART ? upper : upper & 0xfffu;
-        const int within = GROUP == 8 ? lane % 2 * 4 : (GROUP == 32 ? s % 2 * SLOT : 0) + lane % 4 * 4;
-        return column * GROUP + within;
+    // First of the 16 inputs of a slot, of which the lane meets four from lane_input on; with groups of 8: of its 8.
+    INLINE int slot_input(int s) const {
+        const int column = groups[group_of(s)] >> (ZEROS_APART ? 16 : 20);
+        return column * GROUP + (GROUP == 32 ? s % 2 * SLOT : 0);
     }
-
-    INLINE int zero_point(int s) const {
-        const int group = group_of(s);
-        return ZEROS_APART ? zeros[group / 4] >> (group % 4 * 8) & 0xffu : groups[group] >> 28;
-    }
+    INLINE static int lane_input(int lane) { return lane % (GROUP == 8 ? 2 : 4) * 4; }
 
     // The lane's four weights of a slot, (code - zero) * scale, rounded once.
     INLINE void weights(u32 (&pairs)[2], int s, const Offsets& offsets) const {
         using T = ELEMENT;
-        const u32 scale = twice(groups[group_of(s)] & 0xffffu);
-        const int zero = zero_point(s), place = place_of(2 * s);  // of 2 s + 1 too
-        const u32 shift = TOO_WIDE ? pack2<T>(MID - zero, MID - zero) : minus_magic<T>(place, zero);
+        const u32 scale = lower_twice(groups[group_of(s)]), offset = offsets.pair[s % 4], minus_one = power<T>(0) | 0x80008000u;
+        const u32 zero = TOO_WIDE ? pack2<T>(zero_point(s) - MID, zero_point(s) - MID)
+                                  : zero_twice(s) << place_of(2 * s) | offset;  // shifted like the codes
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const u32 code = codes.shifted(2 * s + h, offsets.pair[s % 4]);
-            pairs[h] = times_scale<T>(fma2<T>(code, power<T>(0), shift), scale);
+            const u32 number = fma2<T>(zero, minus_one, codes.shifted(2 * s + h, offset));
+            pairs[h] = times_scale<T>(number, scale);
         }
+    }
+
+   private:
+    // Where zero points are apart.
+    INLINE int zero_point(int s) const { return zeros[group_of(s) / 4] >> (group_of(s) % 4 * 8) & 0xffu; }
+    INLINE u32 zero_twice(int s) const {
+        return ZEROS_APART ? twice(zero_point(s)) : upper_twice(groups[group_of(s)]) & 0x000f000fu;
     }
 };

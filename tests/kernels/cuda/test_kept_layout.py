@@ -60,7 +60,7 @@ def groups_of(weight: KeptWeight) -> Iterator[Found]:
                     word = int(weight.groups[step, row, half, place]) & 0xFFFFFFFF
                     column = word >> 16
                     if weight.zeros is None:
-                        zero, column = column >> 12, column & 0xFFF
+                        zero, column = column & 0xF, column >> 4
                     else:
                         zero = int(weight.zeros[step, row, half, place])
                     scale = torch.tensor(word & 0xFFFF, dtype=torch.int32).to(torch.int16).view(torch.float16)
