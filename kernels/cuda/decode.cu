@@ -102,14 +102,6 @@ struct Sums {
     }
 };
 
-// The online rotation of a row of K inputs (see hadamard.cuh), null and zero without one.
-struct Rotation {
-    const u32* signs;
-    const u32* base_signs;
-    int base, rest_bits;
-    float scale;
-};
-
 // Inputs [from, to) of x (M, K), `width` from one row to the next.
 struct Rows {
     const u16* x;

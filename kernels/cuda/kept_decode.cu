@@ -1,8 +1,8 @@
-// y = x W^T for few tokens, W a weight with dropped groups: bound by reading the groups that stay, and for more tokens by
-// fetching the inputs that they meet.
+// y = x W^T for few tokens, W a weight with dropped groups: bound by reading the groups that stay, and for more tokens
+// by fetching the inputs that they meet.
 //
-// Work is split by kept groups, not by rows (as in GQSA, arXiv:2412.17560): every warp takes `share` steps, one after the
-// other and whichever octets they belong to. What a warp has of an octet is a piece. Pieces go to memory, and who
+// Work is split by kept groups, not by rows (as in GQSA, arXiv:2412.17560): every warp takes `share` steps, one after
+// the other and whichever octets they belong to. What a warp has of an octet is a piece. Pieces go to memory, and who
 // completes an octet adds them up in their order: the same bits whoever that is.
 //
 // x lies in shared memory, whole rows of it, since nobody knows which inputs come next. With ROTATED each block rotates
@@ -15,22 +15,14 @@
 
 constexpr int THREADS = WARPS * 32;
 constexpr int PIECE = OCTET * TOKENS;  // floats
-constexpr int AHEAD = 3;               // steps on their way: 2 KB of 4-bit groups for a warp, some 40 KB on a multiprocessor
+constexpr int AHEAD = 3;               // steps on their way: 2 KB for a warp with 4 bits, 37 KB on a multiprocessor
 
 // Where pieces lie in Output::partial (pieces, TOKENS, 8). Along the steps each piece is of the next octet, of the next
 // warp, or of both: the sum of their numbers tells pieces apart. counters (octets).
 INLINE size_t piece_at(int octet, int worker) { return (size_t)(octet + worker) * PIECE; }
 
-// The online rotation of a row of K inputs (see hadamard.cuh), null and zero without one.
-struct Rotation {
-    const u32* signs;
-    const u32* base_signs;
-    int base, rest_bits;
-    float scale;
-};
-
-// x (M, K) into shared memory; zeros past K and M. Two tokens change places every two inputs, so that 16 bytes are what a
-// lane needs of both: rows (pairs of tokens, width / 2, 2, 2), or (width,) of one.
+// x (M, K) into shared memory; zeros past K and M. Two tokens change places every two inputs, so that 16 bytes are what
+// a lane needs of both: rows (pairs of tokens, width / 2, 2, 2), or (width,) of one.
 INLINE void load_rows(u16* rows, const u16* x, int M, int K, int width) {
     const uint4 none = make_uint4(0, 0, 0, 0);
     for (int m = 0; m < M; m += 2)
@@ -64,8 +56,8 @@ INLINE void rotate_row(u16* row, float* values, int K, const Rotation& rotation)
     sync_block();
 }
 
-// Of an octet: fragments of which only the diagonal counts. A product has room for 16 times 8 runs of inputs, two for each
-// row: what two tokens have there, or for one token the weights of two slots, of which each product uses its own.
+// Of an octet: fragments of which only the diagonal counts. A product has room for 16 times 8 runs of inputs, two for
+// each row: what two tokens have there, or for one token the weights of two slots, of which each product uses its own.
 struct Sums {
     float d[TOKENS == 1 ? 2 : TOKENS / 2][4];
 
@@ -134,7 +126,8 @@ INLINE bool completes(const int* starts, int* counters, int octet, int share) {
 // The sums of an octet's pieces as y. All lanes call it.
 INLINE void write_octet(const Output& o, const int* starts, const int* rows, int octet, int share, int lane) {
     const int first = starts[octet] / share, last = (starts[octet + 1] - 1) / share;
-    memory_fence();
+    memory_fence();  // by the one who has counted, before the others read
+    sync_warp();
     for (int index = lane; index < OCTET * o.M; index += 32) {
         float value = 0;
         for (int worker = first; worker <= last; ++worker)
@@ -187,8 +180,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             }
             if (step + a + AHEAD < end) ahead[a].read(codes, groups, zeros, owners, step + a + AHEAD, lane);
         }
-    memory_fence();
     sync_warp();
+    memory_fence();  // by those who count: of all pieces that their warp has written
 
     const Output output = {y, bias, low_rank_b, low_rank_t, partial, counters, M, N, rank};
     for (int from = first_octet; from <= octet; from += 32) {

@@ -1,9 +1,9 @@
 // How codes lie in words, and how they become numbers (layout.py writes the words).
 //
-// A lane holds 16 pairs of codes in BITS words. The two codes of a pair are in the lower and the upper half of a word, at
-// the same place. Codes of 3, 5 and 6 bits are cut into planes of 2 + 1, 4 + 1 and 4 + 2 bits, so that codes fill words:
-// LOW words of the lower plane, HIGH of the upper. low_bit and high_bit say where in its word a pair is: so that few words
-// need be shifted before a mask cuts codes out where a float has its last bits.
+// A lane holds 16 pairs of codes in BITS words. The two codes of a pair are in the lower and the upper half of a word,
+// at the same place. Codes of 3, 5 and 6 bits are cut into planes of 2 + 1, 4 + 1 and 4 + 2 bits, so that codes fill
+// words: LOW words of the lower plane, HIGH of the upper. low_bit and high_bit say where in its word a pair is: so that
+// few words need be shifted before a mask cuts codes out where a float has its last bits.
 //
 // Needs BITS (2, 3, 4, 5, 6, 8) and ELEMENT (Half, Bfloat).
 #pragma once

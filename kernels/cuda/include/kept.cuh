@@ -1,13 +1,13 @@
 // How a weight with dropped groups lies in memory once it is prepared: the groups that stay (kept_layout.py writes it).
 //
 // Rows are put in order of how many groups they keep, and go eight at a time, an octet: each row's groups one after the
-// other, filled up with empty ones to as many as the fullest keeps and to whole steps. The rows of an octet are alike, so
-// that what fills up is half a step for each octet and hardly more.
+// other, filled up with empty ones to as many as the fullest keeps and to whole steps. The rows of an octet are alike,
+// so that what fills up is half a step for each octet and hardly more.
 //
 // A step is 128 inputs of each of the eight rows: slot s of 8 is 16 of them, one product of the tensor cores. Rows keep
-// other groups and so meet other inputs: one operand holds 16 weights of each row, the other what each row meets, and of
-// their product only the diagonal counts. With r = lane / 4 and c = lane % 4, a lane holds inputs 4 c to 4 c + 3 of row r in
-// every slot: pairs 2 s and 2 s + 1 of codes.cuh.
+// other groups and so meet other inputs: one operand holds 16 weights of each row, the other what each row meets, and
+// of their product only the diagonal counts. With r = lane / 4 and c = lane % 4, a lane holds inputs 4 c to 4 c + 3 of
+// row r in every slot: pairs 2 s and 2 s + 1 of codes.cuh.
 //
 // codes  u32 [steps][BITS / VECTOR][32][VECTOR]: a lane's words
 // groups u32 [steps][8][HALVES][WORDS]: float16 scale below, column above. Groups of 8: half h has groups 2 s + h
@@ -81,7 +81,8 @@ struct Step {
     // The lane's four weights of a slot, (code - zero) * scale, rounded once.
     INLINE void weights(u32 (&pairs)[2], int s, const Offsets& offsets) const {
         using T = ELEMENT;
-        const u32 scale = lower_twice(groups[group_of(s)]), offset = offsets.pair[s % 4], minus_one = power<T>(0) | 0x80008000u;
+        const u32 scale = lower_twice(groups[group_of(s)]), minus_one = power<T>(0) | 0x80008000u;
+        const u32 offset = offsets.pair[s % 4];
         const u32 zero = TOO_WIDE ? pack2<T>(zero_point(s) - MID, zero_point(s) - MID)
                                   : zero_twice(s) << place_of(2 * s) | offset;  // shifted like the codes
 #pragma unroll
