@@ -219,7 +219,7 @@ def show(result: dict[str, Any]) -> None:
     figures = {"us": "{:.1f}", "vendor_us": "{:.1f}", "ratio": "{:.2f}", "of_copy_bandwidth": "{:.0%}"}
     keys = ("N", "K", "bits", "M", *figures)
     print(markdown([{key: figures.get(key, "{}").format(row[key]) for key in keys} for row in result["matmul"]]))
-    figures["dense_us"] = figures.pop("vendor_us")
+    figures |= dict.fromkeys(("dense_us", "uneven_us"), figures["us"])
     print(markdown([{key: figures.get(key, "{}").format(row[key]) for key in row} for row in result["kept"]]))
     print(markdown([*verdicts(result["matmul"]), kept_verdict(result["kept"], 4, LARGE)]))
     worst = max(result["checks"], key=lambda row: row["worst"])

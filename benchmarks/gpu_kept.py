@@ -1,7 +1,7 @@
 """Times the CUDA kernels of weights with dropped groups beside the dense ones of as many bits, for benchmarks/gpu.py.
 
-Groups of 16, half of them dropped at random, against dense groups of 128. Operands take turns, so that no cache serves
-them.
+Groups of 16, half of them dropped at random or all of half of the rows, against dense groups of 128. Operands take
+turns, so that no cache serves them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ TOKENS = (1, 2, 4, 8, 16, 24, 32, 64)
 DENSE_TARGET = 1.0  # at least, at M = 1: speed in units of the dense matmul of as many bits
 
 
-def random_kept(shape: tuple[int, int], bits: int) -> Any:
-    """A prepared weight of random codes, any groups of which are kept: no time depends on what they are."""
+def random_kept(shape: tuple[int, int], bits: int, uneven: bool = False) -> Any:
+    """A prepared weight of random codes: no time depends on what they are. Any groups are kept; uneven: the first."""
     from quantc.formats import GROUP_SPARSE
     from quantc.kernels.cuda.kept_layout import prepare
     from quantc.numerics.packing import pack_bits
@@ -27,7 +27,8 @@ def random_kept(shape: tuple[int, int], bits: int) -> Any:
     spec = QuantSpec(bits, GROUP, sparsity=SPARSITY)
     rows, columns = spec.scales_shape(shape)
     kept = torch.zeros(rows * columns, dtype=torch.uint8, device="cuda")
-    kept[torch.randperm(rows * columns, device="cuda")[: spec.kept_groups(shape)]] = 1
+    order = (torch.arange if uneven else torch.randperm)(rows * columns, device="cuda")
+    kept[order[: spec.kept_groups(shape)]] = 1
     parts = {
         name: torch.randint(0, 256, part.shape, dtype=torch.uint8, device="cuda")
         if part.dtype == torch.uint8
@@ -52,15 +53,17 @@ def time_kept(shape: tuple[int, int], bits: int, dense: Any, bandwidth: float) -
     weight = random_kept(shape, bits)
     size = prepared_bytes(weight)
     kept = [weight, *(random_kept(shape, bits) for _ in range(copies_for(size) - 1))]
+    uneven = [random_kept(shape, bits, uneven=True) for _ in kept]
     packed = [dense(shape, bits) for _ in range(copies_for(n * k * bits // 8))]
     rows = []
     for m in TOKENS:
         x = torch.randn(m, k, device="cuda").half()
         own = seconds(lambda turn, x=x: CUDA_KEPT.run(x, kept[turn]), len(kept))
+        halves = seconds(lambda turn, x=x: CUDA_KEPT.run(x, uneven[turn]), len(uneven))
         usual = seconds(lambda turn, x=x: CUDA_PACKED.run(x, packed[turn]), len(packed))
         rows.append({
             "N": n, "K": k, "bits": bits, "M": m, "us": own * 1e6, "dense_us": usual * 1e6, "ratio": usual / own,
-            "of_copy_bandwidth": size / own / bandwidth,
+            "of_copy_bandwidth": size / own / bandwidth, "uneven_us": halves * 1e6,
         })  # fmt: skip
     return rows
 

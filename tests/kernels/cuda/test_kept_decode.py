@@ -151,6 +151,16 @@ def test_inputs_that_a_row_does_not_keep_do_not_reach_it() -> None:
     assert not product.y[0, hit].isfinite().any()
 
 
+def test_tokens_that_share_a_product_do_not_meet() -> None:
+    tensor = random_kept(QuantSpec(4, 16, sparsity=0.5), (41, 520))
+    alone, together = product_of(tensor, 3, torch.bfloat16), product_of(tensor, 3, torch.bfloat16)
+    together.x[1] = torch.nan
+    for product in (alone, together):
+        run(kept_launch.decode_launch(product, SMALL, workspace()))
+    assert torch.equal(together.y[[0, 2]], alone.y[[0, 2]])
+    assert together.y[1].isnan().all()
+
+
 @pytest.mark.parametrize(("order", "k"), [(8, 520), (96, 192), (512, 512)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_rotates_what_it_reads(order: int, k: int, dtype: torch.dtype) -> None:
