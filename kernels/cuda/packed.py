@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...numerics.hadamard import base_order
+from ...numerics.hadamard import base_order, fits
 from . import hadamard
 from .kept_layout import KeptWeight
 from .layout import TILE, CudaWeight, Variant
@@ -76,9 +76,10 @@ def decode_launch(product: Product, device: Device, workspace: Workspace) -> Lau
 
 def rotates(weight: CudaWeight | KeptWeight, m: int) -> bool:
     """Whether decode_launch, here or in kept_launch.py, should rotate x (m, K) itself."""
-    order = weight.hadamard
-    fits = m <= FUSED_TOKENS and weight.shape[1] <= FUSED_INPUTS and weight.low_rank_a is None
-    return order > 0 and order % X_STEP == 0 and fits
+    order, k = weight.hadamard, weight.shape[1]
+    if order == 0 or order % X_STEP or not fits(k, order):
+        return False  # what does not fit would lead the kernel out of its memory: `rotate` refuses it
+    return m <= FUSED_TOKENS and k <= FUSED_INPUTS and weight.low_rank_a is None
 
 
 def matmul_launch(product: Product, device: Device, workspace: Workspace) -> Launch:

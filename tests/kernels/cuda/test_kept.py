@@ -113,6 +113,13 @@ def test_x_is_rotated_first(launches: list[Launch], rows: int, rotated: int) -> 
     assert [dict(launch.program.defines)["ROTATED"] for launch in launches] == [rotated]
 
 
+def test_a_rotation_that_does_not_exist_is_refused(launches: list[Launch]) -> None:
+    tensor = random_kept(replace(SPEC, hadamard=8), (8, 520))
+    with pytest.raises(ValueError, match="520"):
+        kept.multiply(torch.ones(1, 520).half(), replace(prepare(tensor), hadamard=520), None)
+    assert launches == []
+
+
 @needs_harness
 def test_gradients_reach_x(launches: list[Launch]) -> None:
     tensor = random_kept(replace(SPEC, rank=2), (24, 40))
