@@ -1,9 +1,9 @@
 """Builds, checks and times the CUDA kernels on the GPU of this machine.
 
-Every figure comes from one run: the packed matmul beside the vendor's float16 matmul of the same shape, the machine's
-copy bandwidth and matmul rate, products against float64, greedy text against the reference kernel if --checkpoint
-names a quantized model, and from how many tokens on unpacking the weight is faster. Operands take turns, so that no
-cache serves them. Writes benchmarks/results/<gpu>.json.
+Every figure comes from one run: the packed matmul beside the vendor's float16 matmul of the same shape, the one of
+weights with dropped groups beside that, the machine's copy bandwidth and matmul rate, products against float64, greedy
+text against the reference kernel if --checkpoint names a quantized model, and from how many tokens on unpacking the
+weight is faster. Operands take turns, so that no cache serves them. Writes benchmarks/results/<gpu>.json.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import describe, machine, markdown, write_json
+from benchmarks.gpu_kept import kept_verdict, measure_kept_crossover, time_kept
 from benchmarks.gpu_timing import copies_for, copy_bandwidth, matmul_rate, seconds, wall_seconds
 
 SHAPES = {  # (N, K)
@@ -100,12 +101,13 @@ def measure_crossover(bits: int) -> dict[str, int]:
 
 def check_products() -> list[dict[str, Any]]:
     """Largest error against float64 in units of what rounding weights and result to the dtype allows."""
-    from quantc.formats import DENSE
+    from benchmarks.cpu_sparse import drop
+    from quantc.formats import format_of
     from quantc.kernels.registry import choose
     from quantc.numerics.grids import fit_grid
     from quantc.numerics.rounding import round_to_nearest
     from quantc.qtensor import QTensor
-    from quantc.spec import WHOLE_ROW, QuantSpec
+    from quantc.spec import SPARSE_GROUPS, WHOLE_ROW, QuantSpec
 
     cases = [
         QuantSpec(bits, group, grouping, symmetric)  # type: ignore[arg-type]
@@ -113,12 +115,14 @@ def check_products() -> list[dict[str, Any]]:
         for group, grouping in ((32, "per_oc"), (128, "per_oc"), (WHOLE_ROW, "per_oc"), (16, "per_ic"), (64, "per_ic"))
         for symmetric in (False, True)
     ]
+    cases += [QuantSpec(bits, group, sparsity=0.5) for bits in (2, 3, 4, 5, 6, 8) for group in SPARSE_GROUPS]
     rows = []
     for spec in cases:
         weight = torch.randn(CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
         grid = fit_grid(weight, spec)
         tensor = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
-        parts = {name: part.cuda() for name, part in DENSE.pack(tensor).items()}
+        tensor = drop(tensor, spec) if spec.sparsity else tensor
+        parts = {name: part.cuda() for name, part in format_of(spec).pack(tensor).items()}
         matrix = tensor.effective_weight().double().cuda()
         for dtype in (torch.float16, torch.bfloat16):
             kernel = choose(spec, CHECK_SHAPE, torch.device("cuda"), dtype).kernel
@@ -215,12 +219,14 @@ def show(result: dict[str, Any]) -> None:
     figures = {"us": "{:.1f}", "vendor_us": "{:.1f}", "ratio": "{:.2f}", "of_copy_bandwidth": "{:.0%}"}
     keys = ("N", "K", "bits", "M", *figures)
     print(markdown([{key: figures.get(key, "{}").format(row[key]) for key in keys} for row in result["matmul"]]))
-    print(markdown(verdicts(result["matmul"])))
+    figures |= dict.fromkeys(("dense_us", "uneven_us"), figures["us"])
+    print(markdown([{key: figures.get(key, "{}").format(row[key]) for key in row} for row in result["kept"]]))
+    print(markdown([*verdicts(result["matmul"]), kept_verdict(result["kept"], 4, LARGE)]))
     worst = max(result["checks"], key=lambda row: row["worst"])
     print(f"products: worst {worst['worst']:.2f} of the tolerance ({worst['spec']}, {worst['dtype']})")
     for key in ("rotation", "quantizing"):
         print(markdown([{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in result[key]]))
-    print(f"unpacking is faster from: {result['crossover']}")
+    print(f"unpacking is faster from: {result['crossover']}; with dropped groups from: {result['kept_crossover']}")
     if "text" in result:
         print(f"greedy text: {result['text']}")
 
@@ -247,7 +253,9 @@ def main() -> int:
         "group_size": GROUP, "checks": checks,
         "matmul": [row for model in args.models for shape in SHAPES[model] for bits in args.bits
                    for row in time_shape(shape, bits, bandwidth)],
-        "crossover": measure_crossover(args.bits[0]),
+        "kept": [row for model in args.models for shape in SHAPES[model] for bits in args.bits
+                 for row in time_kept(shape, bits, random_weight, bandwidth)],
+        "crossover": measure_crossover(args.bits[0]), "kept_crossover": measure_kept_crossover(LARGE, args.bits[0]),
         "rotation": time_rotations(bandwidth), "quantizing": time_quantizing(),
     }  # fmt: skip
     if args.checkpoint:
@@ -255,7 +263,7 @@ def main() -> int:
     show(result)
     out = args.out or Path(__file__).parent / "results" / f"{name.lower().replace(' ', '-')}.json"
     write_json(out, result)
-    failed = [row["spec"] for row in checks if row["worst"] > 1 or row["kernel"] != "cuda"]
+    failed = [row["spec"] for row in checks if row["worst"] > 1 or not row["kernel"].startswith("cuda")]
     if failed:
         print(f"wrong or not run by the CUDA kernels: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

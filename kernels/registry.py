@@ -11,10 +11,11 @@ from .base import Kernel
 from .cpu.native import NATIVE
 from .cpu.torch_int4 import TORCH_INT4
 from .cuda.dense import CUDA_PACKED
+from .cuda.kept import CUDA_KEPT
 from .reference import REFERENCE
 from .two_widths import TwoWidths
 
-KERNELS: tuple[Kernel, ...] = (CUDA_PACKED, NATIVE, TORCH_INT4, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (CUDA_PACKED, CUDA_KEPT, NATIVE, TORCH_INT4, REFERENCE)
 
 
 @dataclass(frozen=True)

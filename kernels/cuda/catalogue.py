@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import gptq, gram, hadamard, packed
+from . import gptq, gram, hadamard, kept_launch, packed
 from .program import Budget, Program
 
 # One function of each launcher module; a new launcher adds its own here.
@@ -12,6 +12,7 @@ LAUNCHERS: tuple[Callable[[], dict[Program, Budget]], ...] = (
     gptq.programs,
     gram.programs,
     hadamard.programs,
+    kept_launch.programs,
     packed.programs,
 )
 

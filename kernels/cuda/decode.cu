@@ -102,14 +102,6 @@ struct Sums {
     }
 };
 
-// The online rotation of a row of K inputs (see hadamard.cuh), null and zero without one.
-struct Rotation {
-    const u32* signs;
-    const u32* base_signs;
-    int base, rest_bits;
-    float scale;
-};
-
 // Inputs [from, to) of x (M, K), `width` from one row to the next.
 struct Rows {
     const u16* x;
@@ -159,18 +151,6 @@ INLINE Rows rotate_rows(u8* shared, const u16* x, const Rotation& rotation, int 
     }
     return {rotated, M, from, to, width};
 }
-
-// Codes::offset of pairs 2 n and 2 n + 1, in registers. An instruction has room for one constant, the mask: where the
-// compiler knew the other one, it would fetch it again for every pair.
-struct Offsets {
-    u32 pair[4];
-
-    // nothing: 0, without the compiler's knowledge.
-    INLINE explicit Offsets(u32 nothing) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) pair[n] = Codes::offset(2 * n) + nothing;
-    }
-};
 
 INLINE void multiply_half(Sums& sums, const Stage& stage, const Offsets& offsets, const u32 (&b)[2][COLUMNS][2], int h) {
     using T = ELEMENT;

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch.nn import functional as F
 
@@ -16,11 +14,11 @@ from .crossover import crossover
 from .device import device_index, shared_limit, unavailable
 from .launch import launch, refusal
 from .layout import CODE_BITS, CudaWeight, Variant, prepare, sets_in_tile
-from .packed import ELEMENTS, X_STEP, Device, Product, Workspace
+from .packed import ELEMENTS, X_STEP, Product
 from .program import Program
+from .resources import aligned, capability, device_limits, unpacked_buffer, workspace
+from .unpacked import differentiable, multiply_unpacked
 
-WORKSPACE_FLOATS = 8 << 20  # room for the sums of 264 blocks of 256 rows and 64 tokens, twice
-WORKSPACE_COUNTERS = 1 << 16
 MATMUL_FROM = 80  # compute capability with asynchronous copies
 
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
@@ -41,11 +39,11 @@ class CudaPacked:
         reason = unavailable(device)
         if reason is not None:
             return reason
-        capability = _capability(device_index(device))
+        found = capability(device_index(device))
         unit = 32 if spec.grouping == "per_oc" else 16
         checks = [
             (dtype in ELEMENTS, f"runs in float16 and bfloat16, not in {str(dtype)[6:]}"),
-            (dtype != torch.bfloat16 or capability >= MATMUL_FROM, "needs compute capability 8.0 for bfloat16"),
+            (dtype != torch.bfloat16 or found >= MATMUL_FROM, "needs compute capability 8.0 for bfloat16"),
             (spec.bits in CODE_BITS, f"has codes of {', '.join(map(str, CODE_BITS))} bits, not {spec.bits}"),
             (not spec.sparse, DENSE_ONLY),
             (k % X_STEP == 0, f"needs inputs in steps of {X_STEP}, not {k}"),
@@ -58,7 +56,7 @@ class CudaPacked:
         if reason is not None:
             return reason
         variant = Variant(spec.bits, spec.grouping == "per_ic", spec.symmetric, sets_in_tile(spec, shape) or 1)
-        needed = _programs(variant, spec.hadamard > 0, dtype, capability, shared_limit(device_index(device)))
+        needed = _programs(variant, spec.hadamard > 0, dtype, found, shared_limit(device_index(device)))
         return next(filter(None, (refusal(program, device, shared) for program, shared in needed)), None)
 
     def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> CudaWeight:
@@ -111,59 +109,30 @@ def _fake_cuda_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor
 def multiply(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it."""
     if x.requires_grad and torch.is_grad_enabled():
-        return _differentiable(x, weight, bias)
+        whole = torch.empty(weight.shape, dtype=x.dtype, device=x.device)  # of its own: backward reads it later
+        launch(packed.dequantize_launch(weight, whole))
+        return differentiable(x, whole, weight, bias)
     n, k = weight.shape
     fused = packed.rotates(weight, x.numel() // k)
-    rows = _aligned((rotate(x, weight.hadamard) if weight.hadamard and not fused else x).reshape(-1, k))
+    rows = aligned((rotate(x, weight.hadamard) if weight.hadamard and not fused else x).reshape(-1, k))
     y = x.new_empty(*x.shape[:-1], n)
     if y.numel() == 0:
         return y
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     index = device_index(x.device)
-    if rows.shape[0] >= crossover(_capability(index)) and rows.shape[0] > packed.DECODE_TOKENS[-1]:
-        return _through_unpacked(rows, weight, bias, y)
+    stream = torch.cuda.current_stream(index).cuda_stream
+    if rows.shape[0] >= crossover(capability(index)) and rows.shape[0] > packed.DECODE_TOKENS[-1]:
+        whole = unpacked_buffer(index, stream, rows.dtype, weight.shape)
+        launch(packed.dequantize_launch(weight, whole))
+        multiply_unpacked(rows, whole, weight, bias, y.view(-1, n))
+        return y
     low_rank_t = None
     if weight.low_rank_a is not None:
         low_rank_t = F.linear(rows, weight.low_rank_a.to(rows.dtype)).float()
     product = Product(rows, y.view(-1, n), weight, bias, low_rank_t, unrotated=fused)
     shape = packed.decode_launch if rows.shape[0] <= packed.DECODE_TOKENS[-1] else packed.matmul_launch
-    launch(shape(product, _device(index), _workspace(index, torch.cuda.current_stream(index).cuda_stream)))
+    launch(shape(product, device_limits(index), workspace(index, stream)))
     return y
-
-
-def _through_unpacked(
-    rows: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None, y: torch.Tensor
-) -> torch.Tensor:
-    n, _ = weight.shape
-    stream = torch.cuda.current_stream(rows.device).cuda_stream
-    unpacked = _unpacked_buffer(device_index(rows.device), stream, rows.dtype, weight.shape)
-    launch(packed.dequantize_launch(weight, unpacked))
-    out = y.view(-1, n)
-    if bias is None:
-        torch.mm(rows, unpacked.T, out=out)
-    else:
-        torch.addmm(bias, rows, unpacked.T, out=out)
-    if weight.low_rank_a is not None and weight.low_rank_b is not None:
-        t = F.linear(rows, weight.low_rank_a.to(rows.dtype))
-        out.addmm_(t, weight.low_rank_b.to(rows.dtype).T)
-    return y
-
-
-def _differentiable(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same product through the unpacked weight, so that gradients reach x (adapters train on packed weights)."""
-    x = rotate(x, weight.hadamard) if weight.hadamard else x
-    unpacked = torch.empty(weight.shape, dtype=x.dtype, device=x.device)  # of its own: backward reads it later
-    launch(packed.dequantize_launch(weight, unpacked))
-    y = F.linear(x, unpacked, None if bias is None else bias.to(x.dtype))
-    if weight.low_rank_a is not None and weight.low_rank_b is not None:
-        y = y + F.linear(F.linear(x, weight.low_rank_a.to(x.dtype)), weight.low_rank_b.to(x.dtype))
-    return y
-
-
-def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Contiguous, at an address that 16-byte loads can start from."""
-    rows = rows.contiguous()
-    return rows.clone() if rows.data_ptr() % 16 else rows
 
 
 def _programs(
@@ -177,32 +146,3 @@ def _programs(
     if capability >= MATMUL_FROM:
         needed += [packed.matmul_program_for(variant, dtype, tokens, limit) for tokens in packed.MATMUL_TOKENS]
     return needed
-
-
-@functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-@functools.cache
-def _device(index: int) -> Device:
-    return Device(torch.cuda.get_device_properties(index).multi_processor_count, shared_limit(index))
-
-
-# Streams run beside each other and must not share these; a stream's launches run one after another and may.
-
-
-@functools.cache
-def _workspace(index: int, stream: int) -> Workspace:
-    device = torch.device("cuda", index)
-    return Workspace(
-        torch.empty(WORKSPACE_FLOATS, device=device),
-        torch.zeros(WORKSPACE_COUNTERS, dtype=torch.int32, device=device),
-    )
-
-
-@functools.cache
-def _unpacked_buffer(index: int, stream: int, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-    """Room for an unpacked weight (N, K), kept for ever: a captured graph goes on writing there."""
-    return torch.empty(shape, dtype=dtype, device=torch.device("cuda", index))

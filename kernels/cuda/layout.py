@@ -94,22 +94,28 @@ def arrange_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _arrange(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    quarters = _pairs_of_lanes(codes)
+    """The lower plane of all quarters, then the upper, as 16-byte words of the lanes."""
+    planes = (plane.flatten(2, 3).unflatten(2, (-1, 4)) for plane in pairs_as_words(_pairs_of_lanes(codes), bits))
+    return torch.cat([plane.transpose(-1, -2).contiguous() for plane in planes], dim=2)
+
+
+def pairs_as_words(pairs: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """Planes of int32 (..., bits, 32), the lanes' words as include/codes.cuh has them, of pairs (..., 16, 32, 2)."""
     low = LOWER_PLANE[bits]
-    planes = [_plane(quarters & ((1 << low) - 1), low, [low_place(pair, low) for pair in range(PAIRS)])]
+    planes = [_plane(pairs & ((1 << low) - 1), low, [low_place(pair, low) for pair in range(PAIRS)])]
     if bits > low:
-        planes.append(_plane(quarters >> low, bits - low, [high_place(pair, bits) for pair in range(PAIRS)]))
-    return torch.cat(planes, dim=2)
+        planes.append(_plane(pairs >> low, bits - low, [high_place(pair, bits) for pair in range(PAIRS)]))
+    return planes
 
 
 def low_place(pair: int, low: int) -> tuple[int, int]:
-    """Word and bit of a pair in the lower plane of a quarter: as low_word and low_bit in tile.cuh."""
+    """Word and bit of a pair in the lower plane of a quarter: as low_word and low_bit in codes.cuh."""
     word, place = divmod(_other_bits(pair), 8 // low)
     return word, place * low + pair % 2 * 8
 
 
 def high_place(pair: int, bits: int) -> tuple[int, int]:
-    """Word and bit of a pair in the upper plane of a quarter: as high_word and high_bit in tile.cuh."""
+    """Word and bit of a pair in the upper plane of a quarter: as high_word and high_bit in codes.cuh."""
     low = LOWER_PLANE[bits]
     high = bits - low
     word, place = divmod(_other_bits(pair), 8 // high)
@@ -132,14 +138,13 @@ def _pairs_of_lanes(codes: torch.Tensor) -> torch.Tensor:
     return order.reshape(strips, tiles_k, 4, PAIRS, 32, 2)
 
 
-def _plane(quarters: torch.Tensor, width: int, places: list[tuple[int, int]]) -> torch.Tensor:
-    """int32 (strips, tiles_k, width, 32, 4): the lanes' pairs of width-bit numbers, each at its word and bit."""
-    strips, tiles_k = quarters.shape[:2]
-    words = quarters.new_zeros(strips, tiles_k, 4, width, 32)
+def _plane(pairs: torch.Tensor, width: int, places: list[tuple[int, int]]) -> torch.Tensor:
+    """int32 (..., width, 32): the lanes' pairs (..., 16, 32, 2) of width-bit numbers, each at its word and bit."""
+    words = pairs.new_zeros(*pairs.shape[:-3], width, 32)
     for pair, (word, bit) in enumerate(places):
-        halves = quarters[:, :, :, pair]
-        words[:, :, :, word] |= halves[..., 0] << bit | halves[..., 1] << (16 + bit)
-    return words.view(strips, tiles_k, width, 4, 32).transpose(-1, -2).contiguous()
+        halves = pairs[..., pair, :, :]
+        words[..., word, :] |= halves[..., 0] << bit | halves[..., 1] << (16 + bit)
+    return words
 
 
 def _sets_per_oc(values: torch.Tensor, groups: int, strips: int) -> torch.Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ...numerics.hadamard import base_order
+from ...numerics.hadamard import base_order, fits
 from . import hadamard
+from .kept_layout import KeptWeight
 from .layout import TILE, CudaWeight, Variant
 from .program import Budget, Launch, Program
 
@@ -67,15 +68,18 @@ def decode_launch(product: Product, device: Device, workspace: Workspace) -> Lau
     splits = best_splits(strips, tiles_k, DECODE_WARPS, device.multiprocessors, room)
     program = decode_program(product.weight.variant, product.x.dtype, tokens, product.unrotated)
     shared = _rotation_bytes(product.weight, m, splits) if product.unrotated else 0
-    arguments = (*_arguments(product, workspace), *_rotation_arguments(product))
+    order = product.weight.hadamard if product.unrotated else 0
+    rotation = rotation_arguments(order, product.weight.shape[1], product.x.device)
+    arguments = (*_arguments(product, workspace), *rotation)
     return Launch(program, (strips, splits, 1), (32 * DECODE_WARPS, 1, 1), shared, arguments)
 
 
-def rotates(weight: CudaWeight, m: int) -> bool:
-    """Whether decode_launch should rotate x (m, K) itself."""
-    order = weight.hadamard
-    fits = m <= FUSED_TOKENS and weight.shape[1] <= FUSED_INPUTS and weight.low_rank_a is None
-    return order > 0 and order % X_STEP == 0 and fits
+def rotates(weight: CudaWeight | KeptWeight, m: int) -> bool:
+    """Whether decode_launch, here or in kept_launch.py, should rotate x (m, K) itself."""
+    order, k = weight.hadamard, weight.shape[1]
+    if order == 0 or order % X_STEP or not fits(k, order):
+        return False  # what does not fit would lead the kernel out of its memory: `rotate` refuses it
+    return m <= FUSED_TOKENS and k <= FUSED_INPUTS and weight.low_rank_a is None
 
 
 def matmul_launch(product: Product, device: Device, workspace: Workspace) -> Launch:
@@ -165,13 +169,12 @@ def _rotation_bytes(weight: CudaWeight, m: int, splits: int) -> int:
     return max(widths) * (4 + 2 * m)
 
 
-def _rotation_arguments(product: Product) -> tuple[Any, ...]:
-    """Of decode, after the others."""
-    if not product.unrotated:
+def rotation_arguments(order: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    """Of programs that rotate rows of K inputs themselves, after the others; order 0: of those that do not."""
+    if order == 0:
         return (None, None, 0, 0, 0.0)
-    order, k = product.weight.hadamard, product.weight.shape[1]
     base = base_order(order) or 1
-    return (*hadamard.tables(k, base, product.x.device), base, (order // base).bit_length() - 1, order**-0.5)
+    return (*hadamard.tables(k, base, device), base, (order // base).bit_length() - 1, order**-0.5)
 
 
 def _arguments(product: Product, workspace: Workspace) -> tuple[Any, ...]:

@@ -80,6 +80,9 @@ INLINE u32 lop3(u32 a, u32 b, u32 c) {
     return result;
 }
 
+INLINE u32 lower_twice(u32 word) { return (word & 0xffffu) | word << 16; }
+INLINE u32 upper_twice(u32 word) { return word >> 16 | (word & 0xffff0000u); }
+
 namespace simt {
 // On an older GPU the instruction does not exist: ptx.cuh gives zeros there, which nobody can mean.
 template <class T>

@@ -119,11 +119,11 @@ def look_up(table: int, a: int, b: int, c: int) -> int:
 
 def test_integers() -> None:
     a, b, c = 0x0F30_8001, 0x7F12_3456, 0x00FF_FF00
-    results = torch.zeros(9, dtype=torch.int32)
+    results = torch.zeros(11, dtype=torch.int32)
     launch("integers", torch.tensor([a, b, c], dtype=torch.int32), results)
     assert look_up(0xEA, a, b, c) == a & b | c  # the usual constants: 0xf0 is a, 0xcc is b, 0xaa is c
     expected = [look_up(table, a, b, c) for table in (0xEA, 0x96, 0x01, 0xD8)]
-    expected += [a.bit_count(), 1, 4, int(f"{a:032b}"[::-1], 2), b]
+    expected += [a.bit_count(), 1, 4, int(f"{a:032b}"[::-1], 2), b, 0x3456_3456, 0x7F12_7F12]
     assert [value % 2**32 for value in results.tolist()] == expected
 
 

@@ -1,24 +1,12 @@
 // From a block's partial sums in shared memory to y: over the block's parts, over the splits of K, in a fixed order.
+// With splits > 1 through Output's partial (blocks, splits, TOKENS, ROWS) and counters (blocks).
 //
 // Needs TOKENS.
 #pragma once
 
-#include "ptx.cuh"
+#include "output.cuh"
 
 constexpr int TOKEN_STRIDE = 68;  // floats from one token to the next: 64 rows, and no two lanes of a fragment in a bank
-
-// Where y goes and what is added to it. y (M, N) and bias (N,) as ELEMENT; low_rank_b float16 (N, rank) and low_rank_t
-// float32 (M, rank) add low_rank_t low_rank_b^T; partial (blocks, splits, TOKENS, ROWS) and counters (blocks), zero
-// before and after, are for splits > 1.
-struct Output {
-    u16* y;
-    const u16* bias;
-    const u16* low_rank_b;
-    const float* low_rank_t;
-    float* partial;
-    int* counters;
-    int M, N, rank;
-};
 
 INLINE int sum_index(int row, int token) {
     return (row / 64 * TOKENS + token) * TOKEN_STRIDE + row % 64;
@@ -36,15 +24,6 @@ INLINE void store_fragments(float* sums, const float (&acc)[ROW_TILES][TOKENS / 
                 float* to = sums + sum_index(row + 16 * i + d / 2 * 8 + lane / 4, 8 * n + lane % 4 * 2 + d % 2);
                 st_shared(to, add ? ld_shared(to) + acc[i][n][d] : acc[i][n][d]);
             }
-}
-
-template <class T>
-INLINE void write_output(const Output& o, int token, int row, float value) {
-    if (o.bias) value += unpack2<T>(o.bias[row]).x;
-#pragma unroll 1  // rare: not worth the code
-    for (int r = 0; r < o.rank; ++r)
-        value += o.low_rank_t[(size_t)token * o.rank + r] * unpack2<Half>(o.low_rank_b[(size_t)row * o.rank + r]).x;
-    o.y[(size_t)token * o.N + row] = (u16)pack2<T>(value, 0.0f);
 }
 
 // y for the block's ROWS rows from `row` on and TOKENS tokens from `token` on. parts: in shared memory, PARTS copies of

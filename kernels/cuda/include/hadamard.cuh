@@ -2,6 +2,14 @@
 #pragma once
 #include "ptx.cuh"
 
+// The online rotation of a row of K inputs, as hadamard_shared takes it; null and zero without one.
+struct Rotation {
+    const u32* signs;
+    const u32* base_signs;
+    int base, rest_bits;
+    float scale;
+};
+
 struct alignas(16) Quad {
     float f[4];
 };

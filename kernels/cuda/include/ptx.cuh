@@ -38,6 +38,18 @@ INLINE u32 lop3(u32 a, u32 b, u32 c) {
     return result;
 }
 
+// A word's lower or upper half, twice.
+INLINE u32 lower_twice(u32 word) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %1, 0x1010;" : "=r"(result) : "r"(word));
+    return result;
+}
+INLINE u32 upper_twice(u32 word) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %1, 0x3232;" : "=r"(result) : "r"(word));
+    return result;
+}
+
 // --- pairs of 16-bit floats in one word, the lower half first ------------------------------------------------------
 
 // a * b + c, rounded once.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantc.formats import DENSE
-from quantc.kernels.cuda import dense, packed
+from quantc.kernels.cuda import dense, packed, resources
 from quantc.kernels.cuda.dense import CUDA_PACKED
 from quantc.kernels.cuda.layout import prepare
 from quantc.kernels.cuda.packed import Device, Workspace
@@ -27,7 +27,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def _forget() -> None:
-    dense._capability.cache_clear()
+    resources.capability.cache_clear()
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
     monkeypatch.setattr(dense, "launch", start)
     monkeypatch.setattr(dense, "device_index", lambda _: 0)
-    monkeypatch.setattr(dense, "_capability", lambda _: 80)
-    monkeypatch.setattr(dense, "_device", lambda _: Device(2, 99 * 1024))
+    monkeypatch.setattr(dense, "capability", lambda _: 80)
+    monkeypatch.setattr(dense, "device_limits", lambda _: Device(2, 99 * 1024))
     workspace = Workspace(torch.full((1 << 18,), float("nan")), torch.zeros(64, dtype=torch.int32))
-    monkeypatch.setattr(dense, "_workspace", lambda *_: workspace)
+    monkeypatch.setattr(dense, "workspace", lambda *_: workspace)
     buffers: dict[tuple[int, ...], torch.Tensor] = {}
     monkeypatch.setattr(
         dense,
-        "_unpacked_buffer",
+        "unpacked_buffer",
         lambda _, __, dtype, shape: buffers.setdefault(shape, torch.empty(shape, dtype=dtype)),
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
@@ -163,12 +163,12 @@ def test_every_program_is_loaded_before_the_first_product(
 
 
 def test_streams_do_not_share_their_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "WORKSPACE_FLOATS", 4)
-    monkeypatch.setattr(dense, "WORKSPACE_COUNTERS", 4)
+    monkeypatch.setattr(resources, "WORKSPACE_FLOATS", 4)
+    monkeypatch.setattr(resources, "WORKSPACE_COUNTERS", 4)
     monkeypatch.setattr(torch, "device", lambda *_: "cpu")
-    dense._workspace.cache_clear()
-    first, again, other = dense._workspace(0, 0), dense._workspace(0, 0), dense._workspace(0, 7)
-    dense._workspace.cache_clear()
+    resources.workspace.cache_clear()
+    first, again, other = resources.workspace(0, 0), resources.workspace(0, 0), resources.workspace(0, 7)
+    resources.workspace.cache_clear()
     assert first is again
     assert first.partial.data_ptr() != other.partial.data_ptr()
     assert not first.counters.any()

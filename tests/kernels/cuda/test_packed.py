@@ -191,6 +191,8 @@ def test_when_decode_rotates() -> None:
     assert not packed.rotates(weight(4, 128), 1)
     assert not packed.rotates(weight(0, 128), 1)
     assert not packed.rotates(weight(64, 8192), 1)
+    assert not packed.rotates(weight(520, 520), 1)  # there is no such matrix
+    assert not packed.rotates(weight(64, 96), 1)
 
 
 def test_splits_fill_the_gpu_and_fit_the_workspace() -> None:

@@ -28,7 +28,8 @@ extern "C" __global__ void fused_bfloat(const u32* a, const u32* b, const u32* c
     fused<Bfloat>(a, b, c, d, n);
 }
 
-// words: 3 of 32 bits. results: lop3 with four tables, then popc, ffs, clz, brev of the first and its float and back.
+// words: 3 of 32 bits. results: lop3 with four tables, then popc, ffs, clz, brev of the first, the float of the second and
+// back, and the halves of the second, each twice.
 extern "C" __global__ void integers(const u32* words, u32* results) {
     const u32 a = words[0], b = words[1], c = words[2];
     results[0] = lop3<0xea>(a, b, c);
@@ -40,6 +41,8 @@ extern "C" __global__ void integers(const u32* words, u32* results) {
     results[6] = __clz((int)a);
     results[7] = __brev(a);
     results[8] = __float_as_uint(__uint_as_float(b));
+    results[9] = lower_twice(b);
+    results[10] = upper_twice(b);
 }
 
 // a: 16 x 16 row major, b: 16 x 8 row major, both 16-bit; d: 16 x 8 float32, added to.

@@ -1,0 +1,107 @@
+"""Launches for weights with dropped groups: which program, for how many tokens, and how steps are shared out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from .kept_layout import OCTET, KeptVariant, KeptWeight, most_groups
+from .packed import BLOCKS_PER_MULTIPROCESSOR, ELEMENTS, Device, Workspace, rotation_arguments
+from .program import Budget, Launch, Program
+
+WARPS = 8
+TOKENS = (1, 8)
+ELEMENT_BYTES = 2
+
+
+@dataclass(frozen=True)
+class KeptProduct:
+    """y (M, N) = x (M, K) W^T + bias + low_rank_t low_rank_b^T; low_rank_t float32 (M, R), others of one dtype."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    weight: KeptWeight
+    bias: torch.Tensor | None = None
+    low_rank_t: torch.Tensor | None = None
+    unrotated: bool = False  # x (1, K) is still to be rotated as the weight says
+
+
+def decode_launch(product: KeptProduct, device: Device, workspace: Workspace) -> Launch:
+    """y for at most tokens_at_once tokens."""
+    m, weight = product.x.shape[0], product.weight
+    tokens = next(count for count in TOKENS if m <= count)
+    steps, octets = weight.owners.numel(), weight.rows.shape[0]
+    workers = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR * WARPS
+    room = workspace.partial.numel() // (OCTET * tokens) - octets  # a piece for each octet and each worker
+    share = ceil(steps / max(1, min(workers, room)))
+    program = decode_program(weight.variant, product.x.dtype, tokens, product.unrotated)
+    shared = rows_bytes(m, weight.width) + (weight.shape[1] * 4 if product.unrotated else 0)
+    grid = (ceil(ceil(steps / share) / WARPS), 1, 1)
+    (n, k), rank = weight.shape, 0 if product.low_rank_t is None else product.low_rank_t.shape[1]
+    order = weight.hadamard if product.unrotated else 0
+    arguments = (
+        *(weight.codes, weight.groups, weight.zeros, weight.owners, weight.starts, weight.rows),
+        *(product.x, product.y, product.bias, weight.low_rank_b, product.low_rank_t),
+        *(workspace.partial, workspace.counters, m, n, k, rank, weight.width, steps, share),
+        *rotation_arguments(order, k, product.x.device),
+    )
+    return Launch(program, grid, (32 * WARPS, 1, 1), shared, arguments)
+
+
+def dequantize_launch(weight: KeptWeight, out: torch.Tensor) -> Launch:
+    """The kept groups as out's dtype, in their places in out (N, K); the others are left as they are."""
+    n, k = weight.shape
+    steps = weight.owners.numel()
+    tensors = (weight.codes, weight.groups, weight.zeros, weight.owners, weight.rows, out)
+    program = dequantize_program(weight.variant, out.dtype)
+    return Launch(program, (ceil(steps / WARPS), 1, 1), (32 * WARPS, 1, 1), 0, (*tensors, n, k, steps))
+
+
+def rows_bytes(m: int, width: int) -> int:
+    """Shared memory for m rows of x: one, or an even number of them."""
+    return (m + m % 2 if m > 1 else 1) * width * ELEMENT_BYTES
+
+
+def tokens_at_once(width: int, shared_limit: int) -> int:
+    """For how many tokens a launch is: their rows in the shared memory of two blocks, an even number; or one row."""
+    fit = shared_limit // BLOCKS_PER_MULTIPROCESSOR // (width * ELEMENT_BYTES)
+    return max(1, min(TOKENS[-1], fit - fit % 2))
+
+
+def longest_row(variant: KeptVariant, shared_limit: int) -> int:
+    """How many inputs a weight can have: as many as shared memory holds with a group more, and as columns count."""
+    group = variant.group
+    return min(most_groups(variant.bits), shared_limit // (group * ELEMENT_BYTES) - 1) * group
+
+
+def decode_program(variant: KeptVariant, dtype: torch.dtype, tokens: int, rotated: bool = False) -> Program:
+    """kept_decode.cu for up to `tokens` tokens, one of TOKENS; rotated: with the rotation of x, for one."""
+    return _program("kept_decode", variant, dtype, TOKENS=tokens, ROTATED=int(rotated))
+
+
+def dequantize_program(variant: KeptVariant, dtype: torch.dtype) -> Program:
+    """kept_dequantize.cu."""
+    return _program("kept_dequantize", variant, dtype)
+
+
+def _program(name: str, variant: KeptVariant, dtype: torch.dtype, **more: int) -> Program:
+    shape = {"BITS": variant.bits, "GROUP": variant.group, "WARPS": WARPS, **more}
+    return Program(f"{name}.cu", name, (("ELEMENT", ELEMENTS[dtype]), *shape.items()))
+
+
+def programs() -> dict[Program, Budget]:
+    """Variants to prove: every width in groups of 16, and the other groups for two widths."""
+    variants = [KeptVariant(bits, 16) for bits in (2, 3, 4, 5, 6, 8)]
+    variants += [KeptVariant(bits, group) for bits in (4, 5) for group in (8, 32)]
+    budgets: dict[Program, Budget] = {}
+    for variant in variants:
+        for dtype in ELEMENTS:
+            everyday = dtype == torch.float16 and variant == KeptVariant(4, 16)
+            oldest = 75 if dtype == torch.float16 else 80
+            for tokens, rotated in ((TOKENS[0], False), (TOKENS[0], True), (TOKENS[1], False)):
+                budget = Budget(128, 0, oldest, everyday and not rotated)
+                budgets[decode_program(variant, dtype, tokens, rotated)] = budget
+            budgets[dequantize_program(variant, dtype)] = Budget(128, 0, oldest, everyday)
+    return budgets
