@@ -81,6 +81,10 @@ class Tune(Pass):
     def calibrated(self) -> bool:
         return True
 
+    @property
+    def reads_statistics(self) -> bool:
+        return False
+
     def build(self, work: BlockWork) -> None:
         if work.block is work.run.graph.blocks[0]:
             self._found = []  # a recipe may be built again
@@ -116,7 +120,7 @@ class Tune(Pass):
         def keep() -> None:
             work.quantized.update({linear.name: weight.qtensor() for linear, weight in relaxed.items()})
 
-        trainable = self._trainable(work, relaxed)
+        trainable = self._trainable(work, relaxed, target.dtype)
         steps = self._steps(work.run, target, trainable)
         generator = torch.Generator().manual_seed(work.block.index)
         self._found.append(train(target, trainable, steps, keep, generator))
@@ -131,15 +135,16 @@ class Tune(Pass):
             run.progress.note(f"tune: {steps} steps a block, about {duration(self._pace.estimate(*cost))} in all")
         return steps
 
-    def _trainable(self, work: BlockWork, relaxed: dict[Linear, RelaxedWeight]) -> Trainable:
+    def _trainable(self, work: BlockWork, relaxed: dict[Linear, RelaxedWeight], dtype: torch.dtype) -> Trainable:
         groups = []
+        size = sum(weight.offsets.nbytes for weight in relaxed.values())
         if self.config.codes:
             groups.append(([weight.offsets for weight in relaxed.values()], OFFSET_RATE))
         if self.config.scales:
             groups.append(([weight.factors for weight in relaxed.values()], SCALE_RATE))
 
         def weights() -> dict[str, torch.Tensor]:
-            found = {linear: weight() for linear, weight in relaxed.items()}
+            found = {linear: weight().to(dtype) for linear, weight in relaxed.items()}
             return {
                 weight_name(work.block, linear): weight.transpose(-1, -2) if linear.transposed else weight
                 for linear, weight in found.items()
@@ -148,6 +153,7 @@ class Tune(Pass):
         def settle() -> None:
             for weight in relaxed.values():
                 weight.clamp_offsets()
+            work.run.free_memory.release(size)
 
         return Trainable(groups, weights, settle)
 

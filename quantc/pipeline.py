@@ -83,6 +83,11 @@ class Pass:
         """Whether `analyse` has something to do."""
         return type(self).analyse is not Pass.analyse
 
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether `build` asks for Gram matrices, so that those of passes before it are kept."""
+        return type(self).build is not Pass.build
+
     def uncalibrated(self) -> Pass | None:
         """This pass where there is no calibration text; None leaves it out."""
         return None if self.calibrated else self

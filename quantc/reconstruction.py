@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .blocks import BlockCall
-from .calibration import Batch, CalibrationRun, fast_matmul
+from .calibration import Batch, CalibrationRun, fast_matmul, has_fast_bfloat16
 from .graph import Block
 
 HELD_OUT = 8  # of so many batches one is kept aside
@@ -56,6 +57,11 @@ class Reconstruction:
         numbers = range(len(self._batches))
         aside = [at for at in numbers if at % HELD_OUT == 0]
         return [at for at in numbers if at not in aside] or aside, aside
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which matrix products run: weights in it are not copied."""
+        return torch.bfloat16 if has_fast_bfloat16(self._calibration.device) else torch.float32
 
     def loss(self, at: int, weights: Weights) -> torch.Tensor:
         """Mean squared error of the output on a batch, with these weights in place."""
@@ -98,10 +104,7 @@ def train(
 ) -> Trained:
     """Take steps by Adam at rates that fall to 0; `keep` is called whenever the parameters are better than ever."""
     own, aside = target.split()
-    optimizer = torch.optim.Adam(
-        [{"params": group, "lr": rate} for group, rate in trainable.groups], betas=BETAS, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    adam = _StepsInBackward(trainable)
 
     def error() -> float:
         with torch.no_grad():
@@ -112,11 +115,14 @@ def train(
     order: list[int] = []
     for step in range(1, steps + 1):
         order = order or torch.randperm(len(own), generator=generator).tolist()
-        _step(target, trainable, own[order.pop()], optimizer)
-        schedule.step()
+        adam.set_rates(1 - (step - 1) / steps)
+        with torch.enable_grad():
+            target.loss(own[order.pop()], trainable.weights()).backward()
+        trainable.settle()
         if step * CHECKS // steps > (step - 1) * CHECKS // steps and (found := error()) < best:
             best = found
             keep()
+    adam.end()
     return Trained(before, best)
 
 
@@ -133,10 +139,31 @@ def seconds_of(target: Reconstruction, trainable: Trainable) -> tuple[float, flo
     return (CHECKS + 1) * len(aside) * step / 3, step  # a forward pass is a third of a step
 
 
-def _step(target: Reconstruction, trainable: Trainable, at: int, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    with torch.enable_grad():
-        loss = target.loss(at, trainable.weights())
-        loss.backward()
+class _StepsInBackward:
+    """Adam for every parameter by itself: it takes its step as soon as it has its gradient, which is freed then."""
+
+    def __init__(self, trainable: Trainable):
+        self._optimizers = [
+            (torch.optim.Adam([parameter], lr=rate, betas=BETAS, fused=True), rate)
+            for parameters, rate in trainable.groups
+            for parameter in parameters
+        ]
+        self._hooks = [
+            optimizer.param_groups[0]["params"][0].register_post_accumulate_grad_hook(partial(_take, optimizer))
+            for optimizer, _ in self._optimizers
+        ]
+
+    def set_rates(self, share: float) -> None:
+        """Of the next steps, as a share of the first ones."""
+        for optimizer, rate in self._optimizers:
+            optimizer.param_groups[0]["lr"] = rate * share
+
+    def end(self) -> None:
+        """Parameters and optimizers let go of each other: a cycle would keep them in memory beside the next block's."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _take(optimizer: torch.optim.Optimizer, _: torch.Tensor) -> None:
     optimizer.step()
-    trainable.settle()
+    optimizer.zero_grad()

@@ -81,7 +81,7 @@ def _build_block(
     for item in passes:
         item.rewrite(work)
     for number, item in enumerate(passes, start=1):
-        work.keep_statistics = any(type(later).build is not Pass.build for later in passes[number:])
+        work.keep_statistics = any(later.reads_statistics for later in passes[number:])
         item.build(work)
     _write(run, block.name, work.quantized, writer)
     if calibration is not None and block is not run.graph.blocks[-1]:

@@ -17,15 +17,15 @@ from torch import nn
 from ..qtensor import QTensor, group_sums, spread_groups
 from .hadamard import rotate_back
 
-REACH = 1.0  # codes move by so much at most: to a neighbour
 INSIDE = 0.49  # how far from its code a weight may start: rounding then gives that code
+REACH = 1.49  # how far it may go: to a neighbour
 
 
 class RelaxedWeight(nn.Module):
     """The effective weight (..., N, K) of a QTensor as a function of `offsets` and `factors`.
 
-    offsets: float32 (..., N, K), added to codes before they are rounded. factors: float32, shaped as the scales, which
-    are multiplied by 1 + factors. A low-rank addition stays as it is.
+    offsets: float32 (..., N, K), added to codes before they are rounded; at first what rounding has taken from them.
+    factors: float32, shaped as the scales, which are multiplied by 1 + factors. A low-rank addition stays as it is.
     """
 
     def __init__(self, tensor: QTensor, turned: torch.Tensor):
@@ -36,16 +36,15 @@ class RelaxedWeight(nn.Module):
         """
         super().__init__()
         self.tensor = tensor
-        self.offsets = nn.Parameter(torch.zeros_like(turned))
         self.factors = nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32))
-        self._zeros, self._top = tensor.zero_points(), tensor.largest_codes()
+        zeros, self._top = tensor.zero_points(), tensor.largest_codes()
         self._bottom = torch.zeros_like(self._top)
         stays = tensor.stays()
         if stays is not None:  # what is dropped stays at its zero point
-            self._top, self._bottom = (torch.where(stays, end, self._zeros) for end in (self._top, self._bottom))
+            self._top, self._bottom = (torch.where(stays, end, zeros) for end in (self._top, self._bottom))
         scales = spread_groups(tensor.scales.float(), tensor.spec, tensor.shape)
-        codes = tensor.codes.float()
-        self._start = codes + (turned / scales + self._zeros - codes).clamp_(-INSIDE, INSIDE)
+        exact = (turned / scales).add_(zeros)
+        self.offsets = nn.Parameter(exact.sub_(tensor.codes).clamp_(-INSIDE, INSIDE))
 
     def forward(self) -> torch.Tensor:
         """float32 (..., N, K): what unrotated inputs are multiplied with."""
@@ -53,25 +52,21 @@ class RelaxedWeight(nn.Module):
 
     @torch.no_grad()
     def clamp_offsets(self) -> None:
-        """Keep codes within reach of where they started."""
+        """Keep codes within reach of what they were."""
         self.offsets.clamp_(-REACH, REACH)
 
     @torch.no_grad()
     def qtensor(self) -> QTensor:
         """The weight as it is now."""
-        codes = self.clamped(self.codes(self.offsets)).to(torch.uint8)
+        codes = self.codes(self.offsets)[0].to(torch.uint8)
         return replace(self.tensor, codes=codes, scales=self.scales(self.factors).to(torch.float16))
 
-    def codes(self, offsets: torch.Tensor) -> torch.Tensor:
-        """Rounded codes, some of which may be out of their range."""
-        return (self._start + offsets).round_()
-
-    def clamped(self, codes: torch.Tensor) -> torch.Tensor:
-        return torch.minimum(torch.maximum(codes, self._bottom), self._top)
-
-    def steps(self, codes: torch.Tensor) -> torch.Tensor:
-        """How many steps of the scale the weights of these codes are from 0."""
-        return self.clamped(codes).sub_(self._zeros)
+    def codes(self, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rounded codes, float32 (..., N, K) within their range, and which of them were in it."""
+        codes = (self.tensor.codes + offsets).round_()
+        within = torch.maximum(codes, self._bottom)
+        within = torch.minimum(within, self._top, out=within)
+        return within, within == codes
 
     def scales(self, factors: torch.Tensor) -> torch.Tensor:
         return _as_float16(self.tensor.scales.float() * (1 + factors))
@@ -91,16 +86,18 @@ class _Dequantized(torch.autograd.Function):
     def forward(ctx: Any, weight: RelaxedWeight, offsets: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         ctx.weight = weight
         ctx.save_for_backward(offsets, factors)
-        return weight.steps(weight.codes(offsets)).mul_(weight.spread_scales(factors))
+        codes, _ = weight.codes(offsets)
+        return codes.sub_(weight.tensor.zero_points()).mul_(weight.spread_scales(factors))
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         weight: RelaxedWeight = ctx.weight
         (offsets, factors), (slope,) = ctx.saved_tensors, slopes
-        codes = weight.codes(offsets)
-        by_scale = _sums_of_groups(slope * weight.steps(codes), weight.tensor) * weight.tensor.scales.float()
-        by_code = slope * weight.spread_scales(factors)
-        return None, by_code.mul_(codes == weight.clamped(codes)), by_scale
+        codes, inside = weight.codes(offsets)
+        steps = codes.sub_(weight.tensor.zero_points())
+        by_scale = _sums_of_groups(steps.mul_(slope), weight.tensor) * weight.tensor.scales.float()
+        by_code = weight.spread_scales(factors).mul_(slope).mul_(inside)
+        return None, by_code, by_scale
 
 
 def _sums_of_groups(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:

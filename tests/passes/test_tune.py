@@ -81,12 +81,13 @@ def test_each_part_can_be_switched_off(part: str, tmp_path: Path) -> None:
 
 
 def test_it_builds_on_rotated_scaled_and_corrected_blocks(tmp_path: Path) -> None:
+    """Seen by block: these passes leave this model so little that its KL divergence is chance (0.024 to 0.028 at 2 bits
+    without training, by how many threads add up)."""
     passes = ("allocate", "scale", "rotate", "quantize: {correct: 0.5, rounds: 1, shrink: 0.3}")
-    # At 3 bits these passes leave this model 0.004, where what training finds (0.0031 to 0.0043) is chance.
-    _, plain = quantized(tmp_path, *passes, bits=2)
-    report, tuned = quantized(tmp_path, *passes, "tune: {steps: 40}", bits=2)
-    assert tuned < 0.92 * plain
+    report, _ = quantized(tmp_path, *passes, "tune: {steps: 40}", bits=2)
     assert "4 of 4 blocks are nearer to the original" in report.notes[-2]
+    assert float(report.notes[-2].split("squared errors ")[1].split()[0]) < 0.8
+    verify(tmp_path / "out")
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
