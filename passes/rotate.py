@@ -29,7 +29,6 @@ et al. 2024, arXiv:2405.16406) for rotations with the gains folded.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +40,6 @@ from ..errors import UsageError
 from ..frontend import to_meta
 from ..graph import Activation, Block, Linear
 from ..numerics.hadamard import block_order
-from ..numerics.residual import turn
 from ..pipeline import Fact, Pass, Run, register
 from ..residual import BlockTurn, prove_turn
 from ..rewrite import Refusal, rotate_heads, weight_name
@@ -144,12 +142,15 @@ class Rotate(Pass):
             run.progress.step(block.name)
         return turns
 
+    def state(self) -> Any:
+        return [self._tried, self._off]
+
+    def restore(self, state: Any) -> None:
+        self._tried, self._off = state
+
     def rewrite(self, work: BlockWork) -> None:
         found = self._turns.get(work.block.name)
         if found is not None:
-            assert work.calibration is not None
-            if work.block.index == 0:
-                work.calibration.map_states(partial(turn, block=found.order))
             for name, value in found.edits(work.module):
                 work.edit(name, value)
         if self._folds and self.config.value == "folded":

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,6 +85,13 @@ class Tune(Pass):
     @property
     def reads_statistics(self) -> bool:
         return False
+
+    def state(self) -> Any:
+        return {"found": [[found.before, found.after] for found in self._found], "pace": self._pace.state()}
+
+    def restore(self, state: Any) -> None:
+        self._found = [Trained(before, after) for before, after in state["found"]]
+        self._pace.restore(state["pace"])
 
     def build(self, work: BlockWork) -> None:
         if work.block is work.run.graph.blocks[0]:

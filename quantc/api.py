@@ -14,10 +14,12 @@ from . import pareto_page, sweep
 from .blocks import find_blocks
 from .checkpoint import CheckpointReader, is_checkpoint
 from .checkpoint import verify as verify_checkpoint
+from .checkpoint_writer import unfinished
 from .errors import UsageError
 from .frontend import Source, open_model
 from .frontend.source import quiet_transformers, tensors_under
 from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
+from .journal import has_journal, read_journal
 from .pareto import Curve, spaced, trace_curve
 from .pipeline import Run
 from .progress import LogProgress, Progress
@@ -39,6 +41,7 @@ def quantize(
     plan: PathLike | None = None,
     device: str = "cpu",
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     max_kl: float | None = None,
     max_ppl_increase: float | None = None,
@@ -51,14 +54,18 @@ def quantize(
     plan: a plan.yaml whose specs are used as they are. max_kl, max_ppl_increase: instead of bits, what the smallest
     model that is made may lose, in nats per token, or as a share of the perplexity, 0.02 for 2 %; measured on `text`,
     or on an eighth of the calibration windows, kept aside. settings: see Settings. Raises a QuantcError whose message
-    is one sentence; nothing is left behind then.
+    is one sentence.
+
+    A run that is interrupted, or fails after its first block, leaves `<out>.unfinished`. resume: continue it, with the
+    same settings on the same kind of machine, to the same bytes; where there is none this one starts. force: replace
+    the output, and without resume what an interrupted run has left.
     """
     job = Job.of(settings, plan, device, progress)
     folder = Path(out) if out is not None else None
     if max_kl is None and max_ppl_increase is None:
         if text is not None:
             raise UsageError("a text is what a quality target is measured on; pass --max-kl or --max-ppl-increase too.")
-        return _build_within(settings.get("size"), job, model, folder, force)
+        return _build_within(settings.get("size"), job, model, folder, force, resume)
     target = Target(max_kl, max_ppl_increase)
     _refuse_budget(plan, settings)
 
@@ -67,24 +74,41 @@ def quantize(
 
     generous = Job.generous(settings, device, progress)
     folder = folder or Path(f"{open_model(model).name}-quantc-{target.label}")
-    return pursue(target, model, generous, folder, force, text, compare)
+    _note_a_start(folder, generous, resume)
+    return pursue(target, model, generous, folder, force, resume, text, compare)
 
 
-def _build_within(limit: int | str | None, job: Job, model: PathLike, out: Path | None, force: bool) -> Report:
+def _build_within(
+    limit: int | str | None, job: Job, model: PathLike, out: Path | None, force: bool, resume: bool
+) -> Report:
     """Build; where edited floats made the files larger than the plan said, once more within as much less."""
     source = open_model(model)
     folder = out or Path(default_name(source.name, job.passes, job.plan))
+    _note_a_start(folder, job, resume)
     if limit is None:
-        return job.build(source, folder, force)
-    left = wanted = as_bytes(limit)
+        return job.build(source, folder, force, resume)
+    wanted = as_bytes(limit)
+    left = _interrupted_size(folder, wanted) if resume else wanted
     for _ in range(SIZE_ROUNDS):
         try:
-            return job.within(left).build(open_model(model), folder, force, at_most=wanted)
+            return job.within(left).build(open_model(model), folder, force, resume, at_most=wanted)
         except TooLarge as error:
             left -= error.excess
     raise UsageError(
         f"a size of {wanted} bytes was exceeded by what the passes store besides the plan; ask for a tenth more."
     )
+
+
+def _note_a_start(out: Path, job: Job, resume: bool) -> None:
+    if resume and not has_journal(unfinished(out)):
+        job.progress.note(f"there is no interrupted run of {out} to resume; this one starts anew")
+
+
+def _interrupted_size(out: Path, wanted: int) -> int:
+    """The budget of the round in which an interrupted run was."""
+    journal = read_journal(unfinished(out))
+    size = journal and journal.identity.get("allocate", {}).get("size")
+    return min(wanted, size) if isinstance(size, int) else wanted
 
 
 def _compare(checkpoint: Path, model: PathLike, windows: list[Window], job: Job) -> Scores:
@@ -161,7 +185,7 @@ def pareto(
         with tempfile.TemporaryDirectory(prefix=".pareto-", dir=folder) as scratch:
             built = Path(scratch) / "built"
             planned = job.planned(point.plan, tokens, run.report.calibration)
-            report = planned.build(open_model(model), built)
+            report = planned.build(open_model(model), built, resumable=False)
             curve.points[place] = point.verified(_compare(built, model, windows, job), report.weights_bytes)
     pareto_page.write(curve, folder)
     return curve

@@ -122,7 +122,8 @@ QUANTIZE_OPTIONS = options(
     CALIBRATION_OPTIONS,
     option("--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."),
     DEVICE_OPTION,
-    option("--force", is_flag=True, help="Replace the output folder if it exists."),
+    option("--resume", is_flag=True, help="Continue an interrupted run with the same settings, if there is one."),
+    option("--force", is_flag=True, help="Replace the output, or what an interrupted run left without --resume."),
     OUTPUT_OPTIONS,
 )
 

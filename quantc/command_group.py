@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -35,10 +38,11 @@ class Commands(click.Group):
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run the command and exit; a failure that is no bug of quantc is told in one line."""
         try:
-            code = super().main(*args, **{**extra, "standalone_mode": False})
+            with _terminated_as_interrupted():
+                code = super().main(*args, **{**extra, "standalone_mode": False})
         except (click.ClickException, click.Abort, QuantcError, OSError, MemoryError, RuntimeError) as error:
             message, code = describe_failure(error)
-            click.echo(f"Error: {message}", err=True)
+            click.echo(" ".join([f"Error: {message}", *_notes_on(error)]), err=True)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -206,6 +210,25 @@ def describe_failure(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "out of memory; free some, or pass fewer --samples or a shorter --seq-len or --context.", 1
     raise error
+
+
+def _notes_on(error: BaseException) -> list[str]:
+    """What was added to an error on its way; click's own Abort has an interrupt as its cause."""
+    cause = error.__cause__ if isinstance(error, click.Abort) else error
+    return [_one_line(note) for note in getattr(cause, "__notes__", ())]
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _describe_usage(error: click.UsageError) -> str:

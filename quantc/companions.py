@@ -69,12 +69,17 @@ def manifest_json(run: Run, recipe: Recipe, tokens: torch.Tensor | None) -> dict
         "recipe": recipe.to_dict(),
         "calibration": run.report.calibration,
         "calibration_sha256": calibration,
-        "libraries": {
-            "quantc": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "libraries": libraries(),
+    }
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what the result may depend on."""
+    return {
+        "quantc": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
     }
 
 

@@ -18,6 +18,7 @@ from .checkpoint_writer import CheckpointWriter
 from .derive import derive
 from .errors import UsageError
 from .frontend import Source, to_meta
+from .identity import identity
 from .kernels.cuda.gptq import panel_for
 from .kernels.cuda.gram import products_for
 from .numerics.basis import Rounding
@@ -134,19 +135,32 @@ class Job:
         return run
 
     def build(
-        self, source: Source, folder: Path, force: bool = False, output: str = "", at_most: int | None = None
+        self,
+        source: Source,
+        folder: Path,
+        force: bool = False,
+        resume: bool = False,
+        resumable: bool = True,
+        output: str = "",
+        at_most: int | None = None,
     ) -> Report:
-        """Write the checkpoint. output: where it will lie in the end; at_most: bytes, or TooLarge is raised."""
+        """Write the checkpoint.
+
+        resume: continue an interrupted build, if there is one. resumable: whether this one leaves what that needs.
+        output: where the checkpoint will lie in the end. at_most: bytes, or TooLarge is raised.
+        """
         started, cpu_started = time.perf_counter(), time.process_time()
-        with CheckpointWriter(folder, force) as writer:
+        with CheckpointWriter(folder, force, resume, resumable) as writer:
             run = self.open(source, output or str(folder))
             writer.require_space(weights_bytes(run, run.plan.specs))
             tokens = self.tokens(run)
+            saved = writer.begin(identity(run, self.recipe, tokens, size=at_most))
             with kernels_of(run.device):
-                sweep.build(run, self.passes, tokens, writer)
+                sweep.build(run, self.passes, tokens, writer, saved)
             companions.write_companions(run, writer)
             _finish_report(run, writer, started, cpu_started)
             if at_most is not None and writer.weights_bytes > at_most:
+                writer.discard()
                 raise TooLarge(writer.weights_bytes - at_most)
             writer.commit(companions.config_json(run), companions.manifest_json(run, self.recipe, tokens))
         return run.report
@@ -321,7 +335,7 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
 
 def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_started: float) -> None:
     report = run.report
-    report.weights_bytes = writer.finish_weights()
+    report.weights_bytes = writer.finish_weights(run.progress)
     report.source_bytes = sum(file.stat().st_size for file in run.source.weight_files())
     report.count_costs(started, cpu_started)
     with writing(writer.folder):

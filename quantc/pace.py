@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from time import perf_counter
+from typing import Any
 
 
 class Pace:
@@ -16,6 +17,15 @@ class Pace:
         self.seconds: list[float] = []  # that each block took
         self.taken: list[int] = []  # steps of each block
         self._started = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, as JSON has it."""
+        return {"left": self._left, "blocks": self._blocks, "seconds": self.seconds, "taken": self.taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on behind the blocks that had been worked on when `state` was asked for."""
+        self._left, self._blocks = state["left"], state["blocks"]
+        self.seconds, self.taken = list(state["seconds"]), list(state["taken"])
 
     def begin(self) -> None:
         """Work on a block begins."""

@@ -112,6 +112,13 @@ class Pass:
     def build_outside(self, work: OutsideWork) -> None:
         """Work on the tensors outside the blocks."""
 
+    def state(self) -> Any:
+        """What `rewrite` and `build` remember of the blocks they have seen, as JSON has it; None for nothing."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Remember what `state` returned in a run that was interrupted; `plan` and `analyse` have been called."""
+
     def finish(self, work: FinishWork) -> None:
         """Work on the model as it has been written, after all blocks."""
 

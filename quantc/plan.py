@@ -47,11 +47,15 @@ class Plan:
         """Add to what is said about a linear."""
         self.why[name] = f"{self.why[name]}; {why}" if name in self.why else why
 
+    def entries(self) -> dict[str, Any]:
+        """What the YAML says of every linear, without the remarks."""
+        return {name: KEEP if spec is None else self._entry(name, spec) for name, spec in self.specs.items()}
+
     def to_yaml(self) -> str:
-        entries: dict[str, Any] = {}
-        for name, spec in self.specs.items():
-            remark = {"why": self.why[name]} if name in self.why else {}
-            entries[name] = KEEP if spec is None else self._entry(name, spec) | remark
+        entries = self.entries()
+        for name, why in self.why.items():
+            if entries.get(name, KEEP) != KEEP:
+                entries[name]["why"] = why
         comment = (
             "# quantc plan: edit bits, group_size, grouping, symmetric, rank, hadamard or sparsity, or write `keep`.\n"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class LinearReport:
     dead_inputs: int = 0
     damp: float = 0.0
     why: str = ""
+
+    @classmethod
+    def from_dict(cls, mapping: dict[str, Any]) -> LinearReport:
+        """Inverse of dataclasses.asdict, after JSON."""
+        n, k = mapping["shape"]
+        return cls(**{**mapping, "spec": QuantSpec.from_dict(mapping["spec"]), "shape": (n, k)})
 
     @property
     def weights(self) -> int:
@@ -110,6 +116,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.summary(), "linears": [asdict(linear) for linear in self.linears]}
+
+    @classmethod
+    def from_dict(cls, mapping: dict[str, Any]) -> Report:
+        """Inverse of `to_dict`, after JSON."""
+        report = cls(**{item.name: mapping[item.name] for item in fields(cls)})
+        report.linears = [LinearReport.from_dict(linear) for linear in mapping["linears"]]
+        return report
 
     def write(self, folder: Path) -> None:
         (folder / REPORT_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")

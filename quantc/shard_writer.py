@@ -7,6 +7,7 @@ writer takes all tensors at once and copies them: two shards of memory, against 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,72 +35,106 @@ class Entry:
 
 # Widest dtypes first, as safetensors' own writer does it: then every tensor starts at a multiple of its item size.
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class ShardWriter:
-    """Tensors go to `<file>.data` as they come; `finish` writes `file` from it, in safetensors' own order.
+    """Tensors go to a spool file as they come; `finish` writes the shard from it, in safetensors' own order.
 
+    A spool is only appended to: its first bytes stay what they were when `state` was asked for, whatever happens later.
     Raises CheckpointError that names the file when it cannot be written.
     """
 
-    def __init__(self, file: Path):
-        self.file = file
-        self.bytes = 0
-        self._entries: list[Entry] = []
-        self._spool = file.with_name(file.name + ".data")
+    def __init__(self, spool: Path):
+        self.bytes = 0  # of all tensors
+        self.file: Path | None = None  # the shard, once it is written
+        self._entries: dict[str, Entry] = {}
+        self._spool, self._end, self._synced = spool, 0, 0
 
     @property
-    def names(self) -> list[str]:
-        return [entry.name for entry in self._entries]
+    def place(self) -> Path:
+        """The file that holds the tensors now."""
+        return self.file or self._spool
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """dtype and shape of every tensor, by safetensors' names."""
+        entries = self._entries.values()
+        return {entry.name: {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape} for entry in entries}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append a contiguous CPU tensor."""
-        with writing(self.file), self._spool.open("ab") as spool:
+        with writing(self._spool), self._spool.open("ab") as spool:
             spool.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
-        self._entries.append(Entry(name, tensor.dtype, list(tensor.shape), self.bytes, tensor.nbytes))
+        self._entries[name] = Entry(name, tensor.dtype, list(tensor.shape), self._end, tensor.nbytes)
+        self._end += tensor.nbytes
         self.bytes += tensor.nbytes
 
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Let a contiguous CPU tensor of the same dtype and shape stand for one that was added."""
+        known = self._entries[name]
+        assert (tensor.dtype, list(tensor.shape)) == (known.dtype, known.shape)
+        self.bytes -= known.bytes
+        self.add(name, tensor)
+
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that was added, from the disk."""
-        entry = self._entry(name)
-        file, start = self._place(entry)
-        with file.open("rb") as stream:
+        """A tensor that was added, from the disk; raises CheckpointError where its bytes are no longer there."""
+        entry = self._entries[name]
+        start = entry.start if self.file is None else self._start_in_file(entry)
+        with self.place.open("rb") as stream:
             stream.seek(start)
             content = bytearray(stream.read(entry.bytes))
+        if len(content) < entry.bytes:
+            raise CheckpointError(f"{self.place} ends before {name} does")
         return torch.frombuffer(content, dtype=entry.dtype).reshape(entry.shape) if content else _empty(entry)
 
-    def replace(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a contiguous CPU tensor of the same dtype and shape in the place of one that was added."""
-        entry = self._entry(name)
-        assert (tensor.dtype, list(tensor.shape)) == (entry.dtype, entry.shape)
-        file, start = self._place(entry)
-        with writing(self.file), file.open("r+b") as stream:
-            stream.seek(start)
-            stream.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    def _start_in_file(self, wanted: Entry) -> int:
+        entries = in_order(self._entries.values())
+        return len(header(entries)) + sum(entry.bytes for entry in entries[: entries.index(wanted)])
 
-    def _entry(self, name: str) -> Entry:
-        return next(entry for entry in self._entries if entry.name == name)
+    def sync(self) -> None:
+        """What was added survives a power cut from here on."""
+        if self._synced < self._end:
+            with writing(self._spool):
+                sync(self._spool)
+            self._synced = self._end
 
-    def _place(self, wanted: Entry) -> tuple[Path, int]:
-        """The file that holds a tensor's bytes, and where in it: the spool before `finish`."""
-        if self._spool.exists():
-            return self._spool, wanted.start
-        before = 0
-        for entry in in_order(self._entries):
-            if entry is wanted:
-                break
-            before += entry.bytes
-        return self.file, len(header(self._entries)) + before
-
-    def finish(self) -> int:
-        """Write the file, remove the spool; returns the file's bytes."""
-        with writing(self.file):
-            with self._spool.open("rb") as spool, self.file.open("wb") as out:
-                out.write(header(self._entries))
-                for entry in in_order(self._entries):
+    def finish(self, file: Path) -> None:
+        """Write the shard, remove the spool."""
+        with writing(file):
+            with self._spool.open("rb") as spool, file.open("wb") as out:
+                out.write(header(self._entries.values()))
+                for entry in in_order(self._entries.values()):
                     _copy(spool, out, entry)
+            sync(file)
+            self.file = file
             self._spool.unlink()
-            return self.file.stat().st_size
+
+    def state(self) -> dict[str, Any]:
+        """What `restored` needs, as JSON has it."""
+        entries = self._entries.values()
+        tensors = {entry.name: [DTYPE_NAMES[entry.dtype], entry.shape, entry.start, entry.bytes] for entry in entries}
+        return {"spool": self._spool.name, "end": self._end, "tensors": tensors}
+
+    @classmethod
+    def restored(cls, folder: Path, state: dict[str, Any], file: Path) -> ShardWriter:
+        """A shard as it was when `state` was asked for; what was added later is cut off.
+
+        file: the shard, if it was written already. Raises CheckpointError where the spool is shorter than it was.
+        """
+        shard = cls(folder / state["spool"])
+        shard._end = shard._synced = state["end"]
+        for name, (dtype, shape, start, count) in state["tensors"].items():
+            shard._entries[name] = Entry(name, _DTYPES[dtype], shape, start, count)
+            shard.bytes += count
+        if not shard._spool.exists() and file.exists():
+            shard.file = file
+            return shard
+        found = shard._spool.stat().st_size if shard._spool.exists() else 0
+        if found < shard._end:
+            raise CheckpointError(f"{shard._spool} has {found} of {shard._end} bytes")
+        if shard._spool.exists():
+            os.truncate(shard._spool, shard._end)
+        return shard
 
 
 class writing:
@@ -114,8 +149,8 @@ class writing:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
             raise CheckpointError(
-                f"{self._file} could not be written ({error.strerror or error}); nothing was left behind: "
-                "free some space or choose another --out, and run again."
+                f"{self._file} could not be written ({error.strerror or error}); free some space or choose another "
+                "--out, and run again."
             ) from error
 
 
@@ -139,6 +174,15 @@ def header(entries: Iterable[Entry]) -> bytes:
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def sync(file: Path) -> None:
+    """Flush a file, or a folder's list of files, to the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _copy(spool: IO[bytes], out: IO[bytes], entry: Entry) -> None:

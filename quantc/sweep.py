@@ -5,7 +5,11 @@ It holds one block's weights, its statistics and the hidden states of the calibr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,38 +18,48 @@ from .checkpoint_writer import CheckpointWriter
 from .derive import outside_names
 from .formats import format_of
 from .frontend import to_meta
-from .frontend.source import tensors_under
+from .frontend.source import is_under, tensors_under
 from .graph import Block
 from .memory import RELEASE_BYTES
+from .numerics.residual import turn
 from .pipeline import Pass, Run
 from .qtensor import QTensor
+from .snapshot import put_back, take
+from .units import plural
 from .work import BlockWork, FinishWork, OutsideWork
 
 
-def build(run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: CheckpointWriter) -> None:
+def build(
+    run: Run,
+    passes: list[Pass],
+    tokens: torch.Tensor | None,
+    writer: CheckpointWriter,
+    saved: dict[str, Any] | None = None,
+) -> None:
     """The build sweep: every block is loaded, worked on by the passes in order, written and freed.
 
     tokens: calibration set (samples, T), or None when no pass asks for statistics. Later blocks are calibrated on
-    the outputs of the earlier ones as they were rounded.
+    the outputs of the earlier ones as they were rounded. saved: what an interrupted run of the same kind has saved with
+    the writer last; its blocks are taken as they are.
     """
-    graph = run.graph
-    names = [block.name for block in graph.blocks]
-    calibration = None if tokens is None else analyse(run, passes, tokens, writer.folder)
     finishing = [item for item in passes if item.calibrated and type(item).finish is not Pass.finish]
+    sweep = _Sweep(run, passes, writer, 0 if saved is None else saved["blocks"])
+    finished = 0 if saved is None else saved["finished"]
+    if saved is not None:
+        writer.restore(saved["tensors"])
+    nothing_left = sweep.whole and finished == len(finishing)
+    calibration = None if tokens is None or nothing_left else analyse(run, passes, tokens, writer.folder)
+    if saved is not None:
+        sweep.take_up(saved["run"])
     first = calibration.snapshot() if calibration is not None and finishing else None
-    _build_outside(run, passes, names, writer)
-    run.progress.stage("Quantizing", len(graph.blocks))
-    for block in graph.blocks:
-        _build_block(run, passes, block, calibration, writer)
-        run.progress.step(block.name)
-    run.progress.done()
+    if calibration is not None and run.residual is not None:
+        calibration.map_states(partial(turn, block=run.residual.order))
+    sweep.build(calibration)
     if calibration is not None and first is not None:
-        for item in finishing:
+        for number, item in enumerate(finishing[finished:], start=finished + 1):
             calibration.restart(first)
             item.finish(FinishWork(run, calibration, writer))
-    if calibration is not None:
-        for name, rows in calibration.bad_rows.items():
-            run.report.notes.append(f"{name} put out {rows} non-finite calibration rows; they were left out")
+            sweep.save(finished=number)
 
 
 def analyse(run: Run, passes: list[Pass], tokens: torch.Tensor, folder: Path) -> CalibrationRun:
@@ -71,6 +85,47 @@ def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: 
         calibration.restart(before)
 
 
+@dataclass
+class _Sweep:
+    """The blocks one after the other; so many are done."""
+
+    run: Run
+    passes: list[Pass]
+    writer: CheckpointWriter
+    done: int
+
+    @property
+    def whole(self) -> bool:
+        return self.done == len(self.run.graph.blocks)
+
+    def save(self, finished: int = 0) -> None:
+        """An interrupted run will continue from here. finished: how many passes have finished the model."""
+        state = {"blocks": self.done, "finished": finished, "run": take(self.run, self.passes)}
+        done = f"{self.done} of {plural(len(self.run.graph.blocks), 'block')}"
+        self.writer.save(done, state | {"tensors": self.writer.state()})
+
+    def take_up(self, taken: dict[str, Any]) -> None:
+        """Be where an interrupted run was; taken: what `take` said there."""
+        put_back(self.run, self.passes, taken)
+        note = f"{self.done} of {plural(len(self.run.graph.blocks), 'block')} are from an interrupted run"
+        self.run.progress.note(note)
+        self.run.report.notes.append(f"{note}; times are of the last run alone")
+
+    def build(self, calibration: CalibrationRun | None) -> None:
+        run, passes, blocks = self.run, self.passes, self.run.graph.blocks
+        if not self.done:
+            _build_outside(run, passes, [block.name for block in blocks], self.writer)
+        elif calibration is not None and not self.whole:
+            _run_again(run, blocks[: self.done], calibration, self.writer)
+        run.progress.stage("Quantizing", len(blocks) - self.done)
+        for block in blocks[self.done :]:
+            _build_block(run, passes, block, calibration, self.writer)
+            self.done += 1
+            self.save()
+            run.progress.step(block.name)
+        run.progress.done()
+
+
 def _build_block(
     run: Run, passes: list[Pass], block: Block, calibration: CalibrationRun | None, writer: CheckpointWriter
 ) -> None:
@@ -87,8 +142,32 @@ def _build_block(
     if calibration is not None and block is not run.graph.blocks[-1]:
         work.replace_weights(run.graph.linears[name] for name in work.quantized)
         calibration.advance(block)
+        if block.name in calibration.bad_rows:
+            rows = calibration.bad_rows[block.name]
+            run.report.notes.append(f"{block.name} put out {rows} non-finite calibration rows; they were left out")
     to_meta(module)
     run.free_memory.release(weights)
+
+
+def _run_again(run: Run, blocks: Sequence[Block], calibration: CalibrationRun, writer: CheckpointWriter) -> None:
+    """Bring the calibration set behind blocks that have been written, by running these."""
+    run.progress.stage("Finished blocks", len(blocks))
+    for block in blocks:
+        run.source.load(block.name)
+        module = run.source.model.get_submodule(block.name).to(run.device)
+        rounded = FinishWork(run, calibration, writer).qtensors(block)
+        work = BlockWork(run, block, module, calibration, {linear.name: tensor for linear, tensor in rounded.items()})
+        for name in run.edited - {linear.weight_name for linear in rounded}:
+            if is_under(name, block.name):
+                stored = writer.read(name).to(run.device, torch.float32, copy=True)
+                run.source.model.get_parameter(name).data = stored
+        work.replace_weights(rounded)
+        weights = sum(parameter.nbytes for parameter in module.parameters())
+        calibration.advance(block)
+        to_meta(module)
+        run.free_memory.release(weights)
+        run.progress.step(block.name)
+    run.progress.done()
 
 
 def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: CheckpointWriter) -> None:
