@@ -152,6 +152,7 @@ class Job:
         started, cpu_started = time.perf_counter(), time.process_time()
         with CheckpointWriter(folder, force, resume, resumable) as writer:
             run = self.open(source, output or str(folder))
+            _ = run.source.tokenizer  # a missing one is found before hours of work
             writer.require_space(weights_bytes(run, run.plan.specs))
             tokens = self.tokens(run)
             saved = writer.begin(identity(run, self.recipe, tokens, size=at_most))

@@ -74,7 +74,8 @@ def pursue(
 
         rounds = meet(target, budget.quantized(), build)
         folder, report = next((path, made) for shared, path, made in built if shared is rounds[-1].shared)
-        report.notes.append(target.describe(rounds, sum(window.scored for window in windows)))
+        found = target.describe(rounds, sum(window.scored for window in windows))
+        report.notes += [found] if found not in report.notes else []  # it is there if the end was interrupted
         report.count_costs(started, cpu_started)
         with writing(folder):
             report.write(folder)

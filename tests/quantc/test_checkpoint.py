@@ -196,8 +196,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
         with pytest.raises(CheckpointError) as caught:
             write(tmp_path / "out", force=force)
     message = str(caught.value)
-    assert "could not be written (No space left on device); nothing was left behind" in message
-    assert message.count("nothing was left behind") == 1
+    remedy = "free some space or choose another --out, and run again."
+    assert message.endswith(f" could not be written (No space left on device); {remedy}")
+    assert message.count("could not be written") == 1
+    assert not hasattr(caught.value, "__notes__")
     assert "\n" not in message
     assert only(tmp_path, *(["out"] if force else []))
     assert not force or contents(tmp_path / "out") == before
@@ -208,25 +210,35 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_with_tokenizer(build("llama"), tmp_path_factory.mktemp("source") / "model")
 
 
-def test_a_disk_that_fills_in_a_run_leaves_nothing(
+def test_a_disk_that_fills_before_a_block_is_finished_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantc.shard_writer._copy", no_space)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    monkeypatch.setattr(CheckpointWriter, "save", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
         quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out")
     assert only(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "target", ["transformers.PreTrainedTokenizerFast.save_pretrained", "quantc.report.Report.write"]
+    "target",
+    [
+        "quantc.shard_writer._copy",
+        "transformers.PreTrainedTokenizerFast.save_pretrained",
+        "quantc.report.Report.write",
+    ],
 )
-def test_a_disk_that_fills_at_the_end_of_a_run_is_one_sentence(
+def test_a_disk_that_fills_at_the_end_of_a_run_is_one_sentence_and_keeps_the_blocks(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    monkeypatch.setattr(target, no_space)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out")
-    assert only(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, no_space)
+        with pytest.raises(CheckpointError, match="No space left on device") as caught:
+            quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out")
+    place = tmp_path / "out.unfinished"
+    assert caught.value.__notes__ == [f"Kept in {place}: 2 of 2 blocks; --resume continues from there."]
+    quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out", resume=True)
+    verify(tmp_path / "out")
+    assert only(tmp_path, "out")
 
 
 def test_too_little_space_is_seen_before_any_work(

@@ -120,7 +120,8 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
         "--size 300MiB --pin *.0.*=8 --pin *.v_proj=4 --formats w4g128,w8g128 --target vllm --search 5 --sparsity 2:4"
         " --tune-steps 20 --tune-budget 10min"
     )
-    more = f"--samples 4 --seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda --force"
+    more = f"--samples 4 --seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda"
+    words += " --force --resume"
     assert run("quantize", "tiny", *words.split(), *budget.split(), *target.split(), *more.split()).exit_code == 0
     assert calls == [
         {
@@ -130,7 +131,7 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
             "target": "vllm", "search": 5, "model": "tiny",
             "bits": 3, "avg_bits": 3.25, "out": "out", "group_size": -1, "method": "rtn",
             "symmetric": True, "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7,
-            "preset": "best", "recipe": recipe, "plan": plan, "device": "cuda", "force": True,
+            "preset": "best", "recipe": recipe, "plan": plan, "device": "cuda", "force": True, "resume": True,
         }
     ]  # fmt: skip
 
@@ -138,7 +139,7 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
 def test_options_left_out_are_left_to_the_api(calls: list[dict[str, Any]]) -> None:
     run("quantize", "tiny", "--bits", "4")
     given = {name: value for name, value in calls[0].items() if value is not None}
-    assert given == {"model": "tiny", "bits": 4, "device": "cpu", "force": False}
+    assert given == {"model": "tiny", "bits": 4, "device": "cpu", "force": False, "resume": False}
 
 
 def test_summary_tells_what_was_written_and_what_to_do_next(calls: list[dict[str, Any]]) -> None:
@@ -267,6 +268,18 @@ def test_an_interrupt_is_one_line_and_exit_code_130(fail_with: Callable[[BaseExc
     result = run("quantize", "tiny", "--bits", "4")
     assert result.exit_code == 130
     assert result.stderr.strip() == "Error: interrupted."
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_what_is_kept_is_said_in_the_same_line(
+    fail_with: Callable[[BaseException], None], error: BaseException
+) -> None:
+    error.add_note("Kept in out.unfinished: 3 of 8 blocks;\n--resume continues from there.")
+    fail_with(error)
+    lines = run("quantize", "tiny", "--bits", "4").stderr.strip()
+    assert lines.startswith("Error: ")
+    assert lines.endswith(". Kept in out.unfinished: 3 of 8 blocks; --resume continues from there.")
+    assert "\n" not in lines
 
 
 def test_a_bug_is_not_disguised(fail_with: Callable[[BaseException], None]) -> None:

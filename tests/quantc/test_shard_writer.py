@@ -1,5 +1,6 @@
 """A shard written tensor by tensor is the file that safetensors' own writer makes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from quantc.checkpoint import DTYPE_NAMES
+from quantc.errors import CheckpointError
 from quantc.shard_writer import COPY_BYTES, ShardWriter
 
 shapes = st.lists(st.integers(0, 5), max_size=3)
@@ -26,7 +28,7 @@ def test_same_bytes_as_safetensors(tmp_path_factory, wanted) -> None:
     written = write(folder / "ours.safetensors", made)
     save_file(made, folder / "theirs.safetensors", metadata={"format": "pt"})
     assert (folder / "ours.safetensors").read_bytes() == (folder / "theirs.safetensors").read_bytes()
-    assert written == (folder / "ours.safetensors").stat().st_size
+    assert written == sum(tensor.nbytes for tensor in made.values())
     assert not list(folder.glob("*.data"))
 
 
@@ -38,26 +40,53 @@ def test_tensors_larger_than_a_copy_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_tensors_are_read_and_replaced_in_the_spool_and_in_the_file(finished: bool, tmp_path: Path) -> None:
+def test_tensors_are_read_and_replaced(finished: bool, tmp_path: Path) -> None:
     made = {"b": torch.rand(3, 2), "none": torch.empty(0, 4), "a": torch.arange(5, dtype=torch.uint8)}
-    shard = ShardWriter(tmp_path / "ours.safetensors")
+    shard = ShardWriter(tmp_path / "spool.data")
     for name, tensor in made.items():
         shard.add(name, tensor)
-    if finished:
-        shard.finish()
     shard.replace("b", -made["b"])
     shard.replace("none", made["none"])
-    if not finished:
-        shard.finish()
+    assert shard.bytes == 3 * 2 * 4 + 5
+    if finished:
+        shard.finish(tmp_path / "ours.safetensors")
     assert torch.equal(shard.read("b"), -made["b"])
+    assert shard.read("none").shape == (0, 4)
+    if not finished:
+        shard.finish(tmp_path / "ours.safetensors")
     save_file({**made, "b": -made["b"]}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
-    assert shard.read("none").shape == (0, 4)
+
+
+def test_a_shard_goes_back_to_a_state(tmp_path: Path) -> None:
+    shard = ShardWriter(tmp_path / "spool.data")
+    shard.add("a", torch.arange(4))
+    state = shard.state()
+    shard.replace("a", -torch.arange(4))
+    shard.add("b", torch.arange(3))
+    back = ShardWriter.restored(tmp_path, json.loads(json.dumps(state)), tmp_path / "none")
+    assert torch.equal(back.read("a"), torch.arange(4))
+    assert list(back.described()) == ["a"]
+    assert (tmp_path / "spool.data").stat().st_size == 32
+    back.add("b", torch.arange(2))
+    back.finish(tmp_path / "ours.safetensors")
+    save_file({"a": torch.arange(4), "b": torch.arange(2)}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_a_spool_that_is_too_short_is_no_state(tmp_path: Path) -> None:
+    shard = ShardWriter(tmp_path / "spool.data")
+    shard.add("a", torch.arange(4))
+    (tmp_path / "spool.data").write_bytes(bytes(31))
+    with pytest.raises(CheckpointError, match=r"spool.data has 31 of 32 bytes$"):
+        ShardWriter.restored(tmp_path, shard.state(), tmp_path / "none")
 
 
 def write(file: Path, made: dict[str, torch.Tensor]) -> int:
-    shard = ShardWriter(file)
+    shard = ShardWriter(file.with_name("spool.data"))
     for name, tensor in made.items():
         shard.add(name, tensor)
-    assert shard.names == list(made)
-    return shard.finish()
+    shard.finish(file)
+    assert shard.place == file
+    assert list(shard.described()) == list(made)
+    return shard.bytes
