@@ -18,7 +18,7 @@ from .checkpoint_writer import CheckpointWriter
 from .derive import outside_names
 from .formats import format_of
 from .frontend import to_meta
-from .frontend.source import is_under, tensors_under
+from .frontend.source import tensors_under
 from .graph import Block
 from .memory import RELEASE_BYTES
 from .numerics.residual import turn
@@ -157,10 +157,10 @@ def _run_again(run: Run, blocks: Sequence[Block], calibration: CalibrationRun, w
         module = run.source.model.get_submodule(block.name).to(run.device)
         rounded = FinishWork(run, calibration, writer).qtensors(block)
         work = BlockWork(run, block, module, calibration, {linear.name: tensor for linear, tensor in rounded.items()})
-        for name in run.edited - {linear.weight_name for linear in rounded}:
-            if is_under(name, block.name):
-                stored = writer.read(name).to(run.device, torch.float32, copy=True)
-                run.source.model.get_parameter(name).data = stored
+        for name, tensor in tensors_under(run.source.model, block.name):
+            if name in writer.tensors:  # what passes have changed; all else stays where it lies in memory
+                stored = writer.read(name).to(tensor.device, tensor.dtype, copy=True)
+                tensor.data = tensor.data if torch.equal(tensor, stored) else stored
         work.replace_weights(rounded)
         weights = sum(parameter.nbytes for parameter in module.parameters())
         calibration.advance(block)

@@ -23,8 +23,11 @@ from quantc.checkpoint import verify
 from quantc.checkpoint_writer import CheckpointWriter
 from quantc.errors import CalibrationError, CheckpointError, ModelError, UsageError
 from quantc.journal import JOURNAL
+from quantc.pipeline import Pass
 from quantc.progress import LogProgress
+from quantc.recipe import Recipe
 from quantc.report import read_report
+from quantc.work import BlockWork
 from tests.families import build
 from tests.helpers import save_with_tokenizer
 from tests.quantc.cli_runner import run as run_command
@@ -119,6 +122,24 @@ def recipe(folder: Path, passes: list[Any]) -> Path:
 # The same bytes
 
 
+class Cast(Pass):
+    """The example of docs/add-a-pass.md: changes weights in place, those of linears that are kept among them."""
+
+    def build(self, work: BlockWork) -> None:
+        for linear in work.block.quantized:
+            weight = work.weight(linear)
+            weight.copy_(weight.to(torch.bfloat16))
+
+
+def test_a_pass_that_changes_what_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden states behind the blocks that were finished are those of the changed weights."""
+    build_passes = Recipe.build_passes
+    monkeypatch.setattr(Recipe, "build_passes", lambda self: [Cast(None), *build_passes(self)])
+    monkeypatch.setattr(Cast, "name", "cast", raising=False)
+    settings: dict[str, Any] = {"bits": 3, "group_size": 16, "pins": {"*.0.*": 16, "*.up_proj": 16}}
+    check(monkeypatch, model, tmp_path, [BLOCK.format(2)], **settings)
+
+
 @pytest.mark.parametrize("name", PASSES)
 def test_every_pass_goes_on_as_if_nothing_had_happened(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,9 +157,9 @@ def test_it_may_be_interrupted_anywhere_and_again(
     assert sum("interrupted run" in note for note in notes) == len(set(stops))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2", "gemma3_text", "jamba", "gpt_neo"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2", "gemma3_text", "jamba", "gpt_neo", "zamba2"])
 def test_every_kind_of_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stacked experts, either way round; Conv1D; norms after writers; mixed blocks; nothing that rotates."""
+    """Stacked experts, either way round; Conv1D; norms after writers; mixed blocks; weights that blocks share."""
     model = save_with_tokenizer(build(family).to(torch.bfloat16), tmp_path / "model")
     second = {"gpt2": "transformer.h.1.", "gpt_neo": "transformer.h.1."}.get(family, BLOCK.format(1))
     check(monkeypatch, model, tmp_path, [second], bits=3, group_size=16, preset="best")
