@@ -5,7 +5,10 @@ A checkpoint appears whole or not at all: it is written beside its final place, 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +23,9 @@ from .progress import Progress
 from .shard_writer import ShardWriter, sync, writing
 
 SHARD_BYTES = 2 << 30
+KEPT = "Kept in"  # begins a note on an error
+
+log = logging.getLogger(__name__)
 
 
 def unfinished(out: Path) -> Path:
@@ -50,6 +56,7 @@ class CheckpointWriter:
         self.weights_bytes = 0
         self._resume, self._resumable, self._shard_bytes = resume, resumable, shard_bytes
         self._identity: dict[str, Any] | None = None  # once `begin` was called
+        self._locked: int | None = None  # file descriptor of the folder
         self._shards: list[ShardWriter] = []
         self._shard_of: dict[str, ShardWriter] = {}
         if out.exists() and force and not _is_ours(out):
@@ -67,12 +74,15 @@ class CheckpointWriter:
             )
 
     def __enter__(self) -> CheckpointWriter:
-        if self._resume and has_journal(self.folder):
-            return self
         try:
+            if self.folder.exists():
+                self._lock()
+            if self._resume and has_journal(self.folder):
+                return self
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
+            self._lock()
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be created ({error.strerror}); choose an --out in a folder you can write to."
@@ -83,11 +93,31 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         done = kept_in(self.folder) if error is not None and not _lasts(error) else ""
-        if error is not None and done and not hasattr(error, "__notes__"):
-            error.add_note(f"Kept in {self.folder}: {done}; --resume continues from there.")
+        if error is not None and done and not any(note.startswith(KEPT) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{KEPT} {self.folder}: {done}; --resume continues from there.")
         of_another = error is not None and self._identity is None and has_journal(self.folder)
         if not (done or of_another):
             self.discard()
+        self._unlock()
+
+    def _lock(self) -> None:
+        """Keep other runs out of the folder, where the file system can; the lock goes with the process."""
+        self._unlock()
+        self._locked = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise UsageError(
+                f"another run is writing into {self.folder}; wait until it is done, or choose another --out."
+            ) from None
+        except OSError as error:
+            log.debug("%s is not locked: %s", self.folder, error)
+
+    def _unlock(self) -> None:
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
 
     def discard(self) -> None:
         """Remove what was written."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from quantc import pace
@@ -65,3 +67,11 @@ def test_the_estimate_is_that_of_equal_blocks(clock: Clock) -> None:
     clock.now += 4.0
     made.steps(1.0, 2.0)
     assert made.estimate(1.0, 2.0) == 3 * 25.0
+
+
+def test_a_pace_that_was_restored_goes_on_with_the_time_that_was_left(clock: Clock) -> None:
+    made, other = Pace(50, 100.0, 4), Pace(50, 100.0, 1)
+    assert block(made, clock, 2.0, 3.0, 1.0) == 20
+    other.restore(json.loads(json.dumps(made.state())))
+    assert [block(other, clock, 2.0, 3.0, 1.0) for _ in range(3)] == [20, 20, 20]
+    assert other.seconds == [25.0] * 4

@@ -465,6 +465,16 @@ def test_where_there_is_nothing_to_resume_a_run_starts(model: Path, tmp_path: Pa
     assert told == [f"there is no interrupted run of {tmp_path / 'out'} to resume; this one starts anew"]
 
 
+def test_two_runs_do_not_write_into_one_folder(kept: Path, model: Path, tmp_path: Path) -> None:
+    for options in ({"resume": True}, {"force": True}):
+        with CheckpointWriter(tmp_path / "out", **options), pytest.raises(UsageError) as caught:
+            quantize(model, tmp_path / "out", **options, **FAST)
+        assert str(caught.value) == (
+            f"another run is writing into {kept}; wait until it is done, or choose another --out."
+        )
+        assert "__notes__" not in vars(caught.value)
+
+
 # What stays, and what goes
 
 
