@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _version_of(file: Path) -> str:
     """A file that was written again is another one, though it may be as long: reading all of it would take minutes."""
     facts = file.stat()
-    return f"of {facts.st_size} bytes from {datetime.fromtimestamp(facts.st_mtime_ns / 1e9).isoformat()}"
+    return f"{facts.st_size} bytes, written {datetime.fromtimestamp(facts.st_mtime_ns / 1e9, UTC):%F %H:%M:%S.%f} UTC"
 
 
 def _device(device: torch.device) -> str:

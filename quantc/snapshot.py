@@ -19,6 +19,7 @@ def take(run: Run, passes: list[Pass]) -> dict[str, Any]:
         "edited": sorted(run.edited),
         "residual": run.residual and asdict(run.residual),
         "linears": [asdict(linear) for linear in run.report.linears],
+        "kept": run.report.kept,
         "rewrites": run.report.rewrites,
         "refused": run.report.refused,
         "notes": run.report.notes,
@@ -33,7 +34,7 @@ def put_back(run: Run, passes: list[Pass], taken: dict[str, Any]) -> None:
     run.edited = set(taken["edited"])
     run.residual = taken["residual"] and ResidualRotation(**taken["residual"])
     run.report.linears = [LinearReport.from_dict(linear) for linear in taken["linears"]]
+    run.report.kept, run.report.notes = taken["kept"], taken["notes"]
     run.report.rewrites, run.report.refused = taken["rewrites"], taken["refused"]
-    run.report.notes = taken["notes"]
     for item, state in zip(passes, taken["passes"], strict=True):
         item.restore(state)

@@ -150,7 +150,7 @@ class BlockWork:
     def edit(self, name: str, value: torch.Tensor) -> None:
         """Give a parameter, by its name inside the block, a new value: rounded to its dtype here and only here."""
         parameter = self.module.get_parameter(name)
-        parameter.data = value.to(parameter.dtype).contiguous()  # as it will be read back
+        parameter.data = value.to(parameter.dtype).contiguous()  # as it is read back when a run is resumed
         self.run.edited.add(f"{self.block.name}.{name}")
 
     def _writer_dtype(self, item: Activation) -> torch.dtype:

@@ -411,7 +411,7 @@ def test_a_model_that_was_written_again_is_another(kept: Path, model: Path, tmp_
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
     try:
         with pytest.raises(
-            UsageError, match=r"was begun with file model.safetensors of \d+ bytes from .*, and this run"
+            UsageError, match=r"was begun with file model.safetensors \d+ bytes, written 20.* UTC, and this run"
         ):
             quantize(model, tmp_path / "out", True, **FAST)
     finally:
