@@ -44,6 +44,8 @@ class AllocateConfig:
     estimator: of losses, see quantc/sensitivity. search: generations that refine the plan by what it measures, see
     quantc/search.
 
+    sparsity: auto, where there is a budget: candidates that drop weights take part too; null leaves every linear dense.
+
     head_bits: also quantize the token embedding and the head, in this many bits; null keeps them. auto, where there is
     a size: their widths are shared out too.
     """
@@ -59,6 +61,7 @@ class AllocateConfig:
     target: str | None = None
     estimator: Estimator = "fisher"
     search: int = 0
+    sparsity: Literal["auto"] | None = None
     head_bits: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +78,11 @@ class AllocateConfig:
                     f"the pin of {pattern!r} says {bits} bits, but {MIN_BITS} to {MAX_BITS} are possible, and "
                     f"{KEPT_BITS}, which keeps what it names."
                 )
+        if self.sparsity is not None and self.grouping != "per_oc":
+            raise UsageError(
+                f"sparsity is auto, and weights are dropped in per_oc groups, not {self.grouping} ones; leave one of "
+                "the two out."
+            )
         if self.target is not None and self.target not in RUNTIMES:
             raise UsageError(f"the target {self.target!r} is unknown; choose {' or '.join(RUNTIMES)}, or leave it out.")
 
@@ -132,8 +140,7 @@ class Allocate(Pass):
         if self.config.has_budget:
             self._share(run, self._budget(run, self._without_losses))  # a budget that is too small is refused now
         else:
-            if self.config.search:
-                raise UsageError("a search refines how a budget is shared out, and none was given; pass --avg-bits.")
+            self._refuse_without_budget()
             self._pin(run)
             self._note_groups(run)
 
@@ -188,7 +195,7 @@ class Allocate(Pass):
         if unknown:
             raise UsageError(
                 f"no linear can be stored as {unknown[0]}; the formats there are, {', '.join(known)}, depend on the "
-                "group size and on --symmetric."
+                "group size, on --symmetric and on --sparsity."
             )
 
     @staticmethod
@@ -244,7 +251,17 @@ class Allocate(Pass):
         return Rules(config.pins, config.formats or taken, runtime.fused)
 
     def _candidates(self, linear: Linear, spec: QuantSpec | None) -> list[QuantSpec]:
-        return [] if spec is None else candidates.of_linear(spec, linear, self._any_group)
+        sparse = self.config.sparsity is not None
+        return [] if spec is None else candidates.of_linear(spec, linear, self._any_group, sparse)
+
+    def _refuse_without_budget(self) -> None:
+        if self.config.search:
+            raise UsageError("a search refines how a budget is shared out, and none was given; pass --avg-bits.")
+        if self.config.sparsity is not None:
+            raise UsageError(
+                "sparsity is auto, which shares it out within a budget, and none was given; pass --avg-bits, or a "
+                "share such as 0.2."
+            )
 
     def _check_head(self) -> None:
         config = self.config

@@ -50,7 +50,7 @@ class Shared:
 class Rules:
     """What a plan must hold to.
 
-    pins: pattern of names -> bits; 16 keeps a linear as it is. The last pattern that fits counts.
+    pins: pattern of names -> bits of all weights there; 16 keeps a linear as it is. The last pattern that fits counts.
     formats: labels such as w4g128 of the specs allowed; empty allows all. fused: linears of a unit share one spec.
     """
 
@@ -65,8 +65,8 @@ class Rules:
 
     def allows(self, name: str, spec: QuantSpec | None) -> bool:
         """Whether a linear may be stored so; None: as it is."""
-        pinned = self.pinned(name)
-        if pinned is not None and (pinned != (KEPT_BITS if spec is None else spec.bits) or (spec and spec.wide_rows)):
+        pinned, whole = self.pinned(name), spec is None or not (spec.wide_rows or spec.sparse)
+        if pinned is not None and (pinned != (KEPT_BITS if spec is None else spec.bits) or not whole):
             return False
         return spec is None or not self.formats or format_label(spec) in self.formats
 

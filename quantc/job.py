@@ -41,6 +41,7 @@ from .units import parse_duration, parse_size, size
 PathLike = str | os.PathLike[str]
 BUDGETS = ("avg_bits", "size")  # of allocate
 ANY_SIZE = 1 << 60  # bytes
+AUTO = "auto"
 
 
 class Settings(TypedDict, total=False):
@@ -51,7 +52,8 @@ class Settings(TypedDict, total=False):
     is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
     predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
     that has to load the result hold for that. search: generations that then refine the plan by measuring.
-    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs.
+    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs. auto, where
+    there is a budget: it may drop some of any linear.
     tune_steps: of training for each block after rounding. tune_budget: wall seconds for that in all, or text such as
     10min; either adds the pass tune to a recipe without it.
     method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
@@ -64,7 +66,7 @@ class Settings(TypedDict, total=False):
     size: int | str | None
     group_size: int | None
     symmetric: bool | None
-    sparsity: float | Literal["2:4"] | None
+    sparsity: float | Literal["2:4", "auto"] | None
     tune_steps: int | None
     tune_budget: float | str | None
     head_bits: int | Literal["auto"] | None
@@ -196,6 +198,7 @@ def _allocation(settings: Settings) -> dict[str, Any]:
     """The settings of allocate; None leaves what the recipe says."""
     limit, formats = settings.get("size"), settings.get("formats")
     kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target", "search")}
+    kept["sparsity"] = AUTO if settings.get("sparsity") == AUTO else None
     return {
         **_widths(settings.get("bits"), settings.get("avg_bits")),
         **kept,
@@ -231,6 +234,8 @@ def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None) -> Rec
 def _sparsified(recipe: Recipe, settings: Settings) -> Recipe:
     """The recipe with the pass sparsify where a sparsity is asked for; a group size is that of the groups dropped."""
     sparsity = settings.get("sparsity")
+    if sparsity == AUTO:  # is for allocate
+        return recipe
     if sparsity is not None:
         recipe = recipe.including(Sparsify.name, before="quantize")
     if all(name != Sparsify.name for name, _ in recipe.passes):
@@ -262,12 +267,13 @@ def _check_combination(passes: list[Pass]) -> None:
     config = allocation(passes)
     target = config and config.target
     sparse = any(isinstance(item, Sparsify) for item in passes)
-    if config is not None and config.has_budget and sparse:
+    automatic = config is not None and config.sparsity == AUTO
+    if config is not None and sparse and (config.has_budget or automatic):
         raise UsageError(
-            "a budget is shared out among dense formats, and the pass sparsify drops weights of every linear alike; "
-            "pass --bits instead of a budget, or leave the sparsity out."
+            "a budget is shared out linear by linear, and the pass sparsify drops weights of every linear alike; pass "
+            "--bits instead of a budget, or --sparsity auto instead of the pass."
         )
-    if target is not None and sparse:
+    if target is not None and (sparse or automatic):
         raise UsageError(f"{target} loads no linears of which weights are dropped; leave the sparsity out.")
     if target is not None and any(item.name == "rotate" for item in passes):
         raise UsageError(

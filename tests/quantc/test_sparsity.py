@@ -118,7 +118,7 @@ def test_a_setting_replaces_what_the_recipe_says() -> None:
     [
         ({"bits": 4, "sparsity": 1}, "sparsity is 1, but a share above 0 and below 1 is dropped"),
         ({"bits": 4, "sparsity": 0.5, "group_size": 64}, "needs per_oc groups of 8, 16, 32, not per_oc ones of 64"),
-        ({"avg_bits": 3.5, "sparsity": 0.5}, "shared out among dense formats, and the pass sparsify drops weights"),
+        ({"avg_bits": 3.5, "sparsity": 0.5}, "shared out linear by linear, and the pass sparsify drops weights"),
         ({"bits": 4, "sparsity": 0.5, "target": "vllm"}, "vllm loads no linears of which weights are dropped"),
     ],
 )
