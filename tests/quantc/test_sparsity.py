@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def test_a_plan_is_built_as_it_stands_and_the_model_runs(saved: Path) -> None:
         if entry.spec.sparsity:
             assert kept is not None
             assert set(kept.flatten(-2).sum(-1).flatten().tolist()) == {entry.spec.kept_groups(entry.shape)}
+
+    shown = json.loads(CliRunner().invoke(main, ["inspect", str(saved / "packed"), "--json"]).stdout)["linears"]
+    assert {item["name"]: QuantSpec.from_dict(item["spec"]) for item in shown} == plan.specs
+    for item in shown:
+        entry = reader.entries[item["name"]]
+        stored = sum(reader.tensor(f"{item['name']}.{part}").nbytes for part in entry.layout())
+        assert item["bits_per_weight"] * entry.weights == pytest.approx(8 * stored, abs=0.5)  # to the bit
 
     packed = quantc.load(saved / "packed", dtype=torch.float32, verify=True)
     with torch.no_grad():
