@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,8 @@ from ..sensitivity.wide_rows import with_wide_rows
 from ..sizes import weights_bytes
 from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec
 from ..units import size
+
+NEAREST = 4  # formats named in place of one that there is not
 
 
 @dataclass(frozen=True)
@@ -193,9 +196,10 @@ class Allocate(Pass):
         known = dict.fromkeys(map(format_label, specs))
         unknown = [label for label in self.config.formats if label not in known]
         if unknown:
+            near = get_close_matches(unknown[0], known, n=NEAREST, cutoff=0.0)
             raise UsageError(
-                f"no linear can be stored as {unknown[0]}; the formats there are, {', '.join(known)}, depend on the "
-                "group size, on --symmetric and on --sparsity."
+                f"no linear can be stored as {unknown[0]}; {', '.join(near)} are among the {len(known)} formats "
+                "that there are, which depend on the group size, on --symmetric and on --sparsity."
             )
 
     @staticmethod
@@ -228,15 +232,17 @@ class Allocate(Pass):
     def _refusal(self, run: Run, budget: Budget, least: int) -> str:
         config = self.config
         smallest = least / budget.weights
+        ruled = " within the pins and formats given" if config.pins or config.formats else ""
+        head = "" if config.head_bits == "auto" else ", or quantize the embedding and the head too (--head-bits auto)"
         if config.avg_bits is not None:
             return (
-                f"an average of {config.avg_bits:g} bits cannot be met: the smallest plan takes {smallest:.3f} with "
-                f"its scales and zero points; ask for {math.ceil(smallest * 100) / 100:.2f} or more."
+                f"an average of {config.avg_bits:g} bits cannot be met: the smallest plan{ruled} takes {smallest:.3f} "
+                f"with its scales and zero points; ask for {math.ceil(smallest * 100) / 100:.2f} or more."
             )
         needed = weights_bytes(run, {**run.plan.specs, **budget.share(least).specs})
         return (
-            f"a size of {size(config.size)} cannot be met: the smallest plan takes {size(needed)}; ask for "
-            f"{needed} bytes or more, or quantize the embedding and the head too (--head-bits auto)."
+            f"a size of {size(config.size)} cannot be met: the smallest plan{ruled} takes {size(needed)}; ask for "
+            f"{needed} bytes or more{head}."
         )
 
     def _rules(self, run: Run) -> Rules:

@@ -101,6 +101,8 @@ class Job:
         method, allocate = settings.get("method"), _allocation(settings)
         kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
         chosen = _resolve_recipe(settings.get("recipe"), settings.get("preset"))
+        if any(settings.get(name) is not None for name in ("bits", *BUDGETS)):  # what the recipe says is overridden
+            chosen = chosen.without("allocate", *BUDGETS)
         chosen = _trained(_sparsified(chosen, settings), settings).with_settings(
             allocate=allocate,
             quantize={"method": method},
@@ -196,11 +198,16 @@ def kernels_of(device: torch.device) -> Iterator[None]:
 
 def _allocation(settings: Settings) -> dict[str, Any]:
     """The settings of allocate; None leaves what the recipe says."""
-    limit, formats = settings.get("size"), settings.get("formats")
+    limit, formats, bits = settings.get("size"), settings.get("formats"), settings.get("bits")
+    for name in BUDGETS:
+        if bits is not None and settings.get(name) is not None:
+            raise UsageError(
+                f"bits is {bits:g}, and {name}, which is shared out, is {settings.get(name)}; leave one of them out."
+            )
     kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target", "search")}
     kept["sparsity"] = AUTO if settings.get("sparsity") == AUTO else None
     return {
-        **_widths(settings.get("bits"), settings.get("avg_bits")),
+        **_widths(bits, settings.get("avg_bits")),
         **kept,
         "size": None if limit is None else as_bytes(limit),
         "formats": None if formats is None else tuple(formats),
@@ -216,8 +223,6 @@ def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
     """allocate's bits and avg_bits; bits with a fraction are an average."""
     if bits is None or bits == int(bits):
         return {"bits": None if bits is None else int(bits), "avg_bits": avg_bits}
-    if avg_bits is not None:
-        raise UsageError(f"bits is {bits:g}, which is an average, and avg_bits is {avg_bits:g}; leave one of them out.")
     return {"bits": None, "avg_bits": bits}
 
 
