@@ -108,7 +108,7 @@ class Job:
             quantize={"method": method},
             calibration={"source": settings.get("calib"), **kept},
         )
-        given_plan = _given_plan(plan, *allocate.values(), settings.get("sparsity"))
+        given_plan = _given_plan(plan, {**allocate, "sparsity": settings.get("sparsity")})
         passes, notes = _build_passes(chosen, method)
         pipeline.check_order(passes, planned=plan is not None)
         _check_combination(passes)
@@ -287,12 +287,13 @@ def _check_combination(passes: list[Pass]) -> None:
         )
 
 
-def _given_plan(plan: PathLike | None, *settings: object) -> Plan:
+def _given_plan(plan: PathLike | None, settings: dict[str, Any]) -> Plan:
     if plan is None:
         return Plan()
-    if any(value is not None for value in settings):
+    given = [name for name, value in settings.items() if value is not None]
+    if given:
         raise UsageError(
-            "a plan says how every linear is stored; leave out bits, group size, symmetry, sparsity and head bits."
+            f"a plan says how every linear is stored, so {' and '.join(given)} cannot be given with it; edit the plan."
         )
     return read_plan(Path(plan))
 

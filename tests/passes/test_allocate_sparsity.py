@@ -171,5 +171,7 @@ def test_it_needs_a_budget_and_groups_along_the_inputs(saved: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="sparsity is auto, and weights are dropped in per_oc groups, not per_ic ones"):
         Recipe.from_dict({"version": 1, "passes": [{"allocate": {"sparsity": "auto", "grouping": "per_ic"}}]})
     (tmp_path / "plan.yaml").write_text("version: 1\nlinears:\n  a: {bits: 3}\n")
-    with pytest.raises(UsageError, match="leave out bits, group size, symmetry, sparsity and head bits"):
+    with pytest.raises(
+        UsageError, match="how every linear is stored, so sparsity cannot be given with it; edit the plan"
+    ):
         Job.of({"sparsity": "auto"}, tmp_path / "plan.yaml", "cpu", None)
