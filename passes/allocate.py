@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,8 @@ from ..sizes import weights_bytes
 from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec
 from ..units import size
 
+NEAREST = 4  # formats named in place of one that there is not
+
 
 @dataclass(frozen=True)
 class AllocateConfig:
@@ -43,6 +46,8 @@ class AllocateConfig:
 
     estimator: of losses, see quantc/sensitivity. search: generations that refine the plan by what it measures, see
     quantc/search.
+
+    sparsity: auto, where there is a budget: candidates that drop weights take part too; null leaves every linear dense.
 
     head_bits: also quantize the token embedding and the head, in this many bits; null keeps them. auto, where there is
     a size: their widths are shared out too.
@@ -59,6 +64,7 @@ class AllocateConfig:
     target: str | None = None
     estimator: Estimator = "fisher"
     search: int = 0
+    sparsity: Literal["auto"] | None = None
     head_bits: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +81,11 @@ class AllocateConfig:
                     f"the pin of {pattern!r} says {bits} bits, but {MIN_BITS} to {MAX_BITS} are possible, and "
                     f"{KEPT_BITS}, which keeps what it names."
                 )
+        if self.sparsity is not None and self.grouping != "per_oc":
+            raise UsageError(
+                f"sparsity is auto, and weights are dropped in per_oc groups, not {self.grouping} ones; leave one of "
+                "the two out."
+            )
         if self.target is not None and self.target not in RUNTIMES:
             raise UsageError(f"the target {self.target!r} is unknown; choose {' or '.join(RUNTIMES)}, or leave it out.")
 
@@ -132,8 +143,7 @@ class Allocate(Pass):
         if self.config.has_budget:
             self._share(run, self._budget(run, self._without_losses))  # a budget that is too small is refused now
         else:
-            if self.config.search:
-                raise UsageError("a search refines how a budget is shared out, and none was given; pass --avg-bits.")
+            self._refuse_without_budget()
             self._pin(run)
             self._note_groups(run)
 
@@ -186,9 +196,10 @@ class Allocate(Pass):
         known = dict.fromkeys(map(format_label, specs))
         unknown = [label for label in self.config.formats if label not in known]
         if unknown:
+            near = get_close_matches(unknown[0], known, n=NEAREST, cutoff=0.0)
             raise UsageError(
-                f"no linear can be stored as {unknown[0]}; the formats there are, {', '.join(known)}, depend on the "
-                "group size and on --symmetric."
+                f"no linear can be stored as {unknown[0]}; {', '.join(near)} are among the {len(known)} formats "
+                "that there are, which depend on the group size, on --symmetric and on --sparsity."
             )
 
     @staticmethod
@@ -221,15 +232,17 @@ class Allocate(Pass):
     def _refusal(self, run: Run, budget: Budget, least: int) -> str:
         config = self.config
         smallest = least / budget.weights
+        ruled = " within the pins and formats given" if config.pins or config.formats else ""
+        head = "" if config.head_bits == "auto" else ", or quantize the embedding and the head too (--head-bits auto)"
         if config.avg_bits is not None:
             return (
-                f"an average of {config.avg_bits:g} bits cannot be met: the smallest plan takes {smallest:.3f} with "
-                f"its scales and zero points; ask for {math.ceil(smallest * 100) / 100:.2f} or more."
+                f"an average of {config.avg_bits:g} bits cannot be met: the smallest plan{ruled} takes {smallest:.3f} "
+                f"with its scales and zero points; ask for {math.ceil(smallest * 100) / 100:.2f} or more."
             )
         needed = weights_bytes(run, {**run.plan.specs, **budget.share(least).specs})
         return (
-            f"a size of {size(config.size)} cannot be met: the smallest plan takes {size(needed)}; ask for "
-            f"{needed} bytes or more, or quantize the embedding and the head too (--head-bits auto)."
+            f"a size of {size(config.size)} cannot be met: the smallest plan{ruled} takes {size(needed)}; ask for "
+            f"{needed} bytes or more{head}."
         )
 
     def _rules(self, run: Run) -> Rules:
@@ -244,7 +257,17 @@ class Allocate(Pass):
         return Rules(config.pins, config.formats or taken, runtime.fused)
 
     def _candidates(self, linear: Linear, spec: QuantSpec | None) -> list[QuantSpec]:
-        return [] if spec is None else candidates.of_linear(spec, linear, self._any_group)
+        sparse = self.config.sparsity is not None
+        return [] if spec is None else candidates.of_linear(spec, linear, self._any_group, sparse)
+
+    def _refuse_without_budget(self) -> None:
+        if self.config.search:
+            raise UsageError("a search refines how a budget is shared out, and none was given; pass --avg-bits.")
+        if self.config.sparsity is not None:
+            raise UsageError(
+                "sparsity is auto, which shares it out within a budget, and none was given; pass --avg-bits, or a "
+                "share such as 0.2."
+            )
 
     def _check_head(self) -> None:
         config = self.config

@@ -50,7 +50,7 @@ class Shared:
 class Rules:
     """What a plan must hold to.
 
-    pins: pattern of names -> bits; 16 keeps a linear as it is. The last pattern that fits counts.
+    pins: pattern of names -> bits of all weights there; 16 keeps a linear as it is. The last pattern that fits counts.
     formats: labels such as w4g128 of the specs allowed; empty allows all. fused: linears of a unit share one spec.
     """
 
@@ -65,10 +65,14 @@ class Rules:
 
     def allows(self, name: str, spec: QuantSpec | None) -> bool:
         """Whether a linear may be stored so; None: as it is."""
-        pinned = self.pinned(name)
-        if pinned is not None and (pinned != (KEPT_BITS if spec is None else spec.bits) or (spec and spec.wide_rows)):
+        pinned, whole = self.pinned(name), spec is None or not (spec.wide_rows or spec.sparse)
+        if pinned is not None and (pinned != (KEPT_BITS if spec is None else spec.bits) or not whole):
             return False
-        return spec is None or not self.formats or format_label(spec) in self.formats
+        return spec is None or self.takes(format_label(spec))
+
+    def takes(self, label: str) -> bool:
+        """Whether specs of a label may be used."""
+        return not self.formats or label in self.formats
 
     def check(self, names: Iterable[str]) -> None:
         """Raise UsageError for a pattern that fits no linear."""
@@ -177,11 +181,18 @@ class Budget:
         ways.append(dict.fromkeys(names))
         allowed = [way for way in ways if all(self._rules.allows(name, spec) for name, spec in way.items())]
         if not allowed:
-            raise UsageError(
-                f"no way to store {names[0]} satisfies what is asked for: its candidates are "
-                f"{', '.join(shared)} and keeping it; change the pins or the formats."
-            )
+            raise UsageError(self._refusal(names, [label for label in shared if self._rules.takes(label)], by_format))
         return [self._option(way) for way in allowed]
+
+    def _refusal(self, names: list[str], labels: list[str], by_format: list[dict[str, QuantSpec]]) -> str:
+        """Keeping a linear is ruled out by pins alone, so it is they that fit none of these formats."""
+        wanted = " and ".join(map(str, dict.fromkeys(self._rules.pinned(name) for name in names)))
+        widths = ", ".join(map(str, sorted({by_format[0][label].bits for label in labels})))
+        fused = "" if len(names) == 1 else f" and what is fused with it ({len(names)} linears, stored alike)"
+        return (
+            f"{names[0]}{fused} cannot have the {wanted} bits that it is pinned to: of the formats allowed there are "
+            f"{widths or 'none'}, and {KEPT_BITS} to keep it; change the pins or the formats."
+        )
 
     def _option(self, way: dict[str, QuantSpec | None]) -> Option:
         loss = sum(self._loss(name, spec) for name, spec in way.items())

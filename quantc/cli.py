@@ -77,6 +77,8 @@ CALIBRATION_OPTIONS = options(
 STORAGE_OPTIONS = options(
     option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
     option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
+    option("--sparsity", type=NumberOr(0, 1, "2:4", "auto"),
+           help="Share of the groups to drop, such as 0.2; or 2:4; auto shares out a budget. [default: none]"),
     option("--head-bits", type=WholeOr("auto", 2, 8),
            help="Quantize embedding and lm head too; auto shares out a size. [default: kept]"),
     option("--pin", "pins", type=Pin(), multiple=True, callback=as_mapping, metavar="NAMES=BITS",
@@ -85,7 +87,7 @@ STORAGE_OPTIONS = options(
     option("--target", type=click.Choice(["vllm"]), help="Only what this runtime loads. [default: none]"),
 )  # fmt: skip
 BUDGET_OPTIONS = options(
-    option("--avg-bits", type=Number(2, 16), help="Bits per weight on average, all counted, shared out by loss."),
+    option("--avg-bits", type=Number(0, 16), help="Bits per weight on average, all counted, shared out by loss."),
     option("--size", metavar="SIZE", help="How large the weight files may be, such as 300MiB; shared out by loss."),
     option(
         "--search",
@@ -109,11 +111,6 @@ QUANTIZE_OPTIONS = options(
         help="Bits per code, 2 to 8; 3.25 is an average. Required without --recipe or --plan.",
     ),
     BUDGET_OPTIONS,
-    option(
-        "--sparsity",
-        type=NumberOr("2:4", 0, 1),
-        help="Share of the groups (of 16, or --group-size) to drop, such as 0.2; or 2:4. [default: none]",
-    ),
     option("--tune-steps", type=COUNT, help="Train every block for so many steps after rounding. [default: none]"),
     option("--tune-budget", metavar="TIME", help="Train for so long in all, such as 10min. [default: as steps take]"),
     TARGET_OPTIONS,

@@ -94,14 +94,14 @@ class Number(click.ParamType):
 
 
 class NumberOr(Number):
-    """A word, or a number in a range."""
+    """One of some words, or a number in a range."""
 
-    def __init__(self, word: str, low: float, high: float):
+    def __init__(self, low: float, high: float, *words: str):
         super().__init__(low, high)
-        self.word = word
+        self.words = words
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == self.word else super().convert(value, param, ctx)
+        return value if value in self.words else super().convert(value, param, ctx)
 
 
 class Above(click.ParamType):

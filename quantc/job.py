@@ -42,6 +42,7 @@ from .units import parse_duration, parse_size, size
 PathLike = str | os.PathLike[str]
 BUDGETS = ("avg_bits", "size")  # of allocate
 ANY_SIZE = 1 << 60  # bytes
+AUTO = "auto"
 
 
 class Settings(TypedDict, total=False):
@@ -52,7 +53,8 @@ class Settings(TypedDict, total=False):
     is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
     predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
     that has to load the result hold for that. search: generations that then refine the plan by measuring.
-    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs.
+    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs. auto, where
+    there is a budget: it may drop some of any linear.
     tune_steps: of training for each block after rounding. tune_budget: wall seconds for that in all, or text such as
     10min; either adds the pass tune to a recipe without it.
     method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
@@ -65,7 +67,7 @@ class Settings(TypedDict, total=False):
     size: int | str | None
     group_size: int | None
     symmetric: bool | None
-    sparsity: float | Literal["2:4"] | None
+    sparsity: float | Literal["2:4", "auto"] | None
     tune_steps: int | None
     tune_budget: float | str | None
     head_bits: int | Literal["auto"] | None
@@ -100,12 +102,14 @@ class Job:
         method, allocate = settings.get("method"), _allocation(settings)
         kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
         chosen = _resolve_recipe(settings.get("recipe"), settings.get("preset"))
+        if any(settings.get(name) is not None for name in ("bits", *BUDGETS)):  # what the recipe says is overridden
+            chosen = chosen.without("allocate", *BUDGETS)
         chosen = _trained(_sparsified(chosen, settings), settings).with_settings(
             allocate=allocate,
             quantize={"method": method},
             calibration={"source": settings.get("calib"), **kept},
         )
-        given_plan = _given_plan(plan, *allocate.values(), settings.get("sparsity"))
+        given_plan = _given_plan(plan, {**allocate, "sparsity": settings.get("sparsity")})
         passes, notes = _build_passes(chosen, method)
         pipeline.check_order(passes, planned=plan is not None)
         _check_combination(passes)
@@ -209,10 +213,16 @@ def kernels_of(device: torch.device) -> Iterator[None]:
 
 def _allocation(settings: Settings) -> dict[str, Any]:
     """The settings of allocate; None leaves what the recipe says."""
-    limit, formats = settings.get("size"), settings.get("formats")
+    limit, formats, bits = settings.get("size"), settings.get("formats"), settings.get("bits")
+    for name in BUDGETS:
+        if bits is not None and settings.get(name) is not None:
+            raise UsageError(
+                f"bits is {bits:g}, and {name}, which is shared out, is {settings.get(name)}; leave one of them out."
+            )
     kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target", "search")}
+    kept["sparsity"] = AUTO if settings.get("sparsity") == AUTO else None
     return {
-        **_widths(settings.get("bits"), settings.get("avg_bits")),
+        **_widths(bits, settings.get("avg_bits")),
         **kept,
         "size": None if limit is None else as_bytes(limit),
         "formats": None if formats is None else tuple(formats),
@@ -228,8 +238,6 @@ def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
     """allocate's bits and avg_bits; bits with a fraction are an average."""
     if bits is None or bits == int(bits):
         return {"bits": None if bits is None else int(bits), "avg_bits": avg_bits}
-    if avg_bits is not None:
-        raise UsageError(f"bits is {bits:g}, which is an average, and avg_bits is {avg_bits:g}; leave one of them out.")
     return {"bits": None, "avg_bits": bits}
 
 
@@ -246,6 +254,8 @@ def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None) -> Rec
 def _sparsified(recipe: Recipe, settings: Settings) -> Recipe:
     """The recipe with the pass sparsify where a sparsity is asked for; a group size is that of the groups dropped."""
     sparsity = settings.get("sparsity")
+    if sparsity == AUTO:  # is for allocate
+        return recipe
     if sparsity is not None:
         recipe = recipe.including(Sparsify.name, before="quantize")
     if all(name != Sparsify.name for name, _ in recipe.passes):
@@ -277,12 +287,13 @@ def _check_combination(passes: list[Pass]) -> None:
     config = allocation(passes)
     target = config and config.target
     sparse = any(isinstance(item, Sparsify) for item in passes)
-    if config is not None and config.has_budget and sparse:
+    automatic = config is not None and config.sparsity == AUTO
+    if config is not None and sparse and (config.has_budget or automatic):
         raise UsageError(
-            "a budget is shared out among dense formats, and the pass sparsify drops weights of every linear alike; "
-            "pass --bits instead of a budget, or leave the sparsity out."
+            "a budget is shared out linear by linear, and the pass sparsify drops weights of every linear alike; pass "
+            "--bits instead of a budget, or --sparsity auto instead of the pass."
         )
-    if target is not None and sparse:
+    if target is not None and (sparse or automatic):
         raise UsageError(f"{target} loads no linears of which weights are dropped; leave the sparsity out.")
     if target is not None and any(item.name == "rotate" for item in passes):
         raise UsageError(
@@ -291,12 +302,13 @@ def _check_combination(passes: list[Pass]) -> None:
         )
 
 
-def _given_plan(plan: PathLike | None, *settings: object) -> Plan:
+def _given_plan(plan: PathLike | None, settings: dict[str, Any]) -> Plan:
     if plan is None:
         return Plan()
-    if any(value is not None for value in settings):
+    given = [name for name, value in settings.items() if value is not None]
+    if given:
         raise UsageError(
-            "a plan says how every linear is stored; leave out bits, group size, symmetry, sparsity and head bits."
+            f"a plan says how every linear is stored, so {' and '.join(given)} cannot be given with it; edit the plan."
         )
     return read_plan(Path(plan))
 

@@ -42,7 +42,8 @@ class Point:
 
     option: how `quantc quantize` is asked for it. bits_per_weight: of the linears inside the blocks, all that is stored
     counted. weights_bytes: of all weight files. predicted_kl: in nats per token. widths: bits -> share of the weights
-    of these linears; 16 stands for linears kept as they are. measured: None for a point that was not built.
+    of these linears; 16 stands for linears kept as they are, 0 for weights that are dropped. measured: None for a point
+    that was not built.
     """
 
     option: str
@@ -183,9 +184,9 @@ def _point(run: Run, option: str, shared: Shared) -> Point:
 def _widths(specs: Mapping[str, QuantSpec | None], linears: Mapping[str, Linear]) -> dict[int, float]:
     found: dict[int, float] = {}
     for name, spec in specs.items():
-        n = linears[name].shape[0]
-        for bits, rows in ({KEPT_BITS: n} if spec is None else spec.code_widths(n)).items():
-            found[bits] = found.get(bits, 0) + linears[name].weights * rows / n
+        shares = {KEPT_BITS: 1.0} if spec is None else spec.code_widths(linears[name].shape[0])
+        for bits, share in shares.items():
+            found[bits] = found.get(bits, 0) + linears[name].weights * share
     return {bits: found[bits] / sum(found.values()) for bits in sorted(found)}
 
 

@@ -151,9 +151,11 @@ class QuantSpec:
         narrow = replace(self, wide_rows=0)
         return (narrow, (n - self.wide_rows, k)), (replace(narrow, bits=self.bits + 1), (self.wide_rows, k))
 
-    def code_widths(self, n: int) -> dict[int, int]:
-        """How many of n output channels have codes of each width."""
-        return {self.bits: n - self.wide_rows, self.bits + 1: self.wide_rows} if self.wide_rows else {self.bits: n}
+    def code_widths(self, n: int) -> dict[int, float]:
+        """Share of the weights of n output channels that have codes of each width, 0 for those that are dropped."""
+        more, dropped = self.wide_rows / n, 0.5 if self.two_of_four else self.sparsity
+        shares = {0: dropped, self.bits: 1 - more - dropped, self.bits + 1: more}
+        return {bits: share for bits, share in shares.items() if share}
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Every bit the file holds for one weight of this shape: codes, scales, zeros, low-rank factors, an index."""

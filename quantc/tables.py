@@ -36,16 +36,18 @@ def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType
 
 
 def widths(run: Run) -> list[dict[str, Any]]:
-    """What a plan gives to linears of one name in all blocks: how many, their average, smallest and largest bits."""
+    """What a plan gives to linears of one name in all blocks: how many, their average, smallest and largest bits.
+
+    Those of codes: 0 for weights that are dropped, 16 for linears that are kept.
+    """
     counts: dict[str, int] = {}
     weights: dict[str, dict[int, float]] = {}
     for name, linear in run.graph.linears.items():
         spec, kind = run.plan.specs[name], name.rpartition(".")[2]
-        n = linear.shape[0]
         counts[kind] = counts.get(kind, 0) + 1
-        for bits, rows in ({16: n} if spec is None else spec.code_widths(n)).items():
+        for bits, share in ({16: 1.0} if spec is None else spec.code_widths(linear.shape[0])).items():
             found = weights.setdefault(kind, {})
-            found[bits] = found.get(bits, 0) + linear.weights * rows / n
+            found[bits] = found.get(bits, 0) + linear.weights * share
     return [
         {
             "linear": kind,

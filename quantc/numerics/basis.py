@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from . import sparsity
 from .grids import Grid, fit_grid
 from .hadamard import BAND, rotate, rotate_gram
 from .refine import refine, refit
-from .rounding import Factor, factorize, gptq, gptq_each, round_to_nearest
+from .rounding import Factor, factorize, gptq_each, round_to_nearest
 from .row_widths import join
 
 # An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
@@ -135,50 +135,87 @@ class Basis:
         return join(spec, wide, *halves)
 
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
-        """`round` as each of the specs says; of one width each."""
-        if any(spec.sparse for spec in specs):
-            return [self._round_sparse(weight, s, rounds) if s.sparse else self.round(weight, s, rounds) for s in specs]
-        importance = self.gram.diagonal() if self.gram is not None and self.factor is not None else None
-        grids = [fit_grid(weight, spec, importance) for spec in specs]
+        """`round` as each of the specs says; of one width each. All share a sweep over the columns."""
         if self.factor is None:
-            pairs = [(round_to_nearest(weight, grid, spec), grid) for grid, spec in zip(grids, specs, strict=True)]
-        else:
-            pairs = list(zip(gptq_each(weight, self.factor, grids, specs), grids, strict=True))
-        if self.factor is not None and rounds:
-            pairs = [
-                refine(weight, codes, grid, spec, self.damped, rounds)
-                for (codes, grid), spec in zip(pairs, specs, strict=True)
-            ]
-        return [QTensor(spec, codes, grid.scales, grid.zeros) for (codes, grid), spec in zip(pairs, specs, strict=True)]
+            return [_to_nearest(weight, spec) for spec in specs]
+        starts = self._starts(weight, specs)
+        held = [_held(start, spec) for start, spec in zip(starts, specs, strict=True)]
+        codes = gptq_each(
+            [start.weight for start in starts], self.factor, [grid for grid, _ in held], [spec for _, spec in held]
+        )
+        return [
+            self._finished(weight, found, start, spec, rounds)
+            for found, start, spec in zip(codes, starts, specs, strict=True)
+        ]
 
-    def _round_sparse(self, weight: torch.Tensor, spec: QuantSpec, rounds: int) -> QTensor:
-        """What stays is chosen, makes up for the rest and is rounded; then scales are fitted to the codes.
+    def _starts(self, weight: torch.Tensor, specs: Sequence[QuantSpec]) -> list[_Start]:
+        """Specs that drop weights in the same pattern drop the same ones."""
+        assert self.gram is not None
+        fitted: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        starts: list[_Start] = []
+        for spec in specs:
+            if not spec.sparse:
+                starts.append(_Start(weight, fit_grid(weight, spec, self.gram.diagonal())))
+                continue
+            pattern = (spec.two_of_four, spec.sparsity, spec.sparsity and spec.group_size)
+            if pattern not in fitted:
+                fitted[pattern] = self._fitted(weight, spec)
+            support, stays = fitted[pattern]
+            starts.append(_Start(support, fit_grid(support, spec, self.damped.diagonal()), stays))
+        return starts
 
-        Without a factor the largest weights or groups stay as they are, rounded to nearest. Where two of four weights
-        are dropped, refinement has no rounds: a descent would have to leave single codes out.
-        """
-        shape = (weight.shape[0], weight.shape[1])
-        if self.factor is None:
-            stays = sparsity.by_magnitude(weight, spec)
-            grid = fit_grid(weight * stays, spec)
-            codes = round_to_nearest(weight * stays, grid, spec)
-            return _sparse_qtensor(spec, codes, grid, stays)
+    def _fitted(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stays makes up for what a spec drops; float32 (N, K), and bool (N, K), where it is."""
         assert self.gram is not None
         read = self.gram.diagonal() > 0  # inputs that were always zero go first
         stays = sparsity.by_admm(weight * read, self.spectrum, spec)
-        fitted = sparsity.fit_support(weight, self.damped, stays)
-        grid = fit_grid(fitted, spec, self.damped.diagonal())
-        codes = gptq(fitted, self.factor, *_held(grid, spec, stays))
+        return sparsity.fit_support(weight, self.damped, stays), stays
+
+    def _finished(
+        self, weight: torch.Tensor, codes: torch.Tensor, start: _Start, spec: QuantSpec, rounds: int
+    ) -> QTensor:
+        """Refined; where weights are dropped, scales are fitted to the codes at least.
+
+        Where two of four are, refinement has no rounds: a descent would have to leave single codes out.
+        """
+        grid, stays = start.grid, start.stays
+        if stays is None:
+            if rounds:
+                codes, grid = refine(weight, codes, grid, spec, self.damped, rounds)
+            return QTensor(spec, codes, grid.scales, grid.zeros)
         if rounds and not spec.two_of_four:
-            groups = Grid(grid.scales.float().masked_fill(~stays[:, :: spec.group_length(shape)], HELD), grid.zeros)
+            length = spec.group_length((weight.shape[0], weight.shape[1]))
+            groups = Grid(grid.scales.float().masked_fill(~stays[:, ::length], HELD), grid.zeros)
             codes, grid = refine(weight, codes, groups, spec, self.damped, rounds)
         else:
             grid = refit(weight, codes, grid, spec, self.damped)
         return _sparse_qtensor(spec, codes, grid, stays)
 
 
-def _held(grid: Grid, spec: QuantSpec, stays: torch.Tensor) -> tuple[Grid, QuantSpec]:
-    """The grid with scales for every weight, so that those that do not stay (N, K) are held at 0, and its spec."""
+@dataclass(frozen=True)
+class _Start:
+    """What a sweep begins with. weight: float32 (N, K). stays: bool (N, K), None where nothing is dropped."""
+
+    weight: torch.Tensor
+    grid: Grid
+    stays: torch.Tensor | None = None
+
+
+def _to_nearest(weight: torch.Tensor, spec: QuantSpec) -> QTensor:
+    """Without a factor; the largest weights or groups stay as they are."""
+    if not spec.sparse:
+        grid = fit_grid(weight, spec)
+        return QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
+    stays = sparsity.by_magnitude(weight, spec)
+    grid = fit_grid(weight * stays, spec)
+    return _sparse_qtensor(spec, round_to_nearest(weight * stays, grid, spec), grid, stays)
+
+
+def _held(start: _Start, spec: QuantSpec) -> tuple[Grid, QuantSpec]:
+    """The grid that is swept over, and its spec: where weights are dropped each has a scale, HELD where it is."""
+    grid, stays = start.grid, start.stays
+    if stays is None:
+        return grid, spec
     shape = (stays.shape[0], stays.shape[1])
     scales = spread_groups(grid.scales.float(), spec, shape).masked_fill(~stays, HELD)
     zeros = None if grid.zeros is None else spread_groups(grid.zeros, spec, shape)

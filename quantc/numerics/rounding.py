@@ -129,15 +129,15 @@ def gptq(weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec) -> t
 
 
 def gptq_each(
-    weight: torch.Tensor, factor: Factor, grids: Sequence[Grid], specs: Sequence[QuantSpec]
+    weights: Sequence[torch.Tensor], factor: Factor, grids: Sequence[Grid], specs: Sequence[QuantSpec]
 ) -> list[torch.Tensor]:
-    """`gptq` of the same weight (N, K) on several grids, in one sweep where the columns are what takes the time."""
-    if _panel.get() is not None or len(specs) == 1:
-        return [gptq(weight, factor, grid, spec) for grid, spec in zip(grids, specs, strict=True)]
-    sweeps = [Sweep(weight, factor, grid, spec) for grid, spec in zip(grids, specs, strict=True)]
-    joined = JoinedSweep(sweeps)
-    _round_columns(joined, COLUMN_BY_COLUMN, 0, weight.shape[1])
-    return [_in_order(codes, factor) for codes in joined.codes.split(weight.shape[0], dim=1)]
+    """`gptq` of weights (N, K), one on each grid, in one sweep where the columns are what takes the time."""
+    each = list(zip(weights, grids, specs, strict=True))
+    if _panel.get() is not None or len(each) == 1:
+        return [gptq(weight, factor, grid, spec) for weight, grid, spec in each]
+    joined = JoinedSweep([Sweep(weight, factor, grid, spec) for weight, grid, spec in each])
+    _round_columns(joined, COLUMN_BY_COLUMN, 0, weights[0].shape[1])
+    return [_in_order(codes, factor) for codes in joined.codes.split(weights[0].shape[0], dim=1)]
 
 
 def _in_order(codes: torch.Tensor, factor: Factor) -> torch.Tensor:

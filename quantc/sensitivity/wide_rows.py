@@ -15,7 +15,7 @@ ROW_STEP = 16  # kernels multiply so many rows together
 
 
 def with_wide_rows(losses: Losses) -> Losses:
-    """The same, and rows of two widths for every linear of known salience, where both widths are candidates."""
+    """The same, and rows of two widths for every linear of known salience, where both widths are dense candidates."""
     return Losses(
         {
             name: [*found, *_mixed(found, losses.salience[name])] if name in losses.salience else found
@@ -30,7 +30,7 @@ def _mixed(candidates: list[Candidate], salience: torch.Tensor) -> Iterator[Cand
     shares = _shares(salience)
     for spec, loss in by_spec.items():
         wider = by_spec.get(replace(spec, bits=min(spec.bits + 1, MAX_BITS)))
-        if wider is None or spec.bits == MAX_BITS or spec.grouping != "per_oc":
+        if wider is None or spec.bits == MAX_BITS or spec.grouping != "per_oc" or spec.sparse:
             continue
         for rows, share in shares.items():
             yield Candidate(replace(spec, wide_rows=rows), (1 - share) * loss + share * wider)

@@ -13,7 +13,7 @@ from quantc.candidates import CANDIDATE_BITS
 from quantc.checkpoint import CheckpointReader
 from quantc.errors import UsageError
 from quantc.frontend import open_model
-from quantc.job import Job, default_name
+from quantc.job import Job, allocation, default_name
 from quantc.plan import Plan, read_plan
 from quantc.spec import QuantSpec
 from tests.families import build
@@ -173,21 +173,46 @@ def test_pins_and_formats_hold(saved: Path) -> None:
     ("settings", "message"),
     [
         ({"pins": {"*w_proj": 4}}, "the pattern '\\*w_proj' of a pin fits no linear"),
+        (
+            {"pins": {"*": 7}},
+            "cannot have the 7 bits .* of the formats allowed there are 2, 3, 4, 5, 6, 8, and 16 to keep",
+        ),
+        (
+            {"pins": {"*": 8, "*q_proj": 4}, "target": "vllm", "group_size": 32},
+            r"q_proj and what is fused with it \(3 linears, stored alike\) cannot have the 4 and 8 bits",
+        ),
+        ({"formats": ("w5g16",)}, "the smallest plan within the pins and formats given takes 6"),
         ({"pins": {"*": 12}}, "says 12 bits, but 2 to 8 are possible, and 16"),
-        ({"pins": {"*": 3}, "formats": ("w4g16",)}, "no way to store .* satisfies what is asked for"),
-        ({"pins": {"*": 8}}, "an average of 4 bits cannot be met: the smallest plan takes 9"),
-        ({"formats": ("w4g16", "w4g17")}, "no linear can be stored as w4g17; the formats there are, w2g16"),
+        (
+            {"pins": {"*": 3}, "formats": ("w4g16",)},
+            "q_proj cannot have the 3 bits that it is pinned to: of the formats allowed there are 4, and 16",
+        ),
+        ({"pins": {"*": 8}}, "an average of 4 bits cannot be met: the smallest plan within the pins .* takes 9"),
+        ({"formats": ("w4g16", "w4g17")}, "no linear can be stored as w4g17; .*w4g16.* are among the [0-9]+ formats"),
         ({"target": "vllm", "preset": "balanced"}, "vllm rotates nothing at inference, and the recipe has the pass"),
         ({"target": "ollama"}, "the target 'ollama' is unknown; choose vllm"),
         ({"target": "vllm", "formats": ("w3g16",)}, "vllm does not load w3g16; it loads w4g32"),
         ({"size": "12 parsecs"}, "'12 parsecs' is no size; 300MiB"),
         ({"size": "1MB"}, "avg_bits and size are two budgets"),
         ({"avg_bits": 17.0}, "an average is more than 0 and at most 16"),
+        ({"bits": 4}, "bits is 4, and avg_bits, which is shared out, is 4.0; leave one of them out"),
     ],
 )
 def test_contradictions_are_refused(saved: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         planned(saved, **{"avg_bits": 4.0, **settings})
+
+
+def test_an_option_replaces_the_budget_of_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("version: 1\npasses: [allocate: {avg_bits: 3.5}, quantize]\n")
+    for setting in ({"bits": 4}, {"avg_bits": 4.0}, {"size": "1MB"}):
+        job = Job.of({"recipe": tmp_path / "recipe.yaml", **setting}, None, "cpu", None)  # type: ignore[typeddict-item]
+        config = allocation(job.passes)
+        assert config is not None
+        assert (config.avg_bits, config.size) == (setting.get("avg_bits"), 10**6 if "size" in setting else None)
+        assert config.bits == 4
+    with pytest.raises(UsageError, match="bits is 4, and size, which is shared out, is 1MB; leave one of them out"):
+        Job.of({"bits": 4, "size": "1MB"}, None, "cpu", None)
 
 
 def test_a_width_for_all_holds_to_the_formats_too(saved: Path) -> None:

@@ -203,7 +203,7 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
         ("quantize m --bits 9", "--bits is 9, but must be a number from 2 to 8."),
         ("quantize m -b 1", "--bits is 1, but must be a number from 2 to 8."),
         ("quantize m --bits 4 --head-bits 3.5", "--head-bits is 3.5, but must be a whole number from 2 to 8."),
-        ("quantize m --avg-bits 1.5", "--avg-bits is 1.5, but must be a number from 2 to 16."),
+        ("quantize m --avg-bits 17", "--avg-bits is 17, but must be a number from 0 to 16."),
         ("quantize m --bits four", "--bits is four, but must be a number from 2 to 8."),
         ("quantize m --bits 4 --samples 0", "--samples is 0, but must be a whole number of 1 or more."),
         ("quantize m --pin v_proj", "--pin is v_proj, but must be NAMES=BITS, such as '*.down_proj=4'."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,13 @@ def test_a_plan_is_built_as_it_stands_and_the_model_runs(saved: Path) -> None:
             assert kept is not None
             assert set(kept.flatten(-2).sum(-1).flatten().tolist()) == {entry.spec.kept_groups(entry.shape)}
 
+    shown = json.loads(CliRunner().invoke(main, ["inspect", str(saved / "packed"), "--json"]).stdout)["linears"]
+    assert {item["name"]: QuantSpec.from_dict(item["spec"]) for item in shown} == plan.specs
+    for item in shown:
+        entry = reader.entries[item["name"]]
+        stored = sum(reader.tensor(f"{item['name']}.{part}").nbytes for part in entry.layout())
+        assert item["bits_per_weight"] * entry.weights == pytest.approx(8 * stored, abs=0.5)  # to the bit
+
     packed = quantc.load(saved / "packed", dtype=torch.float32, verify=True)
     with torch.no_grad():
         found = packed(input_ids=TOKENS, use_cache=False).logits
@@ -118,7 +126,7 @@ def test_a_setting_replaces_what_the_recipe_says() -> None:
     [
         ({"bits": 4, "sparsity": 1}, "sparsity is 1, but a share above 0 and below 1 is dropped"),
         ({"bits": 4, "sparsity": 0.5, "group_size": 64}, "needs per_oc groups of 8, 16, 32, not per_oc ones of 64"),
-        ({"avg_bits": 3.5, "sparsity": 0.5}, "shared out among dense formats, and the pass sparsify drops weights"),
+        ({"avg_bits": 3.5, "sparsity": 0.5}, "shared out linear by linear, and the pass sparsify drops weights"),
         ({"bits": 4, "sparsity": 0.5, "target": "vllm"}, "vllm loads no linears of which weights are dropped"),
     ],
 )
@@ -130,7 +138,9 @@ def test_what_cannot_be_had_together_is_refused(settings: Any, message: str) -> 
 def test_a_plan_that_is_handed_in_stays(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("version: 1\nlinears:\n  a: {bits: 3, group_size: 16, sparsity: 0.5}\n")
     assert read_plan(tmp_path / "plan.yaml").specs == {"a": QuantSpec(3, 16, sparsity=0.5)}
-    with pytest.raises(UsageError, match="leave out bits, group size, symmetry, sparsity and head bits"):
+    with pytest.raises(
+        UsageError, match="how every linear is stored, so sparsity cannot be given with it; edit the plan"
+    ):
         Job.of({"sparsity": 0.5}, tmp_path / "plan.yaml", "cpu", None)
 
 

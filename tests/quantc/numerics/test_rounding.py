@@ -226,7 +226,7 @@ def test_several_grids_in_one_sweep_round_as_each_alone(act_order: bool) -> None
         QuantSpec(2, 64),
     ]  # fmt: skip
     grids = [fit_grid(weight, spec) for spec in specs]
-    for found, grid, spec in zip(gptq_each(weight, factor, grids, specs), grids, specs, strict=True):
+    for found, grid, spec in zip(gptq_each([weight] * len(specs), factor, grids, specs), grids, specs, strict=True):
         expected = gptq(weight, factor, grid, spec)
         assert int(found.max()) < spec.levels
         assert float((found != expected).float().mean()) < 0.01  # matrix products of other widths round differently
