@@ -10,11 +10,11 @@ Prompts run as they are, in any length; the graph is that of one token for each 
 
 from __future__ import annotations
 
-import operator
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -23,11 +23,13 @@ from torch.nn import functional as F
 from transformers import CompileConfig, PreTrainedModel
 
 from .errors import UsageError
-from .kernels.cpu.library import LARGEST_GROUP
+from .kernels.cpu import steps
+from .kernels.cpu.steps import LARGEST_STEP, NAMES, ROWS
 
 # Loops below this are left to one thread: a token's are of some thousand values, and waking another that sleeps takes
 # longer (15 % of a token with OMP_WAIT_POLICY=PASSIVE).
-OPTIONS = {"cpp.min_chunk_size": 1 << 16}
+import json
+OPTIONS = {"cpp.min_chunk_size": 1 << 16, **json.loads(os.environ.get("OPTS", "{}"))}
 
 
 def compile_decoding(model: PreTrainedModel) -> None:
@@ -52,7 +54,8 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[
     """torch.compile's backend: the rewrites, then torch's own."""
     from torch._inductor.compile_fx import compile_fx
 
-    join_products(graph)
+    if steps.available():
+        join_products(graph)
     open_attention(graph)
     graph.recompile()
     compiled: Any = compile_fx(graph, inputs, config_patches=OPTIONS)
@@ -64,25 +67,38 @@ def join_products(graph: fx.GraphModule) -> None:
     one = torch.ops.quantc.native_matmul
     readers: defaultdict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
     for node in graph.graph.nodes:
-        if node.target in (one, one.default):
-            x, _, low_rank_a, _, _, _, hadamard, int8 = node.args
-            if low_rank_a is None:
-                readers[x, hadamard, int8].append(node)
+        if node.target in (one, one.default) and _is_step(node):
+            x, _, _, _, _, _, hadamard, int8 = node.args
+            readers[x, hadamard, int8].append(node)
     for (x, hadamard, int8), nodes in readers.items():
-        for start in range(0, len(nodes), LARGEST_GROUP):
-            _join(graph.graph, x, nodes[start : start + LARGEST_GROUP], hadamard, int8)
+        for start in range(0, len(nodes), LARGEST_STEP):
+            _join(graph.graph, x, nodes[start : start + LARGEST_STEP], hadamard, int8)
+
+
+def _is_step(node: fx.Node) -> bool:
+    x, _, low_rank_a, *_ = node.args
+    value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
+    if value is None or low_rank_a is not None or not value.is_contiguous():
+        return False
+    rows = value.numel() // value.shape[-1]
+    return isinstance(rows, int) and 0 < rows <= ROWS and not value.requires_grad
 
 
 def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], hadamard: Any, int8: Any) -> None:
-    if len(nodes) == 1:
-        return
     images, biases, sizes = ([node.args[place] for node in nodes] for place in (1, 4, 5))
+    *leading, k = x.meta["example_value"].shape
+    rows = prod(leading)
+    biased = sum(1 << place for place, bias in enumerate(biases) if bias is not None)
+    step = getattr(torch.ops.quantc, NAMES[len(nodes) - 1]).default
+    present = [x if bias is None else bias for bias in biases]
     with graph.inserting_before(nodes[0]):
-        many = torch.ops.quantc.native_matmuls.default
-        joint = graph.call_function(many, (x, images, biases, sizes, hadamard, int8))
-        outputs = [graph.call_function(operator.getitem, (joint, place)) for place in range(len(nodes))]
-    for node, output in zip(nodes, outputs, strict=True):
-        node.replace_all_uses_with(output)
+        joint = graph.call_function(step, (x, *images, *present, biased, hadamard, int(int8), sum(sizes)))
+        start = 0
+        for node, n in zip(nodes, sizes, strict=True):
+            own = graph.call_function(torch.narrow, (joint, 0, start, rows * n))
+            node.replace_all_uses_with(graph.call_method("view", (own, *leading, n)))
+            start += rows * n
+    for node in nodes:
         graph.erase_node(node)
 
 

@@ -44,6 +44,9 @@ _INTERFACE = {
     "rotate": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT]),
     "panel_by_rows": (_INT, [_POINTER]),
     "panel_step": (_LONG, [_POINTER]),
+    "use_torch": (None, [_POINTER]),
+    "keep_rotation": (None, [_POINTER]),
+    "step": (None, [_POINTER, _LONG, _LONG]),
     "unpack": (None, [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]),
 }
 
@@ -65,6 +68,9 @@ class Library:
     rotate: Any
     panel_by_rows: Any
     panel_step: Any
+    use_torch: Any
+    keep_rotation: Any
+    step: Any
     unpack: Any
 
     def __init__(self, file: Path):
