@@ -46,8 +46,8 @@ def available() -> bool:
     addresses = [ctypes.cast(getattr(torch_itself, name), ctypes.c_void_p) for name in FUNCTIONS]
     native.use_torch((ctypes.c_void_p * len(addresses))(*addresses))
     for count, name in enumerate(NAMES, 1):
-        tensors = ["x", *(f"image{i}" for i in range(count)), *(f"bias{i}" for i in range(count))]
-        LIBRARY.define(f"{name}({', '.join(f'Tensor {x}' for x in tensors)}, int biased, int hadamard, int int8, int n) -> Tensor")
+        tensors = ", ".join(["Tensor x", *(f"Tensor {kind}{i}" for kind in ("image", "bias") for i in range(count))])
+        LIBRARY.define(f"{name}({tensors}, int biased, int hadamard, int int8, int n) -> Tensor")
         torch.library.register_fake(f"quantc::{name}", _fake_step, lib=LIBRARY)
     _register(torch_itself, native)
     return True
