@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from math import prod
@@ -81,7 +82,7 @@ def _compiled_call(model: Any, config: CompileConfig | None) -> Callable[..., An
     step = model.__dict__.setdefault("_quantc_step", _Step())
     structure = _structure(model)
     if step.call is None or step.structure != structure:
-        options: Any = {"guard_filter_fn": _are_not_of_modules}
+        options: Any = {"guard_filter_fn": _guards_beside_modules(model)}
         own: Any = lambda graph, inputs, **rest: backend(graph, inputs)  # noqa: E731
         step.structure, step.call = structure, torch.compile(model.__call__, backend=own, options=options)
     return cast("Callable[..., Any]", step.call)
@@ -96,11 +97,19 @@ def _structure(model: torch.nn.Module) -> list[Any]:
     return found
 
 
-def _are_not_of_modules(guards: Sequence[Any]) -> list[bool]:
-    return [
-        not (guard.name.startswith("self._modules") or guard.guard_type in ("DUPLICATE_INPUT", "OBJECT_ALIASING"))
-        for guard in guards
-    ]
+def _guards_beside_modules(model: torch.nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
+    """Which guards stay: all but those on what is inside the model, in functions whose self is the model itself.
+
+    Where a model is compiled in parts, those of its blocks share their code, and guards tell the blocks apart.
+    """
+    owner = weakref.ref(model)
+
+    def stay(guards: Sequence[Any]) -> list[bool]:
+        whole = any(guard.name == "self" and guard.value is owner() for guard in guards)
+        inside = ("DUPLICATE_INPUT", "OBJECT_ALIASING")
+        return [not (whole and (g.name.startswith("self._modules") or g.guard_type in inside)) for g in guards]
+
+    return stay
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
