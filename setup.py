@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 MOUNTED = {"quantc.passes": "passes", "quantc.kernels": "kernels", "quantc.calib_data": "calib_data"}
 
@@ -26,7 +27,9 @@ OWN_FLAGS = {
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+NEW_FLAGS = {"avx512_amx"}  # compiled to nothing where the compiler is too old for their flags
 LIBRARIES = ["dl", "pthread"] if platform.system() == "Linux" else []
 IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -42,8 +45,13 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         def compile_one(source: str) -> list[str]:
-            flags = [*NATIVE_FLAGS, *(OWN_FLAGS.get(Path(source).stem, []) if IS_X86_64 else [])]
-            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+            own = OWN_FLAGS.get(Path(source).stem, []) if IS_X86_64 else []
+            try:
+                return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=NATIVE_FLAGS + own)
+            except CompileError:
+                if Path(source).stem not in NEW_FLAGS:
+                    raise
+                return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=NATIVE_FLAGS)
 
         with ThreadPoolExecutor(2) as pool:
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]

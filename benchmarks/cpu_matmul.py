@@ -2,7 +2,9 @@
 
 For shapes of 135M, 1B and 7B models: milliseconds, GB/s of packed weight read, and how many times faster than
 F.linear in float32 and bfloat16 and than torch's int4 operator. Weights take turns too, so that no cache serves them,
-and every product is checked first. The read bandwidth is that of a sum over a large tensor. Each figure is the best of
+and every product is checked first. The read bandwidth is that of a sum over a large tensor. The arithmetic bound is the
+speed of the same kernel for one row and one small weight again and again, which its threads' caches hold: no memory can
+make it faster. Each figure is the best of
 the rounds: on a machine that others use, compare within one run only.
 
 With --rotated WIDTH ... instead: square 4-bit linears that rotate their input, beside the same ones without a rotation
@@ -149,6 +151,18 @@ def read_bandwidth() -> float:
     return values.nbytes / best / 1e9
 
 
+def arithmetic_bounds(bits: list[int], group: int) -> dict[str, float]:
+    """GB/s of packed weight, by width, at which a row of bfloat16 is multiplied where the weight comes from a cache."""
+    shape = (1024, 2048)  # half a megabyte a thread at 4 bits
+    found = {}
+    for width in bits:
+        parts = DENSE.pack(random_weight(QuantSpec(width, group), shape))
+        call = packed(NATIVE, parts, QuantSpec(width, group), shape, torch.bfloat16)
+        best = measure({"": [call]}, {"": torch.randn(1, shape[1]).bfloat16()}, 0.5)[""]
+        found[str(width)] = round(sum(part.nbytes for part in parts.values()) / best / 1e6, 1)
+    return found
+
+
 def rows_of(model: str, shape: tuple[int, int], args: Any) -> list[dict[str, Any]]:
     calls, sizes, dtypes = competitors(args.bits, args.group, shape, args.int8, args.quick)
     out = []
@@ -218,6 +232,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write JSON here")
     args = parser.parse_args()
     sys.stdout.write(f"{library.describe()}\nread bandwidth {read_bandwidth():.1f} GB/s\n")
+    bounds = arithmetic_bounds(args.bits, args.group)
+    sys.stdout.write(f"arithmetic bound at one row, GB/s by bits: {bounds}\n")
     rows: list[dict[str, Any]] = []
     shapes = [(model, shape) for model in args.models for shape in SHAPES[model][: 1 if args.quick else None]]
     tables = (rows_of_rotated(width, args) for width in args.rotated or ())
@@ -228,7 +244,9 @@ def main() -> int:
     bandwidth = read_bandwidth()
     sys.stdout.write(f"read bandwidth {bandwidth:.1f} GB/s\n")
     if args.out:
-        write_json(args.out, {"machine": machine(), "read_gb_per_s": bandwidth, "rows": rows})
+        write_json(
+            args.out, {"machine": machine(), "read_gb_per_s": bandwidth, "arithmetic_gb_per_s": bounds, "rows": rows}
+        )
     return 0
 
 

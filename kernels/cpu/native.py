@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -35,6 +34,10 @@ LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips
 # F.linear up to 256 rows (Zen 5, 2 threads). Own bfloat16 ones take 0.9 to 1.2 of its time at 128 to 512 rows, and
 # panels 1.2 to 1.8 times as long as they do at 128, 1.3 at 256, 1.1 at 512.
 PANEL_FROM = {torch.bfloat16: 1024}
+# Where own bfloat16 products go in tiles (AMX), they are never behind panels: 2.7 times as fast at 128 rows, 1.3 at
+# 512, level at 1024. There torch multiplies panels in tiles too, so that what own tiles do not take goes to it earlier:
+# at 64 rows panels take half as long as own products without tiles.
+PANEL_FROM_WITH_TILES = 64
 # The same where half of the groups of 16 is dropped: at 64 rows own bfloat16 products take 0.8 and 1.5 times as long as
 # panels (K 1536 and 4096), at 32 rows 0.5, at 128 rows 1.3 and 1.9. Own float32 ones take half the time up to 256 rows.
 KEPT_PANEL_FROM = {torch.bfloat16: 64}
@@ -46,10 +49,6 @@ LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 LIBRARY.define(
     "native_matmul(Tensor x, Tensor image, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int n, "
     "int hadamard, bool int8) -> Tensor"
-)
-# Of the same x with several weights of one spec, without low-rank additions.
-LIBRARY.define(
-    "native_matmuls(Tensor x, Tensor[] images, Tensor?[] biases, int[] n, int hadamard, bool int8) -> Tensor[]"
 )
 
 
@@ -155,29 +154,6 @@ def _native_matmul(
     return multiply(x, weight, bias)
 
 
-@torch.library.impl(LIBRARY, "native_matmuls", "CPU")
-def _native_matmuls(
-    x: torch.Tensor,
-    images: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    n: list[int],
-    hadamard: int,
-    int8: bool,
-) -> list[torch.Tensor]:
-    weights = [
-        NativeWeight(image, rows, x.shape[-1], None, None, hadamard, int8)
-        for image, rows in zip(images, n, strict=True)
-    ]
-    return multiply_all(x, weights, biases)
-
-
-@torch.library.register_fake("quantc::native_matmuls", lib=LIBRARY)
-def _fake_native_matmuls(
-    x: torch.Tensor, images: object, biases: object, n: list[int], hadamard: int, int8: bool
-) -> list[torch.Tensor]:
-    return [x.new_empty(*x.shape[:-1], rows) for rows in n]
-
-
 @torch.library.register_fake("quantc::native_matmul", lib=LIBRARY)
 def _fake_native_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor:
     n = weight_and_bias[4]
@@ -187,53 +163,34 @@ def _fake_native_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tens
 
 def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype."""
-    return multiply_all(x, [w], [bias])[0]
-
-
-def multiply_all(
-    x: torch.Tensor, weights: Sequence[NativeWeight], biases: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor]:
-    """A y (..., N) for each of up to LARGEST_GROUP weights of the same K and int8, in one call of the library."""
     if x.requires_grad and torch.is_grad_enabled():
-        return [_differentiable(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+        return _differentiable(x, w, bias)
     if not x.is_contiguous():
         x = x.contiguous()
-    first = weights[0]
-    rows, leading = x.numel() // first.k, x.shape[:-1]
-    outputs = [x.new_empty(*leading, w.n) for w in weights]
-    by_panels = [rows > 1 and _is_for_panels(w, rows, x.dtype) for w in weights]
-    if rows and not any(by_panels):
-        _multiply_rows(x, rows, weights, [_readable(bias) for bias in biases], outputs)
-        return outputs
-    for w, bias, y, panels in zip(weights, biases, outputs, by_panels, strict=True):
-        if panels:
-            _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
-        elif rows:
-            _multiply_rows(x, rows, [w], [_readable(bias)], [y])
-    return outputs
+    rows = x.numel() // w.k
+    y = x.new_empty(*x.shape[:-1], w.n)
+    if rows > 1 and _is_for_panels(w, rows, x.dtype):
+        _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
+    elif rows:
+        _multiply_rows(x, rows, w, _readable(bias), y)
+    return y
 
 
 def _is_for_panels(w: NativeWeight, rows: int, dtype: torch.dtype) -> bool:
     if w.int8 or rows < min(table.get(dtype, rows + 1) for table in (PANEL_FROM, KEPT_PANEL_FROM)):
         return False
-    return rows >= (KEPT_PANEL_FROM if _has_kept_groups(w) else PANEL_FROM).get(dtype, rows + 1)
+    if _has_kept_groups(w):
+        return rows >= KEPT_PANEL_FROM.get(dtype, rows + 1)
+    if dtype == torch.bfloat16 and library.level() == library.WITH_TILES:
+        return rows >= PANEL_FROM_WITH_TILES and not library.loaded().in_tiles(w.image.data_ptr())
+    return rows >= PANEL_FROM.get(dtype, rows + 1)
 
 
-def _multiply_rows(
-    x: torch.Tensor,
-    rows: int,
-    weights: Sequence[NativeWeight],
-    biases: Sequence[torch.Tensor | None],
-    outputs: Sequence[torch.Tensor],
-) -> None:
-    products: list[int] = []
-    for w, bias, y in zip(weights, biases, outputs, strict=True):
-        products += w.addresses
-        products += (y.data_ptr(), 0, 0) if bias is None else (y.data_ptr(), bias.data_ptr(), TYPES[bias.dtype])
-    count = len(weights)
-    packed = struct.pack(library.PRODUCT * count, *products)
+def _multiply_rows(x: torch.Tensor, rows: int, w: NativeWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    of_bias = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
+    product = struct.pack(library.PRODUCT, *w.addresses, y.data_ptr(), *of_bias)
     threads = torch.get_num_threads()
-    library.loaded().matmul(packed, count, x.data_ptr(), rows, TYPES[x.dtype], weights[0].int8, threads)
+    library.loaded().matmul(product, 1, x.data_ptr(), rows, TYPES[x.dtype], w.int8, threads)
 
 
 def _readable(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -42,7 +42,9 @@ class Rotation:
 @functools.cache
 def rotation(width: int, block: int) -> Rotation:
     """The tables of a width, a multiple of the block, kept for the life of the process as the library reads them."""
-    return Rotation(width, block)
+    made = Rotation(width, block)
+    library.loaded().keep_rotation(made.address)
+    return made
 
 
 def sign_words(width: int) -> np.ndarray:

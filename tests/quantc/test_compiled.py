@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,8 +89,10 @@ def test_what_reads_the_same_tensor_is_one_call_and_attention_is_open(
     text(model)
     blocks = model.config.num_hidden_layers
     found = targets(graphs[:1])
-    assert found.count(torch.ops.quantc.native_matmuls.default) == 2 * blocks
-    assert found.count(torch.ops.quantc.native_matmul) == 2 * blocks + 1  # o and down, and the head
+    ops = torch.ops.quantc
+    assert found.count(ops.native_step3.default) == found.count(ops.native_step2.default) == blocks  # qkv; gate and up
+    assert found.count(ops.native_step1.default) == 2 * blocks + 1  # o and down, and the head
+    assert ops.native_matmul not in found
     assert F.scaled_dot_product_attention not in found
     assert found.count(compiled.attend) == blocks
 
@@ -100,6 +103,27 @@ def test_moving_and_casting_after_compiling(packed: Callable[[str], Path], graph
     text(fast)
     expected = text(quantc.load(packed("llama"), dtype=torch.float32).to(torch.bfloat16))
     assert text(fast.to(torch.bfloat16)) == expected
+
+
+@native
+def test_a_model_that_has_changed_is_compiled_anew_and_each_has_its_own(
+    packed: Callable[[str], Path], graphs: list[fx.GraphModule]
+) -> None:
+    one, two = (quantc.load(packed("llama"), dtype=torch.float32, compile=True) for _ in range(2))
+    for name, parameter in two.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.3
+    first, second = text(one), text(two)
+    assert text(one) == first != second
+    layer = one.model.layers[0].mlp
+    layer.down_proj = torch.nn.Sequential(layer.down_proj, torch.nn.Tanh())
+    changed = text(one)
+    assert changed != first
+    assert text(copy.deepcopy(one)) == changed
+    assert text(two) == second
+    plain = quantc.load(packed("llama"), dtype=torch.float32)
+    plain.model.layers[0].mlp.down_proj = torch.nn.Sequential(plain.model.layers[0].mlp.down_proj, torch.nn.Tanh())
+    assert text(plain) == changed
 
 
 @pytest.mark.slow

@@ -44,5 +44,15 @@ EXPORT void quantc_cpu_rotate(const void* rotation, const void* x, void* out, in
 // Rows [from, to) of W as columns of out [k][to - from]. from and to: multiples of quantc_cpu_panel_step, or to is n.
 // Of an image with dropped groups, where quantc_cpu_panel_by_rows says so, as rows of out [to - from][k].
 EXPORT int32_t quantc_cpu_panel_by_rows(const void* image);
+// Whether the chosen level multiplies many rows of bfloat16 with this image in tiles.
+EXPORT int32_t quantc_cpu_in_tiles(const void* image);
 EXPORT int64_t quantc_cpu_panel_step(const void* image);
 EXPORT void quantc_cpu_unpack(const void* image, int64_t from, int64_t to, void* out, int32_t type, int32_t threads);
+
+// torch's C functions as Torch of steps.cpp lists them, before a step is run.
+EXPORT void quantc_cpu_use_torch(const void* functions);
+// A Rotation (weight.h) that lives on, for steps to find by its width and block.
+EXPORT void quantc_cpu_keep_rotation(const void* rotation);
+// An operator of torch's dispatcher: x, a count of images and of biases, which of these are there, the order of x's
+// rotation, int8. Returns the products one behind the other.
+EXPORT void quantc_cpu_step(uint64_t* values, uint64_t count, uint64_t outputs);

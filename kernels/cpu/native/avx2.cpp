@@ -11,6 +11,6 @@ const Level LEVEL_AVX2 = {
     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
     LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
     multiply<Converter>, nullptr, nullptr, unpack<Converter>,
-    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr,
+    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr,
 };
 #endif

@@ -13,7 +13,7 @@ struct Inputs {
   const float* sums;
   const float* scales;  // int8 only: [m][blocks]
   int64_t stride, sums_stride;
-  int m;                // 1, 2, 4 or 8, up to the level's tile
+  int m;                // 1, 2, 4 or 8, up to the level's tile; for tiles any
 };
 
 // Where the tile's product goes.
@@ -56,6 +56,8 @@ struct Level {
   // Of one row of bfloat16 where fits_pairs (kept.h), or null.
   void (*load_kept_bfloat16)(const Image*, const void* x, uint16_t* row);
   Strips by_kept_bfloat16;
+  // Of bfloat16 rows, any number, filled up to whole tiles (tiles.h), or null.
+  Strips by_tiles;
 };
 
 extern const Level LEVEL_SCALAR;

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cstring>
 
+#include "tiles.h"
+
 #if defined(__x86_64__)
 void multiply_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
@@ -13,7 +15,7 @@ void multiply_kept_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t
 namespace {
 
 struct Available {
-  Level levels[6];
+  Level levels[8];
   int count = 0;
 
   void offer(Level candidate) {
@@ -40,6 +42,14 @@ struct Available {
       return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
     };
     offer(bfloat16);
+    Level tiles = bfloat16;
+    tiles.name = "avx512_amx";
+    tiles.by_tiles = multiply_tiles;
+    tiles.runs_here = [] {
+      return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+             tiles_run_here();
+    };
+    offer(tiles);
 #elif defined(__aarch64__)
     offer(LEVEL_NEON);
 #endif

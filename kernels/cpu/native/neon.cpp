@@ -9,6 +9,6 @@
 const Level LEVEL_NEON = {
     "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
     multiply<Converter>, nullptr, nullptr, unpack<Converter>,
-    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr,
+    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr,
 };
 #endif

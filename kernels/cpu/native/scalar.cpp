@@ -8,5 +8,5 @@
 const Level LEVEL_SCALAR = {
     "scalar", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
     multiply<Converter>, nullptr, multiply_int8, unpack<Converter>,
-    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr,
+    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr,
 };

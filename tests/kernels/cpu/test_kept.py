@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quantc.errors import CheckpointError
 from quantc.formats import GROUP_SPARSE
 from quantc.kernels.base import DENSE_ONLY
-from quantc.kernels.cpu import library, native
+from quantc.kernels.cpu import library, native, steps
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
@@ -163,9 +163,10 @@ def test_it_shares_a_call_with_dense_weights_of_the_same_inputs() -> None:
 
     x = torch.randn(1, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     prepared = [prepare(kept, x.dtype), prepare_dense(dense, x.dtype), prepare(half, x.dtype)]
-    together = torch.ops.quantc.native_matmuls(x, [w.image for w in prepared], [None] * 3, [40, 50, 30], 0, False)
-    for y, tensor in zip(together, (kept, dense, half), strict=True):
-        check(y, x, tensor)
+    assert steps.available()
+    together = torch.ops.quantc.native_step3(x, *(w.image for w in prepared), x, x, x, 0, 0, 0, 120)
+    for y, tensor in zip(together.split([40, 50, 30]), (kept, dense, half), strict=True):
+        check(y.view(1, -1), x, tensor)
 
 
 def test_gradients_reach_the_activations() -> None:

@@ -16,7 +16,7 @@ from quantc.kernels.cpu.native import INT8_VARIABLE, NATIVE
 from quantc.kernels.reference import REFERENCE
 from quantc.spec import WHOLE_ROW, QuantSpec
 
-from .cases import DTYPES, LEVELS, built, check, prepare, random_weight
+from .cases import DTYPES, LEVELS, built, check, goes_in_tiles, prepare, random_weight
 
 pytestmark = built
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_every_level_multiplies_as_float64_does(
     tensor = random_weight(spec, shape)
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     with library.forced(level):
-        check(NATIVE.run(x, prepare(tensor, dtype)), x, tensor)
+        check(NATIVE.run(x, prepare(tensor, dtype)), x, tensor, goes_in_tiles(level, x, spec))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -120,10 +120,28 @@ def test_many_rows_go_through_panels(dtype: torch.dtype, grouping: str, monkeypa
     assert len(native._panels(weight)) > 1
     x = torch.randn(60, 130, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.randn(190, generator=torch.Generator().manual_seed(2))
-    y = NATIVE.run(x, weight, bias)
+    with library.forced("scalar"):  # others may have something better
+        y = NATIVE.run(x, weight, bias)
     expected = REFERENCE.run(x, REFERENCE.prepare(DENSE.pack(tensor), tensor.spec, tensor.shape, dtype), bias)
     size = x.double().abs() @ tensor.dequantize(torch.float64).abs().T
     assert bool(((y.double() - expected.double()).abs() <= 4 * torch.finfo(dtype).eps * (size + 4)).all())
+
+
+@pytest.mark.skipif(library.WITH_TILES not in LEVELS, reason="the processor has no tiles")
+@pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
+def test_more_rows_than_tiles_take_at_once_whoever_else_uses_tiles(grouping: str) -> None:
+    tensor = random_weight(QuantSpec(4, 64, grouping), (150, 1100))
+    weight = prepare(tensor, torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    for rows in (530, 5, 1030):
+        x = torch.randn(rows, 1100, generator=generator).bfloat16()
+        with library.forced(library.WITH_TILES):
+            check(NATIVE.run(x, weight), x, tensor, rounded_weights=True)
+        other = torch.randn(40, 1100, generator=generator).bfloat16()
+        exact = other.double() @ x.double().T
+        assert (
+            float(((other @ x.T).double() - exact).norm() / exact.norm()) < 0.01
+        )  # torch sets tiles up in its own way
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,78 @@
+"""Operators for compiled graphs: products of one tensor with several prepared weights, called without Python.
+
+Python around an operator takes longer than the product of a small weight. torch's dispatcher calls C functions too,
+through an interface of plain C that torch keeps stable (torch/csrc/stable), and so does the C++ that its compiler
+writes. quantc::native_step1 to native_step4 are such functions (native/steps.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from . import library
+
+LARGEST_STEP = 4  # products
+ROWS = 64  # of x: more are worth panels
+# In the order of Torch in native/steps.cpp.
+FUNCTIONS = (
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_numel",
+    "aoti_torch_get_dtype",
+    "aoti_torch_is_contiguous",
+    "aoti_torch_empty_strided",
+    "aoti_torch_delete_tensor_object",
+    "torch_get_num_threads",
+    "aoti_torch_device_type_cpu",
+    "aoti_torch_dtype_float32",
+    "aoti_torch_dtype_float16",
+    "aoti_torch_dtype_bfloat16",
+)
+NAMES = [f"native_step{count}" for count in range(1, LARGEST_STEP + 1)]
+
+LIBRARY = torch.library.Library("quantc", "FRAGMENT")
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the operators are there: with the native library, and a torch that has the C interface."""
+    native = library.load()
+    torch_itself = _torch_library()
+    if isinstance(native, str) or torch_itself is None:
+        return False
+    addresses = [ctypes.cast(getattr(torch_itself, name), ctypes.c_void_p) for name in FUNCTIONS]
+    native.use_torch((ctypes.c_void_p * len(addresses))(*addresses))
+    for count, name in enumerate(NAMES, 1):
+        tensors = ", ".join(["Tensor x", *(f"Tensor {kind}{i}" for kind in ("image", "bias") for i in range(count))])
+        LIBRARY.define(f"{name}({tensors}, int biased, int hadamard, int int8, int n) -> Tensor")
+        torch.library.register_fake(f"quantc::{name}", _fake_step, lib=LIBRARY)
+    _register(torch_itself, native)
+    return True
+
+
+def _fake_step(x: torch.Tensor, *rest: object) -> torch.Tensor:
+    n = rest[-1]
+    assert isinstance(n, int)
+    return x.new_empty(x.numel() // x.shape[-1] * n)
+
+
+def _torch_library() -> ctypes.CDLL | None:
+    """torch's own, which is loaded already, if it has all functions."""
+    folder = Path(torch.__file__).parent / "lib"
+    file = next((file for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (file := folder / name).exists()), None)
+    try:
+        found = None if file is None else ctypes.CDLL(str(file))
+    except OSError:
+        return None
+    needed = (*FUNCTIONS, "aoti_torch_library_init_impl", "aoti_torch_library_impl")
+    return found if all(hasattr(found, name) for name in needed) else None
+
+
+def _register(torch_itself: ctypes.CDLL, native: library.Library) -> None:
+    handle = ctypes.c_void_p()
+    torch_itself.aoti_torch_library_init_impl(b"quantc", b"CPU", __file__.encode(), 0, ctypes.byref(handle))
+    for name in NAMES:
+        torch_itself.aoti_torch_library_impl(handle, name.encode(), native.step)
