@@ -28,6 +28,8 @@ from .snapshot import put_back, take
 from .units import plural
 from .work import BlockWork, FinishWork, OutsideWork
 
+FINE_BITS = 8
+
 
 def build(
     run: Run,
@@ -68,11 +70,17 @@ def analyse(run: Run, passes: list[Pass], tokens: torch.Tensor, folder: Path) ->
     folder: for temporary files.
     """
     run.progress.stage("Calibration inputs", 1)
-    calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device, folder)
+    calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device, folder, _is_fine(run))
     run.progress.step(f"{tokens.shape[0]} x {tokens.shape[1]} tokens")
     run.progress.done()
     _analyse(run, passes, calibration, tokens, folder)
     return calibration
+
+
+def _is_fine(run: Run) -> bool:
+    """Whether all codes are so wide that bfloat16 would round activations as much as they round weights."""
+    widths = [spec.bits for name in run.graph.linears if (spec := run.plan.specs[name]) is not None]
+    return min(widths, default=0) >= FINE_BITS
 
 
 def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
