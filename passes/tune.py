@@ -96,13 +96,13 @@ class Tune(Pass):
     def build(self, work: BlockWork) -> None:
         if work.block is work.run.graph.blocks[0]:
             self._found = []  # a recipe may be built again
-            self._pace = Pace(self.config.steps, self.config.budget, len(work.run.graph.blocks))
-        self._pace.begin()
+            self._pace = Pace(self.config.steps, self.config.budget, _trained_blocks(work.run))
         if work.quantized:
+            self._pace.begin()
             with self._behind(work) as ahead:
                 assert work.calibration is not None
                 self._tune(work, Reconstruction(work.calibration, work.block, work.module, work.originals, ahead))
-        self._pace.end()
+            self._pace.end()
         if work.block is work.run.graph.blocks[-1]:
             work.run.report.notes += self._notes()
 
@@ -176,6 +176,11 @@ class Tune(Pass):
             f"tune: {better} of {len(self._found)} blocks are nearer to the original on text kept aside{middle}",
             f"tune: {steps[len(steps) // 2]} steps and {duration(seconds[len(seconds) // 2])} a block (median)",
         ]
+
+
+def _trained_blocks(run: Run) -> int:
+    """How many blocks have a weight that the plan quantizes."""
+    return sum(any(run.plan.specs[linear.name] for linear in block.quantized) for block in run.graph.blocks)
 
 
 def _turned(weight: torch.Tensor, tensor: QTensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 import quantc
 from quantc.checkpoint import verify
 from quantc.errors import UsageError
+from quantc.pace import Pace
 from quantc.passes.tune import TuneConfig
 from quantc.report import Report
 from tests.families import build
@@ -62,6 +63,20 @@ def test_windows_of_any_length(window: int, tmp_path: Path) -> None:
     assert tuned < 0.95 * plain
     assert "tune: 4 of 4 blocks" in report.notes[-2]
     verify(tmp_path / "out")
+
+
+def test_blocks_that_are_kept_take_no_share_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paces: list[Pace] = []
+
+    def recorded(steps: int, budget: float | None, blocks: int) -> Pace:
+        assert blocks == 1
+        paces.append(Pace(steps, budget, blocks))
+        return paces[-1]
+
+    pins = {f"model.layers.{index}.*": 16 for index in (0, 2, 3)}
+    monkeypatch.setattr("quantc.passes.tune.Pace", recorded)
+    quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", pins=pins, samples=8)
+    assert len(paces[-1].seconds) == 1
 
 
 def test_folded_rotations_of_the_stream_leave_a_window_of_one(tmp_path: Path) -> None:
