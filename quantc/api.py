@@ -221,7 +221,7 @@ def load(
     """A packed checkpoint as a transformers model that runs on packed weights.
 
     dtype: of activations and of what is not quantized; None is the model's own. verify: also check every checksum.
-    compile: let `generate` compile the step that makes a token, for which its first call takes a minute (compiled.py).
+    compile: let `generate` compile the step that makes a token; its first call takes a minute or two (compiled.py).
     Raises CheckpointError that names the tensor for a truncated, missing, changed or unknown one.
     """
     if verify:

@@ -41,7 +41,7 @@ WITHOUT_PYTHON = {"cpp_wrapper": True}
 
 
 def compile_decoding(model: PreTrainedModel) -> None:
-    """Let `generate` use a static cache and compile the step that makes a token; the first call takes a minute.
+    """Let `generate` use a static cache and compile the step that makes a token; the first call takes a minute or two.
 
     Elsewhere than on a CPU, transformers compiles by itself once the cache is static. Raises UsageError without a C++
     compiler, which torch.compile needs on a CPU.
