@@ -172,8 +172,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> OutlierLab:
 
 
 # Measured, without, with every and with the measured rotations: 0.0354, 0.0038, 0.0038 at 4 bits; 0.1696, 0.1602,
-# 0.0903 at 3; 1.79, 5.64, 1.79 at 2, on Zen 5. On a Xeon with AMX the measured ones give 1.7956 for 1.7928 at 2 bits, in
-# float32 too: something stays that gains nothing. Why is not known.
+# 0.0903 at 3; 1.79, 5.64, 1.79 at 2, on Zen 5. On a Xeon with AMX the measured ones give 1.7956 for 1.7928 at 2 bits,
+# in float32 too: something stays that gains nothing. Why is not known.
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.3), (3, 0.8), (2, 1.01)])
 def test_a_rotation_stays_where_it_pays(lab: OutlierLab, bits: int, most: float) -> None:
     allocate = {"allocate": {"bits": bits, "group_size": 32}}
