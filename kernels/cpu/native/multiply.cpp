@@ -13,9 +13,8 @@ namespace {
 
 constexpr int64_t SLAB = 64;                // rows of x for which a piece of W stays in a core's cache
 // In tiles: making the weights is shared by all rows of a slab, whose sums for a piece of strips must fit a core's cache.
-// 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512. 4 rows take 1.1 to 1.3 times as long as without
-// tiles, 8 take 0.7, 16 take 0.35.
-constexpr int64_t TILES_SLAB = 512, TILES_STRIPS = 8, TILES_FROM = 5;
+// 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512.
+constexpr int64_t TILES_SLAB = 512, TILES_STRIPS = 8;
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of packed weight that a thread takes at once: an eighth of a Zen 5's L2
 
 thread_local Scratch caller_scratch, worker_scratch;
@@ -50,9 +49,11 @@ int64_t groups_of_inputs(const Image* w) { return w->per_ic ? 1 : w->groups; }
 
 // Rows of a tile side by side in every block: loads of a tile from rows far apart would each touch 16 pages.
 void order_into_tiles(const Multiplication& job, const void* x, int64_t row, uint16_t* workspace, float* sums) {
-  job.level->load_bfloat16(job.w, x, workspace, sums);
+  const int64_t height = tile_height(job.m);
   char* to = job.ordered + row / TILE_ROWS * TILE_ROWS * job.row_bytes + row % TILE_ROWS * VECTOR;
-  for (int64_t b = 0; b < job.w->blocks; ++b) std::memcpy(to + b * TILE_ROWS * VECTOR, workspace + b * BLOCK, VECTOR);
+  if (height == 1) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
+  job.level->load_bfloat16(job.w, x, workspace, sums);
+  for (int64_t b = 0; b < job.w->blocks; ++b) std::memcpy(to + b * height * VECTOR, workspace + b * BLOCK, VECTOR);
 }
 
 void order_row(const Multiplication& job, const void* x, int64_t row, float* workspace) {
@@ -90,7 +91,7 @@ Kind kind_of(const Multiplication& job, const Call& call) {
   if (is_sparse(job.w)) return bfloat16 && call.m == 1 && job.level->by_kept_bfloat16 && fits_pairs(job.w) ? BY_BFLOAT16 : BY_FLOAT;
   if (call.int8 && job.level->by_int8) return BY_INT8;
   if (!bfloat16 || job.w->per_ic || !job.level->by_bfloat16) return BY_FLOAT;
-  return call.m >= TILES_FROM && takes_tiles(job.w) ? BY_TILES : BY_BFLOAT16;
+  return takes_tiles(job.w) ? BY_TILES : BY_BFLOAT16;
 }
 
 Strips kernel_of(const Multiplication& job) {
@@ -279,7 +280,7 @@ void run(Together& all, int threads) {
     const int64_t strip_bytes = is_sparse(job.w) ? job.w->bytes / job.w->strips : job.w->blocks * job.w->bits * VECTOR;
     const int64_t cached = PIECE_BYTES / strip_bytes > 0 ? PIECE_BYTES / strip_bytes : 1;
     job.strips_in_piece = even < cached ? even : cached;
-    if (job.kind == BY_TILES) job.strips_in_piece = even >= TILES_STRIPS ? TILES_STRIPS : (even + 1) / 2 * 2;
+    if (job.kind == BY_TILES && job.m > TILE_ROWS) job.strips_in_piece = even >= TILES_STRIPS ? TILES_STRIPS : (even + 1) / 2 * 2;
     all.first_piece[i + 1] = all.first_piece[i] + (job.w->strips + job.strips_in_piece - 1) / job.strips_in_piece;
   }
   share_out(all.first_piece[all.count], threads, multiply_one, &all);

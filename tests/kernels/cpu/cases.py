@@ -45,7 +45,7 @@ def absolute_terms(x: torch.Tensor, tensor: QTensor) -> torch.Tensor:
 
 def goes_in_tiles(level: str, x: torch.Tensor, spec: QuantSpec) -> bool:
     """Whether the weight is rounded to bfloat16 before it is multiplied, as torch's matmul would have it."""
-    many = x.numel() // max(1, x.shape[-1]) >= 5
+    many = x.numel() // max(1, x.shape[-1]) > 16
     return level == library.WITH_TILES and many and x.dtype == torch.bfloat16 and spec.grouping == "per_oc"
 
 
