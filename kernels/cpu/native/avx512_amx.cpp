@@ -12,8 +12,23 @@
 
 #include <cpuid.h>
 
+#include "inputs.h"
 #include "tile_few.h"
 #include "tile_many.h"
+
+void load_for_tiles(const Image* w, const void* x, uint16_t* row, float* sums) {
+  const uint16_t* from = static_cast<const uint16_t*>(x);
+  order_blocks(w, row, [=](int64_t i) { return from[i]; });
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  const int64_t units = units_of_group(w);
+  for (int64_t b = 0, unit = 0; b < w->blocks; ++unit) {
+    const int64_t group_end = blocks_before(w, unit / units + 1);
+    const int64_t end = b + UNIT_BLOCKS < group_end ? b + UNIT_BLOCKS : group_end;
+    __m512 lanes = _mm512_setzero_ps();
+    for (; b < end; ++b) lanes = _mm512_dpbf16_ps(lanes, (__m512bh)_mm512_loadu_si512(row + b * BLOCK), ones);
+    sums[unit] = _mm512_reduce_add_ps(lanes);
+  }
+}
 
 void multiply_tiles(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   return x.m <= TILE_ROWS ? multiply_few(w, x, y, from, to) : multiply_many(w, x, y, from, to);
@@ -28,6 +43,7 @@ bool tiles_run_here() {
   return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 #else
+void load_for_tiles(const Image*, const void*, uint16_t*, float*) {}
 void multiply_tiles(const Image*, const Inputs&, const Outputs&, int64_t, int64_t) {}
 bool tiles_run_here() { return false; }
 #endif

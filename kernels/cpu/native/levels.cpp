@@ -44,6 +44,7 @@ struct Available {
     offer(bfloat16);
     Level tiles = bfloat16;
     tiles.name = "avx512_amx";
+    tiles.load_bfloat16 = load_for_tiles;
     tiles.by_tiles = multiply_tiles;
     tiles.runs_here = [] {
       return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t SLAB = 64;                // rows of x for which a piece of W stays in a core's cache
 // In tiles: making the weights is shared by all rows of a slab, whose sums for a piece of strips must fit a core's cache.
 // 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512.
-constexpr int64_t TILES_SLAB = 512, TILES_STRIPS = 8;
+constexpr int64_t TILES_SLAB = 512, TILES_STRIPS = 32;
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of packed weight that a thread takes at once: an eighth of a Zen 5's L2
 
 thread_local Scratch caller_scratch, worker_scratch;
@@ -45,7 +45,11 @@ struct Multiplication {
   int64_t row_bytes, strips_in_piece;
 };
 
-int64_t groups_of_inputs(const Image* w) { return w->per_ic ? 1 : w->groups; }
+// Sums of a row of x: one for each group, and for each unit of it where products go in tiles.
+int64_t sums_of_row(const Multiplication& job) {
+  if (job.w->per_ic) return 1;
+  return job.kind == BY_TILES ? job.w->groups * units_of_group(job.w) : job.w->groups;
+}
 
 // Rows of a tile side by side in every block: loads of a tile from rows far apart would each touch 16 pages.
 void order_into_tiles(const Multiplication& job, const void* x, int64_t row, uint16_t* workspace, float* sums) {
@@ -60,7 +64,7 @@ void order_row(const Multiplication& job, const void* x, int64_t row, float* wor
   char* to = job.ordered + row * job.row_bytes;
   if (is_sparse(job.w) && job.kind == BY_BFLOAT16) return job.level->load_kept_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to));
   if (is_sparse(job.w)) return job.level->load_kept(job.w, x, job.type, reinterpret_cast<float*>(to));
-  float* sums = job.sums + row * groups_of_inputs(job.w);
+  float* sums = job.sums + row * sums_of_row(job);
   if (job.kind == BY_TILES) return order_into_tiles(job, x, row, reinterpret_cast<uint16_t*>(workspace), sums);
   if (job.kind == BY_BFLOAT16) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
   if (job.kind == BY_FLOAT || job.w->per_ic) return job.level->load_float(job.w, x, job.type, reinterpret_cast<float*>(to), sums);
@@ -147,7 +151,7 @@ void multiply_piece(void* context, int64_t piece) {
   const int64_t from = piece * job.strips_in_piece, all = w->strips;
   const int64_t to = from + job.strips_in_piece < all ? from + job.strips_in_piece : all;
   if (job.weight->rank) add_low_rank(job, from, to);
-  const int64_t sums_stride = groups_of_inputs(w), value = job.kind == BY_INT8 ? 1 : job.kind == BY_FLOAT ? 4 : 2;
+  const int64_t sums_stride = sums_of_row(job), value = job.kind == BY_INT8 ? 1 : job.kind == BY_FLOAT ? 4 : 2;
   const int tile = job.kind == BY_TILES ? static_cast<int>(job.m) : job.level->tile;
   for (int64_t row = 0; row < job.m; row += tile) {
     const int m = job.kind == BY_TILES ? tile : padded_tile(job.m - row, tile);
@@ -188,7 +192,7 @@ size_t take_room(Multiplication& job, const Multiplication* loaded, int64_t rows
     return at;
   };
   job.ordered = reinterpret_cast<char*>(next(padded * job.row_bytes));
-  job.sums = reinterpret_cast<float*>(next(4 * padded * groups_of_inputs(w)));
+  job.sums = reinterpret_cast<float*>(next(4 * padded * sums_of_row(job)));
   job.scales = reinterpret_cast<float*>(next(4 * padded * w->blocks));
   job.inner = reinterpret_cast<float*>(next(4 * rows * rank));
   job.added = reinterpret_cast<float*>(next(rank ? 4 * rows * w->n : 0));

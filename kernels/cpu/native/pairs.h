@@ -47,4 +47,31 @@ struct Pairs<8> {
   }
 };
 
+// Two codes of each row plus `base` as bfloat16, for a register that looks nothing up: a permutation of 16-bit lanes takes
+// a shift's place besides its own on Intel. Codes of up to 6 bits become the mantissa of 2^BITS; those of 8 bits lose mid.
+template <int BITS>
+struct RaisedPairs {
+  static constexpr int AT = 7 - BITS;  // of a code among the mantissa's bits
+  static constexpr int EACH = 0x10001;
+  int base = 1 << BITS;
+  __m512i lower = _mm512_set1_epi32(EACH * (((1 << low_width(BITS)) - 1) << AT));
+  __m512i all_bits = _mm512_set1_epi32(EACH * (((1 << BITS) - 1) << AT));
+  __m512i exponent = _mm512_set1_epi32(EACH * ((127 + BITS) << 7));
+  explicit RaisedPairs(int) {}
+  INLINE_MEMBER __m512i operator()(const Words& low, const Words& high, int low_at, int high_at) const {
+    constexpr int AND_OR = 0xea;  // vpternlog's (a & b) | c
+    __m512i code = reinterpret_cast<__m512i>(move_bit(low.part[0], low_at, AT));
+    if (high_width(BITS)) {
+      const WordLanes upper = move_bit(high.part[0], high_at, AT + low_width(BITS));
+      code = _mm512_ternarylogic_epi32(lower, code, reinterpret_cast<__m512i>(upper), SELECT);
+    }
+    return _mm512_ternarylogic_epi32(code, all_bits, exponent, AND_OR);
+  }
+};
+template <>
+struct RaisedPairs<8> : Pairs<8> {
+  int base;
+  explicit RaisedPairs(int mid) : Pairs<8>(mid), base(-mid) {}
+};
+
 }  // namespace

@@ -1,6 +1,6 @@
-// Products of up to 16 rows of bfloat16: codes less mid go into the tiles, exact as bfloat16, and the sums of every group
-// get its scales, so that nothing is rounded but the result. A tile takes 16 cycles whatever the
-// rows are, where dot products take 2 for each of its 16 vectors and each row. Included by avx512_amx.cpp.
+// Products of up to 16 rows of bfloat16: whole codes go into the tiles, exact as bfloat16, and the sums of every group get
+// its scales, so that no weight is rounded. A tile takes 16 cycles whatever the rows are, where dot products take 2 for
+// each of its 16 vectors and each row. Included by avx512_amx.cpp.
 #pragma once
 
 #include "pairs.h"
@@ -11,22 +11,21 @@ namespace {
 constexpr int SIDE_BY_SIDE = 4;
 constexpr int CODES_AHEAD = 16;  // blocks
 
-// sums [rows][16] += scales (products + offsets times the sums of x).
-INLINE void add_group(const Image* w, const Inputs& x, int64_t strip, int64_t g, const float* products, float* sums) {
+// sums [rows][16] += scales (products - (base + zeros) times the sums of x), of a unit of group g.
+INLINE void add_unit(const Image* w, const Inputs& x, int base, int64_t strip, int64_t g, int64_t unit, const float* products, float* sums) {
   const int64_t at = (strip * w->groups + g) * STRIP;
   const __m512 scales = load_float16(scales_of(w) + at).part[0];
-  const __m512 offsets = w->symmetric ? _mm512_setzero_ps() : load_offsets(zeros_of(w) + at, w->mid).part[0];
+  const __m512 offsets = w->symmetric ? _mm512_set1_ps(static_cast<float>(-base - w->mid)) : load_offsets(zeros_of(w) + at, -base).part[0];
   for (int m = 0; m < x.m; ++m) {
-    __m512 group = _mm512_loadu_ps(products + m * STRIP);
-    if (!w->symmetric) group = _mm512_fmadd_ps(offsets, _mm512_set1_ps(x.sums[m * x.sums_stride + g]), group);
-    _mm512_storeu_ps(sums + m * STRIP, _mm512_fmadd_ps(group, scales, _mm512_loadu_ps(sums + m * STRIP)));
+    const __m512 group = _mm512_fmadd_ps(offsets, _mm512_set1_ps(x.sums[m * x.sums_stride + unit]), _mm512_load_ps(products + m * STRIP));
+    _mm512_store_ps(sums + m * STRIP, _mm512_fmadd_ps(group, scales, _mm512_load_ps(sums + m * STRIP)));
   }
 }
 
 // A block is decoded while the tiles multiply the one before it. A tile that is loaded right after it was stored waits
 // until its stores have reached the cache: 75 cycles a block of 4 bits, and 42 with one block in between.
 template <int BITS>
-INLINE void decode_block(const Pairs<BITS>& decode, const uint32_t* block, char* tile) {
+INLINE void decode_block(const RaisedPairs<BITS>& decode, const uint32_t* block, char* tile) {
   for (int v = 0; v < BITS; ++v) _mm_prefetch(reinterpret_cast<const char*>(block + (CODES_AHEAD * BITS + v) * STRIP), _MM_HINT_T0);
   unrolled<BLOCK / 2>([&](auto pair) INLINE_LAMBDA {
     constexpr int k = 2 * pair;
@@ -64,7 +63,7 @@ INLINE void store_sums(float* to) {
 
 // SIDE strips at once share what is read of x.
 template <int BITS, int SIDE>
-void few_side_by_side(const Pairs<BITS>& decode, const Image* w, const Inputs& x, const Outputs& y, int64_t strip, char* room) {
+void few_side_by_side(const RaisedPairs<BITS>& decode, const Image* w, const Inputs& x, const Outputs& y, int64_t strip, char* room) {
   char* tiles = room;  // [2][SIDE]: of this block and of the next
   float* products = reinterpret_cast<float*>(room + 2 * SIDE * TILE_BYTES);
   float* sums = products + SIDE * TILE_FLOATS;
@@ -76,9 +75,12 @@ void few_side_by_side(const Pairs<BITS>& decode, const Image* w, const Inputs& x
     for (int m = 0; m < x.m; ++m) _mm512_store_ps(sums + s * TILE_FLOATS + m * STRIP, _mm512_setzero_ps());
   }
   const char* rows = static_cast<const char*>(x.rows);
-  for (int64_t g = 0; g < w->groups; ++g) {
+  const int64_t units = units_of_group(w);
+  for (int64_t b = 0, unit = 0; b < w->blocks; ++unit) {
+    const int64_t g = unit / units, group_end = blocks_before(w, g + 1);
+    const int64_t end = b + UNIT_BLOCKS < group_end ? b + UNIT_BLOCKS : group_end;
     unrolled<SIDE>([&](auto s) INLINE_LAMBDA { clear_sums<s>(); });
-    for (int64_t b = blocks_before(w, g); b < blocks_before(w, g + 1); ++b, rows += block_bytes) {
+    for (; b < end; ++b, rows += block_bytes) {
       char* these = tiles + b % 2 * SIDE * TILE_BYTES;
       char* others = tiles + (b + 1) % 2 * SIDE * TILE_BYTES;
       _tile_loadd(4, rows, VECTOR);
@@ -89,7 +91,8 @@ void few_side_by_side(const Pairs<BITS>& decode, const Image* w, const Inputs& x
       });
     }
     unrolled<SIDE>([&](auto s) INLINE_LAMBDA { store_sums<s>(products + s * TILE_FLOATS); });
-    for (int s = 0; s < SIDE; ++s) add_group(w, x, strip + s, g, products + s * TILE_FLOATS, sums + s * TILE_FLOATS);
+    for (int s = 0; s < SIDE; ++s)
+      add_unit(w, x, decode.base, strip + s, g, unit, products + s * TILE_FLOATS, sums + s * TILE_FLOATS);
   }
   for (int s = 0; s < SIDE; ++s)
     for (int m = 0; m < y.rows; ++m)
@@ -98,7 +101,7 @@ void few_side_by_side(const Pairs<BITS>& decode, const Image* w, const Inputs& x
 
 template <int BITS>
 void multiply_few_bits(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  const Pairs<BITS> decode(w->mid);
+  const RaisedPairs<BITS> decode(w->mid);
   char* room = tile_scratch.at_least(4 * SIDE_BY_SIDE * TILE_BYTES);
   const TilesInUse tiles_in_use(x.m);
   int64_t strip = from;
