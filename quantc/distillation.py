@@ -23,7 +23,7 @@ from .calibration import Batch, HiddenStates, fast_matmul
 from .frontend import to_meta
 from .graph import Block
 from .numerics.relaxed import rescaled, with_scales
-from .reconstruction import BETAS, CHECKS, HELD_OUT, Trained
+from .reconstruction import BETAS, HELD_OUT, Trained, is_check_due
 from .rewrite import weight_name
 from .work import FinishWork
 
@@ -58,7 +58,7 @@ class Distillation:
         for step in range(1, steps + 1):
             order = order or torch.randperm(len(own), generator=generator).tolist()
             self._step(own[order.pop()], self.rate * (1 - (step - 1) / steps))
-            if step * CHECKS // steps > (step - 1) * CHECKS // steps and (found := self._error(aside)) < best:
+            if is_check_due(step, steps) and (found := self._error(aside)) < best:
                 best = found
                 shutil.copytree(self._factors, self._best, dirs_exist_ok=True)
             run.progress.step(f"KL divergence {best:.4f} on text kept aside, {before:.4f} at first")

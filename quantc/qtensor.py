@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +79,31 @@ def spread_groups(values: torch.Tensor, spec: QuantSpec, shape: tuple[int, int])
     return values.repeat_interleave(g, dim=-2)[..., :n, :]
 
 
+def by_group(
+    weights: torch.Tensor,
+    values: torch.Tensor,
+    spec: QuantSpec,
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Contiguous weights (..., N, K), changed in place by the value of each one's group (..., *scales_shape).
+
+    `change` has the weights of a group side by side where groups are full, so that nothing is spread.
+    """
+    n, k = weights.shape[-2:]
+    g = spec.group_length((n, k))
+    if spec.grouping == "per_oc" and k % g == 0:
+        change(weights.view(*weights.shape[:-1], k // g, g), values[..., None])
+    elif spec.grouping == "per_ic" and n % g == 0:
+        change(weights.view(*weights.shape[:-2], n // g, g, k), values[..., None, :])
+    else:
+        change(weights, spread_groups(values, spec, (n, k)))
+    return weights
+
+
 def group_sums(values: torch.Tensor, g: int) -> torch.Tensor:
     """(..., ceil(K/g)): sums over groups of g of the last dimension K."""
+    if values.shape[-1] % g == 0:
+        return values.unflatten(-1, (-1, g)).sum(-1)
     count = -(-values.shape[-1] // g)
     padded = torch.nn.functional.pad(values, (0, count * g - values.shape[-1]))
     return padded.unflatten(-1, (count, g)).sum(-1)

@@ -20,7 +20,8 @@ from .calibration import Batch, CalibrationRun, fast_matmul, has_fast_bfloat16
 from .graph import Block
 
 HELD_OUT = 8  # of so many batches one is kept aside
-CHECKS = 5  # times that the batches kept aside are looked at after the first step
+CHECKS = 5  # times that the batches kept aside are looked at after the first step, at most
+STEPS_BETWEEN_CHECKS = 10  # at least: 8 batches kept aside take as long as 3 steps
 BETAS = (0.9, 0.99)  # of Adam; SignSGD moves what is noise as far as what is not, and found nothing from GPTQ's codes
 
 # Tokens of a step, where samples are not longer. stories15M, 3 bits, KL on two texts and CPU seconds: 100 steps of 512
@@ -47,10 +48,8 @@ class Reconstruction:
         """
         self._calibration, self._block, self._module, self._ahead = calibration, block, module, ahead
         self._batches = [(part, calibration.call(block, part)) for part in calibration.parts(STEP_TOKENS)]
-        self._targets = calibration.empty_states()
-        with torch.no_grad():
-            for batch, call in self._batches:
-                self._targets.write(batch.start, self._output(originals, batch, call))
+        self._originals = originals
+        self._targets, self._known = calibration.empty_states(), set[int]()
 
     def split(self) -> tuple[list[int], list[int]]:
         """The batches to train on, and those kept aside; a single batch is both."""
@@ -68,7 +67,16 @@ class Reconstruction:
         batch, call = self._batches[at]
         with fast_matmul(self._calibration.device):
             found = self._output(weights, batch, call).float()
-        return (found - self._targets.read(batch.start, batch.count).to(found.device)).square().mean()
+        return (found - self._target(at).to(found.device)).square().mean()
+
+    @torch.no_grad()
+    def _target(self, at: int) -> torch.Tensor:
+        """What the float block makes of a batch: found when it is first wanted, as few steps need few batches."""
+        batch, call = self._batches[at]
+        if at not in self._known:
+            self._known.add(at)
+            self._targets.write(batch.start, self._output(self._originals, batch, call))
+        return self._targets.read(batch.start, batch.count)
 
     def _output(self, weights: Weights, batch: Batch, call: BlockCall) -> torch.Tensor:
         called = call.with_hidden(self._calibration.hidden(batch))
@@ -99,6 +107,12 @@ class Trained:
     after: float
 
 
+def is_check_due(step: int, steps: int) -> bool:
+    """Whether the batches kept aside are looked at after this one of `steps` steps; after the last one they are."""
+    checks = max(1, min(CHECKS, steps // STEPS_BETWEEN_CHECKS))
+    return step * checks // steps > (step - 1) * checks // steps
+
+
 def train(
     target: Reconstruction, trainable: Trainable, steps: int, keep: Callable[[], None], generator: torch.Generator
 ) -> Trained:
@@ -119,7 +133,7 @@ def train(
         with torch.enable_grad():
             target.loss(own[order.pop()], trainable.weights()).backward()
         trainable.settle()
-        if step * CHECKS // steps > (step - 1) * CHECKS // steps and (found := error()) < best:
+        if is_check_due(step, steps) and (found := error()) < best:
             best = found
             keep()
     adam.end()
@@ -127,7 +141,10 @@ def train(
 
 
 def seconds_of(target: Reconstruction, trainable: Trainable) -> tuple[float, float]:
-    """Wall seconds that `train` needs besides its steps, and for each step, from one that is not taken."""
+    """Wall seconds that `train` needs besides its steps, and for each step, from one that is not taken.
+
+    A forward pass is a third of a step. What the float block puts out is part of both: it is found batch by batch.
+    """
     own, aside = target.split()
     started = perf_counter()
     with torch.enable_grad():
@@ -136,7 +153,7 @@ def seconds_of(target: Reconstruction, trainable: Trainable) -> tuple[float, flo
     for parameters, _ in trainable.groups:
         for parameter in parameters:
             parameter.grad = None
-    return (CHECKS + 1) * len(aside) * step / 3, step  # a forward pass is a third of a step
+    return (CHECKS + 2) * len(aside) * step / 3, step
 
 
 class _StepsInBackward:

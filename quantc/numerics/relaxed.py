@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..qtensor import QTensor, group_sums, spread_groups
+from ..qtensor import QTensor, by_group, group_sums, spread_groups
 from .hadamard import rotate_back
 
 INSIDE = 0.49  # how far from its code a weight may start: rounding then gives that code
@@ -47,57 +47,62 @@ class RelaxedWeight(nn.Module):
         self.offsets = nn.Parameter(exact.sub_(tensor.codes).clamp_(-INSIDE, INSIDE))
 
     def forward(self) -> torch.Tensor:
-        """float32 (..., N, K): what unrotated inputs are multiplied with."""
+        """float32 (..., N, K): what unrotated inputs are multiplied with. Offsets must be where clamp_offsets lets them."""
         return _completed(self.tensor, _Dequantized.apply(self, self.offsets, self.factors))
 
     @torch.no_grad()
     def clamp_offsets(self) -> None:
-        """Keep codes within reach of what they were."""
+        """Keep codes within their range and within reach of what they were."""
         self.offsets.clamp_(-REACH, REACH)
+        points = (self.tensor.codes + self.offsets).clamp_(self._bottom - INSIDE, self._top + INSIDE)
+        self.offsets.copy_(points.sub_(self.tensor.codes))
 
     @torch.no_grad()
     def qtensor(self) -> QTensor:
         """The weight as it is now."""
-        codes = self.codes(self.offsets)[0].to(torch.uint8)
+        self.clamp_offsets()
+        codes = self.codes(self.offsets).to(torch.uint8)
         return replace(self.tensor, codes=codes, scales=self.scales(self.factors).to(torch.float16))
 
-    def codes(self, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rounded codes, float32 (..., N, K) within their range, and which of them were in it."""
-        codes = (self.tensor.codes + offsets).round_()
-        within = torch.maximum(codes, self._bottom)
-        within = torch.minimum(within, self._top, out=within)
-        return within, within == codes
+    def codes(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Rounded codes, float32 (..., N, K)."""
+        return (self.tensor.codes + offsets).round_()
+
+    def steps(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Codes less zero points, float32 (..., N, K)."""
+        tensor = self.tensor
+        codes = self.codes(offsets)
+        if tensor.zeros is None:
+            return codes.sub_(tensor.zero_points())
+        return by_group(codes, tensor.zeros.float(), tensor.spec, torch.Tensor.sub_)
 
     def scales(self, factors: torch.Tensor) -> torch.Tensor:
         return _as_float16(self.tensor.scales.float() * (1 + factors))
 
-    def spread_scales(self, factors: torch.Tensor) -> torch.Tensor:
-        return spread_groups(self.scales(factors), self.tensor.spec, self.tensor.shape)
+    def times_scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """`values` (..., N, K), multiplied in place by the scales of their groups."""
+        return by_group(values, self.scales(factors), self.tensor.spec, torch.Tensor.mul_)
 
 
 class _Dequantized(torch.autograd.Function):
     """The weight that the codes and scales of a RelaxedWeight make, before low-rank addition and rotation back.
 
-    Gradients pass through rounding, and stop where a code is at the end of its range. Nothing but the
-    parameters is kept for the way back: autograd's own record of these steps takes 30 bytes for every weight.
+    Gradients pass through rounding. Nothing but the parameters is kept for the way back: autograd's own record of these
+    steps takes 30 bytes for every weight.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: RelaxedWeight, offsets: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         ctx.weight = weight
         ctx.save_for_backward(offsets, factors)
-        codes, _ = weight.codes(offsets)
-        return codes.sub_(weight.tensor.zero_points()).mul_(weight.spread_scales(factors))
+        return weight.times_scales(weight.steps(offsets), factors)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         weight: RelaxedWeight = ctx.weight
         (offsets, factors), (slope,) = ctx.saved_tensors, slopes
-        codes, inside = weight.codes(offsets)
-        steps = codes.sub_(weight.tensor.zero_points())
-        by_scale = _sums_of_groups(steps.mul_(slope), weight.tensor) * weight.tensor.scales.float()
-        by_code = weight.spread_scales(factors).mul_(slope).mul_(inside)
-        return None, by_code, by_scale
+        by_scale = _sums_of_groups(weight.steps(offsets).mul_(slope), weight.tensor) * weight.tensor.scales.float()
+        return None, weight.times_scales(slope.clone(memory_format=torch.contiguous_format), factors), by_scale
 
 
 def _sums_of_groups(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:
