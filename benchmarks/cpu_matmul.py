@@ -4,8 +4,10 @@ For shapes of 135M, 1B and 7B models: milliseconds, GB/s of packed weight read, 
 F.linear in float32 and bfloat16 and than torch's int4 operator. Weights take turns too, so that no cache serves them,
 and every product is checked first. The read bandwidth is that of a sum over a large tensor. The arithmetic bound is the
 speed of the same kernel for one row and one small weight again and again, which its threads' caches hold: no memory can
-make it faster. Each figure is the best of
-the rounds: on a machine that others use, compare within one run only.
+make it faster. Each figure is the best of the rounds: on a machine that others use, compare within one run only.
+
+With --ggml LIBRARY ... also than ggml's fastest 4-bit type for the same shape (see ggml_matmul.py), measured right
+before in a process of its own.
 
 With --rotated WIDTH ... instead: square 4-bit linears that rotate their input, beside the same ones without a rotation
 and with torch's rotation before them.
@@ -13,6 +15,8 @@ and with torch's rotation before them.
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -153,7 +157,7 @@ def read_bandwidth() -> float:
 
 def arithmetic_bounds(bits: list[int], group: int) -> dict[str, float]:
     """GB/s of packed weight, by width, at which a row of bfloat16 is multiplied where the weight comes from a cache."""
-    shape = (1024, 2048)  # half a megabyte a thread at 4 bits
+    shape = (2048, 2048)  # a megabyte a thread at 4 bits; less of it, and the calls themselves are what takes time
     found = {}
     for width in bits:
         parts = DENSE.pack(random_weight(QuantSpec(width, group), shape))
@@ -163,16 +167,34 @@ def arithmetic_bounds(bits: list[int], group: int) -> dict[str, float]:
     return found
 
 
+def ggml_rows(shape: tuple[int, int], args: Any) -> list[dict[str, Any]]:
+    """Milliseconds of ggml's 4-bit types in every order it has for them: rows of ggml_matmul.py."""
+    if not args.ggml:
+        return []
+    script = Path(__file__).with_name("ggml_matmul.py")
+    options = ["--shape", *shape, "--tokens", *args.tokens, "--threads", torch.get_num_threads()]
+    command = [sys.executable, str(script), *args.ggml, *map(str, options), "--seconds", str(args.seconds / 4)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
 def rows_of(model: str, shape: tuple[int, int], args: Any) -> list[dict[str, Any]]:
+    of_ggml = ggml_rows(shape, args)
     calls, sizes, dtypes = competitors(args.bits, args.group, shape, args.int8, args.quick)
     out = []
     for m in args.tokens:
         inputs = {name: torch.randn(m, shape[1]).to(dtype) for name, dtype in dtypes.items()}
         best = measure(calls, inputs, args.seconds)
-        for name, ms in best.items():
+        of_m = {f"ggml {found['type']} {found['order']}": found for found in of_ggml if found["M"] == m}
+        if of_m:
+            best["ggml"] = min(found["ms"] for found in of_m.values())
+        timed = {name: (best[name], sizes[name]) for name in calls}
+        timed |= {name: (found["ms"], found["bytes"]) for name, found in of_m.items()}
+        for name, (ms, size) in timed.items():
             row = {"model": model, "N x K": f"{shape[0]} x {shape[1]}", "M": m, "what": name}
-            row |= {"ms": round(ms, 4), "GB/s": round(sizes[name] / ms / 1e6, 1)}
-            for peer in ("F.linear float32", "F.linear bfloat16", "torch int4"):
+            row |= {"ms": round(ms, 4), "GB/s": round(size / ms / 1e6, 1)}
+            for peer in ("F.linear float32", "F.linear bfloat16", "torch int4", *(["ggml"] if args.ggml else [])):
                 row[f"x {peer}"] = round(best[peer] / ms, 2) if peer in best else "-"
             out.append(row)
     return out
@@ -226,6 +248,7 @@ def main() -> int:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128])
     parser.add_argument("--int8", action="store_true", help="also with activations rounded to int8")
+    parser.add_argument("--ggml", nargs="+", metavar="LIBRARY", help="libraries of one ggml, or one that exports it")
     parser.add_argument("--rotated", nargs="+", type=int, metavar="WIDTH", help="what rotations of these widths cost")
     parser.add_argument("--quick", action="store_true", help="one shape of each model, no float32 F.linear")
     parser.add_argument("--seconds", type=float, default=2.0, help="for one shape and number of rows")
@@ -242,7 +265,8 @@ def main() -> int:
         sys.stdout.flush()
         rows += found
     bandwidth = read_bandwidth()
-    sys.stdout.write(f"read bandwidth {bandwidth:.1f} GB/s\n")
+    bounds = {bits: max(bound, bounds[bits]) for bits, bound in arithmetic_bounds(args.bits, args.group).items()}
+    sys.stdout.write(f"read bandwidth {bandwidth:.1f} GB/s, arithmetic bound {bounds}\n")
     if args.out:
         write_json(
             args.out, {"machine": machine(), "read_gb_per_s": bandwidth, "arithmetic_gb_per_s": bounds, "rows": rows}
