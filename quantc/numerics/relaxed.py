@@ -47,7 +47,7 @@ class RelaxedWeight(nn.Module):
         self.offsets = nn.Parameter(exact.sub_(tensor.codes).clamp_(-INSIDE, INSIDE))
 
     def forward(self) -> torch.Tensor:
-        """float32 (..., N, K): what unrotated inputs are multiplied with, offsets being where clamp_offsets lets them."""
+        """float32 (..., N, K): what unrotated inputs are multiplied with; offsets as clamp_offsets leaves them."""
         return _completed(self.tensor, _Dequantized.apply(self, self.offsets, self.factors))
 
     @torch.no_grad()
