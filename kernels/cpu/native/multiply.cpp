@@ -12,8 +12,9 @@
 namespace {
 
 constexpr int64_t SLAB = 64;                // rows of x for which a piece of W stays in a core's cache
-// In tiles: making the weights is shared by all rows of a slab, whose sums for a piece of strips must fit a core's cache.
-// 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512.
+// In tiles: making the weights is shared by all rows of a slab, whose sums for a piece of strips must fit the second cache.
+// 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512. A piece of 32 strips reads x, which may come
+// from the third cache, a quarter as often as one of 8: 256 rows of 4096 then take 0.85 of the time.
 constexpr int64_t TILES_SLAB = 512, TILES_STRIPS = 32;
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of packed weight that a thread takes at once: an eighth of a Zen 5's L2
 
