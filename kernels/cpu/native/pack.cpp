@@ -18,33 +18,74 @@ struct Packing {
   char* image;
 };
 
-// One row of a strip into its words of every vector. The places of the 32 inputs are constants of BITS.
+// The inputs of a block. Found once for a strip: two divisions take longer than packing a row's block.
+struct Run {
+  int64_t first;
+  int count;
+};
+
+// Four fields of `bits`, the lowest of each 16 bits of a word, side by side.
+inline uint32_t side_by_side(uint64_t fields, int bits) {
+  const int step = 16 - bits;
+  return static_cast<uint32_t>(fields | fields >> step | fields >> 2 * step | fields >> 3 * step) & ((1u << 4 * bits) - 1);
+}
+// The same of even bytes' fields in the lower and of odd bytes' in the upper half of a word.
+inline uint32_t in_halves(uint64_t bytes, int bits) {
+  const uint64_t first = 0x0001000100010001u * ((1u << bits) - 1);
+  return side_by_side(bytes & first, bits) | side_by_side(bytes >> 8 & first, bits) << 16;
+}
+// Of every half's four fields the upper two move to its upper byte.
+inline uint32_t by_bytes(uint32_t halves, int bits) {
+  const uint32_t lower = 0x00010001u * ((1u << 2 * bits) - 1);
+  return (halves & lower) | (halves & lower << 2 * bits) << (8 - 2 * bits);
+}
+
+// Codes of inputs 8 j to 8 j + 7 of a block, a byte each, into their places (image.h) in the words of a row.
 template <int BITS>
-void place_row(const Image* w, const uint8_t* codes, uint32_t* strip_words) {
-  constexpr uint32_t low_mask = (1u << low_width(BITS)) - 1;
-  for (int64_t b = 0; b < w->blocks; ++b, strip_words += BITS * STRIP) {
-    uint8_t inputs[BLOCK] = {};
-    std::memcpy(inputs, codes + first_input(w, b), static_cast<size_t>(inputs_in(w, b)));
-    uint32_t words[BITS] = {};
-#pragma GCC unroll 32
-    for (int k = 0; k < BLOCK; ++k) {
-      words[low_vector(BITS, k)] |= (inputs[k] & low_mask) << low_bit(BITS, k);
-      if (high_width(BITS)) {
-        words[high_vector(BITS, k) % BITS] |= static_cast<uint32_t>(inputs[k] >> low_width(BITS) % 8) << high_bit(BITS, k);
-      }
+inline void place_eight(uint64_t codes, int j, uint32_t* words) {
+  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
+  if constexpr (LOW == 8) {
+    for (int half = 0; half < 2; ++half, codes >>= 32)
+      words[2 * j + half] = static_cast<uint32_t>((codes & 0xff0000ff) | (codes >> 8 & 0xff00) | (codes & 0xff00) << 8);
+  } else {
+    constexpr int EIGHTS = inputs_in_vector(BITS) / 8;  // in a vector
+    const int vector = j / EIGHTS, byte = j % EIGHTS;
+    words[vector] |= in_halves(codes, LOW) << 8 * byte;
+    if constexpr (HIGH > 0) {
+      const uint32_t upper = in_halves(codes >> LOW, HIGH);
+      const int shift = vector % high_share(BITS) * (8 / LOW) * HIGH;
+      words[LOW + vector / high_share(BITS)] |= (EIGHTS == 1 ? by_bytes(upper, HIGH) : upper << 8 * byte) << shift;
     }
-    for (int v = 0; v < BITS; ++v) strip_words[v * STRIP] = words[v];
   }
 }
 
-void place(const Image* w, const uint8_t* codes, uint32_t* words) {
-  switch (w->bits) {
-    case 2: return place_row<2>(w, codes, words);
-    case 3: return place_row<3>(w, codes, words);
-    case 4: return place_row<4>(w, codes, words);
-    case 5: return place_row<5>(w, codes, words);
-    case 6: return place_row<6>(w, codes, words);
-    default: return place_row<8>(w, codes, words);
+// One row of a strip into its words of every vector.
+template <int BITS>
+void place_row(const std::vector<Run>& blocks, const uint8_t* codes, uint32_t* strip_words) {
+  for (const Run& block : blocks) {
+    const uint8_t* inputs = codes + block.first;
+    uint8_t padded[BLOCK] = {};
+    if (block.count < BLOCK) inputs = static_cast<uint8_t*>(std::memcpy(padded, inputs, static_cast<size_t>(block.count)));
+    uint32_t words[BITS] = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < BLOCK / 8; ++j) {
+      uint64_t eight;
+      std::memcpy(&eight, inputs + 8 * j, sizeof eight);
+      place_eight<BITS>(eight, j, words);
+    }
+    for (int v = 0; v < BITS; ++v) strip_words[v * STRIP] = words[v];
+    strip_words += BITS * STRIP;
+  }
+}
+
+void place(int bits, const std::vector<Run>& blocks, const uint8_t* codes, uint32_t* words) {
+  switch (bits) {
+    case 2: return place_row<2>(blocks, codes, words);
+    case 3: return place_row<3>(blocks, codes, words);
+    case 4: return place_row<4>(blocks, codes, words);
+    case 5: return place_row<5>(blocks, codes, words);
+    case 6: return place_row<6>(blocks, codes, words);
+    default: return place_row<8>(blocks, codes, words);
   }
 }
 
@@ -57,10 +98,12 @@ void pack_strip(void* context, int64_t strip) {
   uint16_t* scales = reinterpret_cast<uint16_t*>(job.image + w->scales) + strip * w->groups * STRIP;
   uint8_t* zeros = reinterpret_cast<uint8_t*>(job.image + w->zeros) + strip * w->groups * STRIP;
   std::vector<uint8_t> codes(static_cast<size_t>(w->k));
+  std::vector<Run> blocks;
+  for (int64_t b = 0; b < w->blocks; ++b) blocks.push_back({first_input(w, b), inputs_in(w, b)});
   for (int r = 0; r < rows_in(w, strip); ++r) {
     const int64_t row = first_row(w, strip) + r;
     unpack_row(job.codes + row * row_bytes, job.stored_bits, w->k, codes.data());
-    place(w, codes.data(), words + r);
+    place(w->bits, blocks, codes.data(), words + r);
     if (w->per_ic) continue;
     for (int64_t g = 0; g < w->groups; ++g) {
       scales[g * STRIP + r] = job.scales[row * w->groups + g];
