@@ -73,7 +73,7 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma3_text", "opt", "zamba2"])
 def test_other_kinds_of_models_and_every_pass_before_it(family: str, tmp_path: Path) -> None:
-    """Experts, weights stored the other way round, norms behind linears, biases, scaled inputs, weights that blocks share."""
+    """Experts, weights stored the other way round, norms behind linears, biases, scaled inputs, shared weights."""
     (tmp_path / "model").mkdir()
     save_with_tokenizer(build(family), tmp_path / "model")
     passes = ("allocate", "scale", "rotate", "quantize", "tune: {steps: 2}", "distill: {steps: 4}")
