@@ -60,8 +60,7 @@ class RelaxedWeight(nn.Module):
     @torch.no_grad()
     def qtensor(self) -> QTensor:
         """The weight as it is now."""
-        self.clamp_offsets()
-        codes = self.codes(self.offsets).to(torch.uint8)
+        codes = self.codes(self.offsets).clamp_(self._bottom, self._top).to(torch.uint8)
         return replace(self.tensor, codes=codes, scales=self.scales(self.factors).to(torch.float16))
 
     def codes(self, offsets: torch.Tensor) -> torch.Tensor:

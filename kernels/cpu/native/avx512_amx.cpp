@@ -22,8 +22,7 @@ void load_for_tiles(const Image* w, const void* x, uint16_t* row, float* sums) {
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   const int64_t units = units_of_group(w);
   for (int64_t b = 0, unit = 0; b < w->blocks; ++unit) {
-    const int64_t group_end = blocks_before(w, unit / units + 1);
-    const int64_t end = b + UNIT_BLOCKS < group_end ? b + UNIT_BLOCKS : group_end;
+    const int64_t end = end_of_unit(w, unit / units, b);
     __m512 lanes = _mm512_setzero_ps();
     for (; b < end; ++b) lanes = _mm512_dpbf16_ps(lanes, (__m512bh)_mm512_loadu_si512(row + b * BLOCK), ones);
     sums[unit] = _mm512_reduce_add_ps(lanes);

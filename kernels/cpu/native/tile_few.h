@@ -77,8 +77,7 @@ void few_side_by_side(const RaisedPairs<BITS>& decode, const Image* w, const Inp
   const char* rows = static_cast<const char*>(x.rows);
   const int64_t units = units_of_group(w);
   for (int64_t b = 0, unit = 0; b < w->blocks; ++unit) {
-    const int64_t g = unit / units, group_end = blocks_before(w, g + 1);
-    const int64_t end = b + UNIT_BLOCKS < group_end ? b + UNIT_BLOCKS : group_end;
+    const int64_t g = unit / units, end = end_of_unit(w, g, b);
     unrolled<SIDE>([&](auto s) INLINE_LAMBDA { clear_sums<s>(); });
     for (; b < end; ++b, rows += block_bytes) {
       char* these = tiles + b % 2 * SIDE * TILE_BYTES;

@@ -11,6 +11,10 @@ inline int64_t tile_height(int64_t rows) { return rows < TILE_ROWS ? rows : TILE
 // many blocks at the latest, with the sums of x over as many.
 constexpr int64_t UNIT_BLOCKS = 8;
 inline int64_t units_of_group(const Image* w) { return (w->group_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS; }
+inline int64_t end_of_unit(const Image* w, int64_t group, int64_t first_block) {
+  const int64_t unit = first_block + UNIT_BLOCKS, end = blocks_before(w, group + 1);
+  return unit < end ? unit : end;
+}
 
 bool tiles_run_here();
 // As Level::load_bfloat16; sums [groups][units_of_group].
