@@ -19,13 +19,12 @@ import torch
 
 from ...errors import UsageError
 
-VERSION = 5  # of the C interface in native/api.h and of images
+VERSION = 6  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
 FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them
 
 PRODUCT = "PPPPqPPq"  # Product of native/weight.h, for struct.pack
-WITH_TILES = "avx512_amx"  # the level that multiplies many rows of bfloat16 in tiles
 
 _INT, _LONG, _POINTER, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
 _BYTES = ctypes.c_char_p
@@ -43,7 +42,7 @@ _INTERFACE = {
     "matmul": (None, [_BYTES, _INT, _POINTER, _LONG, _INT, _INT, _INT]),
     "rotate": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT]),
     "panel_by_rows": (_INT, [_POINTER]),
-    "in_tiles": (_INT, [_POINTER]),
+    "takes_many_rows": (_INT, [_POINTER]),
     "panel_step": (_LONG, [_POINTER]),
     "use_torch": (None, [_POINTER]),
     "keep_rotation": (None, [_POINTER]),
@@ -68,7 +67,7 @@ class Library:
     matmul: Any
     rotate: Any
     panel_by_rows: Any
-    in_tiles: Any
+    takes_many_rows: Any
     panel_step: Any
     use_torch: Any
     keep_rotation: Any

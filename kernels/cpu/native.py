@@ -2,8 +2,9 @@
 
 Weights are repacked once into an image (native/image.h): 16 output channels side by side, inputs running inside, codes
 placed so that one shift yields them for float32, bfloat16 and int8 products alike. Few rows of x
-are multiplied with the codes; from PANEL_FROM on, panels of the weight are unpacked and given to torch's matmul. Of
-weights with dropped groups (native/kept.h) only the groups that stay are in the image, and are read.
+are multiplied with the codes; many rows of bfloat16 with weights rounded to bfloat16, or, where the processor has no
+products of bfloat16, with panels of the weight that are unpacked for torch's matmul. Of weights with dropped groups
+(native/kept.h) only the groups that stay are in the image, and are read.
 
 Activations are rounded to int8 only where QUANTC_CPU_INT8=1 says so, or NATIVE.int8 is set: then sums are of
 products of integers, with a scale for every 32 activations, but not where groups are dropped. Nothing else changes the
@@ -30,14 +31,9 @@ from .library import TYPES
 
 INT8_VARIABLE = "QUANTC_CPU_INT8"
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
-# Rows of x from which torch multiplies with unpacked panels. Own float32 sums are 1.5 to 5 times as fast as torch's
-# F.linear up to 256 rows (Zen 5, 2 threads). Own bfloat16 ones take 0.9 to 1.2 of its time at 128 to 512 rows, and
-# panels 1.2 to 1.8 times as long as they do at 128, 1.3 at 256, 1.1 at 512.
+# Rows of x from which torch multiplies with unpacked panels, where the library has nothing for many rows (see
+# rounded.h). Own float32 sums are 1.5 to 5 times as fast as torch's F.linear up to 256 rows (Zen 5, 2 threads).
 PANEL_FROM = {torch.bfloat16: 1024}
-# Where own bfloat16 products go in tiles (AMX), they are never behind panels: 2.7 times as fast at 128 rows, 1.3 at
-# 512, level at 1024. There torch multiplies panels in tiles too, so that what own tiles do not take goes to it earlier:
-# at 64 rows panels take half as long as own products without tiles.
-PANEL_FROM_WITH_TILES = 64
 # The same where half of the groups of 16 is dropped: at 64 rows own bfloat16 products take 0.8 and 1.5 times as long as
 # panels (K 1536 and 4096), at 32 rows 0.5, at 128 rows 1.3 and 1.9. Own float32 ones take half the time up to 256 rows.
 KEPT_PANEL_FROM = {torch.bfloat16: 64}
@@ -181,9 +177,8 @@ def _is_for_panels(w: NativeWeight, rows: int, dtype: torch.dtype) -> bool:
         return False
     if _has_kept_groups(w):
         return rows >= KEPT_PANEL_FROM.get(dtype, rows + 1)
-    if dtype == torch.bfloat16 and library.level() == library.WITH_TILES:
-        return rows >= PANEL_FROM_WITH_TILES and not library.loaded().in_tiles(w.image.data_ptr())
-    return rows >= PANEL_FROM.get(dtype, rows + 1)
+    own = dtype == torch.bfloat16 and library.loaded().takes_many_rows(w.image.data_ptr())
+    return rows >= PANEL_FROM.get(dtype, rows + 1) and not own
 
 
 def _multiply_rows(x: torch.Tensor, rows: int, w: NativeWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:

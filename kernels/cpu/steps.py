@@ -16,7 +16,7 @@ import torch
 from . import library
 
 LARGEST_STEP = 4  # products
-ROWS = 64  # of x: more are worth panels
+ROWS = 64  # of x: more take so long that Python does not matter
 # In the order of Torch in native/steps.cpp.
 FUNCTIONS = (
     "aoti_torch_get_data_ptr",

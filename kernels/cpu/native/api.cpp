@@ -57,7 +57,7 @@ int64_t quantc_cpu_panel_step(const void* image) {
   return w->per_ic ? w->group : STRIP;
 }
 
-int32_t quantc_cpu_in_tiles(const void* image) { return takes_tiles(static_cast<const Image*>(image)); }
+int32_t quantc_cpu_takes_many_rows(const void* image) { return takes_many_rows(static_cast<const Image*>(image)); }
 
 int32_t quantc_cpu_panel_by_rows(const void* image) { return is_sparse(static_cast<const Image*>(image)); }
 

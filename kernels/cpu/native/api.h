@@ -44,8 +44,8 @@ EXPORT void quantc_cpu_rotate(const void* rotation, const void* x, void* out, in
 // Rows [from, to) of W as columns of out [k][to - from]. from and to: multiples of quantc_cpu_panel_step, or to is n.
 // Of an image with dropped groups, where quantc_cpu_panel_by_rows says so, as rows of out [to - from][k].
 EXPORT int32_t quantc_cpu_panel_by_rows(const void* image);
-// Whether the chosen level multiplies many rows of bfloat16 with this image in tiles.
-EXPORT int32_t quantc_cpu_in_tiles(const void* image);
+// Whether the chosen level has a product of its own for many rows of bfloat16 with this image.
+EXPORT int32_t quantc_cpu_takes_many_rows(const void* image);
 EXPORT int64_t quantc_cpu_panel_step(const void* image);
 EXPORT void quantc_cpu_unpack(const void* image, int64_t from, int64_t to, void* out, int32_t type, int32_t threads);
 

@@ -20,6 +20,7 @@ void load_for_tiles(const Image* w, const void* x, uint16_t* row, float* sums) {
   const uint16_t* from = static_cast<const uint16_t*>(x);
   order_blocks(w, row, [=](int64_t i) { return from[i]; });
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  if (!sums) return;
   const int64_t units = units_of_group(w);
   for (int64_t b = 0, unit = 0; b < w->blocks; ++unit) {
     const int64_t end = end_of_unit(w, unit / units, b);
@@ -30,7 +31,11 @@ void load_for_tiles(const Image* w, const void* x, uint16_t* row, float* sums) {
 }
 
 void multiply_tiles(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  return x.m <= TILE_ROWS ? multiply_few(w, x, y, from, to) : multiply_many(w, x, y, from, to);
+  multiply_few(w, x, y, from, to);
+}
+
+void multiply_rounded_tiles(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
+  multiply_many(w, x, y, from, to);
 }
 
 // The kernel keeps tiles of a process only once it has been asked for them.
@@ -44,5 +49,6 @@ bool tiles_run_here() {
 #else
 void load_for_tiles(const Image*, const void*, uint16_t*, float*) {}
 void multiply_tiles(const Image*, const Inputs&, const Outputs&, int64_t, int64_t) {}
+void multiply_rounded_tiles(const Image*, const Inputs&, const Outputs&, int64_t, int64_t) {}
 bool tiles_run_here() { return false; }
 #endif

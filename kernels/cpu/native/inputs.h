@@ -48,7 +48,7 @@ void load_float(const Image* w, const void* x, Type type, float* row, float* sum
 void load_bfloat16(const Image* w, const void* x, uint16_t* row, float* sums) {
   const uint16_t* from = static_cast<const uint16_t*>(x);
   order_blocks(w, row, [=](int64_t i) { return from[i]; });
-  if (w->symmetric) return;
+  if (w->symmetric || !sums) return;
   for (int64_t g = 0; g < w->groups; ++g) {
     float lanes[BLOCK] = {};
     for (int64_t b = blocks_before(w, g); b < blocks_before(w, g + 1); ++b)

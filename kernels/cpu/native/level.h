@@ -13,7 +13,7 @@ struct Inputs {
   const float* sums;
   const float* scales;  // int8 only: [m][blocks]
   int64_t stride, sums_stride;
-  int m;                // 1, 2, 4 or 8, up to the level's tile; for tiles any
+  int m;                // 1, 2, 4 or 8, up to the level's tile; in tiles any
 };
 
 // Where the tile's product goes.
@@ -32,7 +32,7 @@ struct Level {
   const char* name;
   bool (*runs_here)();
   int tile;  // the largest Inputs::m
-  // One row of x (w->k values) in the order of the blocks, and its sums.
+  // One row of x (w->k values) in the order of the blocks, and its sums, or no sums if null.
   void (*load_float)(const Image*, const void* x, Type, float* row, float* sums);
   void (*load_bfloat16)(const Image*, const void* x, uint16_t* row, float* sums);
   void (*load_int8)(const Image*, const float* ordered, int8_t* row, float* scales, float* sums);
@@ -56,8 +56,12 @@ struct Level {
   // Of one row of bfloat16 where fits_pairs (kept.h), or null.
   void (*load_kept_bfloat16)(const Image*, const void* x, uint16_t* row);
   Strips by_kept_bfloat16;
-  // Of bfloat16 rows, any number, filled up to whole tiles (tiles.h), or null.
+  // Of up to TILE_ROWS rows of bfloat16 in a tile (tiles.h), or null.
   Strips by_tiles;
+  // Of any number of rows of bfloat16 in tiles, filled up to whole ones, with weights rounded to bfloat16, or null;
+  // and the number from which this is the fastest way.
+  Strips by_rounded;
+  int64_t rounded_from;
 };
 
 extern const Level LEVEL_SCALAR;

@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 void multiply_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+void multiply_rounded_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void load_kept_bfloat16(const Image*, const void*, uint16_t*);
 void multiply_kept_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 #endif
@@ -36,6 +37,8 @@ struct Available {
     Level bfloat16 = vnni;
     bfloat16.name = "avx512_bf16";
     bfloat16.by_bfloat16 = multiply_bfloat16;
+    bfloat16.by_rounded = multiply_rounded_bfloat16;
+    bfloat16.rounded_from = 33;  // level with codes that are decoded for every 8 rows at 24 (8 bits) to 40 (4 bits)
     bfloat16.load_kept_bfloat16 = load_kept_bfloat16;
     bfloat16.by_kept_bfloat16 = multiply_kept_bfloat16;
     bfloat16.runs_here = [] {
@@ -46,6 +49,8 @@ struct Available {
     tiles.name = "avx512_amx";
     tiles.load_bfloat16 = load_for_tiles;
     tiles.by_tiles = multiply_tiles;
+    tiles.by_rounded = multiply_rounded_tiles;
+    tiles.rounded_from = TILE_ROWS + 1;
     tiles.runs_here = [] {
       return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
              tiles_run_here();

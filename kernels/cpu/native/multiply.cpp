@@ -12,11 +12,17 @@
 namespace {
 
 constexpr int64_t SLAB = 64;                // rows of x for which a piece of W stays in a core's cache
-// In tiles: making the weights is shared by all rows of a slab, whose sums for a piece of strips must fit the second cache.
+// Making rounded weights is shared by all rows of a slab, whose sums for a piece of strips must fit the second cache.
 // 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512. A piece of 32 strips reads x, which may come
 // from the third cache, a quarter as often as one of 8: 256 rows of 4096 then take 0.85 of the time.
-constexpr int64_t TILES_SLAB = 512, TILES_STRIPS = 32;
+constexpr int64_t ROUNDED_SLAB = 512, ROUNDED_STRIPS = 32;
 constexpr int64_t PIECE_BYTES = 128 << 10;  // of packed weight that a thread takes at once: an eighth of a Zen 5's L2
+
+// Strips that kernels of bfloat16 take at once: pieces of fewer, as of long rows, make 4 rows take 1.15 times as long.
+constexpr int64_t SIDE_BY_SIDE = 4;
+// Rows from which weights with scales of inputs are rounded: elsewhere every group of outputs multiplies its scales into rows
+// of floats. At 2 rows that takes 0.7 to 1.1 times as long, at 3 and 4 1.5 to 2.1 times, at 128 5 times (Zen 5).
+constexpr int64_t PER_IC_ROUNDED_FROM = 3;
 
 thread_local Scratch caller_scratch, worker_scratch;
 
@@ -27,7 +33,8 @@ int padded_tile(int64_t rows, int largest) {
 
 int64_t size_of(Type type) { return type == FLOAT32 ? 4 : 2; }
 
-enum Kind { BY_FLOAT, BY_BFLOAT16, BY_INT8, BY_TILES };
+enum Kind { BY_FLOAT, BY_BFLOAT16, BY_INT8, BY_TILES, BY_ROUNDED };
+bool goes_in_tiles(Kind kind) { return kind == BY_TILES || kind == BY_ROUNDED; }
 
 struct Multiplication {
   const Level* level;
@@ -48,13 +55,14 @@ struct Multiplication {
 
 // Sums of a row of x: one for each group, and for each unit of it where products go in tiles.
 int64_t sums_of_row(const Multiplication& job) {
+  if (job.kind == BY_ROUNDED) return 0;
   if (job.w->per_ic) return 1;
   return job.kind == BY_TILES ? job.w->groups * units_of_group(job.w) : job.w->groups;
 }
 
 // Rows of a tile side by side in every block: loads of a tile from rows far apart would each touch 16 pages.
 void order_into_tiles(const Multiplication& job, const void* x, int64_t row, uint16_t* workspace, float* sums) {
-  const int64_t height = tile_height(job.m);
+  const int64_t height = job.kind == BY_ROUNDED ? TILE_ROWS : job.m;
   char* to = job.ordered + row / TILE_ROWS * TILE_ROWS * job.row_bytes + row % TILE_ROWS * VECTOR;
   if (height == 1) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
   job.level->load_bfloat16(job.w, x, workspace, sums);
@@ -65,8 +73,8 @@ void order_row(const Multiplication& job, const void* x, int64_t row, float* wor
   char* to = job.ordered + row * job.row_bytes;
   if (is_sparse(job.w) && job.kind == BY_BFLOAT16) return job.level->load_kept_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to));
   if (is_sparse(job.w)) return job.level->load_kept(job.w, x, job.type, reinterpret_cast<float*>(to));
-  float* sums = job.sums + row * sums_of_row(job);
-  if (job.kind == BY_TILES) return order_into_tiles(job, x, row, reinterpret_cast<uint16_t*>(workspace), sums);
+  float* sums = job.kind == BY_ROUNDED ? nullptr : job.sums + row * sums_of_row(job);
+  if (goes_in_tiles(job.kind)) return order_into_tiles(job, x, row, reinterpret_cast<uint16_t*>(workspace), sums);
   if (job.kind == BY_BFLOAT16) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
   if (job.kind == BY_FLOAT || job.w->per_ic) return job.level->load_float(job.w, x, job.type, reinterpret_cast<float*>(to), sums);
   job.level->load_float(job.w, x, job.type, workspace, sums);
@@ -95,13 +103,16 @@ Kind kind_of(const Multiplication& job, const Call& call) {
   const bool bfloat16 = call.type == BFLOAT16;
   if (is_sparse(job.w)) return bfloat16 && call.m == 1 && job.level->by_kept_bfloat16 && fits_pairs(job.w) ? BY_BFLOAT16 : BY_FLOAT;
   if (call.int8 && job.level->by_int8) return BY_INT8;
-  if (!bfloat16 || job.w->per_ic || !job.level->by_bfloat16) return BY_FLOAT;
-  return takes_tiles(job.w) ? BY_TILES : BY_BFLOAT16;
+  if (!bfloat16 || !job.level->by_bfloat16) return BY_FLOAT;
+  if (job.level->by_rounded && call.m >= (job.w->per_ic ? PER_IC_ROUNDED_FROM : job.level->rounded_from)) return BY_ROUNDED;
+  if (job.w->per_ic) return BY_FLOAT;
+  return job.level->by_tiles ? BY_TILES : BY_BFLOAT16;
 }
 
 Strips kernel_of(const Multiplication& job) {
   if (is_sparse(job.w)) return job.kind == BY_BFLOAT16 ? job.level->by_kept_bfloat16 : job.level->by_kept;
   if (job.kind == BY_TILES) return job.level->by_tiles;
+  if (job.kind == BY_ROUNDED) return job.level->by_rounded;
   return job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
 }
 
@@ -153,10 +164,11 @@ void multiply_piece(void* context, int64_t piece) {
   const int64_t to = from + job.strips_in_piece < all ? from + job.strips_in_piece : all;
   if (job.weight->rank) add_low_rank(job, from, to);
   const int64_t sums_stride = sums_of_row(job), value = job.kind == BY_INT8 ? 1 : job.kind == BY_FLOAT ? 4 : 2;
-  const int tile = job.kind == BY_TILES ? static_cast<int>(job.m) : job.level->tile;
+  const bool in_tiles = goes_in_tiles(job.kind);
+  const int tile = in_tiles ? static_cast<int>(job.m) : job.level->tile;
   for (int64_t row = 0; row < job.m; row += tile) {
-    const int m = job.kind == BY_TILES ? tile : padded_tile(job.m - row, tile);
-    if (w->per_ic) {
+    const int m = in_tiles ? tile : padded_tile(job.m - row, tile);
+    if (w->per_ic && !in_tiles) {
       multiply_per_ic(job, row, m, from, to);
       continue;
     }
@@ -167,7 +179,7 @@ void multiply_piece(void* context, int64_t piece) {
 
 int64_t value_size(const Multiplication& job) {  // a unit of dropped groups takes as much in pairs of bfloat16
   if (is_sparse(job.w)) return 4;
-  return job.kind == BY_BFLOAT16 || job.kind == BY_TILES ? 2 : job.kind == BY_INT8 && !job.w->per_ic ? 1 : 4;
+  return job.kind == BY_BFLOAT16 || goes_in_tiles(job.kind) ? 2 : job.kind == BY_INT8 && !job.w->per_ic ? 1 : 4;
 }
 
 // Whether two products take the rows of x in one order, with the same sums: q, k and v of one spec do.
@@ -185,7 +197,7 @@ size_t take_room(Multiplication& job, const Multiplication* loaded, int64_t rows
     job.ordered = loaded->ordered, job.sums = loaded->sums, job.scales = loaded->scales;
     return 0;
   }
-  const int64_t tile = job.kind == BY_TILES ? TILE_ROWS : job.level->tile, padded = (rows + tile - 1) / tile * tile, rank = job.weight->rank;
+  const int64_t tile = goes_in_tiles(job.kind) ? TILE_ROWS : job.level->tile, padded = (rows + tile - 1) / tile * tile, rank = job.weight->rank;
   size_t used = 0;
   const auto next = [&](int64_t bytes) {
     const uintptr_t at = room + used;
@@ -235,8 +247,8 @@ struct Together {
 
   int64_t slab() const {
     for (int i = 0; i < count; ++i)
-      if (jobs[i].kind != BY_TILES) return SLAB;
-    return TILES_SLAB;
+      if (jobs[i].kind != BY_ROUNDED) return SLAB;
+    return ROUNDED_SLAB;
   }
 
   void go_to(const Product* products, const Call& call, int64_t from) {
@@ -285,7 +297,8 @@ void run(Together& all, int threads) {
     const int64_t strip_bytes = is_sparse(job.w) ? job.w->bytes / job.w->strips : job.w->blocks * job.w->bits * VECTOR;
     const int64_t cached = PIECE_BYTES / strip_bytes > 0 ? PIECE_BYTES / strip_bytes : 1;
     job.strips_in_piece = even < cached ? even : cached;
-    if (job.kind == BY_TILES && job.m > TILE_ROWS) job.strips_in_piece = even >= TILES_STRIPS ? TILES_STRIPS : (even + 1) / 2 * 2;
+    if (job.strips_in_piece < SIDE_BY_SIDE) job.strips_in_piece = even < SIDE_BY_SIDE ? even : SIDE_BY_SIDE;
+    if (job.kind == BY_ROUNDED) job.strips_in_piece = even >= ROUNDED_STRIPS ? ROUNDED_STRIPS : (even + 1) / 2 * 2;
     all.first_piece[i + 1] = all.first_piece[i] + (job.w->strips + job.strips_in_piece - 1) / job.strips_in_piece;
   }
   share_out(all.first_piece[all.count], threads, multiply_one, &all);
@@ -293,7 +306,7 @@ void run(Together& all, int threads) {
 
 }  // namespace
 
-bool takes_tiles(const Image* w) { return level().by_tiles && !w->per_ic && !is_sparse(w); }
+bool takes_many_rows(const Image* w) { return level().by_rounded && !is_sparse(w); }
 
 void multiply(const Product* products, int count, const Call& call) {
   Together all;

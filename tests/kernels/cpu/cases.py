@@ -43,10 +43,16 @@ def absolute_terms(x: torch.Tensor, tensor: QTensor) -> torch.Tensor:
     return x.double().abs() @ sizes.T
 
 
-def goes_in_tiles(level: str, x: torch.Tensor, spec: QuantSpec) -> bool:
-    """Whether the weight is rounded to bfloat16 before it is multiplied, as torch's matmul would have it."""
-    many = x.numel() // max(1, x.shape[-1]) > 16
-    return level == library.WITH_TILES and many and x.dtype == torch.bfloat16 and spec.grouping == "per_oc"
+# Rows of bfloat16 from which a level rounds weights to bfloat16 before it multiplies, as torch does.
+ROUNDED_FROM = {"avx512_bf16": 33, "avx512_amx": 17}
+PER_IC_ROUNDED_FROM = 3
+
+
+def rounds_weights(level: str, x: torch.Tensor, spec: QuantSpec) -> bool:
+    rows = x.numel() // max(1, x.shape[-1])
+    if level not in ROUNDED_FROM or x.dtype != torch.bfloat16 or spec.sparsity:
+        return False
+    return rows >= (ROUNDED_FROM[level] if spec.grouping == "per_oc" else PER_IC_ROUNDED_FROM)
 
 
 def check(y: torch.Tensor, x: torch.Tensor, tensor: QTensor, rounded_weights: bool = False) -> None:

@@ -11,7 +11,7 @@ from quantc.kernels.cpu.rotation import rotate
 from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
 
-from .cases import DTYPES, LEVELS, absolute_terms, built, goes_in_tiles, prepare, random_weight
+from .cases import DTYPES, LEVELS, absolute_terms, built, prepare, random_weight, rounds_weights
 
 pytestmark = built
 # (M, N, K, R): strips and inputs that are not full, more rows than are kept at once, ranks that four does not divide.
@@ -44,10 +44,7 @@ def check_sum(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_level_adds_it_before_the_only_rounding(
-    level: str, grouping: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "PANEL_FROM_WITH_TILES", 100)
+def test_every_level_adds_it_before_the_only_rounding(level: str, grouping: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     for rows, n, k, rank in SHAPES:
         tensor = with_factors(QuantSpec(4, 20, grouping, rank=rank), (n, k))
@@ -56,7 +53,7 @@ def test_every_level_adds_it_before_the_only_rounding(
             bias = torch.randn(n, generator=generator).to(bias_dtype)
             with library.forced(level):
                 y = NATIVE.run(x, prepare(tensor, dtype), bias)
-            check_sum(y, x, tensor, bias, goes_in_tiles(level, x, tensor.spec))
+            check_sum(y, x, tensor, bias, rounds_weights(level, x, tensor.spec))
 
 
 @pytest.mark.parametrize("level", LEVELS)

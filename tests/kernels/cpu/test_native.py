@@ -16,7 +16,7 @@ from quantc.kernels.cpu.native import INT8_VARIABLE, NATIVE
 from quantc.kernels.reference import REFERENCE
 from quantc.spec import WHOLE_ROW, QuantSpec
 
-from .cases import DTYPES, LEVELS, built, check, goes_in_tiles, prepare, random_weight
+from .cases import DTYPES, LEVELS, ROUNDED_FROM, built, check, prepare, random_weight, rounds_weights
 
 pytestmark = built
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def cases(draw: st.DrawFn) -> tuple[QuantSpec, tuple[int, int], int, torch.dtype
     group = draw(st.one_of(st.sampled_from([8, 32, 64, 100, WHOLE_ROW]), st.integers(8, 150)))
     spec = QuantSpec(draw(st.integers(2, 8)), group, grouping, draw(st.booleans()))
     shape = (draw(st.integers(1, 70)), draw(st.integers(1, 300)))
-    return spec, shape, draw(st.integers(1, 33)), draw(st.sampled_from(DTYPES))
+    return spec, shape, draw(st.one_of(st.integers(1, 33), st.integers(34, 70))), draw(st.sampled_from(DTYPES))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -41,7 +41,7 @@ def test_every_level_multiplies_as_float64_does(
     tensor = random_weight(spec, shape)
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     with library.forced(level):
-        check(NATIVE.run(x, prepare(tensor, dtype)), x, tensor, goes_in_tiles(level, x, spec))
+        check(NATIVE.run(x, prepare(tensor, dtype)), x, tensor, rounds_weights(level, x, spec))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -127,15 +127,15 @@ def test_many_rows_go_through_panels(dtype: torch.dtype, grouping: str, monkeypa
     assert bool(((y.double() - expected.double()).abs() <= 4 * torch.finfo(dtype).eps * (size + 4)).all())
 
 
-@pytest.mark.skipif(library.WITH_TILES not in LEVELS, reason="the processor has no tiles")
+@pytest.mark.parametrize("level", [level for level in LEVELS if level in ROUNDED_FROM])
 @pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
-def test_more_rows_than_tiles_take_at_once_whoever_else_uses_tiles(grouping: str) -> None:
+def test_more_rows_than_a_slab_whoever_else_multiplies_in_between(grouping: str, level: str) -> None:
     tensor = random_weight(QuantSpec(4, 64, grouping), (150, 1100))
     weight = prepare(tensor, torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     for rows in (530, 5, 1030):
         x = torch.randn(rows, 1100, generator=generator).bfloat16()
-        with library.forced(library.WITH_TILES):
+        with library.forced(level):
             check(NATIVE.run(x, weight), x, tensor, rounded_weights=True)
         other = torch.randn(40, 1100, generator=generator).bfloat16()
         exact = other.double() @ x.double().T
