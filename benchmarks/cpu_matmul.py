@@ -2,12 +2,14 @@
 
 For shapes of 135M, 1B and 7B models: milliseconds, GB/s of packed weight read, and how many times faster than
 F.linear in float32 and bfloat16 and than torch's int4 operator. Weights take turns too, so that no cache serves them,
-and every product is checked first. The read bandwidth is that of a sum over a large tensor. The arithmetic bound is the
+and every product is checked first. The read bandwidth is that of a sum over a large tensor, measured beside every shape
+and number of rows, as it changes on a shared machine. The arithmetic bound is the
 speed of the same kernel for one row and one small weight again and again, which its threads' caches hold: no memory can
 make it faster. Each figure is the best of the rounds: on a machine that others use, compare within one run only.
 
 With --ggml LIBRARY ... also than ggml's fastest 4-bit type for the same shape (see ggml_matmul.py), measured right
-before in a process of its own.
+before in a process of its own. There its weights take turns with nobody else's, so that for this ratio own weights of
+bfloat16 rows are measured by themselves too ("alone ms").
 
 With --rotated WIDTH ... instead: square 4-bit linears that rotate their input, beside the same ones without a rotation
 and with torch's rotation before them.
@@ -187,15 +189,20 @@ def rows_of(model: str, shape: tuple[int, int], args: Any) -> list[dict[str, Any
         inputs = {name: torch.randn(m, shape[1]).to(dtype) for name, dtype in dtypes.items()}
         best = measure(calls, inputs, args.seconds)
         of_m = {f"ggml {found['type']} {found['order']}": found for found in of_ggml if found["M"] == m}
-        if of_m:
-            best["ggml"] = min(found["ms"] for found in of_m.values())
+        of_ggml_ms = min((found["ms"] for found in of_m.values()), default=None)
+        own = [name for name in calls if name.startswith("w") and name.endswith("bfloat16")] if of_m else []
+        alone = {name: measure({name: calls[name]}, inputs, args.seconds / 4)[name] for name in own}
+        bandwidth = round(read_bandwidth(), 1)
         timed = {name: (best[name], sizes[name]) for name in calls}
         timed |= {name: (found["ms"], found["bytes"]) for name, found in of_m.items()}
         for name, (ms, size) in timed.items():
             row = {"model": model, "N x K": f"{shape[0]} x {shape[1]}", "M": m, "what": name}
-            row |= {"ms": round(ms, 4), "GB/s": round(size / ms / 1e6, 1)}
-            for peer in ("F.linear float32", "F.linear bfloat16", "torch int4", *(["ggml"] if args.ggml else [])):
+            row |= {"ms": round(ms, 4), "GB/s": round(size / ms / 1e6, 1), "read GB/s": bandwidth}
+            for peer in ("F.linear float32", "F.linear bfloat16", "torch int4"):
                 row[f"x {peer}"] = round(best[peer] / ms, 2) if peer in best else "-"
+            if of_ggml_ms:
+                row["alone ms"] = round(alone[name], 4) if name in alone else "-"
+                row["x ggml"] = round(of_ggml_ms / alone.get(name, ms), 2)
             out.append(row)
     return out
 

@@ -16,7 +16,9 @@ constexpr int64_t SLAB = 64;                // rows of x for which a piece of W 
 // 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512. A piece of 32 strips reads x, which may come
 // from the third cache, a quarter as often as one of 8: 256 rows of 4096 then take 0.85 of the time.
 constexpr int64_t ROUNDED_SLAB = 512, ROUNDED_STRIPS = 32;
-constexpr int64_t PIECE_BYTES = 128 << 10;  // of packed weight that a thread takes at once: an eighth of a Zen 5's L2
+// Of packed weight that a thread takes at once: an eighth of a Zen 5's L2 where it is read for several tiles of rows; much
+// where it is read once, since reading must get going again with every piece (128 KB take 1.15 times as long as 2 MB).
+constexpr int64_t PIECE_BYTES = 128 << 10, STREAM_BYTES = 2 << 20;
 
 // Strips that kernels of bfloat16 take at once: pieces of fewer, as of long rows, make 4 rows take 1.15 times as long.
 constexpr int64_t SIDE_BY_SIDE = 4;
@@ -157,6 +159,8 @@ void add_low_rank(const Multiplication& job, int64_t from, int64_t to) {
   job.level->add_times_b(job.weight, job.inner, all_rows, first, last, job.added);
 }
 
+int rows_at_once(const Multiplication& job) { return goes_in_tiles(job.kind) ? static_cast<int>(job.m) : job.level->tile; }
+
 void multiply_piece(void* context, int64_t piece) {
   const Multiplication& job = *static_cast<const Multiplication*>(context);
   const Image* w = job.w;
@@ -165,7 +169,7 @@ void multiply_piece(void* context, int64_t piece) {
   if (job.weight->rank) add_low_rank(job, from, to);
   const int64_t sums_stride = sums_of_row(job), value = job.kind == BY_INT8 ? 1 : job.kind == BY_FLOAT ? 4 : 2;
   const bool in_tiles = goes_in_tiles(job.kind);
-  const int tile = in_tiles ? static_cast<int>(job.m) : job.level->tile;
+  const int tile = rows_at_once(job);
   for (int64_t row = 0; row < job.m; row += tile) {
     const int m = in_tiles ? tile : padded_tile(job.m - row, tile);
     if (w->per_ic && !in_tiles) {
@@ -295,8 +299,8 @@ void run(Together& all, int threads) {
   for (int i = 0; i < all.count; ++i) {
     Multiplication& job = all.jobs[i];
     const int64_t strip_bytes = is_sparse(job.w) ? job.w->bytes / job.w->strips : job.w->blocks * job.w->bits * VECTOR;
-    const int64_t cached = PIECE_BYTES / strip_bytes > 0 ? PIECE_BYTES / strip_bytes : 1;
-    job.strips_in_piece = even < cached ? even : cached;
+    const int64_t most = (rows_at_once(job) >= job.m ? STREAM_BYTES : PIECE_BYTES) / strip_bytes;
+    job.strips_in_piece = even < most ? even : most;
     if (job.strips_in_piece < SIDE_BY_SIDE) job.strips_in_piece = even < SIDE_BY_SIDE ? even : SIDE_BY_SIDE;
     if (job.kind == BY_ROUNDED) job.strips_in_piece = even >= ROUNDED_STRIPS ? ROUNDED_STRIPS : (even + 1) / 2 * 2;
     all.first_piece[i + 1] = all.first_piece[i] + (job.w->strips + job.strips_in_piece - 1) / job.strips_in_piece;
