@@ -27,7 +27,7 @@ from ..numerics.relaxed import RelaxedWeight
 from ..pace import Pace
 from ..pipeline import Fact, Pass, Run, register
 from ..qtensor import QTensor
-from ..reconstruction import Reconstruction, Trainable, Trained, seconds_of, train
+from ..reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, seconds_of, train
 from ..rewrite import weight_name
 from ..units import duration
 from ..work import BlockWork
@@ -147,9 +147,9 @@ class Tune(Pass):
         groups = []
         size = sum(weight.offsets.nbytes for weight in relaxed.values())
         if self.config.codes:
-            groups.append(([weight.offsets for weight in relaxed.values()], OFFSET_RATE))
+            groups.append(ParameterGroup([weight.offsets for weight in relaxed.values()], OFFSET_RATE))
         if self.config.scales:
-            groups.append(([weight.factors for weight in relaxed.values()], SCALE_RATE))
+            groups.append(ParameterGroup([weight.factors for weight in relaxed.values()], SCALE_RATE))
 
         def weights() -> dict[str, torch.Tensor]:
             found = {linear: weight().to(dtype) for linear, weight in relaxed.items()}

@@ -22,8 +22,9 @@ from .backward import load_outside, output_logits
 from .calibration import Batch, HiddenStates, fast_matmul
 from .frontend import to_meta
 from .graph import Block
+from .numerics.adam import BETAS
 from .numerics.relaxed import rescaled, with_scales
-from .reconstruction import BETAS, HELD_OUT, Trained, is_check_due
+from .reconstruction import HELD_OUT, Trained, is_check_due
 from .rewrite import weight_name
 from .work import FinishWork
 
