@@ -12,7 +12,8 @@ import quantc
 from quantc.checkpoint import verify
 from quantc.errors import UsageError
 from quantc.pace import Pace
-from quantc.passes.tune import TuneConfig
+from quantc.passes.tune import OFFSET_RATE, TuneConfig
+from quantc.reconstruction import Trainable, Trained
 from quantc.report import Report
 from tests.families import build
 from tests.helpers import quantize_saved, save_with_tokenizer
@@ -103,6 +104,21 @@ def test_it_builds_on_rotated_scaled_and_corrected_blocks(tmp_path: Path) -> Non
     assert "4 of 4 blocks are nearer to the original" in report.notes[-2]
     assert float(report.notes[-2].split("squared errors ")[1].split()[0]) < 0.8
     verify(tmp_path / "out")
+
+
+def test_rates_are_halved_where_a_block_gets_no_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    better = iter([True, False, True, False, False, True])  # the second block at once, the third never
+
+    def recorded(_: object, trainable: Trainable, *rest: object) -> Trained:
+        rates.append(trainable.groups[0].rate / OFFSET_RATE)
+        return Trained(1.0, 0.5 if next(better) else 1.0)
+
+    monkeypatch.setattr("quantc.passes.tune.train", recorded)
+    report, _ = quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8)
+    assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert "tune: 3 of 4 blocks are nearer" in report.notes[-2]
+    assert "tune: 2 steps and " in report.notes[-1]
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
