@@ -9,9 +9,9 @@ from .pipeline import REGISTRY
 from .recipe import DEFAULT, CalibrationConfig, Recipe
 
 
-def _recipe(*passes: str, **quantize: float) -> Recipe:
+def _recipe(*passes: str, **settings: dict[str, float]) -> Recipe:
     recipe = Recipe(CalibrationConfig(), tuple((name, REGISTRY[name].Config()) for name in passes))
-    return recipe.with_settings(quantize=quantize)
+    return recipe.with_settings(**settings)
 
 
 # fast: error feedback, and nothing to compute beside the weights at inference. balanced: inputs are rotated where that
@@ -19,8 +19,12 @@ def _recipe(*passes: str, **quantize: float) -> Recipe:
 # CPU seconds to quantize. `importance` is in none: twice the time for no sure gain.
 PRESETS: dict[str, Recipe] = {
     "fast": DEFAULT,
-    "balanced": _recipe("allocate", "rotate", "quantize", shrink=0.3),
-    "best": _recipe("allocate", "scale", "rotate", "quantize", shrink=0.3, rounds=2, correct=0.5),
+    "balanced": _recipe("allocate", "rotate", "quantize", quantize={"shrink": 0.3}),
+    "best": _recipe(
+        *("allocate", "scale", "rotate", "quantize", "tune", "distill"),
+        quantize={"shrink": 0.3, "rounds": 2, "correct": 0.5},
+        tune={"steps": 20},
+    ),
 }
 
 

@@ -55,9 +55,12 @@ def left_out(name: str) -> str:
     return f"{name} was left out: it needs calibration text"
 
 
-@pytest.mark.parametrize(("preset", "notes"), [("fast", []), ("balanced", ["rotate"]), ("best", ["scale", "rotate"])])
+@pytest.mark.parametrize(
+    ("preset", "before", "after"),
+    [("fast", [], []), ("balanced", ["rotate"], []), ("best", ["scale", "rotate"], ["tune", "distill"])],
+)
 def test_every_preset_runs_and_the_report_names_what_it_could_not_do(
-    preset: str, notes: list[str], model: Path, tmp_path: Path
+    preset: str, before: list[str], after: list[str], model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     words = f"--bits 4 --group-size 16 --preset {preset} --calib none --out {out}"
@@ -68,7 +71,7 @@ def test_every_preset_runs_and_the_report_names_what_it_could_not_do(
     assert report["calibration"] == "none"
     assert {linear["method"] for linear in report["linears"]} == {"rtn"}
     assert not any(linear["spec"]["hadamard"] for linear in report["linears"])
-    assert report["notes"] == [*map(left_out, notes), ROUNDED]
+    assert report["notes"] == [*map(left_out, before), ROUNDED, *map(left_out, after)]
     manifest = json.loads((out / "quantc.json").read_text())
     assert manifest["recipe"]["calibration"]["source"] == "none"
     assert manifest["calibration_sha256"] is None
