@@ -70,7 +70,7 @@ CALIBRATION_OPTIONS = options(
     option(
         "--preset",
         type=PRESETS,
-        help="fast: gptq; balanced: also rotated; best: also scaled, corrected. [default: fast]",
+        help="fast: gptq; balanced: also rotated; best: also scaled, corrected, trained. [default: fast]",
     ),
     option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
 )

@@ -15,8 +15,8 @@ def _recipe(*passes: str, **settings: dict[str, float]) -> Recipe:
 
 
 # fast: error feedback, and nothing to compute beside the weights at inference. balanced: inputs are rotated where that
-# pays, at the cost of a Hadamard transform for each activation. best: the same cost at inference, and four times the
-# CPU seconds to quantize. `importance` is in none: twice the time for no sure gain.
+# pays, at the cost of a Hadamard transform for each activation. best: the same cost at inference, and about ten times
+# the CPU seconds to quantize, most of them to train. `importance` is in none: twice the time for no sure gain.
 PRESETS: dict[str, Recipe] = {
     "fast": DEFAULT,
     "balanced": _recipe("allocate", "rotate", "quantize", quantize={"shrink": 0.3}),
