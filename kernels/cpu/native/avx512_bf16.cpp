@@ -86,24 +86,10 @@ void multiply_bits_bfloat16(const Image* w, const Inputs& x, const Outputs& y, i
 }  // namespace
 
 void multiply_bfloat16(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  switch (w->bits) {
-    case 2: return multiply_bits_bfloat16<2>(w, x, y, from, to);
-    case 3: return multiply_bits_bfloat16<3>(w, x, y, from, to);
-    case 4: return multiply_bits_bfloat16<4>(w, x, y, from, to);
-    case 5: return multiply_bits_bfloat16<5>(w, x, y, from, to);
-    case 6: return multiply_bits_bfloat16<6>(w, x, y, from, to);
-    default: return multiply_bits_bfloat16<8>(w, x, y, from, to);
-  }
+  with_bits(w->bits, [&](auto bits) { multiply_bits_bfloat16<bits>(w, x, y, from, to); });
 }
 
 void multiply_rounded_bfloat16(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  switch (w->bits) {
-    case 2: return multiply_rounded_bits<2>(w, x, y, from, to);
-    case 3: return multiply_rounded_bits<3>(w, x, y, from, to);
-    case 4: return multiply_rounded_bits<4>(w, x, y, from, to);
-    case 5: return multiply_rounded_bits<5>(w, x, y, from, to);
-    case 6: return multiply_rounded_bits<6>(w, x, y, from, to);
-    default: return multiply_rounded_bits<8>(w, x, y, from, to);
-  }
+  with_bits(w->bits, [&](auto bits) { multiply_rounded_bits<bits>(w, x, y, from, to); });
 }
 #endif

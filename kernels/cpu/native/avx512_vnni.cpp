@@ -65,13 +65,6 @@ void multiply_bits_int8(const Image* w, const Inputs& x, const Outputs& y, int64
 }  // namespace
 
 void multiply_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  switch (w->bits) {
-    case 2: return multiply_bits_int8<2>(w, x, y, from, to);
-    case 3: return multiply_bits_int8<3>(w, x, y, from, to);
-    case 4: return multiply_bits_int8<4>(w, x, y, from, to);
-    case 5: return multiply_bits_int8<5>(w, x, y, from, to);
-    case 6: return multiply_bits_int8<6>(w, x, y, from, to);
-    default: return multiply_bits_int8<8>(w, x, y, from, to);
-  }
+  with_bits(w->bits, [&](auto bits) { multiply_bits_int8<bits>(w, x, y, from, to); });
 }
 #endif

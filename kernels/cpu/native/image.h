@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 constexpr int STRIP = 16;   // output rows: float32 lanes of an AVX-512 register
 constexpr int BLOCK = 32;   // inputs: then every plane of a block is a whole number of 64-byte vectors
@@ -67,6 +68,21 @@ constexpr int quad_input(int bits, int quad, int byte) {
   const int vector = quad / per_byte, place = quad % per_byte;
   return vector * 4 * per_byte + 2 * (byte % 2 * per_byte + place) + byte / 2;
 }
+
+namespace {  // a copy for each instruction set, as wide.h says
+// step(a constant of the code width)
+template <typename Step>
+inline __attribute__((always_inline)) void with_bits(int bits, Step step) {
+  switch (bits) {
+    case 2: return step(std::integral_constant<int, 2>{});
+    case 3: return step(std::integral_constant<int, 3>{});
+    case 4: return step(std::integral_constant<int, 4>{});
+    case 5: return step(std::integral_constant<int, 5>{});
+    case 6: return step(std::integral_constant<int, 6>{});
+    default: return step(std::integral_constant<int, 8>{});
+  }
+}
+}  // namespace
 
 inline bool is_sparse(const Image* w) { return w->kept.units > 0; }
 inline const uint32_t* codes_of(const Image* w, int64_t strip) {

@@ -42,14 +42,7 @@ void multiply_int8_plain(const Image* w, const Inputs& x, const Outputs& y, int6
 }
 
 void multiply_int8(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  switch (w->bits) {
-    case 2: return multiply_int8_plain<2>(w, x, y, from, to);
-    case 3: return multiply_int8_plain<3>(w, x, y, from, to);
-    case 4: return multiply_int8_plain<4>(w, x, y, from, to);
-    case 5: return multiply_int8_plain<5>(w, x, y, from, to);
-    case 6: return multiply_int8_plain<6>(w, x, y, from, to);
-    default: return multiply_int8_plain<8>(w, x, y, from, to);
-  }
+  with_bits(w->bits, [&](auto bits) { multiply_int8_plain<bits>(w, x, y, from, to); });
 }
 
 }  // namespace

@@ -233,19 +233,6 @@ void load_kept(const Image* w, const void* x, Type type, float* row) {
   order_lanes(w, row, [=](int64_t i) { return from_float16(from[i]); });
 }
 
-// step(a constant of the code width)
-template <typename Step>
-INLINE void with_bits(int bits, Step step) {
-  switch (bits) {
-    case 2: return step(std::integral_constant<int, 2>{});
-    case 3: return step(std::integral_constant<int, 3>{});
-    case 4: return step(std::integral_constant<int, 4>{});
-    case 5: return step(std::integral_constant<int, 5>{});
-    case 6: return step(std::integral_constant<int, 6>{});
-    default: return step(std::integral_constant<int, 8>{});
-  }
-}
-
 template <template <int> class Decoder>
 void multiply_kept(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   with_bits(w->bits, [&](auto bits) {

@@ -79,14 +79,7 @@ void place_row(const std::vector<Run>& blocks, const uint8_t* codes, uint32_t* s
 }
 
 void place(int bits, const std::vector<Run>& blocks, const uint8_t* codes, uint32_t* words) {
-  switch (bits) {
-    case 2: return place_row<2>(blocks, codes, words);
-    case 3: return place_row<3>(blocks, codes, words);
-    case 4: return place_row<4>(blocks, codes, words);
-    case 5: return place_row<5>(blocks, codes, words);
-    case 6: return place_row<6>(blocks, codes, words);
-    default: return place_row<8>(blocks, codes, words);
-  }
+  with_bits(bits, [&](auto width) { place_row<width>(blocks, codes, words); });
 }
 
 void pack_strip(void* context, int64_t strip) {

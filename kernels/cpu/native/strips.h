@@ -81,14 +81,7 @@ void multiply_bits(const Image* w, const Inputs& x, const Outputs& y, int64_t fr
 
 template <template <int> class Decoder>
 void multiply(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  switch (w->bits) {
-    case 2: return multiply_bits<Decoder, 2>(w, x, y, from, to);
-    case 3: return multiply_bits<Decoder, 3>(w, x, y, from, to);
-    case 4: return multiply_bits<Decoder, 4>(w, x, y, from, to);
-    case 5: return multiply_bits<Decoder, 5>(w, x, y, from, to);
-    case 6: return multiply_bits<Decoder, 6>(w, x, y, from, to);
-    default: return multiply_bits<Decoder, 8>(w, x, y, from, to);
-  }
+  with_bits(w->bits, [&](auto bits) { multiply_bits<Decoder, bits>(w, x, y, from, to); });
 }
 
 // (code - zero) * scale of one strip, rounded once to the output's type: the reference's arithmetic.
@@ -127,14 +120,7 @@ void unpack(const Image* w, int64_t from, int64_t to, void* out, Type type, int6
   const int size = type == FLOAT32 ? 4 : 2;
   for (int64_t strip = from; strip < to; ++strip) {
     void* column = static_cast<char*>(out) + (first_row(w, strip) - first_row(w, from)) * size;
-    switch (w->bits) {
-      case 2: unpack_strip<Decoder, 2>(w, strip, column, type, stride); break;
-      case 3: unpack_strip<Decoder, 3>(w, strip, column, type, stride); break;
-      case 4: unpack_strip<Decoder, 4>(w, strip, column, type, stride); break;
-      case 5: unpack_strip<Decoder, 5>(w, strip, column, type, stride); break;
-      case 6: unpack_strip<Decoder, 6>(w, strip, column, type, stride); break;
-      default: unpack_strip<Decoder, 8>(w, strip, column, type, stride); break;
-    }
+    with_bits(w->bits, [&](auto bits) { unpack_strip<Decoder, bits>(w, strip, column, type, stride); });
   }
 }
 

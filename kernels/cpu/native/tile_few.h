@@ -109,14 +109,7 @@ void multiply_few_bits(const Image* w, const Inputs& x, const Outputs& y, int64_
 }
 
 void multiply_few(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  switch (w->bits) {
-    case 2: return multiply_few_bits<2>(w, x, y, from, to);
-    case 3: return multiply_few_bits<3>(w, x, y, from, to);
-    case 4: return multiply_few_bits<4>(w, x, y, from, to);
-    case 5: return multiply_few_bits<5>(w, x, y, from, to);
-    case 6: return multiply_few_bits<6>(w, x, y, from, to);
-    default: return multiply_few_bits<8>(w, x, y, from, to);
-  }
+  with_bits(w->bits, [&](auto bits) { multiply_few_bits<bits>(w, x, y, from, to); });
 }
 
 }  // namespace

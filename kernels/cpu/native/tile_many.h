@@ -85,14 +85,7 @@ void multiply_many_bits(const Image* w, const Inputs& x, const Outputs& y, int64
 }
 
 void multiply_many(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  switch (w->bits) {
-    case 2: return multiply_many_bits<2>(w, x, y, from, to);
-    case 3: return multiply_many_bits<3>(w, x, y, from, to);
-    case 4: return multiply_many_bits<4>(w, x, y, from, to);
-    case 5: return multiply_many_bits<5>(w, x, y, from, to);
-    case 6: return multiply_many_bits<6>(w, x, y, from, to);
-    default: return multiply_many_bits<8>(w, x, y, from, to);
-  }
+  with_bits(w->bits, [&](auto bits) { multiply_many_bits<bits>(w, x, y, from, to); });
 }
 
 }  // namespace
