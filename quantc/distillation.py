@@ -28,7 +28,7 @@ from .reconstruction import HELD_OUT, Trained, is_check_due
 from .rewrite import weight_name
 from .work import FinishWork
 
-CHUNK_VALUES = 2**24  # logits of one chunk of tokens: 64 MiB in float32, for each of a few tensors alive at once
+CHUNK_VALUES = 2**22  # logits of one chunk of tokens: 16 MiB in float32, for each of a few tensors alive at once
 
 
 class Distillation:
