@@ -1,8 +1,8 @@
 """The scales of a finished model, trained so that it predicts what the original predicts.
 
 A step runs one batch through all blocks and back: blocks are read from the checkpoint in work one after the other, run
-forward, and run once more on the way back, where each one's factors take their step by Adam. In memory are one block
-and the batch's hidden states before every block; factors and Adam's state lie in files between their uses.
+forward, and run once more on the way back, where each one's factors take their step by Adam. In memory is one block;
+the batch's hidden states before the others, factors and Adam's state lie in files between their uses.
 
 Source: the second stage of EfficientQAT (Chen et al. 2024, arXiv:2407.11062) trains scales end to end, there with the
 whole model in memory and on the text's own next tokens; here the target is the original's distribution.
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from .backward import load_outside, output_logits
+from .backward import StateFile, load_outside, output_logits
 from .calibration import Batch, HiddenStates, fast_matmul
 from .frontend import to_meta
 from .graph import Block
@@ -37,7 +38,7 @@ class Distillation:
     def __init__(self, work: FinishWork, tokens: torch.Tensor, teacher: HiddenStates, folder: Path, rate: float):
         self.work, self.tokens, self.teacher, self.rate = work, tokens, teacher, rate
         self.blocks = work.run.graph.blocks
-        self._factors, self._best = folder / "factors", folder / "best-factors"
+        self._folder, self._factors, self._best = folder, folder / "factors", folder / "best-factors"
         self._factors.mkdir()
         self._best.mkdir()
         vocabulary = work.run.source.model.get_output_embeddings().weight.shape[0]
@@ -70,14 +71,16 @@ class Distillation:
         return Trained(before, best)
 
     def _step(self, batch: Batch, rate: float) -> None:
-        inputs = []
         hidden = self.work.calibration.hidden(batch)
-        for block in self.blocks:
-            inputs.append(hidden)
-            hidden = self._forward(block, batch, hidden)
-        _, gradient = self._compare(batch, hidden, with_gradient=True)
-        for block in reversed(self.blocks):
-            gradient = self._backward(block, batch, inputs.pop(), gradient, rate)
+        count, shape = batch.count, (batch.count * len(self.blocks), *hidden.shape[1:])
+        with closing(StateFile(shape, self._folder, torch.float32)) as inputs:
+            for index, block in enumerate(self.blocks):
+                inputs.write(index * count, hidden)
+                hidden = self._forward(block, batch, hidden)
+            _, gradient = self._compare(batch, hidden, with_gradient=True)
+            for index, block in reversed(list(enumerate(self.blocks))):
+                hidden = inputs.read(index * count, count, gradient.device)
+                gradient = self._backward(block, batch, hidden, gradient, rate)
 
     @torch.no_grad()
     def _forward(self, block: Block, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:

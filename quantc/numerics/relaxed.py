@@ -7,7 +7,6 @@ arXiv:2309.05516), here from codes that error feedback has found.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -69,14 +68,10 @@ class RelaxedWeight(nn.Module):
 
     def steps(self, offsets: torch.Tensor) -> torch.Tensor:
         """Codes less zero points, float32 (..., N, K)."""
-        tensor = self.tensor
-        codes = self.codes(offsets)
-        if tensor.zeros is None:
-            return codes.sub_(tensor.zero_points())
-        return by_group(codes, tensor.zeros.float(), tensor.spec, torch.Tensor.sub_)
+        return _less_zeros(self.codes(offsets), self.tensor)
 
     def scales(self, factors: torch.Tensor) -> torch.Tensor:
-        return _as_float16(self.tensor.scales.float() * (1 + factors))
+        return _stored(self.tensor, factors)
 
     def times_scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """`values` (..., N, K), multiplied in place by the scales of their groups."""
@@ -112,23 +107,42 @@ def _sums_of_groups(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:
     return group_sums(values.transpose(-1, -2), g).transpose(-1, -2)
 
 
+class _Rescaled(torch.autograd.Function):
+    """As _Dequantized for codes that stay. Nothing is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
+        ctx.tensor = tensor
+        steps = _less_zeros(tensor.codes.float(), tensor)
+        return by_group(steps, _stored(tensor, factors), tensor.spec, torch.Tensor.mul_)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor]:
+        tensor: QTensor = ctx.tensor
+        steps = _less_zeros(tensor.codes.float(), tensor)
+        return None, _sums_of_groups(steps.mul_(slopes[0]), tensor) * tensor.scales.float()
+
+
 def rescaled(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
     """float32 (..., N, K): the effective weight with its scales multiplied by 1 + factors, as they would be stored."""
-    return _effective(tensor, tensor.codes.float() - tensor.zero_points(), _stored(tensor.scales, factors))
+    return _completed(tensor, _Rescaled.apply(tensor, factors))
 
 
 def with_scales(tensor: QTensor, factors: torch.Tensor) -> QTensor:
     """The weight with its scales multiplied by 1 + factors."""
-    return replace(tensor, scales=_stored(tensor.scales, factors).to(torch.float16))
+    return replace(tensor, scales=_stored(tensor, factors).to(torch.float16))
 
 
-def _stored(scales: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return _straight_through(scales.float() * (1 + factors), _as_float16)
+def _stored(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
+    """float32: scales multiplied by 1 + factors, as float16 holds them."""
+    return (tensor.scales.float() * (1 + factors)).to(torch.float16).float()
 
 
-def _effective(tensor: QTensor, steps: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The weight of so many steps of these scales, with what the spec adds to it."""
-    return _completed(tensor, steps * spread_groups(scales, tensor.spec, tensor.shape))
+def _less_zeros(codes: torch.Tensor, tensor: QTensor) -> torch.Tensor:
+    """float32 codes (..., N, K), less their zero points, in place."""
+    if tensor.zeros is None:
+        return codes.sub_(tensor.zero_points())
+    return by_group(codes, tensor.zeros.float(), tensor.spec, torch.Tensor.sub_)
 
 
 def _completed(tensor: QTensor, weight: torch.Tensor) -> torch.Tensor:
@@ -136,12 +150,3 @@ def _completed(tensor: QTensor, weight: torch.Tensor) -> torch.Tensor:
     if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
         weight = weight + tensor.low_rank_b.float() @ tensor.low_rank_a.float()
     return rotate_back(weight, tensor.spec.hadamard) if tensor.spec.hadamard else weight
-
-
-def _as_float16(values: torch.Tensor) -> torch.Tensor:
-    return values.to(torch.float16).float()
-
-
-def _straight_through(values: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """`change` of values, with the gradient of the values themselves."""
-    return values + (change(values.detach()) - values.detach())

@@ -7,7 +7,7 @@ import torch
 
 from quantc.numerics.basis import Basis
 from quantc.numerics.hadamard import rotate, rotate_back
-from quantc.numerics.relaxed import RelaxedWeight
+from quantc.numerics.relaxed import RelaxedWeight, rescaled, with_scales
 from quantc.qtensor import QTensor, spread_groups
 from quantc.spec import QuantSpec
 
@@ -122,3 +122,20 @@ def test_codes_at_an_end_of_their_range_come_back_as_soon_as_they_are_pulled() -
         assert torch.equal(weight.codes(weight.offsets), (weight.tensor.codes + 1.0).clamp_(max=7))
         weight.offsets.sub_(1)
     assert bool((weight.codes(weight.offsets)[top] == 6).all())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label())
+def test_rescaled_weights_are_what_is_stored_and_have_the_gradient_of_their_formula(spec: QuantSpec) -> None:
+    tensor = relaxed(spec).tensor
+    generator = torch.Generator().manual_seed(5)
+    factors = torch.nn.Parameter(0.1 * torch.randn(tensor.scales.shape, generator=generator))
+    wanted = torch.randn(24, 40, generator=generator)
+    weight = rescaled(tensor, factors)
+    assert torch.allclose(weight, with_scales(tensor, factors.detach()).effective_weight(), atol=1e-6)
+    (weight * wanted).sum().backward()
+    plain = factors.detach().clone().requires_grad_()
+    scales = spread_groups(tensor.scales.float() * (1 + plain), spec, (24, 40))
+    turned = (tensor.codes.float() - tensor.zero_points()) * scales
+    ((rotate_back(turned, spec.hadamard) if spec.hadamard else turned) * wanted).sum().backward()
+    assert factors.grad is not None
+    assert torch.allclose(factors.grad, plain.grad, atol=1e-5)
