@@ -3,8 +3,9 @@
 Adam (Kingma & Ba 2015, arXiv:1412.6980) keeps two averages for every value: of gradients, here in bfloat16, and of
 their squares, here as the product of a row's and a column's, as Adafactor does (Shazeer & Stern 2018,
 arXiv:1804.04235): the gradient of a weight is as large as its output's times its input. After 50 steps of `tune` on
-top of `best` without training stories15M so has a KL divergence of 0.1950 and 0.2624 on two texts, with Adam itself 0.1929 and 0.2678.
-Averages of squares for runs of 64 inputs are no way: where a few inputs are outliers, codes of all others stay.
+top of the recipe best-untrained stories15M so has a KL divergence of 0.1950 and 0.2624 on two texts, with Adam itself
+0.1929 and 0.2678. Averages of squares for runs of inputs are no way: where a few inputs are outliers, codes of all
+others stay.
 """
 
 from __future__ import annotations
