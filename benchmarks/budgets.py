@@ -108,7 +108,7 @@ def main() -> None:
     for name, path in args.model:
         done = [{key: row[key] for key in IDENTITY} for row in rows]
         missing = [row for row in wanted(args, name) if row not in done]
-        scorer = Scorer(path, args) if missing else None
+        scorer = Scorer(path, args.text, args) if missing else None
         for row in missing:
             assert scorer is not None
             rows.append(measure(row, path, scorer, args))

@@ -143,7 +143,7 @@ def main() -> None:
     done = {(row["plan"], row["average"]) for row in rows if row["settings"] == settings_of(args)}
     settings = {"calib": str(args.calib), "samples": args.samples, "seq_len": args.seq_len, "preset": args.preset}
     run = api.plan(args.model, avg_bits=args.avg_bits, **settings)
-    scorer = Scorer(args.model, args)
+    scorer = Scorer(args.model, args.text, args)
     for name, make in plans_of(run, args):
         specs = make() if (name, args.avg_bits) not in done else None
         if specs is not None:

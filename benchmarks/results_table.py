@@ -58,7 +58,8 @@ def wanted_rows(args: argparse.Namespace, name: str, known: list[dict[str, Any]]
 class Scorer:
     """The original of one model, loaded once, and the windows of the text."""
 
-    def __init__(self, path: str, args: argparse.Namespace):
+    def __init__(self, path: str, text: Path, args: argparse.Namespace):
+        """args: context and windows."""
         import torch
 
         from quantc.evaluation import make_windows, read_text
@@ -66,7 +67,7 @@ class Scorer:
 
         source = open_model(path)
         self.windows: list[Window] = make_windows(
-            source.tokenizer, read_text(str(args.text)), args.context, None, args.windows
+            source.tokenizer, read_text(str(text)), args.context, None, args.windows
         )
         self.original: PreTrainedModel = source.load_whole(torch.float32)
 
@@ -182,7 +183,7 @@ def main() -> None:
     rows = json.loads(args.out.read_text()) if args.out.is_file() else []
     for name, path in args.model:
         missing = wanted_rows(args, name, rows)
-        scorer = Scorer(path, args) if missing else None
+        scorer = Scorer(path, args.text, args) if missing else None
         for row in missing:
             assert scorer is not None
             rows.append(measure(row, path, scorer, args))

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..frontend import to_meta
+from ..frontend import COMPUTE_DTYPE, set_parameter, to_meta
 from ..graph import Block, Linear
 from ..numerics.hadamard import rotate
 from ..numerics.relaxed import RelaxedWeight
 from ..pace import Pace
 from ..pipeline import Fact, Pass, Run, register
 from ..qtensor import QTensor
-from ..reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, seconds_of, train
+from ..reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, cost_of, product_dtype, train
 from ..rewrite import weight_name
 from ..units import duration
 from ..work import BlockWork
@@ -115,15 +115,21 @@ class Tune(Pass):
 
     @contextmanager
     def _behind(self, work: BlockWork) -> Iterator[list[tuple[Block, nn.Module]]]:
-        """The blocks of the window behind the one in work, loaded. None where the stream between blocks is rotated."""
+        """The blocks of the window behind the one in work, loaded, their linears in the dtype that products run in.
+
+        There are none where the stream between blocks is rotated.
+        """
         run, first = work.run, work.block.index + 1
         blocks = run.graph.blocks[first : first + self.config.window - 1] if run.residual is None else []
+        modules = []
         for block in blocks:
             run.source.load(block.name)
-        modules = [run.source.model.get_submodule(block.name).to(run.device) for block in blocks]
+            modules.append(run.source.model.get_submodule(block.name).to(run.device))
+            _cast(block, modules[-1], product_dtype(run.device))
         yield list(zip(blocks, modules, strict=True))
-        for module in modules:
+        for block, module in zip(blocks, modules, strict=True):
             to_meta(module)
+            _cast(block, module, COMPUTE_DTYPE)  # as it is loaded next
 
     def _tune(self, work: BlockWork, target: Reconstruction) -> None:
         found = self._train(work, target)
@@ -144,18 +150,18 @@ class Tune(Pass):
         def keep() -> None:
             work.quantized.update({linear.name: weight.qtensor() for linear, weight in relaxed.items()})
 
-        trainable = self._trainable(work, relaxed, target.dtype)
+        trainable = self._trainable(work, relaxed, product_dtype(work.run.device))
         steps = steps or self._steps(work.run, target, trainable)
         return train(target, trainable, steps, keep, torch.Generator().manual_seed(work.block.index))
 
     def _steps(self, run: Run, target: Reconstruction, trainable: Trainable) -> int:
         """Of the block in work; before the first one says how long all will take."""
         if self._found and self.config.budget is None:
-            return self._pace.steps(0.0, 0.0)
-        cost = seconds_of(target, trainable)
-        steps = self._pace.steps(*cost)
+            return self._pace.steps(lambda _: 0.0)
+        cost = cost_of(target, trainable)
+        steps = self._pace.steps(cost)
         if not self._found:
-            run.progress.note(f"tune: {steps} steps a block, about {duration(self._pace.estimate(*cost))} in all")
+            run.progress.note(f"tune: {steps} steps a block, about {duration(self._pace.estimate(cost))} in all")
         return steps
 
     def _trainable(self, work: BlockWork, relaxed: dict[Linear, RelaxedWeight], dtype: torch.dtype) -> Trainable:
@@ -191,6 +197,13 @@ class Tune(Pass):
             f"tune: {better} of {len(self._found)} blocks are nearer to the original on text kept aside{middle}",
             f"tune: {steps[len(steps) // 2]} steps and {duration(seconds[len(seconds) // 2])} a block (median)",
         ]
+
+
+def _cast(block: Block, module: nn.Module, dtype: torch.dtype) -> None:
+    """Put the block's linears into a dtype, wherever they are."""
+    for linear in block.quantized:
+        name = weight_name(block, linear)
+        set_parameter(module, name, nn.Parameter(module.get_parameter(name).to(dtype), requires_grad=False))
 
 
 def _trained_blocks(run: Run) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
+
+Cost = Callable[[int], float]  # wall seconds that a block still needs for so many steps
 
 
 class Pace:
@@ -31,22 +35,21 @@ class Pace:
         """Work on a block begins."""
         self._started = perf_counter()
 
-    def steps(self, fixed: float, step: float) -> int:
-        """How many steps the block in work takes, where it still needs `fixed` seconds and `step` for every step.
+    def steps(self, cost: Cost) -> int:
+        """How many steps the block in work takes.
 
         One at least: a budget that is used up already ends the run soonest that way.
         """
         steps = self.most
         if self._left is not None:
             share = self._left / (self._blocks - len(self.seconds)) - (perf_counter() - self._started)
-            steps = min(steps, max(1, int((share - fixed) / step)))
+            steps = max(1, bisect_right(range(1, steps + 1), share, key=cost))
         self.taken.append(steps)
         return steps
 
-    def estimate(self, fixed: float, step: float) -> float:
+    def estimate(self, cost: Cost) -> float:
         """Seconds that all blocks will take, where all are as the first one; to be asked before its steps."""
-        block = perf_counter() - self._started + fixed + step * self.taken[0]
-        return block * self._blocks
+        return (perf_counter() - self._started + cost(self.taken[0])) * self._blocks
 
     def end(self) -> None:
         """The block in work is done."""

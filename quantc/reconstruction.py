@@ -19,6 +19,7 @@ from .blocks import BlockCall
 from .calibration import Batch, CalibrationRun, fast_matmul, has_fast_bfloat16
 from .graph import Block
 from .numerics.adam import LeanAdam
+from .pace import Cost
 
 HELD_OUT = 8  # of so many batches one is kept aside
 CHECKS = 5  # times that the batches kept aside are looked at after the first step, at most
@@ -29,6 +30,11 @@ STEPS_BETWEEN_CHECKS = 10  # at least: 8 batches kept aside take as long as 3 st
 STEP_TOKENS = 512
 
 Weights = Mapping[str, torch.Tensor]  # by their names inside the block
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """In which matrix products run while blocks are trained: weights in it are not copied."""
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 class Reconstruction:
@@ -57,11 +63,6 @@ class Reconstruction:
         aside = [at for at in numbers if at % HELD_OUT == 0]
         return [at for at in numbers if at not in aside] or aside, aside
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which matrix products run: weights in it are not copied."""
-        return torch.bfloat16 if has_fast_bfloat16(self._calibration.device) else torch.float32
-
     def loss(self, at: int, weights: Weights) -> torch.Tensor:
         """Mean squared error of the output on a batch, with these weights in place."""
         batch, call = self._batches[at]
@@ -75,7 +76,8 @@ class Reconstruction:
         batch, call = self._batches[at]
         if at not in self._known:
             self._known.add(at)
-            self._targets.write(batch.start, self._output(self._originals, batch, call))
+            with fast_matmul(self._calibration.device):
+                self._targets.write(batch.start, self._output(self._originals, batch, call))
         return self._targets.read(batch.start, batch.count)
 
     def _output(self, weights: Weights, batch: Batch, call: BlockCall) -> torch.Tensor:
@@ -117,8 +119,13 @@ class Trained:
 
 def is_check_due(step: int, steps: int) -> bool:
     """Whether the batches kept aside are looked at after this one of `steps` steps; after the last one they are."""
-    checks = max(1, min(CHECKS, steps // STEPS_BETWEEN_CHECKS))
+    checks = _checks(steps)
     return step * checks // steps > (step - 1) * checks // steps
+
+
+def _checks(steps: int) -> int:
+    """How often the batches kept aside are looked at after the first step."""
+    return max(1, min(CHECKS, steps // STEPS_BETWEEN_CHECKS))
 
 
 def train(
@@ -148,10 +155,10 @@ def train(
     return Trained(before, best)
 
 
-def seconds_of(target: Reconstruction, trainable: Trainable) -> tuple[float, float]:
-    """Wall seconds that `train` needs besides its steps, and for each step, from one that is not taken.
+def cost_of(target: Reconstruction, trainable: Trainable) -> Cost:
+    """Wall seconds that `train` needs for so many steps, from one that is not taken.
 
-    A forward pass is a third of a step. What the float block puts out is part of both: it is found batch by batch.
+    A forward pass is a third of a step. What the float block puts out is part of a step: it is found batch by batch.
     """
     own, aside = target.split()
     started = perf_counter()
@@ -161,7 +168,7 @@ def seconds_of(target: Reconstruction, trainable: Trainable) -> tuple[float, flo
     for group in trainable.groups:
         for parameter in group.parameters:
             parameter.grad = None
-    return (CHECKS + 2) * len(aside) * step / 3, step
+    return lambda steps: step * (steps + (2 + _checks(steps)) * len(aside) / 3)
 
 
 class _StepsInBackward:

@@ -29,10 +29,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def block(made: Pace, clock: Clock, before: float, fixed: float, step: float) -> int:
     """Steps of a block that spends `before` seconds first, and then what it said."""
+
+    def cost(steps: int) -> float:
+        return fixed + steps * step
+
     made.begin()
     clock.now += before
-    steps = made.steps(fixed, step)
-    clock.now += fixed + steps * step
+    steps = made.steps(cost)
+    clock.now += cost(steps)
     made.end()
     return steps
 
@@ -65,8 +69,8 @@ def test_the_estimate_is_that_of_equal_blocks(clock: Clock) -> None:
     made = Pace(10, None, 3)
     made.begin()
     clock.now += 4.0
-    made.steps(1.0, 2.0)
-    assert made.estimate(1.0, 2.0) == 3 * 25.0
+    made.steps(lambda steps: 1.0 + 2.0 * steps)
+    assert made.estimate(lambda steps: 1.0 + 2.0 * steps) == 3 * 25.0
 
 
 def test_a_pace_that_was_restored_goes_on_with_the_time_that_was_left(clock: Clock) -> None:
