@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration import product_dtype
 from ..errors import UsageError
-from ..frontend import COMPUTE_DTYPE, set_parameter, to_meta
+from ..frontend import to_meta
+from ..frontend.source import cast_parameter
 from ..graph import Block, Linear
 from ..numerics.hadamard import rotate
 from ..numerics.relaxed import RelaxedWeight
 from ..pace import Pace
 from ..pipeline import Fact, Pass, Run, register
 from ..qtensor import QTensor
-from ..reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, cost_of, product_dtype, train
+from ..reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, cost_of, train
 from ..rewrite import weight_name
 from ..units import duration
 from ..work import BlockWork
@@ -125,11 +127,11 @@ class Tune(Pass):
         for block in blocks:
             run.source.load(block.name)
             modules.append(run.source.model.get_submodule(block.name).to(run.device))
-            _cast(block, modules[-1], product_dtype(run.device))
+            for linear in block.quantized:
+                cast_parameter(modules[-1], weight_name(block, linear), product_dtype(run.device))
         yield list(zip(blocks, modules, strict=True))
-        for block, module in zip(blocks, modules, strict=True):
+        for module in modules:
             to_meta(module)
-            _cast(block, module, COMPUTE_DTYPE)  # as it is loaded next
 
     def _tune(self, work: BlockWork, target: Reconstruction) -> None:
         found = self._train(work, target)
@@ -197,13 +199,6 @@ class Tune(Pass):
             f"tune: {better} of {len(self._found)} blocks are nearer to the original on text kept aside{middle}",
             f"tune: {steps[len(steps) // 2]} steps and {duration(seconds[len(seconds) // 2])} a block (median)",
         ]
-
-
-def _cast(block: Block, module: nn.Module, dtype: torch.dtype) -> None:
-    """Put the block's linears into a dtype, wherever they are."""
-    for linear in block.quantized:
-        name = weight_name(block, linear)
-        set_parameter(module, name, nn.Parameter(module.get_parameter(name).to(dtype), requires_grad=False))
 
 
 def _trained_blocks(run: Run) -> int:

@@ -258,6 +258,11 @@ def fast_matmul(device: torch.device, wanted: bool = True) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_fast_bfloat16(device))
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """In which `fast_matmul` runs matrix products: weights in it are not copied."""
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
 class EnoughSeen(Exception):
     """Raised by an observer that needs nothing more of this forward pass."""
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .blocks import BlockCall
-from .calibration import Batch, CalibrationRun, fast_matmul, has_fast_bfloat16
+from .calibration import Batch, CalibrationRun, fast_matmul
 from .graph import Block
 from .numerics.adam import LeanAdam
 from .pace import Cost
@@ -30,11 +30,6 @@ STEPS_BETWEEN_CHECKS = 10  # at least: 8 batches kept aside take as long as 3 st
 STEP_TOKENS = 512
 
 Weights = Mapping[str, torch.Tensor]  # by their names inside the block
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """In which matrix products run while blocks are trained: weights in it are not copied."""
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 class Reconstruction:

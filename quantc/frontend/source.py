@@ -105,6 +105,11 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     model.get_submodule(owner)._parameters[leaf] = parameter
 
 
+def cast_parameter(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Put a parameter into another dtype, until it is loaded again; what shares it keeps it as it was."""
+    set_parameter(model, name, nn.Parameter(model.get_parameter(name).to(dtype), requires_grad=False))
+
+
 def tensors_under(model: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every parameter and persistent buffer that is `prefix` or lies below it."""
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -118,11 +123,12 @@ def is_under(name: str, prefix: str) -> bool:
 
 
 def to_meta(module: nn.Module) -> None:
-    """Free the parameters of a module: they go back to the meta device; buffers stay."""
+    """Free the parameters of a module: they go back to the meta device, to be loaded as at first; buffers stay."""
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None and not parameter.is_meta:
-                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                dtype = COMPUTE_DTYPE if parameter.is_floating_point() else parameter.dtype
+                child._parameters[name] = nn.Parameter(parameter.to("meta", dtype), requires_grad=False)
 
 
 def build_skeleton(config: object) -> PreTrainedModel:
