@@ -35,9 +35,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 IDENTITY = ("model", "recipe", "variant", "settings")
 
 
-def recipe_of(base: Path, variant: str, steps: int) -> dict[str, Any]:
+def recipe_of(base: str, variant: str, steps: int) -> dict[str, Any]:
     """The base recipe with what the variant adds to its passes."""
-    recipe = yaml.safe_load(base.read_text())
+    from quantc.presets import preset
+
+    recipe = yaml.safe_load(Path(base).read_text()) if base.endswith(".yaml") else preset(base).to_dict()
     for name, settings in VARIANTS[variant].items():
         recipe["passes"].append({name: {**({STEPS: steps} if name == "tune" else {}), **settings}})
     return recipe
@@ -47,7 +49,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What besides model, recipe and variant makes two rows comparable."""
     kept = ("bits", "group_size", "steps", "samples", "context", "windows")
     named = {key: getattr(args, key) for key in kept}
-    return named | {"calibration": args.calib.name, "texts": [text.name for text in args.text]}
+    return named | {"calibration": Path(args.calib).name, "texts": [text.name for text in args.text]}
 
 
 def measure(name: str, path: str, variant: str, scorers: dict[str, Scorer], args: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def measure(name: str, path: str, variant: str, scorers: dict[str, Scorer], args
         measured, summary = quantize(path, out, args.threads, asymmetric=True, **options, **calibration)
         return {
             "model": name,
-            "recipe": args.base.stem,
+            "recipe": Path(args.base).stem,
             "variant": variant,
             "settings": settings_of(args),
             "mean_kl": {text: scorer.score(out)["mean_kl"] for text, scorer in scorers.items()},
@@ -89,10 +91,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--model", type=named_path, required=True, metavar="NAME=PATH", help="a model, and its name")
-    parser.add_argument("--base", type=Path, required=True, help="recipe file that training is added to")
+    parser.add_argument("--base", required=True, help="preset or recipe file that training is added to")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to measure")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="texts to score")
-    parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
+    parser.add_argument("--calib", required=True, help="text to calibrate on, as `quantc quantize` takes it")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50, help="of tune for each block")
@@ -109,7 +111,7 @@ def main() -> None:
     rows = json.loads(args.out.read_text()) if args.out.is_file() else []
     name, path = args.model
     known = [[row[key] for key in IDENTITY] for row in rows]
-    missing = [v for v in args.variants if [name, args.base.stem, v, settings_of(args)] not in known]
+    missing = [v for v in args.variants if [name, Path(args.base).stem, v, settings_of(args)] not in known]
     scorers = {text.name: Scorer(path, text, args) for text in args.text} if missing else {}
     for variant in missing:
         rows.append(measure(name, path, variant, scorers, args))

@@ -108,9 +108,9 @@ class Tune(Pass):
             self._pace = Pace(self.config.steps, self.config.budget, _trained_blocks(work.run))
         if work.quantized:
             self._pace.begin()
-            with self._behind(work) as ahead:
+            with self._behind(work) as ahead, work.unrounded():
                 assert work.calibration is not None
-                self._tune(work, Reconstruction(work.calibration, work.block, work.module, work.originals, ahead))
+                self._tune(work, Reconstruction(work.calibration, work.block, work.module, ahead))
             self._pace.end()
         if work.block is work.run.graph.blocks[-1]:
             work.run.report.notes += self._notes()

@@ -40,16 +40,14 @@ class Reconstruction:
         calibration: CalibrationRun,
         block: Block,
         module: nn.Module,
-        originals: Weights,
         ahead: Sequence[tuple[Block, nn.Module]] = (),
     ):
-        """originals: the float weights, where the module has others.
+        """module: the block's, unrounded.
 
         ahead: the blocks that follow, unrounded; then what the last of these puts out is to be reproduced.
         """
         self._calibration, self._block, self._module, self._ahead = calibration, block, module, ahead
         self._batches = [(part, calibration.call(block, part)) for part in calibration.parts(STEP_TOKENS)]
-        self._originals = originals
         self._targets, self._known = calibration.empty_states(), set[int]()
 
     def split(self) -> tuple[list[int], list[int]]:
@@ -72,7 +70,7 @@ class Reconstruction:
         if at not in self._known:
             self._known.add(at)
             with fast_matmul(self._calibration.device):
-                self._targets.write(batch.start, self._output(self._originals, batch, call))
+                self._targets.write(batch.start, self._output({}, batch, call))
         return self._targets.read(batch.start, batch.count)
 
     def _output(self, weights: Weights, batch: Batch, call: BlockCall) -> torch.Tensor:

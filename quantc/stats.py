@@ -122,9 +122,11 @@ class Drift:
         diagonal = damped.diagonal()
         diagonal.add_(damp * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny))
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped, diagonal
         if int(failed):
             return torch.zeros_like(gram)
-        return torch.cholesky_solve(self._sum.double().T, lower).T.float()
+        bands = self._sum.split(BAND)  # no second matrix in float64
+        return torch.cat([torch.cholesky_solve(band.double().T, lower).T.float() for band in bands])
 
 
 def output_energy(weight: torch.Tensor, gram: torch.Tensor | None) -> float:

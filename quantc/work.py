@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -179,6 +180,16 @@ class BlockWork:
     def _new_grams(self, items: list[Activation]) -> dict[str, list[Gram]]:
         device = self.run.device
         return {item.label: [Gram(item.width, device) for _ in range(self.experts(item))] for item in items}
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Inside, the module has its weights from before they were rounded, and rounded ones take no memory there."""
+        for name, value in self.originals.items():
+            self.module.get_parameter(name).data = value
+        yield
+        linears = self.run.graph.linears
+        names = [name for name in self.quantized if weight_name(self.block, linears[name]) in self.originals]
+        self.replace_weights(linears[name] for name in names)
 
     def replace_weights(self, linears: Iterable[Linear]) -> None:
         """Put the rounded weights of these into the module, so that the block runs as the checkpoint will."""
