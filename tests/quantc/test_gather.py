@@ -319,6 +319,25 @@ def rounding(work: BlockWork) -> Iterator[tuple[Activation, list[Gram], Drift | 
         yield item, grams, drift
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_weights_from_before_rounding_come_back_for_a_while(family: str) -> None:
+    """Behind it the module has what is in `quantized` by then, whichever way round weights are stored."""
+    work = works(build(family))[0]
+    original = {linear.name: work.original(linear).clone() for linear in work.block.quantized}
+    list(rounding(work))
+    with work.unrounded():
+        for linear in work.block.quantized:
+            stored = work.module.get_parameter(weight_name(work.block, linear)).data
+            assert torch.equal(stored.transpose(-1, -2) if linear.transposed else stored, original[linear.name])
+        for tensor in work.quantized.values():
+            tensor.scales *= 1.5
+    for linear in work.block.quantized:
+        stored = work.module.get_parameter(weight_name(work.block, linear)).data
+        expected = work.quantized[linear.name].effective_weight()
+        assert torch.equal(stored.transpose(-1, -2) if linear.transposed else stored, expected)
+        assert torch.equal(work.original(linear), original[linear.name])
+
+
 def test_nothing_of_a_batch_is_held_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
     work = works(build("llama"))[0]
     assert work.calibration is not None

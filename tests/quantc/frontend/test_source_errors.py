@@ -19,6 +19,7 @@ from quantc.blocks import find_blocks, run_around_blocks
 from quantc.derive import derive
 from quantc.errors import ModelError
 from quantc.frontend import open_model, to_meta
+from quantc.frontend.source import cast_parameter
 from tests.families import VOCAB, build
 from tests.helpers import save_with_tokenizer
 
@@ -311,6 +312,20 @@ def test_weights_are_read_when_asked_for_and_freed(pristine: Path) -> None:
     assert loaded == {name for name, _ in source.model.named_parameters() if name.startswith("model.layers.1.")}
     to_meta(source.model)
     assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+def test_a_weight_in_another_dtype_is_loaded_again_as_at_first(pristine: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = open_model(pristine)
+    source.load("model.layers.1")
+    before = source.model.get_parameter(name)
+    cast_parameter(source.model, name, torch.bfloat16)
+    assert source.model.get_parameter(name).dtype == torch.bfloat16
+    to_meta(source.model)
+    source.load("model.layers.1")
+    after = source.model.get_parameter(name)
+    assert after.dtype == torch.float32
+    assert torch.equal(after, before)
 
 
 def test_deriving_the_graph_leaves_the_blocks_on_meta(pristine: Path) -> None:
