@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration import product_dtype
 from ..errors import UsageError
 from ..frontend import to_meta
 from ..frontend.source import cast_parameter
@@ -108,16 +107,16 @@ class Tune(Pass):
             self._pace = Pace(self.config.steps, self.config.budget, _trained_blocks(work.run))
         if work.quantized:
             self._pace.begin()
-            with self._behind(work) as ahead, work.unrounded():
-                assert work.calibration is not None
+            assert work.calibration is not None
+            with self._behind(work, work.calibration.product_dtype) as ahead, work.unrounded():
                 self._tune(work, Reconstruction(work.calibration, work.block, work.module, ahead))
             self._pace.end()
         if work.block is work.run.graph.blocks[-1]:
             work.run.report.notes += self._notes()
 
     @contextmanager
-    def _behind(self, work: BlockWork) -> Iterator[list[tuple[Block, nn.Module]]]:
-        """The blocks of the window behind the one in work, loaded, their linears in the dtype that products run in.
+    def _behind(self, work: BlockWork, dtype: torch.dtype) -> Iterator[list[tuple[Block, nn.Module]]]:
+        """The blocks of the window behind the one in work, loaded, their linears in a dtype.
 
         There are none where the stream between blocks is rotated.
         """
@@ -128,7 +127,7 @@ class Tune(Pass):
             run.source.load(block.name)
             modules.append(run.source.model.get_submodule(block.name).to(run.device))
             for linear in block.quantized:
-                cast_parameter(modules[-1], weight_name(block, linear), product_dtype(run.device))
+                cast_parameter(modules[-1], weight_name(block, linear), dtype)
         yield list(zip(blocks, modules, strict=True))
         for module in modules:
             to_meta(module)
@@ -152,7 +151,7 @@ class Tune(Pass):
         def keep() -> None:
             work.quantized.update({linear.name: weight.qtensor() for linear, weight in relaxed.items()})
 
-        trainable = self._trainable(work, relaxed, product_dtype(work.run.device))
+        trainable = self._trainable(work, relaxed, target.dtype)
         steps = steps or self._steps(work.run, target, trainable)
         return train(target, trainable, steps, keep, torch.Generator().manual_seed(work.block.index))
 

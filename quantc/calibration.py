@@ -203,6 +203,15 @@ class CalibrationRun:
             return None
         return weights[self.current.start : self.current.start + self.current.count].reshape(-1)
 
+    def products(self) -> torch.autocast:
+        """Inside, matrix products run as in all passes over the set."""
+        return fast_matmul(self.device, self._fast)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """In which they do: weights in it are not copied."""
+        return torch.bfloat16 if self._fast and has_fast_bfloat16(self.device) else torch.float32
+
     def runs(self, block: Block) -> Iterator[Callable[[], torch.Tensor | None]]:
         """For every batch of the set, what runs the block on it: None where an observer has seen enough."""
         assert self._states is not None
@@ -213,7 +222,7 @@ class CalibrationRun:
             yield partial(self._run, module, block, _moved(batch.calls[block.index].with_hidden(hidden), self.device))
 
     def _run(self, module: nn.Module, block: Block, call: BlockCall) -> torch.Tensor | None:
-        with torch.no_grad(), fast_matmul(self.device, self._fast):
+        with torch.no_grad(), self.products():
             output = run_or_stop(module, call)
         return None if output is None else block.returns.unwrap(output)
 
@@ -256,11 +265,6 @@ def fast_matmul(device: torch.device, wanted: bool = True) -> torch.autocast:
     not: correction then takes it for a change of the inputs (qwen3_next: logits off by 3.6 % instead of 1.5 %).
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_fast_bfloat16(device))
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """In which `fast_matmul` runs matrix products: weights in it are not copied."""
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 class EnoughSeen(Exception):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .blocks import BlockCall
-from .calibration import Batch, CalibrationRun, fast_matmul
+from .calibration import Batch, CalibrationRun
 from .graph import Block
 from .numerics.adam import LeanAdam
 from .pace import Cost
@@ -56,10 +56,15 @@ class Reconstruction:
         aside = [at for at in numbers if at % HELD_OUT == 0]
         return [at for at in numbers if at not in aside] or aside, aside
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which matrix products run: weights in it are not copied."""
+        return self._calibration.product_dtype
+
     def loss(self, at: int, weights: Weights) -> torch.Tensor:
         """Mean squared error of the output on a batch, with these weights in place."""
         batch, call = self._batches[at]
-        with fast_matmul(self._calibration.device):
+        with self._calibration.products():
             found = self._output(weights, batch, call).float()
         return (found - self._target(at).to(found.device)).square().mean()
 
@@ -69,7 +74,7 @@ class Reconstruction:
         batch, call = self._batches[at]
         if at not in self._known:
             self._known.add(at)
-            with fast_matmul(self._calibration.device):
+            with self._calibration.products():
                 self._targets.write(batch.start, self._output({}, batch, call))
         return self._targets.read(batch.start, batch.count)
 

@@ -13,7 +13,7 @@ from quantc.checkpoint import verify
 from quantc.errors import UsageError
 from quantc.pace import Pace
 from quantc.passes.tune import OFFSET_RATE, TuneConfig
-from quantc.reconstruction import Trainable, Trained
+from quantc.reconstruction import Reconstruction, Trainable, Trained
 from quantc.report import Report
 from tests.families import build
 from tests.helpers import quantize_saved, save_with_tokenizer
@@ -119,6 +119,23 @@ def test_rates_are_halved_where_a_block_gets_no_better(tmp_path: Path, monkeypat
     assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25]
     assert "tune: 3 of 4 blocks are nearer" in report.notes[-2]
     assert "tune: 2 steps and " in report.notes[-1]
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(3, torch.bfloat16), (8, torch.float32)])
+def test_where_codes_are_fine_products_are_too(
+    bits: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16's rounding would outweigh that to 8 bits, and be what is trained away."""
+    found: list[torch.dtype] = []
+
+    def recorded(target: Reconstruction, *rest: object) -> Trained:
+        found.append(target.dtype)
+        return Trained(1.0, 0.5)
+
+    monkeypatch.setattr("quantc.calibration.has_fast_bfloat16", lambda _: True)
+    monkeypatch.setattr("quantc.passes.tune.train", recorded)
+    quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8, bits=bits)
+    assert found == [dtype] * 4
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
