@@ -20,8 +20,7 @@ import yaml
 from benchmarks.common import describe, machine, markdown, quantize, write_json
 from benchmarks.results_table import Scorer, named_path
 
-# What a row adds to the recipe: pass -> settings. STEPS stands for --steps.
-STEPS = "steps"
+# What a row adds to the recipe: pass -> settings; `tune` takes --steps besides.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "nothing": {},
     "tune": {"tune": {}},
@@ -41,7 +40,7 @@ def recipe_of(base: str, variant: str, steps: int) -> dict[str, Any]:
 
     recipe = yaml.safe_load(Path(base).read_text()) if base.endswith(".yaml") else preset(base).to_dict()
     for name, settings in VARIANTS[variant].items():
-        recipe["passes"].append({name: {**({STEPS: steps} if name == "tune" else {}), **settings}})
+        recipe["passes"].append({name: settings | ({"steps": steps} if name == "tune" else {})})
     return recipe
 
 
