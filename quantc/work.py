@@ -187,9 +187,8 @@ class BlockWork:
         for name, value in self.originals.items():
             self.module.get_parameter(name).data = value
         yield
-        linears = self.run.graph.linears
-        names = [name for name in self.quantized if weight_name(self.block, linears[name]) in self.originals]
-        self.replace_weights(linears[name] for name in names)
+        replaced = [linear for linear in self.block.quantized if weight_name(self.block, linear) in self.originals]
+        self.replace_weights(replaced)
 
     def replace_weights(self, linears: Iterable[Linear]) -> None:
         """Put the rounded weights of these into the module, so that the block runs as the checkpoint will."""
