@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    rows: list[Row] = json.loads(args.out.read_text()) if args.out.is_file() else []
+    rows: list[Row] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
     for name, path in args.model:
         done = [{key: row[key] for key in IDENTITY} for row in rows]
         missing = [row for row in wanted(args, name) if row not in done]

@@ -72,7 +72,7 @@ def write_json(file: Path, content: Any) -> None:
     """Write a result; a file half written never stands in for one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(file.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(file)
 
 

@@ -84,7 +84,7 @@ def _write_shards(shape: Shape, folder: Path) -> int:
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return total
 
 
@@ -129,7 +129,7 @@ def write_best(file: Path) -> str:
     from quantc.presets import preset
 
     recipe = preset("best").with_settings(tune={"steps": TUNE_STEPS}, distill={"steps": DISTILL_STEPS})
-    file.write_text(yaml.safe_dump(recipe.to_dict()))
+    file.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
     return str(file)
 
 

@@ -139,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    rows = json.loads(args.out.read_text()) if args.out.is_file() else []
+    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
     done = {(row["plan"], row["average"]) for row in rows if row["settings"] == settings_of(args)}
     settings = {"calib": str(args.calib), "samples": args.samples, "seq_len": args.seq_len, "preset": args.preset}
     run = api.plan(args.model, avg_bits=args.avg_bits, **settings)

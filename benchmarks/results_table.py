@@ -180,7 +180,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    rows = json.loads(args.out.read_text()) if args.out.is_file() else []
+    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
     for name, path in args.model:
         missing = wanted_rows(args, name, rows)
         scorer = Scorer(path, args.text, args) if missing else None

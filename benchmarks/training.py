@@ -37,8 +37,9 @@ IDENTITY = ("model", "recipe", "variant", "settings")
 def recipe_of(base: str, variant: str, steps: int) -> dict[str, Any]:
     """The base recipe with what the variant adds to its passes."""
     from quantc.presets import preset
+    from quantc.recipe import read_recipe
 
-    recipe = yaml.safe_load(Path(base).read_text()) if base.endswith(".yaml") else preset(base).to_dict()
+    recipe = (read_recipe(Path(base)) if base.endswith(".yaml") else preset(base)).to_dict()
     for name, settings in VARIANTS[variant].items():
         recipe["passes"].append({name: settings | ({"steps": steps} if name == "tune" else {})})
     return recipe
@@ -55,7 +56,7 @@ def measure(name: str, path: str, variant: str, scorers: dict[str, Scorer], args
     """One row: quantize, load, score on every text."""
     with tempfile.TemporaryDirectory(prefix="training-") as scratch:
         recipe, out = Path(scratch) / "recipe.yaml", Path(scratch) / "quantized"
-        recipe.write_text(yaml.safe_dump(recipe_of(args.base, variant, args.steps)))
+        recipe.write_text(yaml.safe_dump(recipe_of(args.base, variant, args.steps)), encoding="utf-8")
         options = {"bits": args.bits, "group_size": args.group_size, "recipe": recipe}
         calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.context}
         measured, summary = quantize(path, out, args.threads, asymmetric=True, **options, **calibration)
@@ -107,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    rows = json.loads(args.out.read_text()) if args.out.is_file() else []
+    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
     name, path = args.model
     known = [[row[key] for key in IDENTITY] for row in rows]
     missing = [v for v in args.variants if [name, Path(args.base).stem, v, settings_of(args)] not in known]

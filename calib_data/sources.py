@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CalibrationError, UsageError
+from ..untrusted import parse_json
 
 _SEPARATOR = re.compile(r"^<\|endof(?:text|document)\|>[ \t\r]*$", re.MULTILINE)
 _WIKITEXT_TITLE = re.compile(r"^ = [^=].* = $")  # sections have more signs: " = = Early life = = "
@@ -114,9 +114,9 @@ def _read_jsonl(path: Path) -> list[str]:
 def _text_of_json(line: str, where: str) -> str:
     needed = 'each line must be a JSON object with a string "text"; correct or delete that line.'
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where} is not valid JSON ({error.msg}, column {error.colno}); {needed}") from error
+        row = parse_json(line)
+    except ValueError as error:
+        raise CalibrationError(f"{where} is not valid JSON ({error}); {needed}") from error
     if not isinstance(row, dict):
         raise CalibrationError(f"{where} is JSON of type {type(row).__name__}; {needed}")
     if "text" not in row:

@@ -6,7 +6,6 @@ Every name, dtype and shape in the files' headers is checked before anything is 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from . import untrusted
 from .errors import CheckpointError, UsageError
 from .formats import Part, format_of
 from .numerics.hadamard import fits
@@ -54,7 +54,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether the folder's config.json says that quantc packed its weights (save_pretrained keeps that)."""
     file = Path(path) / "config.json"
     try:
-        settings = json.loads(file.read_text()).get("quantization_config")
+        settings = untrusted.read_json(file).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return False
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
@@ -63,7 +63,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint; raises CheckpointError that names the file."""
     try:
-        content = json.loads(file.read_text())
+        content = untrusted.read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}); a whole quantc checkpoint is needed, so copy it again."

@@ -214,7 +214,7 @@ class CheckpointWriter:
     def add_text(self, name: str, text: str) -> None:
         """Write a text file into the checkpoint."""
         with writing(self.folder / name):
-            (self.folder / name).write_text(text)
+            (self.folder / name).write_text(text, encoding="utf-8")
 
     def finish_weights(self, progress: Progress | None = None) -> int:
         """Write the shards; returns the bytes of all weight files."""

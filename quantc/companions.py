@@ -93,5 +93,5 @@ def write_companions(run: Run, writer: CheckpointWriter) -> None:
     with writing(writer.folder):
         run.source.tokenizer.save_pretrained(writer.folder)
     for file in model_files(run.source.path):
-        writer.add_text(file.name, file.read_text())
+        writer.add_text(file.name, file.read_text(encoding="utf-8"))
     writer.add_text(PLAN_FILE, run.plan.to_yaml())

@@ -103,7 +103,7 @@ def read_cpu() -> tuple[str, list[str]]:
     """The processor's name, and those of FEATURES it has; none where /proc does not tell."""
     facts: dict[str, str] = {}
     if CPU_INFO.is_file():
-        for line in CPU_INFO.read_text().splitlines():
+        for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())
     flags = set((facts.get("flags") or facts.get("Features") or "").split())

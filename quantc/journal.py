@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .untrusted import read_json
 
 JOURNAL = "resume.json"
 VERSION = 1
@@ -38,7 +39,7 @@ class Journal:
     def write(self, folder: Path) -> None:
         """Take the place of the journal that was there, at once; raises OSError."""
         fresh = folder / (JOURNAL + ".new")
-        with fresh.open("w") as stream:
+        with fresh.open("w", encoding="utf-8") as stream:
             json.dump({"version": VERSION, **asdict(self)}, stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -51,7 +52,7 @@ def read_journal(folder: Path) -> Journal | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         version = content.pop("version")
         if version != VERSION:
             raise ValueError(f"it has version {version!r}, not {VERSION}")

@@ -15,6 +15,7 @@ from .graph import ModelGraph
 from .numerics.hadamard import fits
 from .numerics.row_widths import mark_salient, read_rows, write_rows
 from .spec import QuantSpec, packed_bytes
+from .untrusted import read_yaml
 
 KEEP = "keep"
 
@@ -72,7 +73,7 @@ class Plan:
         """The YAML into a file, whole or not at all; raises UsageError where that cannot be written."""
         unfinished = file.with_name(file.name + ".unfinished")
         try:
-            unfinished.write_text(self.to_yaml())
+            unfinished.write_text(self.to_yaml(), encoding="utf-8")
             unfinished.replace(file)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
@@ -135,8 +136,8 @@ class Plan:
 def read_plan(file: Path) -> Plan:
     """The plan in a YAML file; raises UsageError that names the entry for anything that is not one."""
     try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(file)
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"the plan {file} cannot be read ({reason}); a YAML file that quantc wrote is needed."

@@ -17,6 +17,7 @@ import yaml
 from . import passes  # noqa: F401  registers every pass
 from .errors import UsageError
 from .pipeline import REGISTRY, Pass
+from .untrusted import read_yaml
 
 VERSION = 1
 NO_TEXT = "none"
@@ -116,8 +117,8 @@ DEFAULT = Recipe(
 def read_recipe(file: Path) -> Recipe:
     """The recipe in a YAML file; raises UsageError that says what is wrong with it."""
     try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(file)
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"the recipe {file} cannot be read ({reason}); a YAML file is needed.") from error
     return Recipe.from_dict(content)

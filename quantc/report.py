@@ -11,6 +11,7 @@ from typing import Any
 from .errors import CheckpointError
 from .memory import peak_rss_bytes
 from .spec import QuantSpec
+from .untrusted import read_json
 
 REPORT_FILE = "report.json"
 
@@ -125,14 +126,14 @@ class Report:
         return report
 
     def write(self, folder: Path) -> None:
-        (folder / REPORT_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        (folder / REPORT_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def read_report(folder: Path) -> dict[str, Any]:
     """report.json of a checkpoint as a mapping; raises CheckpointError when it is missing or damaged."""
     file = folder / REPORT_FILE
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}); every quantc checkpoint has one, so copy the checkpoint again."

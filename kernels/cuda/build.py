@@ -77,10 +77,12 @@ def compile_program(program: Program, architecture: str) -> Compiled:
 
 def read_request(program: Program, architecture: str) -> Request:
     """The program's source, every header in include/, and the options."""
-    headers = tuple((path.name, path.read_text()) for path in sorted((FOLDER / "include").glob("*.cuh")))
+    headers = tuple(
+        (path.name, path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "include").glob("*.cuh"))
+    )
     defines = tuple(f"-D{name}={value}" for name, value in program.defines)
     options = (f"--gpu-architecture={architecture}", *OPTIONS, *defines)
-    return Request(program, (FOLDER / program.source).read_text(), headers, options)
+    return Request(program, (FOLDER / program.source).read_text(encoding="utf-8"), headers, options)
 
 
 def load_nvrtc() -> Any:

@@ -6,7 +6,6 @@ tensors). Its own conversion runs on just the tensors asked for, so a block cost
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import ModelError
+from ..untrusted import read_json
 from .source import COMPUTE_DTYPE, Source, build_skeleton, first_line, is_under, quiet_transformers, read_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -167,9 +167,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _indexed_files(folder: Path) -> list[Path]:
     try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        weight_map = read_json(folder / INDEX)["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / INDEX} is not a readable index ({error}); fetch or save it again.") from error
     for name in names:
         if not (folder / name).is_file():

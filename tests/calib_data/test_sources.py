@@ -38,7 +38,7 @@ def test_jsonl_gives_the_text_of_each_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ('{"text": "cut of', "is not valid JSON (Unterminated string starting at, column 10)"),
+        ('{"text": "cut of', "is not valid JSON (Unterminated string starting at: line 1 column 10 (char 9))"),
         ('{"body": "x", "id": 1}', "has no field \"text\" but 'body', 'id'"),
         ("{}", 'has no field "text" but nothing at all'),
         ('{"text": null}', 'has a "text" of type NoneType'),

@@ -107,7 +107,7 @@ def make(version: str, passes: list[object], plan: Plan = PLAN) -> None:
     # Relative paths, because the checkpoint keeps those it was made from.
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         save_with_tokenizer(build_tiny(), Path("tiny"))
-        Path("plan.yaml").write_text(plan.to_yaml())
+        Path("plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
         quantc.quantize(
             "./tiny", plan="plan.yaml", recipe=recipe, calib="tiny/text.txt", samples=8, seq_len=32, out=version
         )

@@ -102,7 +102,7 @@ def test_shards_are_cut_by_size_and_named_by_their_number(tmp_path: Path) -> Non
     count = len(tensors())
     shards = sorted(file.name for file in out.glob("*.safetensors"))
     assert shards == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    index = json.loads((out / INDEX).read_text())
+    index = json.loads((out / INDEX).read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == sum((out / name).stat().st_size for name in shards)
     assert sorted(index["weight_map"].values()) == shards
     assert CheckpointReader(out).weights_bytes() == index["metadata"]["total_size"]
@@ -268,7 +268,7 @@ def test_force_replaces_nothing_but_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "chapter.txt").write_text("irreplaceable")
     with pytest.raises(UsageError, match="is no quantc checkpoint, so --force does not replace it"):
         CheckpointWriter(tmp_path / "thesis", force=True)
-    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "irreplaceable"
+    assert (tmp_path / "thesis" / "chapter.txt").read_text(encoding="utf-8") == "irreplaceable"
 
 
 # Reading
@@ -286,9 +286,9 @@ def drop(found: dict[str, torch.Tensor], name: str) -> None:
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     change(content)
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def refusal(folder: Path) -> str:

@@ -1,0 +1,109 @@
+"""Reads JSON and YAML that somebody else may have written.
+
+Whatever is wrong with such a text is a ValueError, and whatever is wrong with its file an OSError: no RecursionError
+from brackets in brackets, no memory eaten by a page of YAML aliases, no wait for a pipe that nobody writes to.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEEPEST = 100  # mappings and lists inside each other: transformers' own configs have fewer than 10
+MOST_NODES = 1_000_000  # of a YAML document with its aliases written out
+MOST_BYTES = 256 << 20  # an index of 100,000 tensors has 10 MB
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text holds; raises ValueError for one that is damaged or nested too deeply."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(_too_deep()) from error
+    _check_depth(content)
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML document holds; raises ValueError for one that is damaged, too deep, or huge once aliases are
+    written out."""
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _count_nodes(root)
+        return loader.construct_document(root)
+    except RecursionError as error:
+        raise ValueError(_too_deep()) from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds; raises OSError or ValueError."""
+    return parse_json(read_text(file))
+
+
+def read_yaml(file: Path) -> Any:
+    """Return what a YAML file holds; raises OSError or ValueError."""
+    return parse_yaml(read_text(file))
+
+
+def read_text(file: Path) -> str:
+    """Return a UTF-8 file's text; raises OSError for no regular file, ValueError for other or too many bytes."""
+    facts = file.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(f"{file} is not a regular file")
+    if facts.st_size > MOST_BYTES:
+        raise ValueError(f"it has {facts.st_size} bytes, and {MOST_BYTES} are the most that is read")
+    return file.read_text(encoding="utf-8")
+
+
+def _check_depth(content: Any) -> None:
+    level: list[Any] = [content]
+    for _ in range(DEEPEST):
+        level = [item for value in level for item in _inside(value)]
+        if not level:
+            return
+    raise ValueError(_too_deep())
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _count_nodes(root: yaml.Node) -> None:
+    counts: dict[int, int] = {}  # by the identity of a node; 0 while its own children are counted
+
+    def count(node: yaml.Node, depth: int) -> int:
+        if depth > DEEPEST:
+            raise ValueError(_too_deep())
+        known = counts.get(id(node))
+        if known == 0:
+            raise ValueError("an alias stands inside what it names")
+        if known is None:
+            counts[id(node)] = 0
+            known = counts[id(node)] = 1 + sum(count(child, depth + 1) for child in _children(node))
+        if known > MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES} entries once its aliases are written out")
+        return known
+
+    count(root, 0)
+
+
+def _children(node: yaml.Node) -> Iterable[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return (child for pair in node.value for child in pair)
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
+
+
+def _too_deep() -> str:
+    return f"it has more than {DEEPEST} lists or mappings inside each other"
