@@ -32,7 +32,7 @@ def quantized(folder: Path, *passes: str, **settings: Any) -> tuple[Report, floa
     stories = TEXT.read_text()
     (folder / "calib.txt").write_text(stories[: len(stories) // 2])
     (folder / "other.txt").write_text(stories[len(stories) // 2 :])
-    how = {"calib": str(folder / "calib.txt"), "samples": 48, "seq_len": 128, "bits": 3, "group_size": 32, **settings}
+    how = {"calib": str(folder / "calib.txt"), "samples": 16, "seq_len": 64, "bits": 3, "group_size": 32, **settings}
     out = folder / "out"
     report = quantc.quantize(TRAINED, recipe=recipe(folder, *passes), out=out, force=True, **how)
     found = quantc.evaluate(out, text=str(folder / "other.txt"), against=TRAINED, context=128, windows=16)
@@ -44,10 +44,21 @@ def weights(folder: Path) -> bytes:
     return (folder / "out/model-00001-of-00001.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("settings", [{}, {"sparsity": 0.2, "group_size": 16, "bits": 4}], ids=["dense", "sparse"])
-def test_other_text_gains_too(settings: dict[str, Any], tmp_path: Path) -> None:
+SPARSE: dict[str, Any] = {"sparsity": 0.2, "group_size": 16, "bits": 4}
+AT_LENGTH: dict[str, Any] = {"samples": 48, "seq_len": 128}
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [
+        pytest.param(8, {}, id="dense"),
+        pytest.param(20, AT_LENGTH, id="dense at length", marks=pytest.mark.slow),
+        pytest.param(20, AT_LENGTH | SPARSE, id="sparse at length", marks=pytest.mark.slow),
+    ],
+)
+def test_other_text_gains_too(steps: int, settings: dict[str, Any], tmp_path: Path) -> None:
     before, plain = quantized(tmp_path, "allocate", "quantize", **settings)
-    after, trained = quantized(tmp_path, "allocate", "quantize", "distill: {steps: 20}", **settings)
+    after, trained = quantized(tmp_path, "allocate", "quantize", f"distill: {{steps: {steps}}}", **settings)
     assert trained < 0.95 * plain
     assert after.weights_bytes == before.weights_bytes
     assert after.notes[-1].startswith("distill: KL divergence on text kept aside 0.")
@@ -56,17 +67,17 @@ def test_other_text_gains_too(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_what_gets_worse_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized(tmp_path, "allocate", "quantize", samples=16)
+    quantized(tmp_path, "allocate", "quantize", samples=8)
     before = weights(tmp_path)
     monkeypatch.setattr(distill, "RATE", 3.0)
-    quantized(tmp_path, "allocate", "quantize", "distill: {steps: 3}", samples=16)
+    quantized(tmp_path, "allocate", "quantize", "distill: {steps: 2}", samples=8)
     assert weights(tmp_path) == before
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     found = []
     for _ in range(2):
-        quantized(tmp_path, "allocate", "quantize", "distill: {steps: 3}", samples=16)
+        quantized(tmp_path, "allocate", "quantize", "distill: {steps: 2}", samples=8)
         found.append(weights(tmp_path))
     assert found[0] == found[1]
 

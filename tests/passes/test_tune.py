@@ -20,6 +20,7 @@ from tests.helpers import quantize_saved, save_with_tokenizer
 
 TRAINED = Path(__file__).parent.parent / "tiny_model" / "model"
 TEXT = TRAINED.parent / "heldout.txt"
+AT_LENGTH: dict[str, Any] = {"samples": 48, "seq_len": 128}  # of calibration: what the slow tests have
 
 
 def recipe(folder: Path, *passes: str) -> Path:
@@ -33,7 +34,7 @@ def quantized(folder: Path, *passes: str, **settings: Any) -> tuple[Report, floa
     stories = TEXT.read_text()
     (folder / "calib.txt").write_text(stories[: len(stories) // 2])
     (folder / "other.txt").write_text(stories[len(stories) // 2 :])
-    calibration = {"calib": str(folder / "calib.txt"), "samples": 48, "seq_len": 128, **settings}
+    calibration = {"calib": str(folder / "calib.txt"), "samples": 16, "seq_len": 64, **settings}
     report = quantc.quantize(
         TRAINED,
         recipe=recipe(folder, *passes),
@@ -46,22 +47,40 @@ def quantized(folder: Path, *passes: str, **settings: Any) -> tuple[Report, floa
     return report, found.mean_kl
 
 
-def test_other_text_gains_too(tmp_path: Path) -> None:
-    before, plain = quantized(tmp_path, "allocate", "quantize")
-    after, tuned = quantized(tmp_path, "allocate", "quantize", "tune: {steps: 40}")
-    assert tuned < 0.9 * plain
-    assert after.weights_bytes == before.weights_bytes
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, float]:
+    """What is not trained."""
+    return quantized(tmp_path_factory.mktemp("plain"), "allocate", "quantize")
+
+
+@pytest.fixture(scope="module")
+def plain_at_length(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, float]:
+    """The same with as much calibration text as training at full length has."""
+    return quantized(tmp_path_factory.mktemp("plain"), "allocate", "quantize", **AT_LENGTH)
+
+
+def test_other_text_gains_too(plain: tuple[Report, float], tmp_path: Path) -> None:
+    after, tuned = quantized(tmp_path, "allocate", "quantize", "tune: {steps: 10}")
+    assert tuned < 0.9 * plain[1]
+    assert after.weights_bytes == plain[0].weights_bytes
     assert "tune: 4 of 4 blocks are nearer to the original" in after.notes[-2]
-    assert "tune: 40 steps and " in after.notes[-1]
+    assert "tune: 10 steps and " in after.notes[-1]
+    verify(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_training_at_length_gains_more(window: int, plain_at_length: tuple[Report, float], tmp_path: Path) -> None:
+    _, tuned = quantized(tmp_path, "allocate", "quantize", f"tune: {{window: {window}}}", **AT_LENGTH)
+    assert tuned < 0.7 * plain_at_length[1]
     verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("window", [1, 3])
-def test_windows_of_any_length(window: int, tmp_path: Path) -> None:
+def test_windows_of_any_length(window: int, plain: tuple[Report, float], tmp_path: Path) -> None:
     """Longer than what is left of the model, too; what lies behind a block is not rounded by it."""
-    _, plain = quantized(tmp_path, "allocate", "quantize")
-    report, tuned = quantized(tmp_path, "allocate", "quantize", f"tune: {{window: {window}}}")
-    assert tuned < 0.95 * plain
+    report, tuned = quantized(tmp_path, "allocate", "quantize", f"tune: {{window: {window}, steps: 6}}")
+    assert tuned < 0.95 * plain[1]
     assert "tune: 4 of 4 blocks" in report.notes[-2]
     verify(tmp_path / "out")
 
@@ -82,25 +101,24 @@ def test_blocks_that_are_kept_take_no_share_of_the_budget(tmp_path: Path, monkey
 
 def test_folded_rotations_of_the_stream_leave_a_window_of_one(tmp_path: Path) -> None:
     passes = ("allocate", "rotate: {residual: folded}", "quantize")
-    _, plain = quantized(tmp_path, *passes, samples=16)
-    _, tuned = quantized(tmp_path, *passes, "tune", samples=16)
+    _, plain = quantized(tmp_path, *passes)
+    _, tuned = quantized(tmp_path, *passes, "tune: {steps: 6}")
     assert tuned < plain
 
 
 @pytest.mark.parametrize("part", ["codes", "scales"])
-def test_each_part_can_be_switched_off(part: str, tmp_path: Path) -> None:
+def test_each_part_can_be_switched_off(part: str, plain: tuple[Report, float], tmp_path: Path) -> None:
     other = "scales" if part == "codes" else "codes"
-    plain, tuned = (
-        quantized(tmp_path, "allocate", "quantize", *tune)[1] for tune in ((), (f"tune: {{{other}: false}}",))
-    )
-    assert tuned < plain
+    _, tuned = quantized(tmp_path, "allocate", "quantize", f"tune: {{{other}: false, steps: 6}}")
+    assert tuned < plain[1]
 
 
+@pytest.mark.slow
 def test_it_builds_on_rotated_scaled_and_corrected_blocks(tmp_path: Path) -> None:
     """Seen by block: these passes leave this model so little that its KL divergence is chance (0.024 to 0.028 at 2 bits
     without training, by how many threads add up)."""
     passes = ("allocate", "scale", "rotate", "quantize: {correct: 0.5, rounds: 1, shrink: 0.3}")
-    report, _ = quantized(tmp_path, *passes, "tune: {steps: 40}", bits=2)
+    report, _ = quantized(tmp_path, *passes, "tune: {steps: 40}", bits=2, **AT_LENGTH)
     assert "4 of 4 blocks are nearer to the original" in report.notes[-2]
     assert float(report.notes[-2].split("squared errors ")[1].split()[0]) < 0.8
     verify(tmp_path / "out")
@@ -141,7 +159,7 @@ def test_where_codes_are_fine_products_are_too(
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     sums = []
     for _ in range(2):
-        quantized(tmp_path, "allocate", "quantize", "tune: {steps: 5}", samples=8)
+        quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8)
         sums.append(verify(tmp_path / "out") or (tmp_path / "out/model-00001-of-00001.safetensors").read_bytes())
     assert sums[0] == sums[1]
 

@@ -45,6 +45,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(open_model(MODEL), tmp_path_factory.mktemp("smollm2"))
 
 
+@pytest.mark.slow
 def test_four_bits_cost_little(lab: Lab) -> None:
     found = lab.scores(4, "gptq")
     assert found.perplexity_original is not None
