@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 # Idle OpenMP threads sleep instead of spinning: on a shared machine spinning triples the CPU time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -27,10 +28,10 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/cpu/_native*.so

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -22,6 +23,12 @@ from quantc.spec import QuantSpec
 from quantc.work import BlockWork
 from tests.families import VOCAB
 from tests.word_tokenizer import make_tokenizer
+
+
+def thinned(cases: Sequence[Any], every: int, at: int = 0) -> list[Any]:
+    """Return all cases for parametrize, each a tuple or one value; all but every so many are marked slow."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*row, marks=() if index % every == at else pytest.mark.slow) for index, row in enumerate(rows)]
 
 
 def tiny_text(words: int = 400, seed: int = 0) -> str:

@@ -16,7 +16,7 @@ from quantc.passes.rotate import SMALLEST_BLOCK
 from quantc.recipe import Recipe
 from quantc.report import Report
 from tests.families import FAMILIES, build
-from tests.helpers import quantize_saved, save_with_tokenizer
+from tests.helpers import quantize_saved, save_with_tokenizer, thinned
 from tests.quantc.test_rewrite import CHANGED, EXPECTED, KINDS, REFUSED, SHARED
 from tests.test_families import TOKENS, put_rounded_weights
 
@@ -63,7 +63,7 @@ def check_report(name: str, report: Report) -> None:
 
 
 @pytest.mark.usefixtures("rotation_pays")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", thinned(list(FAMILIES), every=3))
 def test_all_passes_together_give_the_logits_of_the_rounded_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,13 +20,13 @@ from quantc import compiled
 from quantc.errors import UsageError
 from quantc.kernels.cpu import library
 from tests.families import build
-from tests.helpers import save_with_tokenizer
+from tests.helpers import save_with_tokenizer, thinned
 
 # torch's compiler, when it is imported, uses what torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 PROMPTS = torch.tensor([[3, 17, 42, 99, 3, 7], [0, 0, 5, 23, 8, 64]])  # the second is padded on the left
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
-FAMILIES = ["llama", "qwen2", "gpt2", "gemma2", "qwen2_moe", "phi", "mamba"]
+FAMILIES = thinned(["llama", "qwen2", "gpt2", "gemma2", "qwen2_moe", "phi", "mamba"], every=2)
 native = pytest.mark.skipif(isinstance(library.load(), str), reason="the native kernels were not built")
 
 

@@ -50,7 +50,7 @@ def measured(model: PreTrainedModel, tokens: torch.Tensor, name: str, spec: Quan
 @pytest.fixture(scope="module")
 def tiny_tokens() -> torch.Tensor:
     stories = (MODEL.parent / "heldout.txt").read_text().split("<|endoftext|>")
-    return tokenize_documents(AutoTokenizer.from_pretrained(MODEL), stories, samples=48, seq_len=128, seed=0)
+    return tokenize_documents(AutoTokenizer.from_pretrained(MODEL), stories, samples=12, seq_len=128, seed=0)
 
 
 def test_predictions_rank_linears_as_measuring_does(tiny_tokens: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from quantc.kernels.cuda.program import Launch
 from quantc.numerics.hadamard import rotate
 from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
+from tests.helpers import thinned
 from tests.kernels.cuda.kept_weights import prepare, random_kept
 from tests.simt.harness import run, unavailable
 
@@ -78,7 +79,7 @@ def multiply(tensor: QTensor, m: int, dtype: torch.dtype, device: Device = SMALL
     return launch
 
 
-@pytest.mark.parametrize(("spec", "size", "m", "uneven"), CASES, ids=str)
+@pytest.mark.parametrize(("spec", "size", "m", "uneven"), thinned(CASES, every=4, at=1), ids=str)
 def test_decode(spec: QuantSpec, size: tuple[int, int], m: int, uneven: bool) -> None:
     multiply(random_kept(spec, size, uneven), m, DTYPES[(m + spec.bits) % 2])
 
@@ -93,7 +94,7 @@ def test_decode_without_the_instructions_of_ampere() -> None:
     check(tensor, product)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3, 100])
+@pytest.mark.parametrize("multiprocessors", thinned([3, 1, 100], every=3))
 def test_sharing_steps_out_changes_no_more_than_the_order_of_sums(multiprocessors: int) -> None:
     tensor = random_kept(QuantSpec(4, 16, sparsity=0.5), (130, 1288))
     launch = multiply(tensor, 1, torch.bfloat16, Device(multiprocessors, 99 * 1024))
@@ -161,7 +162,7 @@ def test_tokens_that_share_a_product_do_not_meet() -> None:
     assert together.y[1].isnan().all()
 
 
-@pytest.mark.parametrize(("order", "k"), [(8, 520), (96, 192), (512, 512)])
+@pytest.mark.parametrize(("order", "k"), thinned([(8, 520), (96, 192), (512, 512)], every=3))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_rotates_what_it_reads(order: int, k: int, dtype: torch.dtype) -> None:
     tensor = random_kept(QuantSpec(4, 16, hadamard=order, sparsity=0.5), (70, k))
@@ -175,8 +176,7 @@ def test_decode_rotates_what_it_reads(order: int, k: int, dtype: torch.dtype) ->
     assert bool(((fused.y.double() - apart.y.double()).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", CODE_BITS)
+@pytest.mark.parametrize(("bits", "dtype"), thinned(list(itertools.product(CODE_BITS, DTYPES)), every=5), ids=str)
 def test_the_unpacked_weight_is_the_reference_bit_for_bit(bits: int, dtype: torch.dtype) -> None:
     for symmetric, uneven in itertools.product((False, True), repeat=2):
         spec = QuantSpec(bits, GROUP_OF[bits], symmetric=symmetric, sparsity=0.5)
@@ -186,18 +186,18 @@ def test_the_unpacked_weight_is_the_reference_bit_for_bit(bits: int, dtype: torc
         assert torch.equal(out, tensor.dequantize(torch.float32).to(dtype))
 
 
-def test_every_code_with_every_zero_point() -> None:
+@pytest.mark.parametrize(("bits", "dtype"), thinned(list(itertools.product(CODE_BITS, DTYPES)), every=5), ids=str)
+def test_every_code_with_every_zero_point(bits: int, dtype: torch.dtype) -> None:
     """Scales of one: weights are whole numbers, and exact in both types."""
-    for bits, dtype in itertools.product(CODE_BITS, DTYPES):
-        spec, size = QuantSpec(bits, GROUP_OF[bits], sparsity=1e-9), (1 << bits, 1 << max(bits, 5))
-        tensor = random_kept(spec, size)
-        assert tensor.zeros is not None
-        tensor.codes = torch.arange(size[1]).remainder(1 << bits).to(torch.uint8).expand(size).contiguous()
-        tensor.scales.fill_(1)
-        tensor.zeros.copy_(torch.arange(size[0])[:, None].expand_as(tensor.zeros))
-        out = torch.empty(size, dtype=dtype)
-        run(kept_launch.dequantize_launch(prepare(tensor), out))
-        assert torch.equal(out.float(), tensor.dequantize(torch.float32))
+    spec, size = QuantSpec(bits, GROUP_OF[bits], sparsity=1e-9), (1 << bits, 1 << max(bits, 5))
+    tensor = random_kept(spec, size)
+    assert tensor.zeros is not None
+    tensor.codes = torch.arange(size[1]).remainder(1 << bits).to(torch.uint8).expand(size).contiguous()
+    tensor.scales.fill_(1)
+    tensor.zeros.copy_(torch.arange(size[0])[:, None].expand_as(tensor.zeros))
+    out = torch.empty(size, dtype=dtype)
+    run(kept_launch.dequantize_launch(prepare(tensor), out))
+    assert torch.equal(out.float(), tensor.dequantize(torch.float32))
 
 
 def test_how_many_tokens_and_inputs_shared_memory_holds() -> None:

@@ -16,6 +16,7 @@ from quantc.kernels.cuda.packed import Device, Product, Workspace
 from quantc.kernels.cuda.program import Launch
 from quantc.numerics.hadamard import rotate
 from quantc.spec import WHOLE_ROW, QuantSpec
+from tests.helpers import thinned
 from tests.kernels.test_kernels import random_qtensor
 from tests.simt.harness import run, unavailable
 
@@ -72,8 +73,11 @@ def check(shape: Shape, spec: QuantSpec, size: tuple[int, int], m: int, dtype: t
     return launch
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("spec", "size", "m"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("spec", "size", "m", "dtype"),
+    thinned([(*case, dtype) for case in CASES for dtype in DTYPES], every=5),
+    ids=str,
+)
 def test_decode(spec: QuantSpec, size: tuple[int, int], m: int, dtype: torch.dtype) -> None:
     check(packed.decode_launch, spec, size, m, dtype, SMALL)
 
@@ -91,7 +95,7 @@ def test_decode_without_the_instructions_of_ampere() -> None:
 
 @pytest.mark.parametrize(
     ("spec", "size", "m"),
-    [(spec, size, 3 * m + 10 * (index % 3)) for index, (spec, size, m) in enumerate(CASES)],
+    thinned([(spec, size, 3 * m + 10 * (index % 3)) for index, (spec, size, m) in enumerate(CASES)], every=4),
     ids=str,
 )
 def test_matmul(spec: QuantSpec, size: tuple[int, int], m: int) -> None:
@@ -114,7 +118,7 @@ def test_a_pipeline_is_as_deep_as_shared_memory_allows() -> None:
     assert shallow.shared <= games.shared_limit < deep.shared
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("splits", thinned([5, 2, 1], every=3))
 def test_splitting_k_changes_no_more_than_the_order_of_sums(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "best_splits", lambda *_: splits)
     for shape in (packed.decode_launch, packed.matmul_launch):
@@ -135,8 +139,7 @@ def test_the_same_bits_whatever_block_ends_last() -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", CODE_BITS)
+@pytest.mark.parametrize(("bits", "dtype"), thinned(list(itertools.product(CODE_BITS, DTYPES)), every=3), ids=str)
 def test_the_unpacked_weight_is_the_reference_bit_for_bit(bits: int, dtype: torch.dtype) -> None:
     for group, grouping, symmetric in ((32, "per_oc", False), (16, "per_ic", False), (64, "per_oc", True)):
         spec, size = QuantSpec(bits, group, grouping, symmetric), (70, 136)  # type: ignore[arg-type]
@@ -147,22 +150,23 @@ def test_the_unpacked_weight_is_the_reference_bit_for_bit(bits: int, dtype: torc
         assert torch.equal(out, tensor.dequantize(torch.float32).to(dtype))
 
 
-def test_every_code_with_every_zero_point() -> None:
+@pytest.mark.parametrize(("bits", "dtype"), thinned(list(itertools.product(CODE_BITS, DTYPES)), every=5), ids=str)
+def test_every_code_with_every_zero_point(bits: int, dtype: torch.dtype) -> None:
     """Scales of one: weights are whole numbers, and exact in both types."""
-    for bits, dtype in itertools.product(CODE_BITS, DTYPES):
-        spec, size = QuantSpec(bits, 64), (64, 1 << max(bits, 3))
-        tensor = random_qtensor(spec, size)
-        assert tensor.zeros is not None
-        tensor.codes = torch.arange(size[1]).remainder(1 << bits).to(torch.uint8).expand(size).contiguous()
-        tensor.scales.fill_(1)
-        tensor.zeros.copy_(torch.arange(tensor.zeros.numel()).remainder(1 << bits).view_as(tensor.zeros))
-        out = torch.empty(size, dtype=dtype)
-        run(packed.dequantize_launch(prepare(DENSE.pack(tensor), spec, size), out))
-        assert torch.equal(out.float(), tensor.dequantize(torch.float32))
+    spec, size = QuantSpec(bits, 64), (64, 1 << max(bits, 3))
+    tensor = random_qtensor(spec, size)
+    assert tensor.zeros is not None
+    tensor.codes = torch.arange(size[1]).remainder(1 << bits).to(torch.uint8).expand(size).contiguous()
+    tensor.scales.fill_(1)
+    tensor.zeros.copy_(torch.arange(tensor.zeros.numel()).remainder(1 << bits).view_as(tensor.zeros))
+    out = torch.empty(size, dtype=dtype)
+    run(packed.dequantize_launch(prepare(DENSE.pack(tensor), spec, size), out))
+    assert torch.equal(out.float(), tensor.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize(
-    ("order", "k", "m", "splits"), [(64, 320, 1, 2), (8, 72, 2, 1), (96, 192, 1, 3), (320, 320, 3, 2), (512, 512, 1, 1)]
+    ("order", "k", "m", "splits"),
+    thinned([(64, 320, 1, 2), (8, 72, 2, 1), (96, 192, 1, 3), (320, 320, 3, 2), (512, 512, 1, 1)], every=4),
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_rotates_what_it_reads(
