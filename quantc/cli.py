@@ -23,7 +23,8 @@ from .command_group import (
     as_words,
     options,
 )
-from .errors import CheckpointError, UsageError
+from .errors import UsageError, printable
+from .units import plural, size, to_printable
 
 if TYPE_CHECKING:
     from .report import Report
@@ -154,7 +155,7 @@ def _show_summary(model: str, report: Report) -> None:
     from . import tables
 
     command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2"]
-    console.show(tables.quantized(report.to_dict(), command))
+    console.show(tables.quantized(to_printable(report.to_dict()), command))
 
 
 @main.command()
@@ -185,13 +186,12 @@ def plan(model: str, out: Path, force: bool, as_json: bool, quiet: bool, verbose
 
         run = api.plan(model, progress=progress, **settings)
         run.plan.write(out)
-        rows = tables.widths(run)
+        rows, notes = tables.widths(run), run.report.notes
     if as_json:
-        console.show_json({"plan": str(out), "notes": run.report.notes, "widths": rows})
+        console.show_json({"plan": str(out), "notes": notes, "widths": rows})
     elif not quiet:
-        console.show(
-            tables.planned(rows, run.report.notes, ["quantc", "quantize", model, "--plan", str(out), *_again(settings)])
-        )
+        again = ["quantc", "quantize", model, "--plan", str(out), *_again(settings)]
+        console.show(tables.planned(to_printable(rows), to_printable(notes), again))
 
 
 def _again(settings: dict[str, Any]) -> list[str]:
@@ -307,7 +307,7 @@ def inspect(checkpoint: Path, as_json: bool) -> None:
         linears = [{**linear, "label": tables.label(linear["spec"])} for linear in report["linears"]]
         console.show_json({**report, "linears": linears})
     else:
-        console.show(tables.inspected(report))
+        console.show(tables.inspected(to_printable(report)))
 
 
 @main.command()
@@ -327,10 +327,9 @@ def verify(checkpoint: Path, as_json: bool) -> None:
     if as_json:
         console.show_json({"checkpoint": checkpoint, "tensors": verified.tensors, "bytes": verified.bytes})
         return
-    from .units import plural, size
-
     tensors = plural(verified.tensors, "tensor")
-    click.echo(f"{checkpoint} is intact: {tensors}, {size(verified.bytes)}, all shapes and checksums as recorded.")
+    name = printable(str(checkpoint))
+    click.echo(f"{name} is intact: {tensors}, {size(verified.bytes)}, all shapes and checksums as recorded.")
 
 
 @main.command()
@@ -359,7 +358,7 @@ def doctor(checkpoint: Path | None, dtype: str | None, device: str, as_json: boo
         return
     from . import tables
 
-    console.show(tables.diagnosed(facts))
+    console.show(tables.diagnosed(to_printable(facts)))
 
 
 @main.command()
@@ -381,34 +380,14 @@ def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
     if as_json:
         console.show_json({"checkpoint": checkpoint, "report": file})
     else:
-        click.echo(f"Wrote {file}")
+        click.echo(f"Wrote {printable(str(file))}")
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
     from .report import read_report
 
     _require_folder(folder)
-    report = read_report(folder)
-    try:
-        _check_keys(report)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / 'report.json'} lacks {error}, which every report has; copy the checkpoint again."
-        ) from error
-    return report
-
-
-def _check_keys(report: dict[str, Any]) -> None:
-    """Raise KeyError for the first key that a report or one of its linears lacks."""
-    from dataclasses import fields
-
-    from .report import LinearReport, Report
-
-    for key in (*(field.name for field in fields(Report)), "bits_per_weight", "expert_fallbacks"):
-        report[key]
-    for linear in report["linears"]:
-        for field in fields(LinearReport):
-            linear[field.name]
+    return read_report(folder)
 
 
 def _require_folder(folder: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from .errors import printable
 from .progress import LogProgress, Progress
 
 if TYPE_CHECKING:
@@ -69,12 +70,16 @@ def session(quiet: bool = False, verbose: bool = False) -> Iterator[Progress]:
 
 
 def make_console(to_stderr: bool = False) -> Console:
-    """A rich console on stdout or stderr; wide when that is no terminal and COLUMNS says nothing."""
+    """A rich console on stdout or stderr; wide when that is no terminal and COLUMNS says nothing.
+
+    Brackets in a text are brackets, and no markup: names come from files.
+    """
     from rich.console import Console
 
     stream = sys.stderr if to_stderr else sys.stdout
     wide = not stream.isatty() and "COLUMNS" not in os.environ
-    return Console(file=stream, highlight=False, soft_wrap=False, width=PIPE_WIDTH if wide else None)
+    width = PIPE_WIDTH if wide else None
+    return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False, width=width)
 
 
 def show(*parts: RenderableType) -> None:
@@ -139,4 +144,4 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        self._screen.print(self.format(record), style=style, markup=False)
+        self._screen.print(printable(self.format(record), keep="\n"), style=style)

@@ -1,10 +1,33 @@
 """Every error a user can meet: one sentence with what was found, what is needed, and what to do."""
 
+LONGEST_MESSAGE = 2000  # characters: a message may quote a value from a file, and that can have megabytes
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text with characters that a terminal would obey (escapes, changes of direction) as \\x1b and the like."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line that is safe to print, its middle left out where it is very long."""
+    line = printable(" ".join(text.split()))
+    if len(line) <= LONGEST_MESSAGE:
+        return line
+    half = LONGEST_MESSAGE // 2
+    return f"{line[:half]} [...] {line[-half:]}"
+
 
 class QuantcError(Exception):
-    """Base of all errors quantc raises on purpose; the command line prints it without a traceback."""
+    """Base of all errors quantc raises on purpose: one printable line, which the command line shows as it is."""
 
     exit_code = 1
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class UsageError(QuantcError):

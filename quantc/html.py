@@ -11,7 +11,7 @@ from math import isfinite
 from typing import Any
 
 from .spec import QuantSpec
-from .units import duration, number, plural, ratio, rewritten, size
+from .units import duration, number, plural, ratio, rewritten, size, to_printable
 
 # Geometry of a chart panel, in SVG units.
 PANEL_WIDTH, PANEL_HEIGHT = 220, 64
@@ -85,6 +85,7 @@ PAGE = """<!doctype html>
 
 def render(report: dict[str, Any]) -> str:
     """One self-contained page from a report as `quantc.report.read_report` returns it."""
+    report = to_printable(report)
     sections = [
         _header(report),
         _chart(report["linears"]),

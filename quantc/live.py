@@ -11,6 +11,7 @@ from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from .errors import printable
 from .units import clock, number, size
 
 
@@ -23,7 +24,7 @@ class LiveProgress:
     def __init__(self, console: Console, refresh_per_second: float = 8):
         self._bars = Bars(
             SpinnerColumn(finished_text="[green]✓[/]", style="cyan"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24, complete_style="cyan", finished_style="green", pulse_style="cyan"),
             _StepColumn(),
             _TimeColumn(),
@@ -61,19 +62,19 @@ class LiveProgress:
     def stage(self, name: str, total: int) -> None:
         self.done()
         self._count = 0
-        self._task = self._bars.add_task(name, total=total or None, counted=total > 0)
+        self._task = self._bars.add_task(printable(name), total=total or None, counted=total > 0)
 
     def step(self, name: str) -> None:
         self._count += 1
-        self._detail = name
+        self._detail = printable(name)
         if self._task is not None:
             self._bars.update(self._task, completed=self._count)
 
     def linear(self, name: str, error: float) -> None:
-        self._detail = f"{name}   error {number(error)}"
+        self._detail = f"{printable(name)}   error {number(error)}"
 
     def note(self, text: str) -> None:
-        self._live.console.print(text, style="dim", markup=False)
+        self._live.console.print(printable(text), style="dim", markup=False)
 
     def done(self) -> None:
         """Close the stage in work, if any; the time it took stays on the screen."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 
+from . import untrusted
 from .errors import UsageError
 from .graph import ModelGraph
 from .numerics.hadamard import fits
 from .numerics.row_widths import mark_salient, read_rows, write_rows
 from .spec import QuantSpec, packed_bytes
-from .untrusted import read_yaml
 
 KEEP = "keep"
+MOST_ROWS = 1 << 24  # of a weight: vocabularies have up to 2**19
 
 
 @dataclass
@@ -83,10 +83,8 @@ class Plan:
         """Raise UsageError unless the plan names exactly the graph's linears (and maybe some of `extra`)."""
         for name in self.specs:
             if name not in graph.linears and name not in extra:
-                near = get_close_matches(name, graph.linears, n=1, cutoff=0.0)
-                raise UsageError(
-                    f"the plan names {name}, which is no linear of this model; did you mean {near[0] if near else '-'}?"
-                )
+                near = untrusted.nearest(name, graph.linears) or "-"
+                raise UsageError(f"the plan names {name}, which is no linear of this model; did you mean {near}?")
         self._check_rotations(graph)
         self._fit_masks(graph)
         missing = [name for name in graph.linears if name not in self.specs]
@@ -105,7 +103,12 @@ class Plan:
                     f"the plan gives {name} a rotation, a rank or a sparsity, but only linears inside the blocks have "
                     "them; leave them out."
                 )
-            width = graph.linears[name].shape[1]
+            rows, width = graph.linears[name].shape
+            if spec.rank > min(rows, width):
+                raise UsageError(
+                    f"the plan gives {name} the rank {spec.rank}, but a weight of {rows} x {width} has rank "
+                    f"{min(rows, width)} at most; lower it, or write 0 for none."
+                )
             if not fits(width, spec.hadamard):
                 raise UsageError(
                     f"the plan rotates {name} in blocks of {spec.hadamard}, but its {width} inputs need blocks that "
@@ -136,16 +139,18 @@ class Plan:
 def read_plan(file: Path) -> Plan:
     """The plan in a YAML file; raises UsageError that names the entry for anything that is not one."""
     try:
-        content = read_yaml(file)
+        content = untrusted.read_yaml(file)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"the plan {file} cannot be read ({reason}); a YAML file that quantc wrote is needed."
+            f"the plan {file} cannot be read ({error}); a YAML file that quantc wrote is needed."
         ) from error
-    if not isinstance(content, dict) or content.get("version") != 1 or not isinstance(content.get("linears"), dict):
+    known = isinstance(content, dict) and untrusted.fits(content.get("version"), Literal[1])
+    if not known or not isinstance(content.get("linears"), dict):
         raise UsageError(f"{file} is no quantc plan: it needs `version: 1` and a mapping `linears`.")
     plan = Plan(given=True)
     for name, entry in content["linears"].items():
+        if not isinstance(name, str):
+            raise UsageError(f"{file}: the linear {name!r} has no name in letters; put names into quotes.")
         if entry != KEEP and not isinstance(entry, dict):
             raise UsageError(f"{file}: the entry of {name} is {entry!r}, but a spec mapping or `{KEEP}` is needed.")
         try:
@@ -167,6 +172,8 @@ def _read_spec(plan: Plan, name: str, entry: dict[str, Any]) -> QuantSpec:
     if wide is None:
         return QuantSpec.from_dict(entry)
     try:
+        if len(wide) > MOST_ROWS // 4:
+            raise ValueError(f"it has {len(wide)} digits")
         plan.salience[name] = read_rows(wide)
     except (TypeError, ValueError) as error:
         raise UsageError(

@@ -5,10 +5,8 @@ Unknown keys are refused with the nearest known one: a typo must not run for an 
 
 from __future__ import annotations
 
-import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,12 @@ import yaml
 from . import passes  # noqa: F401  registers every pass
 from .errors import UsageError
 from .pipeline import REGISTRY, Pass
-from .untrusted import read_yaml
+from .untrusted import describe, fits, nearest, read_yaml
 
 VERSION = 1
 NO_TEXT = "none"
+LARGEST = 2**63 - 1  # what torch takes as a seed, and more than anything that can be counted
+CALIBRATION_BOUNDS = (("samples", 1, 1_000_000), ("seq_len", 8, 1 << 20), ("seed", 0, LARGEST))
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,12 @@ class CalibrationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("seq_len", 8), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}, but at least {least} is needed; raise it.")
+        for name, least, most in CALIBRATION_BOUNDS:
+            value = getattr(self, name)
+            if value < least:
+                raise UsageError(f"{name} is {value}, but at least {least} is needed; raise it.")
+            if value > most:
+                raise UsageError(f"{name} is {value}, but {most} at most are possible; lower it.")
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Recipe:
         """Inverse of to_dict; keys left out have their defaults. Raises UsageError for anything unknown."""
         mapping = _mapping(content, "the recipe")
         _refuse_unknown(mapping, ["version", "calibration", "passes"], "the recipe")
-        if mapping.get("version") != VERSION:
+        if not fits(mapping.get("version"), typing.Literal[1]):
             raise UsageError(f"the recipe has version {mapping.get('version')!r}, but `version: {VERSION}` is needed.")
         entries = mapping.get("passes", [])
         if not isinstance(entries, list) or not entries:
@@ -119,8 +122,7 @@ def read_recipe(file: Path) -> Recipe:
     try:
         content = read_yaml(file)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"the recipe {file} cannot be read ({reason}); a YAML file is needed.") from error
+        raise UsageError(f"the recipe {file} cannot be read ({error}); a YAML file is needed.") from error
     return Recipe.from_dict(content)
 
 
@@ -138,8 +140,10 @@ def from_mapping(kind: type, content: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     _refuse_unknown(mapping, [field.name for field in fields(kind)], where)
     for key, value in mapping.items():
-        if not _fits(value, hints[key]):
-            raise UsageError(f"{where}: {key} is {value!r}, but {_describe(hints[key])} is needed.")
+        if not fits(value, hints[key]):
+            raise UsageError(f"{where}: {key} is {value!r}, but {describe(hints[key])} is needed.")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UsageError(f"{where}: {key} is {value}, but {LARGEST} at most is possible; lower it.")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
 
 
@@ -150,7 +154,7 @@ def _read_pass(entry: Any) -> tuple[str, Any]:
         raise UsageError(f"the pass entry {entry!r} is not `name: settings`; write one pass per list item.")
     ((name, settings),) = entry.items()
     _refuse_unknown({name: settings}, list(REGISTRY), "passes")
-    return name, from_mapping(REGISTRY[name].Config, settings or {}, f"pass {name}")
+    return name, from_mapping(REGISTRY[name].Config, {} if settings is None else settings, f"pass {name}")
 
 
 def _describe_change(item: Pass, other: Pass | None) -> str:
@@ -170,39 +174,9 @@ def _mapping(content: Any, where: str) -> dict[str, Any]:
 def _refuse_unknown(mapping: dict[str, Any], known: list[str], where: str) -> None:
     for key in mapping:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1, cutoff=0.0)
-            hint = f"did you mean {near[0]!r}?" if near else "it has no keys at all."
+            near = nearest(key, known)
+            hint = f"did you mean {near!r}?" if near else "it has no keys at all."
             raise UsageError(f"{where} has the unknown key {key!r}; {hint}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if origin is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if origin is dict:
-        key, item = typing.get_args(hint)
-        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
-    if typing.get_origin(hint) is dict:
-        return "a mapping of {} to {}".format(*map(_describe, typing.get_args(hint)))
-    return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 def _replaced(config: Any, settings: dict[str, Any]) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
 from .memory import peak_rss_bytes
 from .spec import QuantSpec
-from .untrusted import read_json
+from .untrusted import describe, fits, read_json
 
 REPORT_FILE = "report.json"
+TOTALS = {"bits_per_weight": float, "expert_fallbacks": int}  # in the file, but computed
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,41 @@ class Report:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """report.json of a checkpoint as a mapping; raises CheckpointError when it is missing or damaged."""
+    """report.json of a checkpoint as a mapping; raises CheckpointError when it is missing or damaged.
+
+    Every key is there and of its type, so that whoever shows the report need not ask.
+    """
     file = folder / REPORT_FILE
     try:
-        return read_json(file)
-    except (OSError, ValueError) as error:
+        content = read_json(file)
+        _check(content, typing.get_type_hints(Report) | TOTALS | {"linears": list[dict[str, Any]]}, "the report")
+        for linear in content["linears"]:
+            _check_linear(linear)
+    except (OSError, ValueError, UsageError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}); every quantc checkpoint has one, so copy the checkpoint again."
         ) from error
+    return content
+
+
+def _check_linear(linear: dict[str, Any]) -> None:
+    # An error that could not be measured is NaN, or null in a copy that knows no NaN.
+    error = linear.get("error", "")
+    measured = isinstance(error, float) and error != error
+    usual = {"spec": dict[str, Any], "error": Any if measured or error is None else float}
+    name = linear.get("name", "a linear")
+    _check(linear, typing.get_type_hints(LinearReport) | usual, str(name))
+    QuantSpec.from_dict(linear["spec"])
+    if min(linear["shape"]) < 1 or linear["experts"] < 0:
+        raise ValueError(f"{name} has the shape {linear['shape']} and {linear['experts']} experts")
+
+
+def _check(content: Any, hints: dict[str, Any], where: str) -> None:
+    """Raise ValueError for the first key that is missing or of another type."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is no mapping")
+    for key, hint in hints.items():
+        if key not in content:
+            raise ValueError(f"{where} lacks {key!r}")
+        if not fits(content[key], hint):
+            raise ValueError(f"{key} of {where} is {content[key]!r}, and not {describe(hint)}")

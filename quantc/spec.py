@@ -17,6 +17,7 @@ WHOLE_ROW = -1
 MIN_BITS, MAX_BITS = 2, 8
 SCALE_BITS = 16
 NEWER_FIELDS = ("wide_rows", "sparsity", "two_of_four")  # than version 1 of the file format
+LARGEST_COUNT = 2**31 - 1  # of a group, a rank, a rotation or rows: no weight has as many rows or columns
 PLACE_BITS = 2  # which of four inputs a weight belongs to
 SPARSE_GROUPS = (8, 16, 32)  # what one index may stand for: shorter ones cost too much of it, longer ones quality
 
@@ -56,6 +57,9 @@ class QuantSpec:
     two_of_four: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("group_size", "rank", "hadamard", "wide_rows"):
+            if _is_count(getattr(self, name)) and getattr(self, name) > LARGEST_COUNT:
+                raise UsageError(f"{name} is {getattr(self, name)}, but {LARGEST_COUNT} at most is possible; lower it.")
         if not _is_count(self.bits) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(
                 f"bits is {self.bits!r}, but codes have {MIN_BITS} to {MAX_BITS} bits; choose one of those."
@@ -87,7 +91,8 @@ class QuantSpec:
             )
 
     def _check_sparsity(self) -> None:
-        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity <= 1 or self.sparsity is True:
+        is_number = isinstance(self.sparsity, (int, float)) and not isinstance(self.sparsity, bool)
+        if not is_number or not 0 <= self.sparsity <= 1:
             raise UsageError(f"sparsity is {self.sparsity!r}, but it is a share of the groups; choose one from 0 to 1.")
         if not self.sparsity:
             return
@@ -206,7 +211,7 @@ class QuantSpec:
     def from_dict(cls, mapping: dict[str, Any]) -> QuantSpec:
         """Inverse of to_dict; raises UsageError for a key this version does not know."""
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(mapping) - known)
+        unknown = sorted(set(mapping) - known, key=str)
         if unknown:
             raise UsageError(f"a quantization spec has the unknown key {unknown[0]!r}; known keys are {sorted(known)}.")
         return cls(**mapping)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from math import floor, isfinite, log10
+from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, printable
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units with three digits, such as 97.3 MB."""
+    """Bytes in decimal units with three digits, such as 97.3 MB; n/a TB when not finite."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5:
@@ -36,11 +37,16 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if found is None or found[2] not in SIZE_UNITS:
         raise UsageError(f"{text!r} is no size; 300MiB, 1.5GB and 300000000 are examples.")
-    return int(float(found[1]) * SIZE_UNITS[found[2]])
+    value = float(found[1]) * SIZE_UNITS[found[2]]
+    if not isfinite(value):
+        raise UsageError(f"{text!r} is more than any size; 300MiB, 1.5GB and 300000000 are examples.")
+    return int(value)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 4.2 s, 3 min 05 s or 2 h 07 min."""
+    """Seconds as 4.2 s, 3 min 05 s or 2 h 07 min; n/a when not finite."""
+    if not isfinite(seconds):
+        return "n/a"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -57,7 +63,10 @@ def parse_duration(text: str) -> float:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in DURATION_UNITS:
         raise UsageError(f"{text!r} is no time; 90s, 10min and 1.5h are examples.")
-    return float(found[1]) * DURATION_UNITS[found[2]]
+    seconds = float(found[1]) * DURATION_UNITS[found[2]]
+    if not isfinite(seconds):
+        raise UsageError(f"{text!r} is more than any time; 90s, 10min and 1.5h are examples.")
+    return seconds
 
 
 def clock(seconds: float) -> str:
@@ -92,3 +101,12 @@ def rewritten(rewrites: dict[str, dict[str, int]]) -> list[str]:
     return [
         f"{by}: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) for by, kinds in rewrites.items()
     ]
+
+
+def to_printable(value: Any) -> Any:
+    """Nested mappings and sequences with every text in them such that a terminal can show it."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {to_printable(key): to_printable(item) for key, item in value.items()}
+    return [to_printable(item) for item in value] if isinstance(value, (list, tuple)) else value

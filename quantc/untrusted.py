@@ -7,8 +7,12 @@ from brackets in brackets, no memory eaten by a page of YAML aliases, no wait fo
 from __future__ import annotations
 
 import json
+import math
 import stat
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ import yaml
 
 DEEPEST = 100  # mappings and lists inside each other: transformers' own configs have fewer than 10
 MOST_NODES = 1_000_000  # of a YAML document with its aliases written out
+MOST_BITS = 128  # of a whole number; tokenizers have 10**30 for "no limit"
+LONGEST_WORD = 200  # characters that are compared when a known name is looked for; that takes quadratic time
 MOST_BYTES = 256 << 20  # an index of 100,000 tensors has 10 MB
 
 
@@ -25,7 +31,7 @@ def parse_json(text: str | bytes) -> Any:
         content = json.loads(text)
     except RecursionError as error:
         raise ValueError(_too_deep()) from error
-    _check_depth(content)
+    _check_content(content)
     return content
 
 
@@ -38,7 +44,9 @@ def parse_yaml(text: str) -> Any:
         if root is None:
             return None
         _count_nodes(root)
-        return loader.construct_document(root)
+        content = loader.construct_document(root)
+        _check_content(content)
+        return content
     except RecursionError as error:
         raise ValueError(_too_deep()) from error
     except yaml.YAMLError as error:
@@ -65,9 +73,59 @@ def read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _check_depth(content: Any) -> None:
+def nearest(word: object, known: Iterable[str], cutoff: float = 0.0) -> str | None:
+    """Return the known name most like a word from a file, None where none is."""
+    return next(iter(get_close_matches(str(word)[:LONGEST_WORD], list(known), n=1, cutoff=cutoff)), None)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a file is of a type as annotated; true is no number, and no number is NaN or infinite."""
+    if hint is Any:
+        return True
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(option) and value == option for option in arguments)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and _items_fit(value, arguments)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        key, item = arguments
+        return isinstance(value, dict) and all(fits(k, key) and fits(v, item) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _items_fit(values: Sequence[Any], hints: tuple[Any, ...]) -> bool:
+    if hints[-1] is Ellipsis:
+        return all(fits(value, hints[0]) for value in values)
+    return len(values) == len(hints) and all(map(fits, values, hints))
+
+
+def describe(hint: Any) -> str:
+    """Return an annotation in words, for the error about a value that is none of it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(option) for option in arguments)
+    if origin in (tuple, list):
+        return f"a list of {describe(arguments[0])}"
+    if origin is dict:
+        return "a mapping of {} to {}".format(*map(describe, arguments))
+    return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
+
+
+def _check_content(content: Any) -> None:
     level: list[Any] = [content]
     for _ in range(DEEPEST):
+        if any(isinstance(value, int) and value.bit_length() > MOST_BITS for value in level):
+            raise ValueError(f"it has a whole number of more than {MOST_BITS} bits")
         level = [item for value in level for item in _inside(value)]
         if not level:
             return

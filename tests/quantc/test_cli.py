@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -282,6 +283,75 @@ def test_what_is_kept_is_said_in_the_same_line(
     assert "\n" not in lines
 
 
-def test_a_bug_is_not_disguised(fail_with: Callable[[BaseException], None]) -> None:
-    fail_with(RuntimeError("shapes do not match"))
-    assert isinstance(run("quantize", "tiny", "--bits", "4").exception, RuntimeError)
+def test_a_bug_is_one_line_that_names_the_file_with_its_traceback(
+    fail_with: Callable[[BaseException], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTC_CACHE", str(tmp_path))
+    fail_with(RuntimeError("shapes do not\nmatch \x1b[31m"))
+    result = run("quantize", "tiny", "--bits", "4", "--json")
+    assert result.exit_code == 70
+    assert result.stdout == ""
+    (file,) = (tmp_path / "crashes").iterdir()
+    assert result.stderr == (
+        f"Error: this is a bug in quantc (RuntimeError: shapes do not match \\x1b[31m); its traceback is in {file}, "
+        "please report it.\n"
+    )
+    assert "in quantize\n    raise error" in file.read_text()
+
+
+def test_a_bug_is_told_where_the_cache_cannot_be_written_to(
+    fail_with: Callable[[BaseException], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QUANTC_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    fail_with(RecursionError())
+    result = run("quantize", "tiny", "--bits", "4")
+    (file,) = tmp_path.glob("quantc-*.txt")
+    assert result.exit_code == 70
+    assert f"its traceback is in {file}, please report it.\n" in result.stderr
+
+
+@pytest.mark.parametrize("error", [IndexError("x"), KeyError("x"), OverflowError("x"), ZeroDivisionError("x")])
+def test_no_exception_is_a_traceback(fail_with: Callable[[BaseException], None], error: Exception) -> None:
+    fail_with(error)
+    result = run("quantize", "tiny", "--bits", "4")
+    assert result.exit_code == 70
+    assert result.stderr.startswith(f"Error: this is a bug in quantc ({type(error).__name__}: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_message_of_megabytes_is_cut(fail_with: Callable[[BaseException], None]) -> None:
+    fail_with(ModelError(f"the name {'x' * 10**6} is long"))
+    shown = run("quantize", "tiny", "--bits", "4").stderr
+    assert len(shown) < 2100
+    assert shown.startswith("Error: the name xxx")
+    assert shown.endswith("xxx is long\n")
+
+
+@pytest.mark.parametrize("words", [["recipe", "show", "best"], ["--help"]])
+def test_a_reader_that_has_read_enough_is_no_failure(words: list[str]) -> None:
+    command = [sys.executable, "-c", "from quantc.cli import main; main()", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"--samples {'9' * 5000}", "must be a whole number of 1 or more"),
+        (f"--seed {2**63}", "must be a whole number of 0 or more"),
+        (f"--pin *={'9' * 5000}", "must be NAMES=BITS"),
+        (f"--bits {'9' * 5000}", "must be a number from 2 to 8"),
+        ("--samples 1000001 --calib builtin", "samples is 1000001, but 1000000 at most are possible; lower it."),
+    ],
+)
+def test_options_of_thousands_of_digits_are_refused(words: str, message: str) -> None:
+    result = run("quantize", "m", "--bits", "4", *words.split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -2,7 +2,10 @@
 
 import inspect
 import json
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +138,67 @@ def test_report_writes_the_page_beside_the_report_or_where_told(folder: Any) -> 
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     content = json.loads(run("report", str(folder), "-o", str(folder / "x.html"), "--json").stdout)
     assert content == {"checkpoint": str(folder), "report": str(folder / "x.html")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"linears": {}}, "linears of the report is {}, and not a list of a mapping of str to Any"),
+        ({"linears": [3]}, "linears of the report is [3], and not"),
+        ({"wall_seconds": float("inf")}, "wall_seconds of the report is inf, and not float"),
+        ({"weights_bytes": "many"}, "weights_bytes of the report is 'many', and not int"),
+        ({"expert_fallbacks": True}, "expert_fallbacks of the report is True, and not int"),
+        ({"notes": [1]}, "notes of the report is [1], and not a list of str"),
+        ({"rewrites": {"rotate": 3}}, "rewrites of the report is {'rotate': 3}, and not a mapping of str to"),
+        ({"shape": [0, 128]}, "model.layers.1.mlp.up_proj has the shape [0, 128] and 0 experts"),
+        ({"shape": [256, 128, 4]}, "shape of model.layers.1.mlp.up_proj is [256, 128, 4], and not"),
+        ({"spec": {"bits": 99}}, "bits is 99, but codes have 2 to 8 bits"),
+        ({"name": None}, "name of None is None, and not str"),
+        ({"error": "big"}, "error of model.layers.1.mlp.up_proj is 'big', and not float"),
+        ({"bits_per_weight": 10**40}, "it has a whole number of more than 128 bits"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "report"])
+def test_a_report_with_a_value_of_another_kind_is_one_line(
+    folder: Any, command: str, changes: dict[str, Any], message: str
+) -> None:
+    report = make_report().to_dict()
+    (report if next(iter(changes)) in report else report["linears"][0]).update(changes)
+    (folder / "report.json").write_text(json.dumps(report))
+    result = run(command, str(folder))
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_names_are_printed_as_they_are_and_command_no_terminal(folder: Any) -> None:
+    report = make_report().to_dict()
+    report["linears"][0]["name"] = "[/x] [red]a[/red] :smile: \x1b[31m\r\u202e"
+    report["linears"][0]["method"] = "\x9b2J[link=http://a]"
+    report["notes"] = ["\x1b]0;title\x07"]
+    report["kept"] = {"\x1b[1mkept": "\x1bno"}
+    (folder / "report.json").write_text(json.dumps(report))
+    shown = run("inspect", str(folder)).stdout
+    assert "[/x] [red]a[/red] :smile: \\x1b[31m\\r\\u202e" in shown
+    assert "\\x9b2J[link=http://a]" in shown
+    assert "\\x1b]0;title\\x07" in shown
+    assert "\\x1b[1mkept  \\x1bno" in shown
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    run("report", str(folder))
+    page = (folder / "report.html").read_text()
+    assert "\\x1b]0;title\\x07" in page
+    assert all(char.isprintable() or char == "\n" for char in page)
+
+
+def test_what_a_terminal_s_encoding_lacks_is_an_escape(folder: Any) -> None:
+    report = make_report().to_dict()
+    report["notes"] = ["äö"]
+    (folder / "report.json").write_text(json.dumps(report))
+    command = [sys.executable, "-c", "from quantc.cli import main; main()", "inspect", str(folder)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    assert "\\xe4\\xf6" in finished.stdout
 
 
 def test_report_to_a_folder_that_does_not_exist_is_one_line(folder: Any) -> None:

@@ -1,13 +1,14 @@
 """Live progress, JSON values, and figures as text."""
 
 import io
+import logging
 import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from quantc.console import to_plain
+from quantc.console import session, to_plain
 from quantc.errors import ModelError
 from quantc.live import LiveProgress
 from quantc.units import clock, duration, number, size
@@ -40,6 +41,27 @@ def test_live_progress_ends_cleanly_when_the_run_fails() -> None:
     assert "4/4" not in stream.getvalue()
 
 
+def test_names_command_no_terminal() -> None:
+    stream = io.StringIO()
+    screen = Console(file=stream, force_terminal=True, width=110, color_system=None)
+    with LiveProgress(screen) as progress:
+        progress.stage("[/x]\x1b[5m", 4)
+        progress.step("[/y]\x1b[5m")
+        progress.note("[/z]\x1b[5m")
+        with screen.capture() as capture:
+            screen.print(progress)
+    assert "[/x]\\x1b[5m" in capture.get()
+    assert "[/y]\\x1b[5m" in capture.get()
+    assert "[/z]\\x1b[5m" in stream.getvalue()
+    assert "\x1b[5m" not in stream.getvalue()
+
+
+def test_log_lines_command_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with session():
+        logging.getLogger("quantc").warning("%s done\nsecond line", "[/x] :smile: \x1b[5m")
+    assert "[/x] :smile: \\x1b[5m done\nsecond line" in capsys.readouterr().err
+
+
 def test_json_values_are_plain(tmp_path: Any) -> None:
     value = {"a": float("nan"), "b": (1, float("-inf")), "c": tmp_path, 4: True}
     assert to_plain(value) == {"a": None, "b": [1, None], "c": str(tmp_path), "4": True}
@@ -48,6 +70,7 @@ def test_json_values_are_plain(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("shown", "wanted"),
     [
+        (size(float("inf")), "n/a TB"), (duration(float("inf")), "n/a"), (duration(float("nan")), "n/a"),
         (size(999), "999 B"), (size(112_345_678), "112 MB"), (size(1_999_999), "2.00 MB"),
         (size(25.3e9), "25.3 GB"), (duration(4.25), "4.2 s"),
         (duration(59.99), "1 min 00 s"), (duration(7620), "2 h 07 min"),

@@ -86,6 +86,26 @@ def test_an_edited_plan_says_what_was_edited(tmp_path: Path) -> None:
         ("version: 1\nlinears: {h.q: {bit: 4}}", "h.q: a quantization spec has the unknown key 'bit'"),
         ("version: 1\nlinears: {h.q: {bits: 11}}", "h.q: bits is 11, but codes have 2 to 8 bits"),
         ("version: [", "cannot be read (while parsing"),
+        ("version: true\nlinears: {}", "needs `version: 1`"),
+        ("version: 1\nlinears: {3: keep}", "the linear 3 has no name in letters; put names into quotes"),
+        ("version: 1\nlinears: {2020-01-01: keep}", "has no name in letters"),
+        ("version: 1\nlinears: {h.q: {3: 4, bit: 4}}", "h.q: a quantization spec has the unknown key 3"),
+        ("version: 1\nlinears: {h.q: {bits: true}}", "bits is True, but codes have 2 to 8 bits"),
+        ("version: 1\nlinears: {h.q: {bits: .nan}}", "bits is nan, but codes have 2 to 8 bits"),
+        ("version: 1\nlinears: {h.q: {sparsity: .nan}}", "sparsity is nan, but it is a share"),
+        ("version: 1\nlinears: {h.q: {sparsity: false}}", "sparsity is False, but it is a share"),
+        ("version: 1\nlinears: {h.q: {group_size: .inf}}", "group_size is inf, but a group holds"),
+        ("version: 1\nlinears: {h.q: {rank: 1000000000000}}", "rank is 1000000000000, but 2147483647 at most"),
+        ("version: 1\nlinears: {h.q: {hadamard: 9999999999}}", "hadamard is 9999999999, but 2147483647 at most"),
+        (f"version: 1\nlinears: {{h.q: {{bits: {'9' * 5000}}}}}", "cannot be read (Exceeds the limit"),
+        (f"version: 1\nlinears: {{h.q: {{bits: 0x{'9' * 5000}}}}}", "a whole number of more than 128 bits"),
+        ("version: 1\nlinears: {h.q: {wide: 3}}", "wide is 3, but it marks rows in hexadecimal"),
+        ("version: 1\nlinears: {h.q: {wide: [1, 2]}}", "wide is [1, 2], but it marks rows in hexadecimal"),
+        ("version: 1\nlinears: {h.q: {wide: 'xy'}}", "wide is 'xy', but it marks rows in hexadecimal"),
+        (f"version: 1\nlinears: {{h.q: {{wide: '{'00' * (1 << 22)}'}}}}", "but it marks rows in hexadecimal"),
+        ("version: 1\nlinears: {h.q: [" + "[" * 500 + "]" * 500 + "]}", "lists or mappings inside each other"),
+        ("version: 1\nlinears: &a {h.q: *a}", "an alias stands inside what it names"),
+        ('version: 1\nlinears: {"h\\e[31m\\n.q": 4}', "the entry of h\\x1b[31m .q is 4"),
     ],
 )
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -112,6 +132,22 @@ def test_an_unknown_linear_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(UsageError) as caught:
         plan.check(graph(), {"embed.weight"})
     assert str(caught.value) == ("the plan names h.0.q_prj, which is no linear of this model; did you mean h.0.q_proj?")
+
+
+def test_a_name_of_megabytes_is_answered_too() -> None:
+    """Looking for the nearest name takes quadratic time."""
+    plan = Plan({"q" * 10**6: None})
+    with pytest.raises(UsageError, match="is no linear of this model; did you mean"):
+        plan.check(graph(), set())
+
+
+def test_a_rank_above_the_weight_s_own_is_refused() -> None:
+    plan = Plan(dict.fromkeys(NAMES, QuantSpec(4, 32, rank=8)))
+    plan.check(graph(), set())
+    plan.specs[NAMES[1]] = QuantSpec(4, 32, rank=9)
+    with pytest.raises(UsageError) as caught:
+        plan.check(graph(), set())
+    assert "gives h.0.k_proj the rank 9, but a weight of 8 x 16 has rank 8 at most; lower it" in str(caught.value)
 
 
 def test_a_missing_linear_is_named() -> None:

@@ -118,6 +118,23 @@ def test_settings_of_a_pass_the_recipe_lacks_are_refused() -> None:
         ("- a\n- b\n", "the recipe is ['a', 'b'], but a mapping of keys to values is needed."),
         ("", "the recipe is None, but a mapping of keys to values is needed."),
         ("a: [", "cannot be read (while parsing"),
+        ({"version": True, "passes": PASSES}, "the recipe has version True, but `version: 1` is needed."),
+        ({"version": 1, "passes": [{"allocate": False}]}, "pass allocate is False, but a mapping"),
+        ({"version": 1, "passes": [{3: {}}]}, "passes has the unknown key 3"),
+        ({"version": 1, "passes": [{"quantize": {"damp": float("nan")}}]}, "damp is nan, but float is needed."),
+        ({"version": 1, "passes": [{"quantize": {"damp": float("inf")}}]}, "damp is inf, but float is needed."),
+        ({"version": 1, "passes": [{"quantize": {"rounds": 2**64}}]}, "but 9223372036854775807 at most is possible"),
+        ({"version": 1, "passes": [{"allocate": {"pins": {1: 4}}}]}, "but a mapping of str to int is needed"),
+        ({"version": 1, "passes": PASSES, "calibration": {"samples": 10**7}}, "but 1000000 at most are possible"),
+        ({"version": 1, "passes": PASSES, "calibration": {"seq_len": 10**7}}, "but 1048576 at most are possible"),
+        (
+            {"version": 1, "passes": PASSES, "calibration": {"seed": 2**63}},
+            "but 9223372036854775807 at most is possible",
+        ),
+        ({"version": 1, "passes": [{"q" * 10**6: {}}]}, "passes has the unknown key 'qqq"),
+        ("a: " + "[" * 500 + "]" * 500, "lists or mappings inside each other"),
+        (f"version: {'9' * 5000}", "cannot be read (Exceeds the limit"),
+        ("a: &a [*a]", "an alias stands inside what it names"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, content: Any, message: str) -> None:
