@@ -125,6 +125,9 @@ class Rotate(Pass):
     def _prove(self, run: Run, calibration: CalibrationRun) -> dict[str, BlockTurn]:
         turns: dict[str, BlockTurn] = {}
         writers: dict[Any, dict[str, int]] = {}
+        config = run.source.model.config
+        if config.get_text_config() is not config:  # features of images may be added behind any block, unrotated
+            raise Refusal("the model has other parts than text, which may add to the hidden states between blocks")
         hidden = calibration.probe(run.graph.blocks[0]).hidden
         order = block_order(hidden.shape[-1])
         if order < SMALLEST_BLOCK:

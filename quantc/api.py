@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from . import pareto_page, sweep
-from .blocks import find_blocks
 from .checkpoint import CheckpointReader, is_checkpoint
 from .checkpoint import verify as verify_checkpoint
 from .checkpoint_writer import unfinished
+from .decoder import find_decoder
 from .errors import UsageError
-from .frontend import Source, open_model
-from .frontend.source import quiet_transformers, tensors_under
+from .frontend import Source, open_model, to_meta
+from .frontend.source import auto_class, quiet_transformers, tensors_under
 from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
 from .journal import has_journal, read_journal
 from .pareto import Curve, spaced, trace_curve
@@ -229,7 +229,7 @@ def load(
     else:
         CheckpointReader(path)
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+        model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype or "auto")
     model.eval().to(device)
     if compile:
         from .compiled import compile_decoding
@@ -305,7 +305,7 @@ def _stored_size(model: PathLike) -> dict[str, Any]:
 def _source_bits_per_weight(source: Source) -> float:
     """Average over the matrices inside the blocks of an unquantized model."""
     bits = weights = 0.0
-    for block in find_blocks(source.model):
+    for block in find_decoder(source.model, source.load, to_meta).blocks:
         for name, tensor in tensors_under(source.model, block):
             if tensor.ndim >= 2:
                 bits += source.stored_bits(name) * tensor.numel()

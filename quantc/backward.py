@@ -21,7 +21,7 @@ from torch import nn
 
 from .blocks import BlockCall, blocks_replaced
 from .calibration import Batch, CalibrationRun, fast_matmul
-from .derive import outside_names
+from .decoder import outside_names
 from .frontend import to_meta
 from .graph import Block, Linear
 from .pipeline import Run
@@ -81,8 +81,8 @@ class StateFile:
 
 
 def load_outside(run: Run) -> None:
-    """Load all that lies outside the blocks."""
-    for name in outside_names(run.source.model, [block.name for block in run.graph.blocks]):
+    """Load all that lies outside the blocks, but for what tokens do not reach."""
+    for name in outside_names(run.source.model, [*(block.name for block in run.graph.blocks), *run.graph.idle]):
         run.source.load(name)
 
 

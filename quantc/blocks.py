@@ -1,4 +1,4 @@
-"""The decoder blocks of a model, found by structure, and the model run around them.
+"""The decoder blocks of a model, and the model run around them.
 
 A sweep never runs the whole model. It runs the model once per batch with the blocks taken out, which yields
 what every block is called with (masks, rotary tables, ...), and then runs the blocks one after another.
@@ -58,30 +58,6 @@ class BlockCall:
 BlockHandler = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder blocks: the members of the nn.ModuleList that holds most of the model's weights.
-
-    Raises ModelError when no list of modules holds linear weights.
-    """
-    best, most = "", 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not _inside_a_list(model, name):
-            size = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
-            if size > most:
-                best, most = name, size
-    if not best:
-        raise ModelError(
-            f"{type(model).__name__} has no decoder blocks: an nn.ModuleList whose members hold linear weights was "
-            "looked for and none was found; quantc quantizes decoder language models."
-        )
-    return [f"{best}.{index}" for index in range(len(model.get_submodule(best)))]  # type: ignore[arg-type]
-
-
-def _inside_a_list(model: nn.Module, name: str) -> bool:
-    parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList) for end in range(1, len(parts)))
-
-
 @contextlib.contextmanager
 def blocks_replaced(blocks: list[nn.Module], handler: BlockHandler) -> Iterator[None]:
     """Inside, the first call of block i calls `handler(i, args, kwargs)` instead; the handler may run the block."""
@@ -97,6 +73,23 @@ def blocks_replaced(blocks: list[nn.Module], handler: BlockHandler) -> Iterator[
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Run a model inside, without gradients; what it cannot do with tokens alone becomes a ModelError."""
+    try:
+        with torch.no_grad():
+            yield
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{type(model).__name__} failed on a probe of tokens ({type(error).__name__}: {_one_line(error)}); "
+            "quantc needs a decoder that runs on input_ids alone."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class _LastBlockReached(Exception):
@@ -115,12 +108,13 @@ def run_around_blocks(
     called once each in order, each on what the one before returned: then they cannot be run one by one.
     """
     state = _Chain(blocks, run_block)
-    with torch.no_grad(), blocks_replaced(blocks, state), contextlib.suppress(_LastBlockReached):
+    with running(model), blocks_replaced(blocks, state), contextlib.suppress(_LastBlockReached):
         model(input_ids=tokens, use_cache=False)
     if state.next_index < len(blocks):
         raise ModelError(
-            f"{type(model).__name__} called only {state.next_index} of its {len(blocks)} blocks on a probe; "
-            "quantc needs a model that runs its blocks one after another."
+            f"{type(model).__name__} called only {state.next_index} of its {len(blocks)} blocks on a probe of tokens, "
+            f"no {type(blocks[state.next_index]).__name__} after them; quantc needs a model that runs its blocks one "
+            "after another."
         )
 
 
@@ -134,9 +128,11 @@ class _Chain:
 
     def __call__(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index != self.next_index:
+            due = type(self.blocks[self.next_index]).__name__
             raise ModelError(
                 f"{type(self.blocks[index]).__name__} number {index} was called when number {self.next_index} was "
-                "due; quantc needs a model that runs its blocks once each, in order."
+                f"due, a {due} that tokens alone may not reach; quantc needs a model that runs its blocks once each, "
+                "in order."
             )
         output = self.run_block(index, BlockCall(args, kwargs, self._place(args, kwargs)))
         self.returned = [output] if isinstance(output, torch.Tensor) else [t for t in output if _is_state(t)]
@@ -146,14 +142,24 @@ class _Chain:
         return output
 
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        for place, value in places:
-            if _is_state(value) and (self.next_index == 0 or any(_same(value, t) for t in self.returned)):
-                return place
+        place = state_place(args, kwargs, self.returned if self.next_index else None)
+        if place is not None:
+            return place
         raise ModelError(
             f"block {self.next_index} does not receive what block {self.next_index - 1} returned: the model computes "
             "something between its blocks, and quantc can only run blocks that follow each other directly."
         )
+
+
+def state_place(
+    args: tuple[Any, ...], kwargs: dict[str, Any], among: list[torch.Tensor] | None = None
+) -> int | str | None:
+    """Return the position or keyword of the first argument that looks like a hidden state, and is one of `among`."""
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in places:
+        if _is_state(value) and (among is None or any(_same(value, other) for other in among)):
+            return place
+    return None
 
 
 def _is_state(value: Any) -> bool:

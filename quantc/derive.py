@@ -10,16 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .blocks import BlockCall, describe_return, find_blocks, run_around_blocks
-from .errors import ModelError
+from .blocks import BlockCall, describe_return, run_around_blocks
+from .decoder import embedding_of, find_decoder, is_tied, load_outside, name_of, probe_tokens
 from .graph import Block, Linear, ModelGraph
 from .trace import BlockTracer
-
-PROBE_SHAPE = (2, 24)  # sequences and tokens of the probe batch
 
 
 def derive(model: PreTrainedModel, load: Callable[[str], None], free: Callable[[nn.Module], None]) -> ModelGraph:
@@ -29,9 +26,11 @@ def derive(model: PreTrainedModel, load: Callable[[str], None], free: Callable[[
     One block of each kind (class and parameter shapes) is loaded at a time; the others pass the hidden state on.
     Raises ModelError when the model's blocks cannot be found or run one by one.
     """
-    names = find_blocks(model)
+    embedding = name_of(model, embedding_of(model))
+    decoder = find_decoder(model, load, free)
+    names = decoder.blocks
     blocks = [model.get_submodule(name) for name in names]
-    load_outside_blocks(model, names, load)
+    load_outside(model, names, load, decoder.idle)
     traced: dict[Any, Block] = {}
     found: list[Block] = []
 
@@ -46,31 +45,14 @@ def derive(model: PreTrainedModel, load: Callable[[str], None], free: Callable[[
         found.append(_rebase(traced[kind], index, names[index]))
         return output
 
-    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
-    tokens = torch.randint(0, vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
-    run_around_blocks(model, blocks, tokens, run_block)
+    run_around_blocks(model, blocks, probe_tokens(model), run_block)
     return ModelGraph(
         blocks=_keep_shared(model, found),
-        embedding=_name_of(model, model.get_input_embeddings()),
-        head=_name_of(model, model.get_output_embeddings()),
-        tied=_is_tied(model),
+        embedding=embedding,
+        head=name_of(model, model.get_output_embeddings()),
+        tied=is_tied(model),
+        idle=decoder.idle,
     )
-
-
-def load_outside_blocks(model: PreTrainedModel, blocks: list[str], load: Callable[[str], None]) -> None:
-    """Load what a forward pass needs besides the blocks: all but the blocks and an untied head."""
-    head = _name_of(model, model.get_output_embeddings())
-    for name in outside_names(model, blocks):
-        if not (head and name.startswith(head + ".") and not _is_tied(model)):
-            load(name)
-
-
-def outside_names(model: PreTrainedModel, blocks: list[str]) -> list[str]:
-    """Names of the tensors outside the blocks, each shared tensor by the name it is stored under."""
-    inside = tuple(f"{block}." for block in blocks)
-    return [
-        name for name in model.state_dict() if not name.startswith(inside) and name not in model.all_tied_weights_keys
-    ]
 
 
 def _kind_of(block: nn.Module) -> Any:
@@ -118,16 +100,3 @@ def _keep_shared(model: PreTrainedModel, blocks: list[Block]) -> tuple[Block, ..
         return replace(linear, keep="several blocks share it") if linear.weight_name in shared else linear
 
     return tuple(replace(block, linears=tuple(map(kept, block.linears))) for block in blocks)
-
-
-def _name_of(model: nn.Module, module: nn.Module | None) -> str:
-    return next((name for name, candidate in model.named_modules() if candidate is module), "")
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if embedding is None:
-        raise ModelError(
-            f"{type(model).__name__} has no token embedding, so it is not a language model quantc can run."
-        )
-    return f"{_name_of(model, head)}.weight" in model.all_tied_weights_keys

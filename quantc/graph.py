@@ -106,12 +106,16 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """Everything the passes know about a model's structure."""
+    """Everything the passes know about a model's structure.
+
+    idle: blocks of other parts, such as a tower for images, which a run on tokens alone does not reach.
+    """
 
     blocks: tuple[Block, ...]
     embedding: str
     head: str
     tied: bool
+    idle: tuple[str, ...] = ()
 
     @cached_property
     def outside_weights(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from .checkpoint_writer import SHARD_BYTES
-from .derive import outside_names
+from .decoder import outside_names
 from .formats import format_of
 from .frontend.source import is_under
 from .pipeline import Run

@@ -15,7 +15,7 @@ import torch
 
 from .calibration import CalibrationRun
 from .checkpoint_writer import CheckpointWriter
-from .derive import outside_names
+from .decoder import outside_names
 from .formats import format_of
 from .frontend import to_meta
 from .frontend.source import tensors_under

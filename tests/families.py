@@ -256,13 +256,18 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        with torch.no_grad():
-            for param_name, param in model.named_parameters():
-                norm = param.ndim == 1 and param_name.endswith("weight")
-                std = 0.3 if id(param) in embeddings else 0.2 if norm else 0.1
-                param.add_(torch.randn_like(param), alpha=std)
-            for buffer_name, buffer in model.named_buffers():
-                if buffer_name.endswith("correction_bias"):  # a router's, trained though no parameter
-                    buffer.add_(torch.randn_like(buffer), alpha=0.1)
+        randomize(model)
     return model
+
+
+def randomize(model: PreTrainedModel) -> None:
+    """Add noise to every parameter, from the global random state: wide for weights, little for norms and biases."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    with torch.no_grad():
+        for param_name, param in model.named_parameters():
+            norm = param.ndim == 1 and param_name.endswith("weight")
+            std = 0.3 if id(param) in embeddings else 0.2 if norm else 0.1
+            param.add_(torch.randn_like(param), alpha=std)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("correction_bias"):  # a router's, trained though no parameter
+                buffer.add_(torch.randn_like(buffer), alpha=0.1)

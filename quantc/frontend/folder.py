@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,7 +25,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import ModelError
 from ..untrusted import read_json
-from .source import COMPUTE_DTYPE, Source, build_skeleton, first_line, is_under, quiet_transformers, read_tokenizer
+from .source import (
+    COMPUTE_DTYPE,
+    Source,
+    auto_class,
+    build_skeleton,
+    first_line,
+    is_under,
+    quiet_transformers,
+    read_tokenizer,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -104,7 +113,7 @@ class FolderSource(Source):
 
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
         with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype or "auto").eval()
+            return auto_class(self.model.config).from_pretrained(self.path, dtype=dtype or "auto").eval()
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.path)

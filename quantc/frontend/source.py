@@ -7,11 +7,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
@@ -135,17 +144,34 @@ def build_skeleton(config: object) -> PreTrainedModel:
     """The model of a config with parameters on the meta device and real buffers (rotary tables and the like)."""
     try:
         with init_empty_weights(include_buffers=False), quiet_transformers():
-            model = AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE)
+            model = auto_class(config).from_config(config, dtype=COMPUTE_DTYPE)
     except (ValueError, ImportError) as error:
         raise ModelError(
             f"transformers cannot build {type(config).__name__} ({first_line(error)}); a decoder model that "
             "AutoModelForCausalLM knows is needed."
         ) from error
     for module in model.modules():
-        if hasattr(module, "config"):
+        if isinstance(getattr(module, "config", None), PretrainedConfig):
             # One expert at a time, so that each one's rows and weights can be told apart.
             module.config._experts_implementation = "eager"
     return model.eval().requires_grad_(False)
+
+
+def auto_class(config: Any) -> Any:
+    """Return the auto class that builds the model named in a config's `architectures`, with its tower or without.
+
+    Where none is named it is the first that knows the config, and AutoModelForCausalLM where none does, or where the
+    model is an encoder and a decoder.
+    """
+    others = () if config.is_encoder_decoder else (AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    known = [auto for auto in (AutoModelForCausalLM, *others) if type(config) in auto._model_mapping]
+    named = [auto for auto in known if _class_name(auto, config) in (config.architectures or ())]
+    return (*named, *known, AutoModelForCausalLM)[0]
+
+
+def _class_name(auto: Any, config: Any) -> str:
+    found = auto._model_mapping[type(config)]
+    return str((found[0] if isinstance(found, tuple) else found).__name__)
 
 
 def read_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
@@ -164,10 +190,22 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+# What stands beside the weights and is written anew, belongs to the weights or to training, or to the tokenizer.
+NOT_CARRIED = {
+    "config.json", "quantc.json", "report.json", "resume.json", "adapter_config.json", "quantize_config.json",
+    "trainer_state.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json",
+}  # fmt: skip
+
+
 def model_files(folder: Path) -> list[Path]:
-    """The small files of a model folder that a quantized copy should carry: generation settings, templates."""
-    wanted = ("generation_config.json", "chat_template.jinja", "chat_template.json")
-    return [folder / name for name in wanted if (folder / name).is_file()]
+    """Return the small files that a quantized copy should carry: settings of generation and processors, templates."""
+    found = [file for ending in ("*.json", "*.jinja") for file in sorted(folder.glob(ending)) if file.is_file()]
+    return [file for file in found if file.name not in NOT_CARRIED and not _belongs_elsewhere(file.name)]
+
+
+def _belongs_elsewhere(name: str) -> bool:
+    return name.endswith((".index.json", "_results.json")) or name.startswith(".")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantc
-from quantc.blocks import find_blocks, run_around_blocks
+from quantc.blocks import run_around_blocks
+from quantc.decoder import find_blocks
 from quantc.derive import derive
 from quantc.errors import ModelError
 from quantc.frontend import open_model, to_meta
