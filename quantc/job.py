@@ -127,7 +127,9 @@ class Job:
     def open(self, source: Source, output: str) -> Run:
         """The run on a model, planned as far as numbers say."""
         graph = derive(source.model, source.load, to_meta)
-        report = Report(model=source.name, output=output, notes=list(self.notes))
+        for note in source.notes:
+            self.progress.note(note)
+        report = Report(model=source.name, output=output, notes=[*self.notes, *source.notes])
         report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
         rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
         plan = self.plan.copy()  # a job may be built again

@@ -7,12 +7,10 @@ tensors). Its own conversion runs on just the tensors asked for, so a block cost
 from __future__ import annotations
 
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -24,7 +22,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import ModelError
-from ..untrusted import read_json
+from .agreement import DTYPES, OLDER_ARGUMENTS, check_agreement, differing_ties
+from .kinds import check_architecture, read_raw_config, refuse_adapter
 from .source import (
     COMPUTE_DTYPE,
     Source,
@@ -34,44 +33,64 @@ from .source import (
     is_under,
     quiet_transformers,
     read_tokenizer,
+    set_parameter,
 )
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-# transformers 5.10 still takes the tensor-parallel plan here; later ones keep it on the model.
-OLDER_ARGUMENTS = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
+from .weight_files import Header, find_weights, open_shard
 
 
 class FolderSource(Source):
-    """A model folder; raises ModelError when it is incomplete, pickled, or quantized already."""
+    """A model folder; raises ModelError when it is incomplete, pickled, or quantized already.
+
+    What transformers would load is compared with the files' headers here, before any weight is read.
+    """
 
     def __init__(self, folder: Path, name: str | None = None):
         self.path = folder
-        self.name = name or folder.resolve().name
-        self._files = _weight_files(folder)
-        self.model = build_skeleton(_read_config(folder))
+        self.name = name or _name_of(folder)
+        raw_config = read_raw_config(folder)
+        config = _read_config(folder)
+        self._weights = find_weights(folder, raw_config)
+        refuse_adapter(folder)
+        self._build(config)
+        self.notes = list(self._weights.notes)
+        self._believe_the_files()
+        self.notes += check_agreement(folder, self.model, self._conversions, self._targets, self._headers)
+
+    def _build(self, config: Any) -> None:
+        self.model = build_skeleton(config)
         self._conversions: list[Any] = list(get_model_conversion_mapping(self.model))
 
+    def _believe_the_files(self) -> None:
+        """Untie a head that config.json calls tied where the files hold other values for it, as transformers does."""
+        keys = {target: key for key, target in self._targets.items()}
+        differing = differing_ties(self.model.all_tied_weights_keys, keys, self._headers)
+        if not differing:
+            return
+        head = self.model.get_output_embeddings()
+        for name in differing:
+            if self.model.get_submodule(name.rpartition(".")[0]) is not head:
+                raise ModelError(
+                    f"{self.path}: {name} shares its values with {self.model.all_tied_weights_keys[name]} in this "
+                    "model, but the files hold others; weights that belong to the config are needed."
+                )
+        config = self.model.config
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        self._build(config)
+        del self._targets
+        self.notes.append(
+            f"config.json says that the head is the embedding, but {differing[0]} has values of its own; the files are "
+            "believed, and the head is stored by itself"
+        )
+
     @cached_property
-    def _headers(self) -> dict[str, tuple[Path, torch.dtype]]:
-        """Checkpoint tensor name -> the shard that holds it, and its dtype there."""
-        headers = {}
-        for file in self._files:
-            shard = _open_shard(file)
-            for key in shard.keys():  # noqa: SIM118  a safe_open is no mapping
-                dtype = DTYPES.get(shard.get_slice(key).get_dtype(), COMPUTE_DTYPE)
-                headers[key] = file, dtype
-        return headers
+    def _headers(self) -> dict[str, Header]:
+        return self._weights.headers()
 
     @cached_property
     def _targets(self) -> dict[str, str]:
-        """Checkpoint tensor name -> name of the (first) model tensor it becomes."""
+        """Checkpoint tensor name -> name of the (first) model tensor it becomes; a shared one by the name it is stored
+        under."""
         renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
@@ -82,34 +101,40 @@ class FolderSource(Source):
             if target not in known and key in known:
                 target, _ = rename_source_key(key, [], [], prefix, known)
             targets[key] = target
-        return targets
+        there = set(targets.values())
+        return {key: self._stored_name(target, there) for key, target in targets.items()}
+
+    def _stored_name(self, target: str, there: set[str]) -> str:
+        """The name that a shared tensor is stored under, where the files have it under another of its names only."""
+        stored = self.model.all_tied_weights_keys.get(target, target)
+        return target if stored in there else stored
 
     def load(self, prefix: str) -> None:
         wanted = self.wanted_under(prefix)
         keys = [key for key, target in self._targets.items() if is_under(target, prefix) or target in wanted]
         # Opened anew each time: pages of a mapped shard count as this process's memory until it is closed.
-        shards = {file: _open_shard(file) for file in {self._headers[key][0] for key in keys}}
-        slices = {key: shards[self._headers[key][0]].get_slice(key) for key in keys}
+        shards = {file: open_shard(file) for file in {self._headers[key].file for key in keys}}
+        slices = {key: shards[self._headers[key].file].get_slice(key) for key in keys}
         settings = LoadStateDictConfig(dtype=COMPUTE_DTYPE, weight_mapping=self._conversions)
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings, **OLDER_ARGUMENTS)
-        for name, found, needed in sorted(info.mismatched_keys):
-            raise ModelError(
-                f"{self.path}: {name} has the shape {tuple(found)}, but config.json describes {tuple(needed)}; "
-                "a config that belongs to the weights is needed."
-            )
+        if info.mismatched_keys or info.conversion_errors:
+            raise ModelError(f"{self.path} has changed since its headers were read; start again.")
+        for name, stored in self.tied.items():
+            if self.model.get_parameter(stored).is_meta and not self.model.get_parameter(name).is_meta:
+                set_parameter(self.model, stored, self.model.get_parameter(name))
         self.share_tied(prefix)
         self.check_loaded(prefix)
 
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
-        return {target: self._headers[key][1] for key, target in self._targets.items()}
+        return {target: DTYPES.get(self._headers[key].dtype, COMPUTE_DTYPE) for key, target in self._targets.items()}
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return self._dtypes.get(name, COMPUTE_DTYPE)
 
     def weight_files(self) -> list[Path]:
-        return self._files
+        return self._weights.files
 
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
         with quiet_transformers():
@@ -119,16 +144,16 @@ class FolderSource(Source):
         return read_tokenizer(self.path)
 
 
-def _open_shard(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{file} is not a readable safetensors file ({error}); fetch or save that shard again."
-        ) from error
+def _name_of(folder: Path) -> str:
+    """The folder's name; of a snapshot in the hub's cache, the model's."""
+    path = folder.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return path.name
 
 
-def _read_config(folder: Path) -> object:
+def _read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -144,6 +169,9 @@ def _read_config(folder: Path) -> object:
             else "start from the original, unquantized model"
         )
         raise ModelError(f"{folder} is already quantized (by {method}), but quantc needs float weights; {remedy}.")
+    check_architecture(folder, config)
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights  # it would point a checkpoint made from this folder to another file
     return config
 
 
@@ -153,37 +181,3 @@ def _quantization_method(config: object) -> str | None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     return str(getattr(method, "value", method) or "an unnamed tool")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder} has no config.json; a transformers model folder (config.json, tokenizer, "
-            "safetensors weights) or a .gguf file is needed."
-        )
-    if (folder / INDEX).is_file():
-        return _indexed_files(folder)
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    pickles = [name for name in PICKLES if (folder / name).is_file()]
-    if pickles:
-        raise ModelError(
-            f"{folder} has only pickled weights ({pickles[0]}), which quantc does not unpickle; safetensors are "
-            "needed: load the model with transformers and call save_pretrained, then use that folder."
-        )
-    raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}; safetensors weights are needed, so fetch or save them.")
-
-
-def _indexed_files(folder: Path) -> list[Path]:
-    try:
-        weight_map = read_json(folder / INDEX)["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / INDEX} is not a readable index ({error}); fetch or save it again.") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise ModelError(
-                f"{folder}: the shard {name} that {INDEX} lists is missing; all {len(names)} shards are needed, "
-                "so fetch that file."
-            )
-    return [folder / name for name in names]

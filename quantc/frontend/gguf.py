@@ -29,6 +29,7 @@ class GgufSource(Source):
     def __init__(self, file: Path, name: str | None = None):
         self.path = file
         self.name = name or file.stem
+        self.notes: list[str] = []
         self._reader = _open_reader(file)
         with self._parsed_once():
             self._config = _read_config(file)

@@ -33,12 +33,14 @@ class Source(ABC):
     """A model on disk.
 
     name: short name, used in output names. path: what it was opened from. model: the skeleton, parameters on
-    the meta device, buffers real; every tensor of it has the name that transformers gives it.
+    the meta device, buffers real; every tensor of it has the name that transformers gives it. notes: what a reader of
+    the report should know of the files.
     """
 
     name: str
     path: Path
     model: PreTrainedModel
+    notes: list[str]
 
     @abstractmethod
     def load(self, prefix: str) -> None:

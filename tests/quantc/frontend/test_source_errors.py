@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,9 +23,7 @@ from quantc.frontend import open_model, to_meta
 from quantc.frontend.source import cast_parameter
 from tests.families import VOCAB, build
 from tests.helpers import save_with_tokenizer
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from tests.quantc.frontend.folders import INDEX, WEIGHTS, edit_config, edit_weights, refusal, shard
 
 
 @pytest.fixture(scope="module")
@@ -36,40 +34,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(pristine: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pristine, tmp_path / "model")
-
-
-def refusal(model: Any, out: Path) -> str:
-    """The message with which the whole job refuses the model; nothing may be left behind."""
-    with pytest.raises(ModelError) as caught:
-        quantc.quantize(model, bits=4, method="rtn", out=out)
-    assert "\n" not in str(caught.value)
-    assert not out.exists()
-    assert not out.with_name(out.name + ".unfinished").exists()
-    return str(caught.value)
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    found = load_file(folder / WEIGHTS)
-    change(found)
-    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **settings: Any) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, **settings}))
-
-
-def shard(folder: Path, count: int) -> list[str]:
-    """The folder's weights cut into shards with an index; returns the shards' names."""
-    found = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    weight_map = {tensor: names[i % count] for i, tensor in enumerate(sorted(found))}
-    for name in names:
-        part = {tensor: found[tensor] for tensor in found if weight_map[tensor] == name}
-        save_file(part, folder / name, metadata={"format": "pt"})
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return names
 
 
 @pytest.mark.parametrize(
