@@ -205,9 +205,12 @@ def _check_verified(verify: int, text: str | None) -> None:
 
 
 def _windows(run: Run, text: str) -> list[Window]:
-    from .evaluation import make_windows, read_text
+    from .evaluation import check_ids, make_windows, read_text
 
-    return make_windows(run.source.tokenizer, read_text(text), default_context(run.source.model))
+    tokenizer, model = run.source.tokenizer, run.source.model
+    windows = make_windows(tokenizer, read_text(text), default_context(model))
+    check_ids(model, tokenizer, (window.tokens for window in windows))
+    return windows
 
 
 def load(
@@ -263,7 +266,10 @@ def evaluate(
     documents = evaluation.read_text(text)
     subject = _load_any(model, wanted).to(device)
     cut = evaluation.make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
+    evaluation.check_ids(subject, tokenizer, (window.tokens for window in cut))
     original = None if against is None else _load_any(against, wanted).to(device)
+    if original is not None:
+        evaluation.check_ids(original, tokenizer, (window.tokens for window in cut))
     scores = evaluation.score(subject, original, cut, progress or LogProgress())
     stored = _stored_size(model)
     return evaluation.summarize(scores, subject, tokenizer, **stored)

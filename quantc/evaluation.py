@@ -18,13 +18,14 @@ from .eval_text import read_text
 from .memory import peak_rss_bytes
 from .progress import Progress
 from .stats import all_finite
-from .windows import Window, check_context, make_windows
+from .windows import Window, check_context, check_ids, make_windows
 
 __all__ = [
     "Evaluation",
     "Scores",
     "Window",
     "check_context",
+    "check_ids",
     "make_windows",
     "measure_decode_speed",
     "peak_rss_bytes",

@@ -194,8 +194,11 @@ class Job:
         if self.given is not None:
             tokens, run.report.calibration = self.given
             return tokens
-        calibrated = any(item.calibrated for item in self.passes)
-        return calibration_tokens(run, self.recipe.calibration) if calibrated else None
+        if not any(item.calibrated for item in self.passes):
+            return None
+        tokens = calibration_tokens(run, self.recipe.calibration)
+        run.source.check_values(self.progress)
+        return tokens
 
 
 class TooLarge(Exception):

@@ -19,7 +19,7 @@ from .errors import UsageError
 from .numerics.allocation import Infeasible
 from .pipeline import Run
 from .units import number
-from .windows import Window, make_windows
+from .windows import Window, check_ids, make_windows
 
 if TYPE_CHECKING:
     from .evaluation import Scores
@@ -206,7 +206,9 @@ def held_out(run: Run, tokens: torch.Tensor, text: str | None) -> tuple[torch.Te
 
     samples, seq_len = tokens.shape
     if text is not None:
-        return tokens, make_windows(run.source.tokenizer, read_text(text), seq_len, None, HELD_OUT_WINDOWS)
+        windows = make_windows(run.source.tokenizer, read_text(text), seq_len, None, HELD_OUT_WINDOWS)
+        check_ids(run.source.model, run.source.tokenizer, (window.tokens for window in windows))
+        return tokens, windows
     if samples < HELD_OUT_SHARE:
         raise UsageError(
             f"{samples} calibration samples are too few to keep some aside for measuring; pass {HELD_OUT_SHARE} or "

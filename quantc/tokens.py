@@ -12,7 +12,7 @@ from .calib_data import load_documents
 from .errors import CalibrationError
 from .pipeline import Run
 from .recipe import NO_TEXT, CalibrationConfig
-from .windows import leading_bos
+from .windows import check_ids, leading_bos
 
 
 def calibration_tokens(run: Run, wanted: CalibrationConfig) -> torch.Tensor:
@@ -21,10 +21,14 @@ def calibration_tokens(run: Run, wanted: CalibrationConfig) -> torch.Tensor:
     tokenizer = run.source.tokenizer
     run.report.calibration = f"{data.source}, {data.samples} x {data.seq_len} tokens, seed {data.seed}"
     if data.source == "self":
+        first = leading_bos(tokenizer)
+        check_ids(run.source.model, tokenizer, [torch.tensor(first)])
         whole = run.source.load_whole(torch.bfloat16)
-        return generate_tokens(whole, data.samples, data.seq_len, data.seed, leading_bos(tokenizer))
+        return generate_tokens(whole, data.samples, data.seq_len, data.seed, first)
     documents = load_documents(data.source, also_known=("self", NO_TEXT))
-    return tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed)
+    tokens = tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed)
+    check_ids(run.source.model, tokenizer, tokens)
+    return tokens
 
 
 def _fit_context(run: Run, data: CalibrationConfig) -> CalibrationConfig:

@@ -69,6 +69,26 @@ def check_context(model: PreTrainedModel, context: int) -> None:
         )
 
 
+def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Iterable[Tensor]) -> None:
+    """Raise CalibrationError that names the first token of the windows (int64) that the embedding has no row for."""
+    rows = embedding_rows(model)
+    for tokens in windows:
+        outside = tokens[tokens >= rows]
+        if len(outside):
+            number = int(outside[0])
+            raise CalibrationError(
+                f"the text has the token {tokenizer.convert_ids_to_tokens(number)!r} (id {number}), but the model's "
+                f"embedding has only {rows} rows; the tokenizer that belongs to the model is needed, or a text without "
+                "that token."
+            )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model knows; its weights may be packed."""
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "num_embeddings", None) or embedding.get_parameter("weight").shape[0]
+
+
 def _check_settings(context: int, stride: int, limit: int | None) -> None:
     if context < 2:
         raise UsageError(f"--context is {context}, but a prediction needs at least 2 tokens; pass 2 or more.")

@@ -22,7 +22,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import ModelError
+from ..progress import Progress
 from .agreement import DTYPES, OLDER_ARGUMENTS, check_agreement, differing_ties
+from .finite import check_finite
 from .kinds import check_architecture, read_raw_config, refuse_adapter
 from .source import (
     COMPUTE_DTYPE,
@@ -135,6 +137,15 @@ class FolderSource(Source):
 
     def weight_files(self) -> list[Path]:
         return self._weights.files
+
+    def check_values(self, progress: Progress) -> None:
+        known = self.model.state_dict()
+        names = {key for key, target in self._targets.items() if target in known}
+        progress.stage("Checking weights", len(self._weights.files))
+        for file in self._weights.files:
+            check_finite(file, names)
+            progress.step(file.name)
+        progress.done()
 
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
         with quiet_transformers():

@@ -24,7 +24,9 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
+from ..progress import Progress
 from ..stats import all_finite
+from .finite import non_finite
 
 COMPUTE_DTYPE = torch.float32
 
@@ -61,6 +63,10 @@ class Source(ABC):
     @abstractmethod
     def weight_files(self) -> list[Path]:
         """The files the weights are read from."""
+
+    def check_values(self, progress: Progress) -> None:  # noqa: B027
+        """Raise ModelError that names a tensor with NaN or infinity, where reading all of them is cheap; `load` does so
+        for what it loads in any case."""
 
     @abstractmethod
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -103,11 +109,7 @@ class Source(ABC):
                     "a complete checkpoint is needed, so fetch or save the model again."
                 )
             if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise ModelError(
-                    f"{self.path}: {bad} of {tensor.numel()} values of {name} are NaN or infinite; "
-                    "quantization needs finite weights, so repair or fetch the model again."
-                )
+                raise non_finite(self.path, name, int((~torch.isfinite(tensor)).sum()), tensor.numel())
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantc
+import quantc.api
 from quantc.errors import ModelError
 from quantc.frontend import open_model
 from quantc.frontend.source import build_skeleton
@@ -221,3 +222,26 @@ def test_opening_leaves_the_model_as_it_was_built(name: str, tmp_path: Path) -> 
 def test_every_family_agrees_with_its_own_files(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path)
     assert open_model(tmp_path).notes == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("place", [0, -1])
+def test_values_are_checked_before_calibration(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, place: int
+) -> None:
+    def plant(found: dict[str, torch.Tensor]) -> None:
+        found[DOWN].view(-1)[place] = torch.inf
+        found[DOWN] = found[DOWN].to(dtype)
+        found["unused.weight"] = torch.full((3,), torch.nan)
+
+    edit_weights(folder, plant)
+    monkeypatch.setattr("quantc.frontend.finite.PIECE", 1 << 10)
+    monkeypatch.setattr("quantc.sweep.CalibrationRun", lambda *_: pytest.fail("calibration began"))
+    settings = {"calib": str(folder / "text.txt"), "samples": 2, "seq_len": 16}
+    message = f"{folder}: 1 of {64 * 104} values of {DOWN} are NaN or infinite; quantization needs finite weights, so"
+    with pytest.raises(ModelError) as caught:
+        quantc.quantize(folder, bits=4, out=tmp_path / "out", **settings)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(message)
+    with pytest.raises(ModelError) as caught:
+        quantc.api.plan(folder, avg_bits=4, **settings)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(message)
