@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import pareto_page, sweep
 from .checkpoint import CheckpointReader, is_checkpoint
-from .checkpoint import verify as verify_checkpoint
 from .checkpoint_writer import unfinished
 from .decoder import find_decoder
 from .errors import UsageError
 from .frontend import Source, open_model, to_meta
-from .frontend.source import auto_class, quiet_transformers, tensors_under
+from .frontend.source import tensors_under
 from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
 from .journal import has_journal, read_journal
+from .loading import read_model
 from .pareto import Curve, spaced, trace_curve
 from .pipeline import Run
 from .progress import LogProgress, Progress
@@ -225,14 +225,9 @@ def load(
 
     dtype: of activations and of what is not quantized; None is the model's own. verify: also check every checksum.
     compile: let `generate` compile the step that makes a token; its first call takes a minute or two (compiled.py).
-    Raises CheckpointError that names the tensor for a truncated, missing, changed or unknown one.
+    Raises CheckpointError that names the tensor or file for a truncated, missing, changed or unknown one.
     """
-    if verify:
-        verify_checkpoint(path)
-    else:
-        CheckpointReader(path)
-    with quiet_transformers():
-        model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype or "auto")
+    model = read_model(CheckpointReader(path), dtype, verify)
     model.eval().to(device)
     if compile:
         from .compiled import compile_decoding

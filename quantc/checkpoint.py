@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import untrusted
+from . import integrity, untrusted
 from .errors import CheckpointError, UsageError
 from .formats import Part, format_of
 from .numerics.hadamard import fits
@@ -26,6 +27,7 @@ VERSION = 1
 TURNED_VERSION = 2  # of checkpoints with a rotated residual stream, which readers of version 1 would get wrong
 UNEVEN_VERSION = 3  # of those with rows of two widths or dropped weights in some, the residual stream rotated or not
 VERSIONS = (VERSION, TURNED_VERSION, UNEVEN_VERSION)
+LARGEST = 2**31 - 1  # of any dimension: kernels count in 32 bits, and products of two stay below 2^63
 MANIFEST = "quantc.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,10 +46,11 @@ def checksum(tensor: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` checked: how many tensors, of how many bytes."""
+    """What `verify` checked: how many tensors, of how many bytes; notes: what else differs, or has no checksum."""
 
     tensors: int
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -173,9 +176,7 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
         )
     read_residual_rotation(config)
     try:
-        entries = {
-            name: _read_entry(settings.get("default", {}), dict(own)) for name, own in settings["modules"].items()
-        }
+        entries = {name: _read_entry(name, settings["default"], dict(own)) for name, own in settings["modules"].items()}
         _check_uneven(entries, settings["version"])
         return entries
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -184,13 +185,26 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
         ) from error
 
 
-def _read_entry(default: dict[str, Any], own: dict[str, Any]) -> PackedEntry:
-    *leading, n, k = (int(size) for size in own.pop("shape"))
-    transposed = bool(own.pop("transposed", False))
+def _read_entry(name: str, default: dict[str, Any], own: dict[str, Any]) -> PackedEntry:
+    sizes = own.pop("shape")
+    transposed = own.pop("transposed", False)
+    if not isinstance(sizes, list) or not 2 <= len(sizes) <= 3 or not all(_is_size(size) for size in sizes):
+        raise ValueError(f"{name} has the shape {sizes!r}, not 2 or 3 whole numbers from 1 to {LARGEST}")
+    if not isinstance(transposed, bool):
+        raise ValueError(f"{name} is transposed: {transposed!r}, not true or false")
+    *leading, n, k = sizes
     spec = QuantSpec.from_dict({**default, **own})
+    if spec.rank > min(n, k):
+        raise ValueError(f"{name} has rank {spec.rank}, but a weight of {n} x {k} has at most {min(n, k)}")
+    if spec.group_size > LARGEST:
+        raise ValueError(f"{name} has groups of {spec.group_size}; {LARGEST} is the most")
     if not fits(k, spec.hadamard):
         raise ValueError(f"no Hadamard rotation of {k} inputs in blocks of {spec.hadamard} is known")
     return PackedEntry(spec, (n, k), tuple(leading), transposed)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
 
 
 def _check_uneven(entries: dict[str, PackedEntry], version: int) -> None:
@@ -205,7 +219,8 @@ def _check_uneven(entries: dict[str, PackedEntry], version: int) -> None:
 class CheckpointReader:
     """Opens a checkpoint's headers, and nothing else, until a tensor is asked for.
 
-    Raises CheckpointError that names the file or tensor for a missing, truncated or malformed one.
+    Raises CheckpointError that names the file or tensor for a missing, truncated or malformed one, for one that
+    nobody lists, for a config.json that has changed, and for what would make transformers read other files.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -217,9 +232,13 @@ class CheckpointReader:
         # A copy that save_pretrained wrote has no manifest, and maybe no index.
         self.manifest = read_json(self.folder / MANIFEST) if (self.folder / MANIFEST).is_file() else None
         self.recorded = {} if self.manifest is None else self._table(MANIFEST, self.manifest.get("tensors"), dict)
+        self.recorded_files = integrity.recorded(self.manifest or {}, self.folder / MANIFEST)
+        integrity.check_config(self.folder, self.config, self.recorded_files, MANIFEST)
         self.weight_map = self._read_index()
+        integrity.check_nothing_else_is_read(self.folder, self.config, set(self.weight_map.values()), INDEX)
         self._shards = {name: self._open(self.folder / name) for name in sorted(set(self.weight_map.values()))}
         self._check_tensors()
+        self._check_index()
         self._check_layouts()
 
     def _table(self, file: str, table: Any, kind: type) -> dict[str, Any]:
@@ -269,6 +288,22 @@ class CheckpointReader:
                 )
             self._check_tensor(tensor, entry["dtype"], tuple(entry["shape"]), MANIFEST)
 
+    def _check_index(self) -> None:
+        """Every shard holds the tensors that the index says, and no others; the manifest lists each of them."""
+        for shard, opened in self._shards.items():
+            held = set(opened.keys())
+            listed = {name for name, file in self.weight_map.items() if file == shard}
+            for tensor in sorted(held ^ listed):
+                place = self.weight_map.get(tensor)
+                where = "does not list it" if place is None else f"says that it is in {place}"
+                found = f"holds the tensor {tensor}" if tensor in held else f"has no tensor {tensor}"
+                raise CheckpointError(f"{self.folder / shard} {found}, but {INDEX} {where}; copy the checkpoint again.")
+        if self.manifest is not None and (more := sorted(set(self.weight_map) - set(self.recorded))):
+            raise CheckpointError(
+                f"{self.folder}: the tensor {more[0]} is not listed in {MANIFEST}, so it has no checksum; copy the "
+                "checkpoint again."
+            )
+
     def _check_layouts(self) -> None:
         """Every packed weight has the parts that its spec needs."""
         for name, entry in self.entries.items():
@@ -293,6 +328,29 @@ class CheckpointReader:
     def tensor(self, name: str) -> torch.Tensor:
         return self._shards[self.weight_map[name]].get_tensor(name)
 
+    def slices(self) -> dict[str, Any]:
+        """Return tensor name -> a slice of the opened file: it has a dtype and a shape, and is read when it is cut."""
+        return {name: self._shards[shard].get_slice(name) for name, shard in self.weight_map.items()}
+
+    def verified(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor by its name, in memory of its own, once its checksum is the manifest's.
+
+        Raises CheckpointError that names the first one that differs, or where there is no manifest.
+        """
+        if self.manifest is None:
+            raise CheckpointError(
+                f"{self.folder} has no {MANIFEST}, so there are no checksums to verify; verify the checkpoint it was "
+                "copied from."
+            )
+        for name, entry in self.recorded.items():
+            tensor = self.tensor(name).clone()  # of the mapped file, which may be written to while it is read
+            if checksum(tensor) != entry["sha256"]:
+                raise CheckpointError(
+                    f"{self.folder}: the tensor {name} in {self.weight_map[name]} has changed since it was written "
+                    "(its checksum differs); copy that file again."
+                )
+            yield name, tensor
+
     def bits_per_weight(self) -> float:
         """All that is stored for the linears inside the blocks over their weight count."""
         linears = [entry for name, entry in self.entries.items() if entry.leading or not name.endswith(".weight")]
@@ -305,20 +363,11 @@ class CheckpointReader:
 
 
 def verify(path: str | os.PathLike[str]) -> Verified:
-    """Check every tensor's checksum; raises CheckpointError that names the first one that differs."""
+    """Check every checksum that the manifest has; raises CheckpointError that names the first tensor that differs.
+
+    The notes of what it returns name other files that were changed, and what an earlier quantc recorded no checksum of.
+    """
     reader = CheckpointReader(path)
-    if reader.manifest is None:
-        raise CheckpointError(
-            f"{reader.folder} has no {MANIFEST}, so there are no checksums to verify; verify the checkpoint it was "
-            "copied from."
-        )
-    total = 0
-    for name, entry in reader.recorded.items():
-        tensor = reader.tensor(name)
-        if checksum(tensor) != entry["sha256"]:
-            raise CheckpointError(
-                f"{reader.folder}: the tensor {name} in {reader.weight_map[name]} has changed since it was written "
-                "(its checksum differs); copy that file again."
-            )
-        total += tensor.nbytes
-    return Verified(len(reader.recorded), total)
+    total = sum(tensor.nbytes for _, tensor in reader.verified())
+    notes = integrity.compare(reader.folder, reader.recorded_files, MANIFEST)
+    return Verified(len(reader.recorded), total, tuple(notes))

@@ -325,11 +325,14 @@ def verify(checkpoint: Path, as_json: bool) -> None:
 
         verified = checkpoints.verify(checkpoint)
     if as_json:
-        console.show_json({"checkpoint": checkpoint, "tensors": verified.tensors, "bytes": verified.bytes})
+        counted = {"tensors": verified.tensors, "bytes": verified.bytes}
+        console.show_json({"checkpoint": checkpoint, **counted, "notes": verified.notes})
         return
     tensors = plural(verified.tensors, "tensor")
     name = printable(str(checkpoint))
     click.echo(f"{name} is intact: {tensors}, {size(verified.bytes)}, all shapes and checksums as recorded.")
+    for note in verified.notes:
+        click.echo(f"Note: {printable(note)}.")
 
 
 @main.command()

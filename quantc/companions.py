@@ -1,4 +1,4 @@
-"""What stands in a checkpoint beside the weights: config, manifest, tokenizer, plan."""
+"""What stands in a checkpoint beside the weights: config, manifest, tokenizer, plan, model card."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import transformers
 
-from . import __version__
+from . import __version__, integrity
 from .checkpoint import PackedEntry, describe_quantization
 from .checkpoint_writer import CheckpointWriter
 from .frontend import Source, model_files
+from .model_card import CARD_FILE, model_card
 from .pipeline import Run
 from .recipe import Recipe
 from .shard_writer import writing
@@ -56,8 +57,13 @@ def model_dtype(source: Source) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def manifest_json(run: Run, recipe: Recipe, tokens: torch.Tensor | None) -> dict[str, Any]:
-    """quantc.json: where the checkpoint comes from, so that it can be made again."""
+def manifest_json(
+    run: Run, recipe: Recipe, tokens: torch.Tensor | None, folder: Path, config: dict[str, Any]
+) -> dict[str, Any]:
+    """quantc.json: where the checkpoint comes from, so that it can be made again, and checksums of its small files.
+
+    folder: where those were written. config: what config.json will hold.
+    """
     calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     return {
         "format": "quantc",
@@ -70,6 +76,7 @@ def manifest_json(run: Run, recipe: Recipe, tokens: torch.Tensor | None) -> dict
         "calibration": run.report.calibration,
         "calibration_sha256": calibration,
         "libraries": libraries(),
+        "files": integrity.record(folder, config),
     }
 
 
@@ -95,3 +102,9 @@ def write_companions(run: Run, writer: CheckpointWriter) -> None:
     for file in model_files(run.source.path):
         writer.add_text(file.name, file.read_text(encoding="utf-8"))
     writer.add_text(PLAN_FILE, run.plan.to_yaml())
+
+
+def write_card(run: Run, writer: CheckpointWriter) -> None:
+    """README.md, once the weight files are finished."""
+    card = model_card(run.source.name, run.source.path, run.report.bits_per_weight, writer.weights_bytes)
+    writer.add_text(CARD_FILE, card)

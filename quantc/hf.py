@@ -14,8 +14,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import METHOD, read_quantization, read_residual_rotation
+from .checkpoint import METHOD, read_residual_rotation
 from .errors import CheckpointError
+from .model_check import check_entries, check_tensors, reader_of
 from .runtime import install
 
 
@@ -27,20 +28,26 @@ class QuantcConfig(QuantizationConfigMixin):
     ):
         self.quant_method: Any = METHOD
         self.version = version
-        self.default = default or {}
-        self.modules = modules or {}
+        self.default = default
+        self.modules = modules
         if residual_rotation is not None:
             self.residual_rotation = residual_rotation
 
 
 class QuantcQuantizer(HfQuantizer):
-    """Puts packed modules into a model on the meta device; transformers then fills their buffers from the file."""
+    """Checks the files and puts packed modules into a model on the meta device; transformers fills their buffers."""
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
         config = {"quantization_config": self.quantization_config.to_dict()}
-        return install(model, read_quantization(config), read_residual_rotation(config))
+        reader = reader_of(checkpoint_files, config)
+        check_entries(model, reader.entries)
+        install(model, reader.entries, read_residual_rotation(config))
+        check_tensors(model, reader)
+        return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
         """None: the checkpoint has the model's own names already."""

@@ -169,7 +169,9 @@ class Job:
             if at_most is not None and writer.weights_bytes > at_most:
                 writer.discard()
                 raise TooLarge(writer.weights_bytes - at_most)
-            writer.commit(companions.config_json(run), companions.manifest_json(run, self.recipe, tokens))
+            companions.write_card(run, writer)
+            config = companions.config_json(run)
+            writer.commit(config, companions.manifest_json(run, self.recipe, tokens, writer.folder, config))
         return run.report
 
     def within(self, size: int) -> Job:

@@ -140,7 +140,8 @@ def test_runtime_and_hf_know_nothing_of_quantizing() -> None:
     quantizing = {"pipeline", "work", "sweep", "passes", "calibration", "frontend", "api", "cli", "recipe", "derive"}
     assert not parts_imported("quantc.runtime") & quantizing
     assert "numerics" not in parts_imported("quantc.runtime")
-    assert parts_imported("quantc.hf") == {"runtime", "checkpoint", "errors"}
+    assert parts_imported("quantc.hf") == {"runtime", "checkpoint", "model_check", "errors"}
+    assert parts_imported("quantc.model_check") == {"checkpoint", "errors"}
 
 
 @pytest.mark.parametrize("module", [*modules_under("cli", "__init__", "plugin", "errors", "command_group", "units")])

@@ -117,10 +117,13 @@ def test_a_damaged_report_is_one_line(tmp_path: Any, command: str, content: str)
 
 
 def test_verify_says_what_was_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(checkpoint, "verify", lambda path: checkpoint.Verified(12, 3_000_000))
-    assert f"{tmp_path} is intact: 12 tensors, 3.00 MB" in run("verify", str(tmp_path)).stdout
+    found = checkpoint.Verified(12, 3_000_000, ("tokenizer.json has changed",))
+    monkeypatch.setattr(checkpoint, "verify", lambda path: found)
+    shown = run("verify", str(tmp_path)).stdout
+    assert f"{tmp_path} is intact: 12 tensors, 3.00 MB" in shown
+    assert shown.endswith("\nNote: tokenizer.json has changed.\n")
     content = json.loads(run("verify", str(tmp_path), "--json").stdout)
-    assert content == {"checkpoint": str(tmp_path), "tensors": 12, "bytes": 3_000_000}
+    assert content == {"checkpoint": str(tmp_path), "tensors": 12, "bytes": 3_000_000, "notes": list(found.notes)}
 
 
 def test_verify_names_the_damaged_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

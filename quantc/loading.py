@@ -1,0 +1,102 @@
+"""The door `quantc.load`: transformers builds the model, and is handed the very tensors that were checked.
+
+It opens no weight file itself, so nothing can be swapped between the check and the load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _get_model_class
+
+from .checkpoint import METHOD, CheckpointReader, read_json
+from .errors import CheckpointError, QuantcError
+from .frontend.source import auto_class, first_line, quiet_transformers
+from .model_check import handing_over
+
+GENERATION = "generation_config.json"
+
+
+def read_model(reader: CheckpointReader, dtype: torch.dtype | None, verify: bool = False) -> PreTrainedModel:
+    """Return the model of a checkpoint, on the CPU.
+
+    dtype: of activations and of what is not packed; None is the config's. verify: compare every tensor with its
+    checksum; the memory that was compared is what the model gets. Raises CheckpointError that names the tensor for
+    one that is missing, changed or of no use, and for a config that transformers cannot build.
+    """
+    tensors = dict(reader.verified()) if verify else reader.slices()
+    with quiet_transformers(), handing_over(reader), _one_sentence(reader.folder):
+        model_class, config = _class_of(_read_config(reader))
+        model = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype or config.dtype or torch.float32,
+            generation_config=_read_generation_config(reader.folder),
+        )
+    if getattr(model, "quantization_method", None) != METHOD:
+        raise CheckpointError(f"{reader.folder}: transformers did not load it as a quantc checkpoint; copy it again.")
+    model.name_or_path = model.config.name_or_path = str(reader.folder)
+    return model
+
+
+def _read_config(reader: CheckpointReader) -> PreTrainedConfig:
+    """The config as transformers reads it, once it is sure that the file is still the one that was checked."""
+    _check_layers(reader)
+    config = AutoConfig.from_pretrained(reader.folder, trust_remote_code=False)
+    if read_json(reader.folder / "config.json") != reader.config:
+        raise CheckpointError(f"{reader.folder / 'config.json'} changed while it was read; load it again.")
+    return config
+
+
+def _class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class that transformers would take, and the config it gets: some take the one of their text model."""
+    auto = auto_class(config)
+    mapping = auto._model_mapping
+    if type(config) not in mapping:
+        raise CheckpointError(
+            f"{auto.__name__} knows no model for {type(config).__name__}; install the transformers that wrote the "
+            "checkpoint."
+        )
+    model_class, text = _get_model_class(config, mapping), config.sub_configs.get("text_config")
+    if text is not None and getattr(model_class, "config_class", None) == text:
+        whole, config = config, config.get_text_config()
+        config.quantization_config = whole.quantization_config
+    return model_class, config
+
+
+def _check_layers(reader: CheckpointReader) -> None:
+    """Building a skeleton of 100,000 layers takes an hour; the files say how many there are at most."""
+    for settings in (reader.config, *(value for value in reader.config.values() if isinstance(value, dict))):
+        layers = settings.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(reader.weight_map):
+            raise CheckpointError(
+                f"{reader.folder / 'config.json'} has num_hidden_layers {layers}, but the files hold "
+                f"{len(reader.weight_map)} tensors; the two do not belong together."
+            )
+
+
+def _read_generation_config(folder: Path) -> GenerationConfig:
+    own = (folder / GENERATION).is_file()
+    name = GENERATION if own else "config.json"
+    return GenerationConfig.from_pretrained(folder, config_file_name=name, _from_model_config=not own)
+
+
+@contextmanager
+def _one_sentence(folder: Path) -> Iterator[None]:
+    """Whatever transformers makes of a config that somebody else wrote is a CheckpointError; out of memory is not."""
+    try:
+        yield
+    except (QuantcError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder}: transformers cannot build the model that config.json describes ({first_line(error)}); a "
+            "config.json that belongs to these weights is needed, so copy it again."
+        ) from error
