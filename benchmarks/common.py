@@ -71,9 +71,9 @@ def machine() -> dict[str, str]:
 def write_json(file: Path, content: Any) -> None:
     """Write a result; a file half written never stands in for one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(file.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    from quantc.whole_file import write_whole
+
+    write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def describe(text: str | None) -> argparse.ArgumentParser:

@@ -70,7 +70,7 @@ class Distill(Pass):
             report.refused["distill"] = "the residual stream is rotated by the weights; rotate online instead"
             return
         assert self._teacher is not None
-        with TemporaryDirectory(dir=work.writer.folder) as folder:
+        with TemporaryDirectory(prefix="distill-", dir=work.writer.folder) as folder:
             found = Distillation(work, self._tokens, self._teacher, Path(folder), RATE).train(self.config.steps)
         self._teacher = None
         report.notes.append(f"distill: KL divergence on text kept aside {found.after:.4f}, {found.before:.4f} before")

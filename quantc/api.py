@@ -20,6 +20,7 @@ from .frontend.source import tensors_under
 from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
 from .journal import has_journal, read_journal
 from .loading import read_model
+from .ownership import check_place
 from .pareto import Curve, spaced, trace_curve
 from .pipeline import Run
 from .progress import LogProgress, Progress
@@ -73,8 +74,9 @@ def quantize(
         return _compare(checkpoint, model, windows, job)
 
     generous = Job.generous(settings, device, progress)
-    folder = folder or Path(f"{open_model(model).name}-quantc-{target.label}")
-    _note_a_start(folder, generous, resume)
+    source = open_model(model)
+    folder = folder or Path(f"{source.name}-quantc-{target.label}")
+    _check_start(folder, source, generous, resume)
     return pursue(target, model, generous, folder, force, resume, text, compare)
 
 
@@ -84,7 +86,7 @@ def _build_within(
     """Build; where edited floats made the files larger than the plan said, once more within as much less."""
     source = open_model(model)
     folder = out or Path(default_name(source.name, job.passes, job.plan))
-    _note_a_start(folder, job, resume)
+    _check_start(folder, source, job, resume)
     if limit is None:
         return job.build(source, folder, force, resume)
     wanted = as_bytes(limit)
@@ -99,7 +101,8 @@ def _build_within(
     )
 
 
-def _note_a_start(out: Path, job: Job, resume: bool) -> None:
+def _check_start(out: Path, source: Source, job: Job, resume: bool) -> None:
+    check_place(out, source.path)
     if resume and not has_journal(unfinished(out)):
         job.progress.note(f"there is no interrupted run of {out} to resume; this one starts anew")
 
@@ -107,7 +110,8 @@ def _note_a_start(out: Path, job: Job, resume: bool) -> None:
 def _interrupted_size(out: Path, wanted: int) -> int:
     """The budget of the round in which an interrupted run was."""
     journal = read_journal(unfinished(out))
-    size = journal and journal.identity.get("allocate", {}).get("size")
+    allocate = journal and journal.identity.get("allocate")
+    size = allocate.get("size") if isinstance(allocate, dict) else None
     return min(wanted, size) if isinstance(size, int) else wanted
 
 

@@ -1,6 +1,7 @@
 """Writing the packed checkpoint of docs/format.md.
 
-A checkpoint appears whole or not at all: it is written beside its final place, flushed, and renamed.
+A checkpoint appears whole or not at all: it is written beside its final place, flushed, and renamed. Only what quantc
+wrote itself is removed on the way (ownership.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +21,9 @@ import torch
 
 from .checkpoint import DTYPE_NAMES, INDEX, MANIFEST, checksum, is_checkpoint
 from .errors import CalibrationError, CheckpointError, ModelError, PassError, UsageError
+from .frontend.unchanged import ChangedSource
 from .journal import ANEW, JOURNAL, DamagedRun, Journal, difference, has_journal, kept_in, read_journal
+from .ownership import LIST, MARK, check_place, is_run, lasting, mark, marked, own_user, remove, survey
 from .progress import Progress
 from .shard_writer import ShardWriter, sync, writing
 
@@ -38,8 +43,9 @@ class CheckpointWriter:
     """Writes a checkpoint beside its final place; `commit` renames it, leaving the context without that removes it.
 
     What a run has saved with `save` stays when it is interrupted, and resume continues from there (see `begin`).
-    resumable: whether that is wanted. Raises UsageError when the output exists and force is not set, or what an
-    interrupted run left does and neither force nor resume are; CheckpointError when it cannot be written.
+    resumable: whether that is wanted. Raises UsageError when the output exists and force is not set, when something
+    that quantc did not write would have to go, or what an interrupted run left while neither force nor resume are set;
+    CheckpointError when it cannot be written.
     """
 
     def __init__(
@@ -50,28 +56,51 @@ class CheckpointWriter:
         resumable: bool = True,
         shard_bytes: int = SHARD_BYTES,
     ):
+        check_place(out)
         self.out = out.resolve()
         self.folder = unfinished(out)
         self.tensors: dict[str, dict[str, Any]] = {}
         self.weights_bytes = 0
-        self._resume, self._resumable, self._shard_bytes = resume, resumable, shard_bytes
+        self._force, self._resume, self._resumable, self._shard_bytes = force, resume, resumable, shard_bytes
         self._identity: dict[str, Any] | None = None  # once `begin` was called
         self._locked: int | None = None  # file descriptor of the folder
         self._shards: list[ShardWriter] = []
         self._shard_of: dict[str, ShardWriter] = {}
-        if out.exists() and force and not _is_ours(out):
-            raise UsageError(
-                f"{out} exists and is no quantc checkpoint, so --force does not replace it; choose another --out."
-            )
-        if out.exists() and not force:
-            raise UsageError(
-                f"{out} exists already, and nothing is overwritten unasked; pass --force or another --out."
-            )
-        if not (force or resume) and (done := kept_in(self.folder)):
+        self._check_output(out)
+        self._check_folder()
+        if not (force or resume) and (done := kept_in(self.folder, "what cannot be read")):
             raise UsageError(
                 f"{self.folder} holds {done} of an interrupted run; pass --resume to continue it, or --force to start "
                 "anew."
             )
+
+    @property
+    def _retired(self) -> Path:
+        """Where an old output is until the new one has its name."""
+        return self.out.with_name(self.out.name + ".replaced")
+
+    def _check_output(self, out: Path) -> None:
+        if not os.path.lexists(self.out):
+            return
+        if not self._force:
+            raise UsageError(
+                f"{out} exists already, and nothing is overwritten unasked; pass --force or another --out."
+            )
+        if not _is_ours(self.out):
+            raise UsageError(
+                f"{out} exists and is no quantc checkpoint, so --force does not replace it; choose another --out."
+            )
+        _check_replaceable(self.out, "so --force does not replace it; move that elsewhere, or choose another --out")
+        if os.path.lexists(self._retired):
+            what = "and an old output has that name until the new one is whole; rename it, or choose another --out"
+            if marked(self._retired) is None:
+                raise UsageError(f"{self._retired} is not quantc's, {what}.")
+            _check_replaceable(self._retired, what)
+
+    def _check_folder(self) -> None:
+        if os.path.lexists(self.folder):
+            what = "and the checkpoint is built there; move that elsewhere, or choose another --out"
+            _check_replaceable(self.folder, what)
 
     def __enter__(self) -> CheckpointWriter:
         try:
@@ -80,14 +109,24 @@ class CheckpointWriter:
             if self._resume and has_journal(self.folder):
                 return self
             if self.folder.exists():
-                shutil.rmtree(self.folder)
+                self._refuse_rest(remove(self.folder))
             self.folder.mkdir(parents=True)
             self._lock()
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be created ({error.strerror}); choose an --out in a folder you can write to."
             ) from error
+        try:
+            with writing(self.folder):
+                mark(self.folder)
+        except CheckpointError:
+            self.folder.rmdir()
+            raise
         return self
+
+    def _refuse_rest(self, rest: list[Path]) -> None:
+        if rest:
+            raise UsageError(f"{rest[0]} appeared while {self.folder} was being removed; move it elsewhere.")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -121,8 +160,8 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Remove what was written."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists() and is_run(self.folder):
+            _remove_or_warn(self.folder)
 
     def begin(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The state that an interrupted run saved last, where this one is to continue it and is the same; else None.
@@ -162,23 +201,33 @@ class CheckpointWriter:
 
         Raises DamagedRun that names the file or tensor where one of these is not what it was.
         """
-        count = len(state["shards"])
         try:
-            for number, saved in enumerate(state["shards"], start=1):
-                shard = ShardWriter.restored(self.folder, saved, self._shard_file(number, count))
-                self._shards.append(shard)
-                for name, entry in shard.described().items():
-                    self._shard_of[name] = shard
-                    self.tensors[name] = entry | {"sha256": state["checksums"][name]}
-                    if checksum(shard.read(name)) != state["checksums"][name]:
-                        raise CheckpointError(f"{name} has another checksum")
-        except CheckpointError as error:
+            shards = self._read_shards(state)
+        except (CheckpointError, OSError) as error:
             self._identity = None
             raise DamagedRun(f"{self.folder} is damaged ({error}); {ANEW}.") from error
-        known = {JOURNAL, *(shard.place.name for shard in self._shards)}
-        for path in self.folder.iterdir():
-            if path.name not in known:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for shard in shards:
+            shard.cut_off()
+        self._shards = shards
+        listed = marked(self.folder) or set()
+        remove(self.folder, {JOURNAL, MARK, *listed, *(shard.place.name for shard in shards)})
+
+    def _read_shards(self, state: dict[str, Any]) -> list[ShardWriter]:
+        """The shards of a `state`, once all of their bytes were found to be what it says."""
+        shards, checksums = [], state["checksums"]
+        for number, saved in enumerate(state["shards"], start=1):
+            file = self._shard_file(number, len(state["shards"]))
+            shard = ShardWriter.restored(self._spool(number), saved, file)
+            shards.append(shard)
+            for name, entry in shard.described().items():
+                if checksum(shard.read(name)) != checksums.get(name):
+                    raise CheckpointError(f"{name} has another checksum")
+                self._shard_of[name] = shard
+                self.tensors[name] = entry | {"sha256": checksums[name]}
+        return shards
+
+    def _spool(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.data"
 
     def require_space(self, needed: int) -> None:
         """Raise CheckpointError when the disk has less free space than `needed` bytes and a shard's copy take."""
@@ -197,7 +246,7 @@ class CheckpointWriter:
         entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": checksum(tensor)}
         self.tensors[name] = entry
         if not self._shards or self._shards[-1].bytes >= self._shard_bytes:
-            self._shards.append(ShardWriter(self.folder / f"shard-{len(self._shards) + 1:05d}.data"))
+            self._shards.append(ShardWriter(self._spool(len(self._shards) + 1)))
         self._shards[-1].add(name, tensor)
         self._shard_of[name] = self._shards[-1]
 
@@ -214,7 +263,25 @@ class CheckpointWriter:
     def add_text(self, name: str, text: str) -> None:
         """Write a text file into the checkpoint."""
         with writing(self.folder / name):
+            self._note_files([name])
             (self.folder / name).write_text(text, encoding="utf-8")
+
+    def add_files(self, write: Callable[[Path], object]) -> None:
+        """Take the files that `write` puts into an empty folder, and into folders in it, into the checkpoint."""
+        with writing(self.folder), TemporaryDirectory(prefix="parts-", dir=self.folder) as scratch:
+            made = Path(scratch)
+            write(made)
+            files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+            self._note_files([file.as_posix() for file in files])
+            for file in files:
+                (self.folder / file).parent.mkdir(exist_ok=True)
+                (made / file).replace(self.folder / file)
+
+    def _note_files(self, names: list[str]) -> None:
+        """Let the mark list names, so that these files are told as quantc's whatever happens to the run."""
+        known = marked(self.folder) or set()
+        if not known.issuperset(names):
+            mark(self.folder, known.union(names))
 
     def finish_weights(self, progress: Progress | None = None) -> int:
         """Write the shards; returns the bytes of all weight files."""
@@ -238,29 +305,43 @@ class CheckpointWriter:
             weight_map = {name: shard.place.name for name, shard in self._shard_of.items()}
             index = {"metadata": {"total_size": self.weights_bytes}, "weight_map": weight_map}
             self.add_text(INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
-            self.add_text(MANIFEST, json.dumps({**manifest, "tensors": self.tensors}, indent=1) + "\n")
             self.add_text("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-            for file in self.folder.iterdir():
-                sync(file)
-            self._swap_in()
+            written = {LIST: sorted({*lasting(self.folder), MANIFEST})}
+            self.add_text(MANIFEST, json.dumps({**manifest, **written, "tensors": self.tensors}, indent=1) + "\n")
+            for path in (found := survey(self.folder)).own + found.folders:
+                sync(path)
+            self._swap_in(self.folder)
 
     def adopt(self, finished: Path) -> None:
-        """Rename a whole checkpoint that lies inside the unfinished folder; what else is there is removed."""
-        chosen = self.out.with_name(self.out.name + ".chosen")
-        finished.rename(chosen)
-        shutil.rmtree(self.folder)
-        chosen.rename(self.folder)
-        self._swap_in()
+        """Rename a whole checkpoint that lies inside the unfinished folder; what else quantc has there is removed."""
+        with writing(self.folder):
+            self._swap_in(finished)
+            self.discard()
 
-    def _swap_in(self) -> None:
+    def _swap_in(self, finished: Path) -> None:
         """What was there before stays until the new folder has its name."""
-        retired = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            self.out.rename(retired)
-        self.folder.rename(self.out)
-        (self.out / JOURNAL).unlink(missing_ok=True)  # not before: until it has its name it can be resumed
-        if retired.exists():
-            shutil.rmtree(retired)
+        before = os.path.lexists(self.out)
+        if before:
+            self._retire()
+        try:
+            finished.rename(self.out)
+        except OSError:
+            if before:
+                self._retired.rename(self.out)
+            raise
+        for name in (JOURNAL, MARK):  # not before: until it has its name it can be resumed
+            (self.out / name).unlink(missing_ok=True)
+        if marked(self._retired) is not None:
+            _remove_or_warn(self._retired)
+
+    def _retire(self) -> None:
+        """Give the old output another name, unless it came to be while the run worked."""
+        if not self._force or not _is_ours(self.out):
+            raise CheckpointError(f"{self.out} was made by somebody else meanwhile; move it elsewhere, and resume.")
+        if marked(self._retired) is not None:  # a run was killed right here
+            remove(self._retired)
+        mark(self.out)
+        self.out.rename(self._retired)
 
 
 def _is_ours(out: Path) -> bool:
@@ -268,7 +349,37 @@ def _is_ours(out: Path) -> bool:
     return out.is_dir() and (is_checkpoint(out) or not any(out.iterdir()))
 
 
+def _check_replaceable(folder: Path, what: str) -> None:
+    """Raise UsageError unless all in a folder is quantc's, and can be removed; what: why that is needed."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise UsageError(f"{folder} is a {'symbolic link' if folder.is_symlink() else 'file'}, {what}.")
+    if folder.is_mount():
+        raise UsageError(f"{folder} is a mount point, {what}.")
+    try:
+        own = own_user(folder)
+        found = survey(folder)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written to ({error.strerror}), {what}.") from error
+    if not own:
+        raise UsageError(f"{folder} belongs to another user, {what}.")
+    if found.foreign:
+        raise UsageError(f"{folder} holds {found.named(folder)} that quantc did not write, {what}.")
+
+
+def _remove_or_warn(folder: Path) -> None:
+    """What is in the way of removing what is not needed any more is no reason to fail."""
+    try:
+        rest = remove(folder)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", folder, error)
+    else:
+        if rest:
+            log.warning("%s stays, as quantc did not write %s", folder, rest[0].name)
+
+
 def _lasts(error: BaseException) -> bool:
     """Whether the same input would meet it again: there is nothing to resume then."""
+    if isinstance(error, ChangedSource):  # it may be put back as it was
+        return False
     of_input = isinstance(error, (UsageError, ModelError, CalibrationError, PassError)) and error.__cause__ is None
     return of_input or isinstance(error, DamagedRun)

@@ -375,8 +375,10 @@ def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
     \b
     Example: quantc report qwen3-w4 -o qwen3-w4.html
     """
-    from .html import render
+    from .html import is_page, render
 
+    if out is not None and out.is_file() and not is_page(out):
+        raise UsageError(f"{out} exists, and quantc did not write it; pass another --out.")
     file = out or checkpoint / "report.html"
     page = render(_read_report(checkpoint))
     file.write_text(page, encoding="utf-8")

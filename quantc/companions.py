@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from .frontend import Source, model_files
 from .model_card import CARD_FILE, model_card
 from .pipeline import Run
 from .recipe import Recipe
-from .shard_writer import writing
 from .spec import QuantSpec
 
 PLAN_FILE = "plan.yaml"
@@ -96,15 +96,13 @@ def _file_hash(file: Path) -> str:
 
 
 def write_companions(run: Run, writer: CheckpointWriter) -> None:
-    """Tokenizer, generation settings and plan: what makes the folder a model."""
-    with writing(writer.folder):
-        run.source.tokenizer.save_pretrained(writer.folder)
-    for file in model_files(run.source.path):
-        writer.add_text(file.name, file.read_text(encoding="utf-8"))
-    writer.add_text(PLAN_FILE, run.plan.to_yaml())
+    """Write what makes the folder a model besides its weights: tokenizer, settings of generation and processors."""
+    writer.add_files(run.source.tokenizer.save_pretrained)
+    files = model_files(run.source.path)
+    writer.add_files(lambda folder: [shutil.copyfile(file, folder / file.name) for file in files])
 
 
 def write_card(run: Run, writer: CheckpointWriter) -> None:
-    """README.md, once the weight files are finished."""
+    """Write README.md, once the weight files are finished."""
     card = model_card(run.source.name, run.source.path, run.report.bits_per_weight, writer.weights_bytes)
     writer.add_text(CARD_FILE, card)

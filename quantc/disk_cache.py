@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from pathlib import Path
+
+from .whole_file import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,6 @@ def store(part: str, key: str, content: bytes) -> None:
     """Keep content under a key. The file appears whole, so other processes may read and write the same key."""
     try:
         folder(part).mkdir(parents=True, exist_ok=True)
-        _write_whole(folder(part) / key, hashlib.sha256(content).digest() + content)
+        write_whole(folder(part) / key, hashlib.sha256(content).digest() + content)
     except OSError as error:
         log.debug("%s is not kept in %s: %s", key, folder(part), error)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

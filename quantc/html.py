@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from html import escape
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from .spec import QuantSpec
@@ -69,6 +70,7 @@ PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="quantc">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
@@ -81,6 +83,12 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a page that quantc wrote."""
+    with file.open("rb") as stream:
+        return b'<meta name="generator" content="quantc">' in stream.read(1000)
 
 
 def render(report: dict[str, Any]) -> str:

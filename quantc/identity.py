@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from .calibration import has_fast_bfloat16
 from .companions import libraries
+from .frontend.unchanged import written_at
 from .pipeline import Run
 from .recipe import Recipe
 
@@ -25,6 +25,7 @@ def identity(run: Run, recipe: Recipe, tokens: torch.Tensor | None, **more: Any)
     return {
         "model": run.source.name,
         "file": {file.name: _version_of(file) for file in run.source.weight_files()},
+        "contents of": run.source.contents(),
         "config": digest([run.source.model.config.to_json_string().encode()]),
         "passes": ", ".join(name for name, _ in recipe.passes),
         "calibration": asdict(recipe.calibration),
@@ -57,9 +58,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _version_of(file: Path) -> str:
-    """A file that was written again is another one, though it may be as long: reading all of it would take minutes."""
+    """A file that was written again is another one, though what is compared of its contents may be the same."""
     facts = file.stat()
-    return f"{facts.st_size} bytes, written {datetime.fromtimestamp(facts.st_mtime_ns / 1e9, UTC):%F %H:%M:%S.%f} UTC"
+    return f"{facts.st_size} bytes, written {written_at(facts.st_mtime_ns)}"
 
 
 def _device(device: torch.device) -> str:

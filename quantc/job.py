@@ -34,6 +34,7 @@ from .recipe import DEFAULT, NO_TEXT, Recipe, read_recipe, without_text
 from .report import Report
 from .shard_writer import writing
 from .sizes import weights_bytes
+from .snapshot import check_tensors, checked
 from .spec import QuantSpec
 from .stats import using_products
 from .tokens import calibration_tokens
@@ -161,17 +162,23 @@ class Job:
             _ = run.source.tokenizer  # a missing one is found before hours of work
             writer.require_space(weights_bytes(run, run.plan.specs))
             tokens = self.tokens(run)
-            saved = writer.begin(identity(run, self.recipe, tokens, size=at_most))
+            saved = checked(writer.begin(identity(run, self.recipe, tokens, size=at_most)), run, self.passes)
+            if saved is not None:
+                writer.restore(saved["tensors"])
+                check_tensors(saved, run, writer.tensors)
+            companions.write_companions(run, writer)  # what is wrong with these is found before hours of work
             with kernels_of(run.device):
                 sweep.build(run, self.passes, tokens, writer, saved)
-            companions.write_companions(run, writer)
+            writer.add_text(companions.PLAN_FILE, run.plan.to_yaml())
             _finish_report(run, writer, started, cpu_started)
             if at_most is not None and writer.weights_bytes > at_most:
                 writer.discard()
                 raise TooLarge(writer.weights_bytes - at_most)
             companions.write_card(run, writer)
             config = companions.config_json(run)
-            writer.commit(config, companions.manifest_json(run, self.recipe, tokens, writer.folder, config))
+            with run.source.unchanged:
+                manifest = companions.manifest_json(run, self.recipe, tokens, writer.folder, config)
+            writer.commit(config, manifest)
         return run.report
 
     def within(self, size: int) -> Job:

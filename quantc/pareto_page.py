@@ -11,6 +11,7 @@ from .errors import UsageError
 from .html import PAGE, STYLE
 from .pareto import Curve, Point, explained, table
 from .units import number, size
+from .whole_file import write_whole
 
 PAGE_FILE, PLOT_FILE = "pareto.html", "pareto.png"
 NO_PLOT = "no plot was drawn, as matplotlib is not installed; run `pip install quantc[plot]` for one."
@@ -42,7 +43,7 @@ def write(curve: Curve, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            (folder / name).write_bytes(content)
+            write_whole(folder / name, content)
     except OSError as error:
         raise UsageError(
             f"the curve cannot be written into {folder} ({error.strerror}); pass another --out."

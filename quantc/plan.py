@@ -15,6 +15,7 @@ from .graph import ModelGraph
 from .numerics.hadamard import fits
 from .numerics.row_widths import mark_salient, read_rows, write_rows
 from .spec import QuantSpec, packed_bytes
+from .whole_file import write_whole
 
 KEEP = "keep"
 MOST_ROWS = 1 << 24  # of a weight: vocabularies have up to 2**19
@@ -71,12 +72,9 @@ class Plan:
 
     def write(self, file: Path) -> None:
         """The YAML into a file, whole or not at all; raises UsageError where that cannot be written."""
-        unfinished = file.with_name(file.name + ".unfinished")
         try:
-            unfinished.write_text(self.to_yaml(), encoding="utf-8")
-            unfinished.replace(file)
+            write_whole(file, self.to_yaml().encode())
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
             raise UsageError(f"the plan {file} cannot be written ({error.strerror}); pass another --out.") from error
 
     def check(self, graph: ModelGraph, extra: set[str]) -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .budget import Shared
-from .checkpoint import is_checkpoint
+from .checkpoint import verify
 from .checkpoint_writer import CheckpointWriter
+from .errors import CheckpointError
 from .frontend import open_model
 from .identity import digest, identity
 from .job import Job, PathLike
+from .ownership import remove
 from .plan import Plan
 from .report import Report, read_report
 from .shard_writer import writing
+from .snapshot import measured_builds
 from .targets import Target, held_out, meet
 from .units import plural
 
@@ -53,7 +54,7 @@ def pursue(
         tokens, windows = held_out(run, tokens, text)
         scored = digest(window.tokens.numpy().tobytes() for window in windows)
         saved = place.begin(identity(run, job.recipe, tokens, target=asdict(target), text=scored))
-        measured: list[dict[str, Any]] = [] if saved is None else saved["builds"]
+        measured = measured_builds(saved)
         place.save(plural(len(measured), "build") if measured else "", {"builds": measured})
         budget = job.budget(run, tokens, place.folder)
 
@@ -90,7 +91,7 @@ class Builds:
         found: Callable[[Path], float],
     ):
         self._place, self._target, self._write, self._found = place, target, write, found
-        self._measured = list(takewhile(lambda item: item.keys() == {"specs", "bits", "found"}, measured))
+        self._measured = measured
         self._built: list[Shared] = []
         self._reports: dict[Path, Report] = {}
 
@@ -100,19 +101,19 @@ class Builds:
         self._built.append(shared)
         specs = {name: spec and spec.to_dict() for name, spec in shared.specs.items()}
         known = self._measured[at] if at < len(self._measured) else None
-        if known is None or known["specs"] != specs or (at == self._best() and not is_checkpoint(folder)):
+        if known is None or known["specs"] != specs or (at == self._best() and not _is_whole(folder)):
             self._reports[folder] = self._write(shared, folder)
             self._measured[at:] = [{"specs": specs, "bits": shared.bits, "found": self._found(folder)}]
             self._place.save(plural(len(self._measured), "build"), {"builds": self._measured})
         for other in map(self._folder, range(len(self._built))):
             if other.exists() and other != self._folder(self._best()):
-                shutil.rmtree(other)
+                remove(other)
         return self._measured[at]["found"]
 
     def chosen(self, shared: Shared) -> tuple[Path, Report]:
         """Return the folder and the report of a build; it is built again where its folder is gone."""
         folder = self._folder(next(at for at, built in enumerate(self._built) if built is shared))
-        if not is_checkpoint(folder):
+        if not _is_whole(folder):
             self._reports[folder] = self._write(shared, folder)
         return folder, self._reports.get(folder) or Report.from_dict(read_report(folder))
 
@@ -123,3 +124,12 @@ class Builds:
         """The number of the smallest build that met the target, -1 where none did."""
         met = [at for at, item in enumerate(self._measured) if item["found"] <= self._target.limit]
         return min(met, key=lambda at: self._measured[at]["bits"], default=-1)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a build that was measured is still what it was: a damaged one is built again."""
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True

@@ -7,7 +7,9 @@ writer takes all tensors at once and copies them: two shards of memory, against 
 from __future__ import annotations
 
 import json
+import math
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 
 from .checkpoint import DTYPE_NAMES
 from .errors import CheckpointError
+from .journal import open_own
 
 ALIGNMENT = 8  # of the data's start
 COPY_BYTES = 1 << 20  # copied at a time
@@ -63,7 +66,7 @@ class ShardWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append a contiguous CPU tensor."""
-        with writing(self._spool), self._spool.open("ab") as spool:
+        with writing(self._spool), open(self._spool, "ab", opener=open_own) as spool:
             spool.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
         self._entries[name] = Entry(name, tensor.dtype, list(tensor.shape), self._end, tensor.nbytes)
         self._end += tensor.nbytes
@@ -80,7 +83,7 @@ class ShardWriter:
         """A tensor that was added, from the disk; raises CheckpointError where its bytes are no longer there."""
         entry = self._entries[name]
         start = entry.start if self.file is None else self._start_in_file(entry)
-        with self.place.open("rb") as stream:
+        with open(self.place, "rb", opener=open_own) as stream:
             stream.seek(start)
             content = bytearray(stream.read(entry.bytes))
         if len(content) < entry.bytes:
@@ -101,7 +104,7 @@ class ShardWriter:
     def finish(self, file: Path) -> None:
         """Write the shard, remove the spool."""
         with writing(file):
-            with self._spool.open("rb") as spool, file.open("wb") as out:
+            with open(self._spool, "rb", opener=open_own) as spool, open(file, "wb", opener=open_own) as out:
                 out.write(header(self._entries.values()))
                 for entry in in_order(self._entries.values()):
                     _copy(spool, out, entry)
@@ -116,25 +119,64 @@ class ShardWriter:
         return {"spool": self._spool.name, "end": self._end, "tensors": tensors}
 
     @classmethod
-    def restored(cls, folder: Path, state: dict[str, Any], file: Path) -> ShardWriter:
-        """A shard as it was when `state` was asked for; what was added later is cut off.
+    def restored(cls, spool: Path, state: Any, file: Path) -> ShardWriter:
+        """A shard as it was when `state` was asked for. Nothing on the disk changes: see `cut_off`.
 
-        file: the shard, if it was written already. Raises CheckpointError where the spool is shorter than it was.
+        file: the shard, if it was written already. Raises CheckpointError where the state is not one of this spool, or
+        the file that has the tensors is not as long as that says.
         """
-        shard = cls(folder / state["spool"])
-        shard._end = shard._synced = state["end"]
-        for name, (dtype, shape, start, count) in state["tensors"].items():
-            shard._entries[name] = Entry(name, _DTYPES[dtype], shape, start, count)
-            shard.bytes += count
-        if not shard._spool.exists() and file.exists():
-            shard.file = file
-            return shard
-        found = shard._spool.stat().st_size if shard._spool.exists() else 0
-        if found < shard._end:
-            raise CheckpointError(f"{shard._spool} has {found} of {shard._end} bytes")
-        if shard._spool.exists():
-            os.truncate(shard._spool, shard._end)
+        shard = cls(spool)
+        try:
+            shard._take(state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"what is said of {spool.name} cannot be read ({error})") from error
+        finished = not os.path.lexists(spool) and os.path.lexists(file)
+        shard.file = file if finished else None
+        if finished:
+            shard._check_file()
+        elif (found := _size(spool)) < shard._end:
+            raise CheckpointError(f"{spool} has {found} of {shard._end} bytes")
         return shard
+
+    def _take(self, state: Any) -> None:
+        if state["spool"] != self._spool.name:
+            raise ValueError(f"it names {state['spool']!r}")
+        self._end = self._synced = _count(state["end"])
+        for name, (dtype, shape, start, count) in state["tensors"].items():
+            entry = Entry(name, _DTYPES[dtype], [_count(size) for size in shape], _count(start), _count(count))
+            if entry.bytes != math.prod(entry.shape) * entry.dtype.itemsize or entry.start + entry.bytes > self._end:
+                raise ValueError(f"{name!r} is not inside it")
+            self._entries[name] = entry
+            self.bytes += entry.bytes
+
+    def _check_file(self) -> None:
+        assert self.file is not None
+        wanted = header(self._entries.values())
+        found, size = _size(self.file), len(wanted) + self.bytes
+        with open(self.file, "rb", opener=open_own) as stream:
+            if found != size or stream.read(len(wanted)) != wanted:
+                raise CheckpointError(f"{self.file} has {found} of {size} bytes, or another header")
+
+    def cut_off(self) -> None:
+        """Remove from the spool what was added after the state that it was restored to."""
+        if self.file is None and os.path.lexists(self._spool):
+            with writing(self._spool), open(self._spool, "r+b", opener=open_own) as stream:
+                stream.truncate(self._end)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _size(file: Path) -> int:
+    """0 where there is no such file; raises CheckpointError for a link, a folder or the like."""
+    if not os.path.lexists(file):
+        return 0
+    if not stat.S_ISREG(file.lstat().st_mode):
+        raise CheckpointError(f"{file} is not a regular file")
+    return file.lstat().st_size
 
 
 class writing:

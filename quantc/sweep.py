@@ -42,13 +42,11 @@ def build(
 
     tokens: calibration set (samples, T), or None when no pass asks for statistics. Later blocks are calibrated on
     the outputs of the earlier ones as they were rounded. saved: what an interrupted run of the same kind has saved with
-    the writer last; its blocks are taken as they are.
+    the writer last; its blocks, which the writer has again, are taken as they are.
     """
     finishing = [item for item in passes if item.calibrated and type(item).finish is not Pass.finish]
     sweep = _Sweep(run, passes, writer, 0 if saved is None else saved["blocks"])
     finished = 0 if saved is None else saved["finished"]
-    if saved is not None:
-        writer.restore(saved["tensors"])
     nothing_left = sweep.whole and finished == len(finishing)
     calibration = None if tokens is None or nothing_left else analyse(run, passes, tokens, writer.folder)
     if saved is not None:

@@ -37,7 +37,8 @@ from .source import (
     read_tokenizer,
     set_parameter,
 )
-from .weight_files import Header, find_weights, open_shard
+from .unchanged import stored_tensors
+from .weight_files import Header, find_weights
 
 
 class FolderSource(Source):
@@ -114,11 +115,10 @@ class FolderSource(Source):
     def load(self, prefix: str) -> None:
         wanted = self.wanted_under(prefix)
         keys = [key for key, target in self._targets.items() if is_under(target, prefix) or target in wanted]
-        # Opened anew each time: pages of a mapped shard count as this process's memory until it is closed.
-        shards = {file: open_shard(file) for file in {self._headers[key].file for key in keys}}
-        slices = {key: shards[self._headers[key].file].get_slice(key) for key in keys}
         settings = LoadStateDictConfig(dtype=COMPUTE_DTYPE, weight_mapping=self._conversions)
-        with quiet_transformers():
+        with self.unchanged, quiet_transformers():
+            shards = {file: stored_tensors(file) for file in {self._headers[key].file for key in keys}}
+            slices = {key: shards[self._headers[key].file][key] for key in keys}
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings, **OLDER_ARGUMENTS)
         if info.mismatched_keys or info.conversion_errors:
             raise ModelError(f"{self.path} has changed since its headers were read; start again.")

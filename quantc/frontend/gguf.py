@@ -19,6 +19,7 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from ..errors import ModelError
 from .source import COMPUTE_DTYPE, Source, build_skeleton, first_line, is_under, quiet_transformers, read_tokenizer
+from .unchanged import Span, read_bytes
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -74,9 +75,10 @@ class GgufSource(Source):
 
     def load(self, prefix: str) -> None:
         wanted = self.wanted_under(prefix)
-        for name, parts in self._tensors.items():
-            if name in wanted:
-                _assign(self.model, name, self._dequantize(name, parts))
+        with self.unchanged:
+            for name, parts in self._tensors.items():
+                if name in wanted:
+                    _assign(self.model, name, self._dequantize(name, parts))
         self.share_tied(prefix)
         self.check_loaded(prefix)
 
@@ -85,13 +87,23 @@ class GgufSource(Source):
 
         merged: dict[str, Any] = {"tensors": {}, "config": self._config.to_dict()}
         for part in parts:
-            weights = dequantize(part.data, part.tensor_type)
+            weights = dequantize(self._read(part), part.tensor_type)
             result = self._processor.process(
                 weights=weights, name=part.name, tensor_key_mapping=self._names, parsed_parameters=merged
             )
             if result.name is not None:
                 return torch.from_numpy(np.array(result.weights, dtype=np.float32))
         return merged["tensors"][name].to(COMPUTE_DTYPE)
+
+    def _read(self, part: Any) -> np.ndarray[Any, Any]:
+        """A tensor's bytes as the reader has them, but not mapped."""
+        content = read_bytes(self.path, int(part.data_offset), int(part.n_bytes)).numpy()
+        return content.view(part.data.dtype).reshape(part.data.shape)
+
+    def spans(self, file: Path) -> list[Span]:
+        """Where the header and every tensor are."""
+        found = sorted((int(part.data_offset), int(part.n_bytes)) for part in self._reader.tensors)
+        return [(0, min((start for start, _ in found), default=0)), *found]
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Float tensors keep their type; blocks that were dequantized fit float16 to its last bit."""

@@ -27,6 +27,7 @@ from ..errors import ModelError
 from ..progress import Progress
 from ..stats import all_finite
 from .finite import non_finite
+from .unchanged import Span, Unchanged, fingerprint, safetensors_spans, small_files, whole_digest
 
 COMPUTE_DTYPE = torch.float32
 
@@ -67,6 +68,22 @@ class Source(ABC):
     def check_values(self, progress: Progress) -> None:  # noqa: B027
         """Raise ModelError that names a tensor with NaN or infinity, where reading all of them is cheap; `load` does so
         for what it loads in any case."""
+
+    @cached_property
+    def unchanged(self) -> Unchanged:
+        """Context manager around reading the weight files; raises ChangedSource where one has changed."""
+        return Unchanged(self.weight_files())
+
+    def spans(self, file: Path) -> list[Span]:
+        """Where a weight file's header and tensors are."""
+        return safetensors_spans(file)
+
+    def contents(self) -> dict[str, str]:
+        """File name -> digest of what is in it: of weight files all of the header and samples of every tensor."""
+        with self.unchanged:
+            weights = {file.name: fingerprint(file, self.spans(file)) for file in self.weight_files()}
+        small = small_files(self.path) if self.path.is_dir() else []
+        return weights | {file.name: whole_digest(file) for file in small}
 
     @abstractmethod
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:

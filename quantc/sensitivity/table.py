@@ -54,6 +54,7 @@ def key_of(run: Run, tokens: torch.Tensor, **question: Any) -> str:
     facts = {
         "format": FORMAT,
         "files": sorted(files),
+        "contents": run.source.contents(),
         "model": run.source.model.config.to_json_string(),
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "rounding": asdict(run.rounding),

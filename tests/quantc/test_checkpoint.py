@@ -33,6 +33,7 @@ from quantc.checkpoint import (
 from quantc.checkpoint_writer import CheckpointWriter
 from quantc.errors import CheckpointError, UsageError
 from quantc.formats import DENSE
+from quantc.ownership import mark
 from quantc.spec import QuantSpec
 from tests.families import build
 from tests.helpers import save_with_tokenizer
@@ -141,13 +142,13 @@ def test_an_existing_output_is_not_overwritten_unasked(whole: Path) -> None:
 
 
 def test_force_replaces_the_old_output_only_on_commit(whole: Path, tmp_path: Path) -> None:
-    (whole / "mine.txt").write_text("old")
+    (whole / "report.html").write_text("old")
     before = contents(whole)
     with CheckpointWriter(whole, force=True) as writer:
         writer.add("t", torch.zeros(2))
         assert contents(whole) == before
         writer.commit({}, {})
-        assert not (whole / "mine.txt").exists()
+        assert not (whole / "report.html").exists()
     assert list(load_file(whole / SHARD)) == ["t"]
     assert only(tmp_path, "whole")
 
@@ -175,9 +176,10 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_unfinished_folder_of_an_earlier_run_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "out.unfinished").mkdir()
-    (tmp_path / "out.unfinished/shard-00009.safetensors").write_bytes(b"stale")
+    mark(tmp_path / "out.unfinished")
+    (tmp_path / "out.unfinished/shard-00009.data").write_bytes(b"stale")
     out = write(tmp_path / "out")
-    assert not (out / "shard-00009.safetensors").exists()
+    assert not (out / "shard-00009.data").exists()
     assert only(tmp_path, "out")
 
 
@@ -219,14 +221,17 @@ def test_a_disk_that_fills_before_a_block_is_finished_leaves_nothing(
     assert only(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "quantc.shard_writer._copy",
-        "transformers.PreTrainedTokenizerFast.save_pretrained",
-        "quantc.report.Report.write",
-    ],
-)
+def test_what_cannot_be_written_beside_the_weights_is_found_before_the_first_block(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", no_space)
+    monkeypatch.setattr("quantc.sweep.build", lambda *_: pytest.fail("blocks were built"))
+    with pytest.raises(CheckpointError, match=r"out.unfinished could not be written \(No space left on device\); free"):
+        quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out")
+    assert only(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["quantc.shard_writer._copy", "quantc.report.Report.write"])
 def test_a_disk_that_fills_at_the_end_of_a_run_is_one_sentence_and_keeps_the_blocks(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:

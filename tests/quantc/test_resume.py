@@ -336,7 +336,8 @@ def test_a_torn_tail_is_cut_off(kept: Path, model: Path, tmp_path: Path) -> None
     (kept / "shard-00002.data").write_bytes(b"torn")
     (kept / f"{JOURNAL}.new").write_text('{"version": 1, "iden')
     (kept / "plan.yaml").write_text("half of it")
-    (kept / "tmpfolder").mkdir()
+    (kept / "distill-0123abc_").mkdir()
+    (kept / "distill-0123abc_/factors").write_bytes(b"torn")
     quantize(model, tmp_path / "out", True, **FAST)
     quantize(model, tmp_path / "whole", **FAST)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -369,7 +370,7 @@ def age_journal(kept: Path) -> None:
         (damage_spool, r"is damaged \(model.embed_tokens.weight has another checksum\); pass --force without --resume"),
         (shorten_spool, r"is damaged \(\S*shard-00001.data has 1000 of \d+ bytes\); pass --force without --resume to"),
         (cut_journal, r"resume.json cannot be read \(.*\); pass --force without --resume to start anew\.$"),
-        (age_journal, r"resume.json cannot be read \(it has version 99, not 1\); pass --force"),
+        (age_journal, r"resume.json cannot be read \(it has version 99, not 2\); pass --force"),
     ],
 )
 def test_what_was_damaged_is_refused_and_stays(

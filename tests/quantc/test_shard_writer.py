@@ -64,7 +64,10 @@ def test_a_shard_goes_back_to_a_state(tmp_path: Path) -> None:
     state = shard.state()
     shard.replace("a", -torch.arange(4))
     shard.add("b", torch.arange(3))
-    back = ShardWriter.restored(tmp_path, json.loads(json.dumps(state)), tmp_path / "none")
+    long = (tmp_path / "spool.data").read_bytes()
+    back = ShardWriter.restored(tmp_path / "spool.data", json.loads(json.dumps(state)), tmp_path / "none")
+    assert (tmp_path / "spool.data").read_bytes() == long
+    back.cut_off()
     assert torch.equal(back.read("a"), torch.arange(4))
     assert list(back.described()) == ["a"]
     assert (tmp_path / "spool.data").stat().st_size == 32
@@ -79,7 +82,7 @@ def test_a_spool_that_is_too_short_is_no_state(tmp_path: Path) -> None:
     shard.add("a", torch.arange(4))
     (tmp_path / "spool.data").write_bytes(bytes(31))
     with pytest.raises(CheckpointError, match=r"spool.data has 31 of 32 bytes$"):
-        ShardWriter.restored(tmp_path, shard.state(), tmp_path / "none")
+        ShardWriter.restored(tmp_path / "spool.data", shard.state(), tmp_path / "none")
 
 
 def write(file: Path, made: dict[str, torch.Tensor]) -> int:
