@@ -28,6 +28,7 @@ TURNED_VERSION = 2  # of checkpoints with a rotated residual stream, which reade
 UNEVEN_VERSION = 3  # of those with rows of two widths or dropped weights in some, the residual stream rotated or not
 VERSIONS = (VERSION, TURNED_VERSION, UNEVEN_VERSION)
 LARGEST = 2**31 - 1  # of any dimension: kernels count in 32 bits, and products of two stay below 2^63
+CHECKED_KEYS = ("version", "default", "modules", "residual_rotation")  # of quantization_config, by its own checksum
 MANIFEST = "quantc.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -136,7 +137,13 @@ def describe_quantization(
         described |= {"version": TURNED_VERSION, "residual_rotation": asdict(residual)}
     if any(entry.spec.wide_rows or entry.spec.sparse for entry in entries.values()):
         described["version"] = UNEVEN_VERSION
-    return described
+    return {**described, "sha256": _checksum_of_settings(described)}
+
+
+def _checksum_of_settings(settings: dict[str, Any]) -> str:
+    """It travels with the config where the manifest does not: to copies, and into the cache of a hub model."""
+    said = {key: settings[key] for key in CHECKED_KEYS if settings.get(key) is not None}
+    return integrity.checksum_of_config(said)
 
 
 def read_residual_rotation(config: dict[str, Any]) -> ResidualRotation | None:
@@ -178,11 +185,17 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
     try:
         entries = {name: _read_entry(name, settings["default"], dict(own)) for name, own in settings["modules"].items()}
         _check_uneven(entries, settings["version"])
-        return entries
+        changed = settings.get("sha256") not in (None, _checksum_of_settings(settings))
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint's quantization_config cannot be read ({error}); copy it again."
         ) from error
+    if changed:
+        raise CheckpointError(
+            "the checkpoint's quantization_config has changed since it was written (its sha256 differs), so the "
+            "weights would be decoded wrongly; copy config.json again."
+        )
+    return entries
 
 
 def _read_entry(name: str, default: dict[str, Any], own: dict[str, Any]) -> PackedEntry:

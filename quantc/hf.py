@@ -24,7 +24,13 @@ class QuantcConfig(QuantizationConfigMixin):
     """`quantization_config` of a quantc checkpoint; see docs/format.md."""
 
     def __init__(
-        self, version: int = 0, default: Any = None, modules: Any = None, residual_rotation: Any = None, **_: Any
+        self,
+        version: int = 0,
+        default: Any = None,
+        modules: Any = None,
+        residual_rotation: Any = None,
+        sha256: Any = None,
+        **_: Any,
     ):
         self.quant_method: Any = METHOD
         self.version = version
@@ -32,6 +38,8 @@ class QuantcConfig(QuantizationConfigMixin):
         self.modules = modules
         if residual_rotation is not None:
             self.residual_rotation = residual_rotation
+        if sha256 is not None:
+            self.sha256 = sha256
 
 
 class QuantcQuantizer(HfQuantizer):

@@ -81,9 +81,9 @@ def _check_layers(reader: CheckpointReader) -> None:
 
 
 def _read_generation_config(folder: Path) -> GenerationConfig:
-    own = (folder / GENERATION).is_file()
-    name = GENERATION if own else "config.json"
-    return GenerationConfig.from_pretrained(folder, config_file_name=name, _from_model_config=not own)
+    if (folder / GENERATION).is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
 @contextmanager

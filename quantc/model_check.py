@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import INDEX, CheckpointReader, PackedEntry, read_quantization, read_residual_rotation
+from .checkpoint import CheckpointReader, PackedEntry, read_quantization, read_residual_rotation
 from .errors import CheckpointError
 
 _HANDED_OVER: ContextVar[CheckpointReader | None] = ContextVar("reader of the tensors handed over", default=None)
@@ -53,13 +53,11 @@ def reader_of(files: list[str] | None, config: dict[str, Any]) -> CheckpointRead
 def _reader_beside(files: list[Path]) -> CheckpointReader:
     reader = CheckpointReader(files[0].parent)
     checked = {reader.folder / shard for shard in reader.weight_map.values()}
-    for file in sorted(checked ^ set(files)):
+    if set(files) != checked:
+        would, are = (", ".join(sorted(file.name for file in each)) for each in (set(files), checked))
         raise CheckpointError(
-            f"transformers would load {', '.join(each.name for each in files)}, but the weights of {reader.folder} are "
-            f"in {', '.join(sorted(each.name for each in checked))}, not {file.name}; load it without a variant, and "
-            "with safetensors."
-            if file not in checked
-            else f"transformers would not load {file}, which {INDEX} lists; copy the checkpoint again."
+            f"transformers would load {would}, but the weights of {reader.folder} are in {are}; load it without a "
+            "variant, and with safetensors."
         )
     return reader
 

@@ -279,6 +279,13 @@ def test_force_replaces_nothing_but_checkpoints(tmp_path: Path) -> None:
 # Reading
 
 
+def test_a_config_without_a_default_is_refused() -> None:
+    described = describe_quantization(ENTRIES, SPEC)
+    del described["default"]
+    with pytest.raises(CheckpointError, match=r"quantization_config cannot be read \('default'\); copy it again"):
+        read_quantization({"quantization_config": described})
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """The shard with its tensors changed, and nothing else."""
     found = load_file(folder / SHARD)
@@ -349,17 +356,29 @@ def test_a_part_that_the_manifest_lacks_too_is_missed(whole: Path) -> None:
 def test_a_spec_that_does_not_fit_the_parts_is_named(whole: Path) -> None:
     def more_bits(content: dict[str, Any]) -> None:
         content["quantization_config"]["default"]["bits"] = 5
+        del content["quantization_config"]["sha256"]
 
     edit_json(whole / "config.json", more_bits)
     assert "block.0.experts.qweight is U8 (2, 6, 8), but its spec needs U8 (2, 6, 13)" in refusal(whole)
 
 
-def test_a_length_is_not_believed(whole: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (10**9, "block.0.up.qweight is U8 (6, 8), but its spec needs"),
+        (
+            10**12,
+            "block.0.up has the shape [1000000000000, 1000000000000], not 2 or 3 whole numbers from 1 to 21474836",
+        ),
+    ],
+)
+def test_a_length_is_not_believed(whole: Path, size: int, message: str) -> None:
     def huge(content: dict[str, Any]) -> None:
-        content["quantization_config"]["modules"]["block.0.up"]["shape"] = [10**9, 10**9]
+        content["quantization_config"]["modules"]["block.0.up"]["shape"] = [size, size]
+        del content["quantization_config"]["sha256"]
 
     edit_json(whole / "config.json", huge)
-    assert "block.0.up.qweight is U8 (6, 8), but its spec needs" in refusal(whole)
+    assert message in refusal(whole)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -442,6 +461,17 @@ def test_version_3_may_rotate_hidden_states_too() -> None:
         ({"modules": {"a": {}}}, "quantization_config cannot be read ('shape')"),
         ({"modules": {"a": {"shape": [3]}}}, "quantization_config cannot be read ("),
         ({"modules": {"a": {"shape": ["x", "y"]}}}, "quantization_config cannot be read ("),
+        ({"modules": {"a": {"shape": [2.0, 4]}}}, "a has the shape [2.0, 4], not 2 or 3 whole numbers"),
+        ({"modules": {"a": {"shape": [True, 4]}}}, "a has the shape [True, 4], not 2 or 3 whole numbers"),
+        ({"modules": {"a": {"shape": [0, 4]}}}, "a has the shape [0, 4], not 2 or 3 whole numbers"),
+        ({"modules": {"a": {"shape": [2, 2, 3, 4]}}}, "a has the shape [2, 2, 3, 4], not 2 or 3 whole numbers"),
+        ({"modules": {"a": {"shape": [2, 4], "transposed": "no"}}}, "a is transposed: 'no', not true or false"),
+        ({"modules": {"a": {"shape": [2, 4], "rank": 3}}}, "a has rank 3, but a weight of 2 x 4 has at most 2"),
+        ({"modules": {"a": {"shape": [2, 4], "rank": 10**12}}}, "a has rank 1000000000000, but a weight of 2 x 4"),
+        ({"modules": {"a": {"shape": [2, 4], "group_size": 2**31}}}, "a has groups of 2147483648; 2147483647 is"),
+        ({"default": None}, "quantization_config cannot be read ("),
+        ({"sha256": "0"}, "quantization_config has changed since it was written (its sha256 differs)"),
+        ({"default": {"bits": 3, "group_size": 7}}, "quantization_config has changed since it was written"),
         ({"modules": ["a"]}, "quantization_config cannot be read ("),
         ({"modules": None}, "quantization_config cannot be read ("),
     ],
