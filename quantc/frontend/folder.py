@@ -24,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ..errors import ModelError
 from ..progress import Progress
 from .agreement import DTYPES, OLDER_ARGUMENTS, check_agreement, differing_ties
+from .bounds import check_config_file, check_sizes
 from .finite import check_finite
 from .kinds import check_architecture, read_raw_config, refuse_adapter
 from .source import (
@@ -54,6 +55,7 @@ class FolderSource(Source):
         config = _read_config(folder)
         self._weights = find_weights(folder, raw_config)
         refuse_adapter(folder)
+        check_sizes(config, self._weights.files)
         self._build(config)
         self.notes = list(self._weights.notes)
         self._believe_the_files()
@@ -165,9 +167,10 @@ def _name_of(folder: Path) -> str:
 
 
 def _read_config(folder: Path) -> Any:
+    check_config_file(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers checks few settings: TypeError, ZeroDivisionError and others come too
         raise ModelError(
             f"{folder}: config.json is not one that transformers can use ({first_line(error)}); "
             "a decoder model that AutoModelForCausalLM knows is needed."

@@ -183,7 +183,7 @@ def _open_reader(file: Path) -> Any:
         ) from error
     try:
         return PlainReader(str(file))
-    except (ValueError, OSError, IndexError, KeyError) as error:
+    except Exception as error:  # the package checks little: RecursionError, UnicodeDecodeError and others come too
         raise ModelError(f"{file} is not a readable GGUF file ({error}); fetch it again.") from error
 
 
@@ -191,7 +191,7 @@ def _read_config(file: Path) -> Any:
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+    except Exception as error:  # fields that are missing or of another type end in any kind of exception
         raise ModelError(
             f"{file}: transformers cannot read this architecture from GGUF ({first_line(error)}); "
             "use the model's transformers folder."

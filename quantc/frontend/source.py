@@ -166,7 +166,7 @@ def build_skeleton(config: object) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False), quiet_transformers():
             model = auto_class(config).from_config(config, dtype=COMPUTE_DTYPE)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # a setting of another type or range ends in any kind of exception
         raise ModelError(
             f"transformers cannot build {type(config).__name__} ({first_line(error)}); a decoder model that "
             "AutoModelForCausalLM knows is needed."

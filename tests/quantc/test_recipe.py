@@ -129,7 +129,7 @@ def test_settings_of_a_pass_the_recipe_lacks_are_refused() -> None:
         ({"version": 1, "passes": PASSES, "calibration": {"seq_len": 10**7}}, "but 1048576 at most are possible"),
         (
             {"version": 1, "passes": PASSES, "calibration": {"seed": 2**63}},
-            "but 9223372036854775807 at most is possible",
+            "calibration: seed is 9223372036854775808, but 9223372036854775807 at most is possible",
         ),
         ({"version": 1, "passes": [{"q" * 10**6: {}}]}, "passes has the unknown key 'qqq"),
         ("a: " + "[" * 500 + "]" * 500, "lists or mappings inside each other"),

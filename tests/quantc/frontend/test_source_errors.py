@@ -297,3 +297,39 @@ def test_deriving_the_graph_leaves_the_blocks_on_meta(pristine: Path) -> None:
     source = open_model(pristine)
     derive(source.model, source.load, to_meta)
     assert all(parameter.is_meta for parameter in source.model.get_submodule("model.layers").parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_hidden_layers": 5000}, "config.json says num_hidden_layers 5000, but the weight files hold"),
+        ({"num_hidden_layers": 10**12}, "says num_hidden_layers 1000000000000, but a number from 0 to 10000 is needed"),
+        ({"num_hidden_layers": "2"}, "says num_hidden_layers '2', but a number from 0 to 10000 is needed"),
+        ({"num_hidden_layers": -1}, "says num_hidden_layers -1, but a number from 0 to 10000 is needed"),
+        (
+            {"hidden_size": 10**9},
+            "says hidden_size 1000000000, but the longest side of a tensor in the weight files is",
+        ),
+        ({"hidden_size": 0}, "says hidden_size 0, but the longest side"),
+        ({"head_dim": 0}, "says head_dim 0, but the longest side"),
+        ({"head_dim": 10**10}, "says head_dim 10000000000, but the longest side"),
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"hidden_size": -64}, "config.json"),
+        ({"hidden_size": "64"}, "config.json"),
+        ({"intermediate_size": -1}, "transformers cannot build LlamaConfig"),
+        ({"vocab_size": "many"}, "config.json"),
+        ({"hidden_act": 7}, ""),
+        ({"rope_parameters": 7}, ""),
+        ({"rms_norm_eps": "x"}, ""),
+        ({"pad_token_id": 10**9}, "transformers cannot build LlamaConfig"),
+    ],
+)
+def test_sizes_that_do_not_belong_to_the_weights(folder: Path, tmp_path: Path, settings: Any, message: str) -> None:
+    edit_config(folder, **settings)
+    assert message in refusal(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, '{"a": ' * 500 + "1" + "}" * 500, "[]", "9" * 5000, "\xff"])
+def test_a_config_that_is_no_mapping_of_settings(folder: Path, tmp_path: Path, text: str) -> None:
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    assert refusal(folder, tmp_path / "out").startswith(f"{folder}: config.json is ")
