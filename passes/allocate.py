@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -186,7 +186,14 @@ class Allocate(Pass):
         kept |= {name: _kept_bits(run, name, n * k) for name, (n, k) in tables.items()}
         rated = with_wide_rows(losses({name: found for name, found in specs.items() if found}))
         run.plan.salience = rated.salience
-        return Budget(run.graph, rated, kept, self._rules(run), tables)
+        return Budget(run.graph, rated, kept, self._rules(run), tables, self._uniform(run, tables))
+
+    def _uniform(self, run: Run, tables: dict[str, tuple[int, int]]) -> dict[int, dict[str, QuantSpec]]:
+        """By width, what `--bits` alone gives every linear and table."""
+        base = {name: spec for name in run.graph.linears if (spec := run.plan.specs[name]) is not None}
+        base |= {name: self._spec(self.config.bits, shape) for name, shape in tables.items()}
+        widths = candidates.CANDIDATE_BITS
+        return {bits: {name: replace(spec, bits=bits) for name, spec in base.items()} for bits in widths}
 
     @property
     def _any_group(self) -> bool:
@@ -313,16 +320,20 @@ class Allocate(Pass):
 
 
 def _within_size(run: Run, budget: Budget, limit: int) -> Shared:
-    """The plan of least loss whose weight files take at most `limit` bytes; raises Infeasible where none does."""
-    smallest = budget.share(budget.least)
-    outside = weights_bytes(run, {**run.plan.specs, **smallest.specs}) * 8 - budget.least
+    """The plan of least loss whose weight files take at most `limit` bytes; raises Infeasible where none does.
+
+    A uniform plan whose files take at most as many never loses less.
+    """
+
+    def taken(shared: Shared) -> int:
+        return weights_bytes(run, {**run.plan.specs, **shared.specs})
+
+    outside = taken(budget.share(budget.least)) * 8 - budget.least
     bits = limit * 8 - outside
-    while True:
-        shared = budget.share(bits)
-        excess = weights_bytes(run, {**run.plan.specs, **shared.specs}) - limit
-        if excess <= 0:
-            return shared
+    while (excess := taken(shared := budget.share(bits)) - limit) > 0:
         bits = min(bits, shared.bits) - 8 * excess  # the header is longer where numbers have more digits
+    better = (plan for plan in budget.uniform.values() if plan.loss < shared.loss and taken(plan) <= limit)
+    return min(better, key=lambda plan: plan.loss, default=shared)
 
 
 def _tables(run: Run) -> dict[str, tuple[int, int]]:

@@ -95,10 +95,12 @@ class Budget:
         kept_bits: Mapping[str, int],
         rules: Rules,
         tables: Mapping[str, tuple[int, int]] | None = None,
+        uniform: Mapping[int, Mapping[str, QuantSpec]] | None = None,
     ):
         """losses: as an estimator found them. kept_bits: what each linear or table takes as it is.
 
-        tables: shapes of what lies outside the blocks and is shared out too; averages do not count it.
+        tables: shapes of what lies outside the blocks and is shared out too; averages do not count it. uniform: by
+        width, the specs of the plan that has it everywhere.
         """
         rules.check(losses)
         self._rules, self._graph, self._kept_bits, self._tables = rules, graph, kept_bits, tables or {}
@@ -106,6 +108,8 @@ class Budget:
         self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
         units = [*_units(graph, losses, rules.fused), *([name] for name in self._tables)]
         self._units = [self._options(unit) for unit in units]
+        plans = {bits: self._uniform(specs) for bits, specs in (uniform or {}).items()}
+        self.uniform = {bits: plan for bits, plan in plans.items() if plan is not None}
 
     def quantized(self) -> Budget:
         """The same without keeping linears as they are, where there is another way."""
@@ -129,22 +133,33 @@ class Budget:
         return int(Fraction(str(average)) * self.weights)
 
     def share(self, bits: int) -> Shared:
-        """The plan of least loss within a number of bits; raises allocation.Infeasible below `least`."""
+        """The plan of least loss within a number of bits; raises allocation.Infeasible below `least`.
+
+        A uniform plan within these bits never loses less: where the solver merges states, or sums up in another order,
+        that plan is taken.
+        """
         chosen = solve([_choices(unit) for unit in self._units], bits)
-        return self.plan_of([unit[at] for unit, at in zip(self._units, chosen, strict=True)])
+        found = self.plan_of([unit[at] for unit, at in zip(self._units, chosen, strict=True)])
+        fitting = (plan for plan in self.uniform.values() if plan.bits <= bits)
+        return min([found, *fitting], key=lambda plan: plan.loss)
 
     def smallest(self, loss: float) -> Shared:
-        """The smallest plan that loses at most so many nats per token; raises allocation.Infeasible if none does."""
+        """The smallest plan that loses at most so many nats per token; raises allocation.Infeasible if none does.
+
+        A uniform plan that loses at most so many is never smaller.
+        """
         unit = loss / LOSS_STEPS
         units = [[Choice(option.bits, ceil(option.loss / unit)) for option in options] for options in self._units]
         chosen = solve(units, LOSS_STEPS)
-        return self.plan_of([options[at] for options, at in zip(self._units, chosen, strict=True)])
+        found = self.plan_of([options[at] for options, at in zip(self._units, chosen, strict=True)])
+        fitting = (plan for plan in self.uniform.values() if plan.loss <= loss)
+        return min([found, *fitting], key=lambda plan: plan.bits)
 
     def share_average(self, average: float) -> Shared:
         """The plan of least loss whose weights take so many bits on average, as `share` raises."""
         return self.share(self.bits_for(average))
 
-    def uniform(self, specs: Mapping[str, QuantSpec]) -> Shared | None:
+    def _uniform(self, specs: Mapping[str, QuantSpec]) -> Shared | None:
         """The plan that stores linears as these specs say, but for pins; None where a rule or a candidate lacks one."""
         wanted = {name: self._pinned(name, spec) for name, spec in specs.items()}
         chosen = [

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .budget import KEPT_BITS, Budget, Shared
-from .candidates import CANDIDATE_BITS
 from .graph import Linear
 from .pipeline import Run
 from .plan import Plan
@@ -92,7 +91,11 @@ class Curve:
 
 
 def trace_curve(run: Run, budget: Budget) -> Curve:
-    """The predicted points of a run whose linears have their specs at some width, and the uniform ones beside them."""
+    """The predicted points of a run whose linears have their specs at some width, and the uniform ones beside them.
+
+    A point of as many bits as a uniform one, or more, is predicted to lose no more. That does not hold for bytes of
+    files: headers have names and shapes of as many tensors as a plan needs.
+    """
     run.progress.stage("Curve", POINTS)
 
     def point(average: float) -> Point:
@@ -102,7 +105,8 @@ def trace_curve(run: Run, budget: Budget) -> Curve:
 
     points = spread(point, _hundredths_above(budget.least, budget), _hundredths_above(budget.quantized().most, budget))
     run.progress.done()
-    return Curve(run.report.model, points, _uniform(run, budget), notes=list(run.report.notes))
+    uniform = [_point(run, f"--bits {bits}", plan) for bits, plan in budget.uniform.items()]
+    return Curve(run.report.model, points, uniform, notes=list(run.report.notes))
 
 
 def spread(point: Callable[[float], Point], low: float, high: float) -> list[Point]:
@@ -188,13 +192,6 @@ def _widths(specs: Mapping[str, QuantSpec | None], linears: Mapping[str, Linear]
         for bits, share in shares.items():
             found[bits] = found.get(bits, 0) + linears[name].weights * share
     return {bits: found[bits] / sum(found.values()) for bits in sorted(found)}
-
-
-def _uniform(run: Run, budget: Budget) -> list[Point]:
-    """Every width for all linears, in the groups that `--bits` gives them, where losses are known for it."""
-    base = {name: spec for name, spec in run.plan.specs.items() if spec is not None and name in run.graph.linears}
-    plans = {bits: budget.uniform({n: replace(spec, bits=bits) for n, spec in base.items()}) for bits in CANDIDATE_BITS}
-    return [_point(run, f"--bits {bits}", shared) for bits, shared in plans.items() if shared is not None]
 
 
 def _hundredths_above(bits: int, budget: Budget) -> float:
