@@ -7,19 +7,23 @@ from typing import Literal
 
 import torch
 
-from ..errors import CalibrationError, ModelError, UsageError
+from ..errors import CalibrationError, UsageError
 from ..graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
 from ..numerics.lowrank import compensate
+from ..numerics.ranges import range_loss
 from ..numerics.rounding import Factor
-from ..pipeline import Fact, Pass, register
+from ..pipeline import Fact, Pass, Run, register
 from ..qtensor import QTensor
-from ..report import LinearReport
+from ..ranges import fold_into_range
+from ..report import LinearReport, notes_on_errors, out_of_range
 from ..spec import QuantSpec
 from ..stats import Drift, Gram, output_energy
 from ..work import BlockWork, OutsideWork
 
 Method = Literal["gptq", "rtn"]
+OUT_OF_RANGE = "float16 scales cannot hold its weights"
+LARGEST_LOSS = 1.0  # of range, as a share of the rounding error; a linear that loses more is kept as it is
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,15 @@ class Quantize(Pass):
         config = self.config
         return Rounding(config.method == "gptq", config.damp, config.act_order, config.rounds, config.shrink)
 
+    def rewrite(self, work: BlockWork) -> None:
+        fold_into_range(work)
+
     def build(self, work: BlockWork) -> None:
+        self._build(work)
+        if work.block is work.run.graph.blocks[-1]:
+            work.run.report.notes += notes_on_errors(work.run.report.linears)
+
+    def _build(self, work: BlockWork) -> None:
         if self.calibrated and self.config.correct:
             for item, grams, drift in work.drifting_statistics():
                 self._round(work, item, grams, drift)
@@ -102,6 +114,9 @@ class Quantize(Pass):
                     weight = weight.addmm(weight, correction, alpha=self.config.correct)
                 outcome.add(weight, bases[outcome.spec.hadamard], gram)
         for outcome in outcomes:
+            if outcome.range_loss > LARGEST_LOSS:
+                _keep(work.run, outcome.linear.name)
+                continue
             work.quantized[outcome.linear.name] = outcome.qtensor()
             work.run.report.linears.append(outcome.report(work.run.plan.why))
             work.run.progress.linear(outcome.linear.name, outcome.error)
@@ -110,9 +125,14 @@ class Quantize(Pass):
         name, spec = work.name, work.run.plan.specs.get(work.name)
         if spec is None:
             return
-        tensor = Basis.unguided(None, 0, 0).round(work.weight(), spec)
-        _check_scales(tensor.scales, name)
-        work.quantized[name] = tensor
+        weight = work.weight()
+        lost = range_loss(weight, spec)
+        if lost.share > LARGEST_LOSS:
+            _keep(work.run, name)
+            return
+        if lost.rows:
+            work.run.report.notes.append(f"{name}: {out_of_range(lost.rows)}")
+        work.quantized[name] = Basis.unguided(None, 0, 0).round(weight, spec)
 
     def _bases(self, gram: torch.Tensor | None, rows: int, outcomes: list[Outcome], label: str) -> dict[int, Basis]:
         try:
@@ -130,7 +150,8 @@ class Outcome:
         self.linear, self.spec, self.rounding, self.wide = linear, spec, rounding, wide
         self._tensors: list[QTensor] = []
         self._factors: list[Factor | None] = []
-        self._rows = 0
+        self._rows = self._lost_rows = 0
+        self.range_loss = 0.0  # the largest of the experts'
         self._energy = self._lost = 0.0
 
     def add(self, source: torch.Tensor, basis: Basis, gram: torch.Tensor | None) -> None:
@@ -139,8 +160,11 @@ class Outcome:
         gram: (K, K), as it was measured: not rotated, not shrunk.
         """
         weight = basis.turn(source)
+        lost = range_loss(weight, self.spec)
+        self.range_loss, self._lost_rows = max(self.range_loss, lost.share), self._lost_rows + lost.rows
+        if self.range_loss > LARGEST_LOSS:
+            return
         tensor = basis.round(weight, self.spec, self.rounding.rounds, self.wide)
-        _check_scales(tensor.scales, self.linear.name)
         if self.spec.rank:
             residual = weight - tensor.dequantize()
             tensor.low_rank_a, tensor.low_rank_b = compensate(residual, basis.gram, self.spec.rank)
@@ -174,14 +198,14 @@ class Outcome:
             dead_inputs=max((factor.dead for factor in used), default=0),
             damp=max((factor.damp for factor in used), default=0.0),
             why=why.get(self.linear.name, ""),
+            lost_rows=self._lost_rows,
         )
 
 
-def _check_scales(scales: torch.Tensor, name: str) -> None:
-    if not bool(torch.isfinite(scales).all()):
-        raise ModelError(
-            f"{name} has weights so large that their scale overflows float16 (65504); rescale that weight first."
-        )
+def _keep(run: Run, name: str) -> None:
+    """Leave a weight as it is after all, and say so."""
+    run.plan.specs[name] = None
+    run.report.kept[name] = OUT_OF_RANGE
 
 
 def _stack(tensors: list[QTensor]) -> QTensor:

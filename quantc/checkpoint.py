@@ -209,8 +209,6 @@ def _read_entry(name: str, default: dict[str, Any], own: dict[str, Any]) -> Pack
     spec = QuantSpec.from_dict({**default, **own})
     if spec.rank > min(n, k):
         raise ValueError(f"{name} has rank {spec.rank}, but a weight of {n} x {k} has at most {min(n, k)}")
-    if spec.group_size > LARGEST:
-        raise ValueError(f"{name} has groups of {spec.group_size}; {LARGEST} is the most")
     if not fits(k, spec.hadamard):
         raise ValueError(f"no Hadamard rotation of {k} inputs in blocks of {spec.hadamard} is known")
     return PackedEntry(spec, (n, k), tuple(leading), transposed)

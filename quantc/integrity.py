@@ -123,7 +123,8 @@ def _companions(folder: Path) -> list[Path]:
 
 def _is_of_weights(name: str) -> bool:
     """Whether a file belongs to the weights, which have checksums of their own, or to an unfinished run."""
-    return name.endswith((".safetensors", ".safetensors.index.json", ".data")) or name in ("quantc.json", "resume.json")
+    endings = (".safetensors", ".safetensors.index.json", ".data")
+    return name.endswith(endings) or name in ("quantc.json", "quantc-run.json", "resume.json")
 
 
 def _checksum_of_file(file: Path) -> str:

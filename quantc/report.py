@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import time
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .errors import CheckpointError, UsageError
 from .memory import peak_rss_bytes
 from .spec import QuantSpec
+from .units import plural
 from .untrusted import describe, fits, read_json
 
 REPORT_FILE = "report.json"
 TOTALS = {"bits_per_weight": float, "expert_fallbacks": int}  # in the file, but computed
+# What notes call unusual: a share of the output's energy. At 4 bits 1 % is usual, at 3 bits 4 %, at 2 bits 20 %.
+UNUSUAL_RATIO, UNUSUAL_ERROR = 10, 0.02
+LARGEST_ERROR, FINE_BITS = 0.3, 4  # in so many bits or more nothing loses so much
+WORST = 3  # that a note names
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class LinearReport:
     method: "gptq", "rtn", or "gptq+rtn" for a stack in which some experts fell back.
     rows: calibration rows seen (summed over experts); fallbacks: experts that saw too few of them.
     why: what the plan says about the choice of its spec.
+    lost_rows: rows of weights so far from the others in size that float16 scales hold them badly, or not at all.
     """
 
     name: str
@@ -41,6 +49,7 @@ class LinearReport:
     dead_inputs: int = 0
     damp: float = 0.0
     why: str = ""
+    lost_rows: int = 0
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> LinearReport:
@@ -131,6 +140,49 @@ class Report:
         (folder / REPORT_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
+def notes_on_errors(linears: Sequence[LinearReport]) -> list[str]:
+    """Sentences about linears that lost far more than others of their kind, or more than their bits explain."""
+    notes = []
+    found = sorted(_outliers(linears), key=lambda linear: -linear.error)
+    if found:
+        worst = ", ".join(f"{linear.name} {linear.error:.0%}" for linear in found[:WORST])
+        more = f" and {len(found) - WORST} more" if len(found) > WORST else ""
+        notes.append(
+            f"rounding takes far more of the output of {plural(len(found), 'linear')} than is usual at these bits: "
+            f"{worst}{more}; give them more bits or smaller groups, or keep them (--pin NAME=16)"
+        )
+    rows = {linear.name: linear.lost_rows for linear in linears if linear.lost_rows}
+    if rows:
+        first = next(iter(rows))
+        more = f" and {len(rows) - 1} more linears" if len(rows) > 1 else ""
+        notes.append(f"{first}{more}: {out_of_range(sum(rows.values()))}")
+    return notes
+
+
+def out_of_range(rows: int) -> str:
+    """Say what becomes of rows of weights that scales cannot hold."""
+    return (
+        f"{plural(rows, 'row')} of weights too small or too large for float16 scales; where they matter, keep it "
+        "(--pin NAME=16)"
+    )
+
+
+def _outliers(linears: Sequence[LinearReport]) -> Iterator[LinearReport]:
+    """Yield linears whose error is far above the median of their kind in the same bits, or what any kind may have."""
+    errors: dict[tuple[str, int], list[float]] = {}
+    for linear in linears:
+        errors.setdefault(_kind(linear), []).append(linear.error)
+    for linear in linears:
+        usual = median(errors[_kind(linear)])
+        unusual = linear.error > max(UNUSUAL_RATIO * usual, UNUSUAL_ERROR)
+        if unusual or (linear.spec.bits >= FINE_BITS and linear.error > LARGEST_ERROR):
+            yield linear
+
+
+def _kind(linear: LinearReport) -> tuple[str, int]:
+    return linear.name.rpartition(".")[2], linear.spec.bits
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     """report.json of a checkpoint as a mapping; raises CheckpointError when it is missing or damaged.
 
@@ -150,6 +202,9 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def _check_linear(linear: dict[str, Any]) -> None:
+    for item in fields(LinearReport):  # a report of before a figure was known has its default
+        if item.default is not MISSING:
+            linear.setdefault(item.name, item.default)
     # An error that could not be measured is NaN, or null in a copy that knows no NaN.
     error = linear.get("error", "")
     measured = isinstance(error, float) and error != error

@@ -77,10 +77,7 @@ def _divide_norm(
     block: Block, module: nn.Module, item: Activation, scales: torch.Tensor, stored: torch.dtype
 ) -> tuple[Edits, torch.Tensor]:
     name = item.writers[0].removeprefix(block.name + ".")
-    norm = module.get_submodule(name)
-    parameters = {key: value.detach().double() for key, value in norm.named_parameters()}
-    gain = gain_of(norm, parameters, item.width)
-    offset = offset_of(norm, parameters, gain)
+    parameters, gain, offset = _plain_norm(module.get_submodule(name), item.width)
     others = [key for key in parameters if key != gain]
     if others:  # a bias is stored in few bits too: then only powers of two divide it exactly
         scales = powers_of_two(scales)
@@ -93,6 +90,20 @@ def _divide_norm(
     if any(_is_rounded(value, stored) for value in shifts.values()):  # where the norm multiplies by one plus its gain
         raise Refusal("its norm's bias would be rounded")
     return {f"{name}.{gain}": new} | {f"{name}.{key}": value for key, value in shifts.items()}, used
+
+
+def whole_gain(block: Block, module: nn.Module, item: Activation) -> torch.Tensor:
+    """float64 (K,): what the norm that writes an activation multiplies its channels by. Raises Refusal."""
+    norm = module.get_submodule(item.writers[0].removeprefix(block.name + "."))
+    parameters, gain, offset = _plain_norm(norm, item.width)
+    return offset + parameters[gain]
+
+
+def _plain_norm(norm: nn.Module, width: int) -> tuple[dict[str, torch.Tensor], str, float]:
+    """Parameters of a norm in float64, the name of its gain, and what is added to that. Raises Refusal."""
+    parameters = {key: value.detach().double() for key, value in norm.named_parameters()}
+    gain = gain_of(norm, parameters, width)
+    return parameters, gain, offset_of(norm, parameters, gain)
 
 
 def _is_rounded(value: torch.Tensor, stored: torch.dtype) -> bool:
@@ -165,7 +176,8 @@ def _scales_of_rows(scales: torch.Tensor, rows: int, item: Activation) -> torch.
         return scales
     if item.kind != "value" or not item.head_dim or item.width % rows or rows % item.head_dim:
         raise Refusal("the linear that writes it writes something else too")
-    return torch.log(scales).reshape(rows // item.head_dim, -1, item.head_dim).mean(1).exp().reshape(-1)
+    shared = torch.log2(scales).reshape(rows // item.head_dim, -1, item.head_dim).mean(1)
+    return torch.exp2(shared).reshape(-1)  # of equal powers of two exactly that
 
 
 def rotate_heads(block: Block, module: nn.Module, item: Activation, order: int) -> Edits:

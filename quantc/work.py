@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .blocks import BlockCall
 from .calibration import CalibrationRun
 from .checkpoint_writer import CheckpointWriter
+from .decoder import load_outside, outside_names, probe_tokens
 from .errors import CalibrationError
 from .formats import format_of
-from .frontend.source import tensors_under
+from .frontend.source import tensors_under, to_meta
 from .gather import gather, gather_drifting, rounds, stages
 from .graph import Activation, Block, Linear
 from .numerics.basis import Rounding
@@ -123,7 +125,6 @@ class BlockWork:
 
         Proven on a probe first. Returns "" when it was done, else why not; then nothing has changed.
         """
-        assert self.calibration is not None
         try:
             edits, used = fold_scales(self.block, self.module, item, scales, self._writer_dtype(item))
         except Refusal as refusal:
@@ -137,16 +138,28 @@ class BlockWork:
 
     def edit_proven(self, edits: Edits) -> str:
         """Make edits that keep the block's output on the probe; "" when they were made, else why not."""
-        assert self.calibration is not None
         if self.run.shared(self.block, edits):
             return "another block shares its weights"
         if self._proof is None:
-            self._proof = Proof(self.block, self.module, self.calibration.probe(self.block))
+            self._proof = Proof(self.block, self.module, self._probe())
         if not self._proof.holds(edits):
             return "the block's output changed on the probe"
         for name, value in edits.items():
             self.edit(name, value)
         return ""
+
+    def _probe(self) -> BlockCall:
+        """A call of the block: of the calibration set, or where there is none of random tokens at the first block."""
+        if self.calibration is not None:
+            return self.calibration.probe(self.block)
+        model, blocks = self.run.source.model, [block.name for block in self.run.graph.blocks]
+        load_outside(model, blocks, self.run.source.load, self.run.graph.idle)
+        tokens = probe_tokens(model)[:1]
+        call = CalibrationRun(model, self.run.graph, tokens, self.run.device).probe(self.block)
+        for owner in {name.rpartition(".")[0] for name in outside_names(model, blocks)}:
+            if not any(block.startswith(f"{owner}.") for block in blocks):
+                to_meta(model.get_submodule(owner))
+        return call
 
     def edit(self, name: str, value: torch.Tensor) -> None:
         """Give a parameter, by its name inside the block, a new value: rounded to its dtype here and only here."""

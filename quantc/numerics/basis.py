@@ -11,7 +11,7 @@ import torch
 from ..qtensor import QTensor, spread_groups
 from ..spec import QuantSpec
 from . import sparsity
-from .grids import Grid, fit_grid
+from .grids import Grid, fit_grid, settle_zeros
 from .hadamard import BAND, rotate, rotate_gram
 from .refine import refine, refit
 from .rounding import Factor, factorize, gptq_each, round_to_nearest
@@ -182,7 +182,7 @@ class Basis:
         if stays is None:
             if rounds:
                 codes, grid = refine(weight, codes, grid, spec, self.damped, rounds)
-            return QTensor(spec, codes, grid.scales, grid.zeros)
+            return _dense_qtensor(spec, codes, grid)
         if rounds and not spec.two_of_four:
             length = spec.group_length((weight.shape[0], weight.shape[1]))
             groups = Grid(grid.scales.float().masked_fill(~stays[:, ::length], HELD), grid.zeros)
@@ -205,7 +205,7 @@ def _to_nearest(weight: torch.Tensor, spec: QuantSpec) -> QTensor:
     """Without a factor; the largest weights or groups stay as they are."""
     if not spec.sparse:
         grid = fit_grid(weight, spec)
-        return QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
+        return _dense_qtensor(spec, round_to_nearest(weight, grid, spec), grid)
     stays = sparsity.by_magnitude(weight, spec)
     grid = fit_grid(weight * stays, spec)
     return _sparse_qtensor(spec, round_to_nearest(weight * stays, grid, spec), grid, stays)
@@ -222,8 +222,14 @@ def _held(start: _Start, spec: QuantSpec) -> tuple[Grid, QuantSpec]:
     return Grid(scales, zeros), QuantSpec(spec.bits, 1, symmetric=spec.symmetric)
 
 
+def _dense_qtensor(spec: QuantSpec, codes: torch.Tensor, grid: Grid) -> QTensor:
+    grid = settle_zeros(codes, grid, spec)
+    return QTensor(spec, codes, grid.scales, grid.zeros)
+
+
 def _sparse_qtensor(spec: QuantSpec, codes: torch.Tensor, grid: Grid, stays: torch.Tensor) -> QTensor:
     """Of codes (N, K) that are zero points where stays (N, K) is not; a group that is dropped gets scale 1."""
+    grid = settle_zeros(codes, grid, spec)
     if spec.two_of_four:
         return QTensor(spec, codes, grid.scales, grid.zeros, kept=stays)
     kept = stays[:, :: spec.group_length((codes.shape[0], codes.shape[1]))]

@@ -1,4 +1,4 @@
-"""The quantize pass: experts that saw too little, kept linears, weights no scale can hold, corrected targets."""
+"""The quantize pass: experts that saw too little, kept linears, large weights, corrected targets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantc import calibration, gather
 from quantc import work as handed
 from quantc.calibration import CalibrationRun
 from quantc.checkpoint import CheckpointReader
-from quantc.errors import CalibrationError, ModelError, UsageError
+from quantc.errors import CalibrationError, UsageError
 from quantc.formats import DENSE
 from quantc.numerics import basis
 from quantc.numerics.grids import fit_grid
@@ -158,19 +158,6 @@ def test_large_weights_are_rounded_as_well_as_small_ones(tmp_path: Path, method:
     weight = model.get_submodule(name).weight.detach()
     stored = stored_weight(CheckpointReader(tmp_path / "out"), name)
     assert float((stored - weight).square().sum() / weight.square().sum()) < 0.1
-
-
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_weights_that_no_scale_can_hold_are_refused(tmp_path: Path, method: str) -> None:
-    model, name = build("llama"), "model.layers.1.mlp.up_proj"
-    model.get_submodule(name).weight.data.mul_(1e8)
-    save_with_tokenizer(model, tmp_path / "model")
-    with pytest.raises(ModelError) as caught:
-        run(tmp_path / "model", tmp_path / "out", method=method, samples=4, seq_len=32)
-    assert str(caught.value) == (
-        f"{name} has weights so large that their scale overflows float16 (65504); rescale that weight first."
-    )
-    assert not (tmp_path / "out").exists()
 
 
 # Targets that make up for what the block's rounded weights changed, and distrusted correlations

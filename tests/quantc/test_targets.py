@@ -80,7 +80,10 @@ class Place:
 
 
 @pytest.mark.parametrize("saves", [1, 2, 3, 4, 5, 99])
-def test_of_the_builds_only_the_best_stays_and_none_is_made_again(saves: int, tmp_path: Path) -> None:
+def test_of_the_builds_only_the_best_stays_and_none_is_made_again(
+    saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantc.pursuit._is_whole", Path.exists)
     losses = [0.3, 0.001, 0.5, 0.02, 0.2]  # missed and met in turn
     plans = [Shared({"a": QuantSpec(4), f"{bits}": None}, {}, bits) for bits in (30, 60, 40, 50, 45)]
     written: list[Path] = []

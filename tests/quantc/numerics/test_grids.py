@@ -6,8 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from quantc.numerics.grids import Grid, fit_grid
+from quantc.numerics.basis import Basis
+from quantc.numerics.grids import SMALLEST_NORMAL, SMALLEST_SCALE, Grid, fit_grid
+from quantc.numerics.ranges import range_loss, wanted_scales
 from quantc.numerics.rounding import round_to_nearest
 from quantc.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
@@ -47,6 +51,22 @@ SPECS = [
     for grouping in ("per_oc", "per_ic")
     for symmetric in (False, True)
 ]
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> torch.Tensor:
+    """float32 (N, K), down to one weight: random, all equal, few that are not zero, rows of other sizes, far from 0."""
+    n, k = draw(st.integers(1, 6)), draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    weight = torch.randn(n, k, generator=generator)
+    kind = draw(st.sampled_from(["normal", "equal", "sparse", "rows", "positive"]))
+    if kind == "equal":
+        return torch.full((n, k), float(weight[0, 0]))
+    if kind == "sparse":
+        return weight * (torch.rand(n, k, generator=generator) < 0.2)
+    if kind == "rows":
+        return weight * torch.logspace(-3, 3, n)[:, None]
+    return weight.abs() + 1 if kind == "positive" else weight
 
 
 def dequantized(weight: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
@@ -195,7 +215,58 @@ def test_chunked_search_is_that_of_every_row(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_weights_too_large_for_float16_scales_are_never_rounded_silently(symmetric: bool) -> None:
+def test_weights_past_the_largest_scale_are_clipped_to_what_it_holds(symmetric: bool) -> None:
+    """Rounding then loses what `range_loss` says; whoever rounds asks it first."""
     weight, spec = WEIGHTS["normal"] * 1e7, QuantSpec(4, 8, symmetric=symmetric)
     grid = fit_grid(weight, spec)
-    assert not bool(torch.isfinite(grid.scales).all())
+    assert bool((grid.scales.abs() <= 65504).all())
+    assert range_loss(weight, spec).share > 1
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_coarse_scales_cost_no_more_than_their_own_step(bits: int, symmetric: bool) -> None:
+    """A scale s float16 holds in steps of 2^-24: rounded up, the error grows by (1 + 2^-24 / s)^2 at most."""
+    spec = QuantSpec(bits, WHOLE_ROW, symmetric=symmetric)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(8))
+    weight /= wanted_scales(weight, spec)  # scales of 1
+    normal = errors_of(weight, fit_grid(weight, spec), spec, torch.ones(256)).sum()
+    for steps in (4.0, 9.5, 33.0):
+        tiny = weight * steps * SMALLEST_SCALE
+        found = errors_of(tiny, fit_grid(tiny, spec), spec, torch.ones(256)).sum() / (steps * SMALLEST_SCALE) ** 2
+        assert float(found / normal) < (1 + 1 / steps) ** 2
+
+
+@given(weights(), st.sampled_from(SPECS), st.integers(-6, 6))
+@settings(max_examples=40, deadline=None)
+def test_powers_of_two_change_scales_and_no_codes(weight: torch.Tensor, spec: QuantSpec, exponent: int) -> None:
+    """Where all scales that are tried are normal float16."""
+    tried = torch.stack([wanted_scales(each, spec) for each in (weight * 0.5, weight * 0.5 * 2.0**exponent)])
+    assume(bool(((tried >= SMALLEST_NORMAL) | (tried == 0)).all()))
+    one, two = fit_grid(weight, spec), fit_grid(weight * 2.0**exponent, spec)
+    empty = wanted_scales(weight, spec) == 0
+    assert torch.equal(torch.where(empty, one.scales, one.scales * 2.0**exponent), two.scales)
+    assert torch.equal(round_to_nearest(weight, one, spec), round_to_nearest(weight * 2.0**exponent, two, spec))
+
+
+@given(weights(), st.sampled_from(SPECS), st.integers(-60, 90))
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_finite_gets_finite_parts_and_loses_no_more_than_itself(
+    weight: torch.Tensor, spec: QuantSpec, exponent: int
+) -> None:
+    weight = weight * 2.0**exponent
+    tensor = Basis.unguided(None, 0, 0).round(weight, spec)
+    assert bool(torch.isfinite(tensor.scales).all())
+    assert bool((tensor.scales != 0).all())
+    lost = (tensor.dequantize(torch.float64) - weight.double()).square().sum(1)
+    assert bool((lost <= weight.double().square().sum(1) * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
+def test_groups_of_zeros_get_the_least_scale_and_others_keep_theirs(spec: QuantSpec) -> None:
+    weight = WEIGHTS["some groups zero"] * (torch.arange(N) >= 8)[:, None]
+    tensor = Basis.unguided(None, 0, 0).round(weight, spec)
+    empty = wanted_scales(weight, spec) == 0
+    assert bool(empty.any()) or spec.grouping == "per_oc"
+    assert bool((tensor.scales[empty] == SMALLEST_SCALE).all())
+    assert torch.equal(tensor.scales[~empty], fit_grid(weight, spec).scales[~empty])
