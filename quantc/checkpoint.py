@@ -247,7 +247,8 @@ class CheckpointReader:
         integrity.check_config(self.folder, self.config, self.recorded_files, MANIFEST)
         self.weight_map = self._read_index()
         integrity.check_nothing_else_is_read(self.folder, self.config, set(self.weight_map.values()), INDEX)
-        self._shards = {name: self._open(self.folder / name) for name in sorted(set(self.weight_map.values()))}
+        self._facts = {name: integrity.facts_of(self.folder / name) for name in sorted(set(self.weight_map.values()))}
+        self._shards = {name: self._open(self.folder / name) for name in self._facts}
         self._check_tensors()
         self._check_index()
         self._check_layouts()
@@ -361,6 +362,12 @@ class CheckpointReader:
                     "(its checksum differs); copy that file again."
                 )
             yield name, tensor
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError that names a shard which was replaced or written to since it was opened."""
+        for name, facts in self._facts.items():
+            if integrity.facts_of(self.folder / name) != facts:
+                raise CheckpointError(f"{self.folder / name} changed while it was loaded; load it again.")
 
     def bits_per_weight(self) -> float:
         """All that is stored for the linears inside the blocks over their weight count."""

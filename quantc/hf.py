@@ -14,7 +14,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import METHOD, read_residual_rotation
+from .checkpoint import METHOD, CheckpointReader, read_residual_rotation
 from .errors import CheckpointError
 from .model_check import check_entries, check_tensors, reader_of
 from .runtime import install
@@ -46,6 +46,7 @@ class QuantcQuantizer(HfQuantizer):
     """Checks the files and puts packed modules into a model on the meta device; transformers fills their buffers."""
 
     requires_calibration = True
+    _reader: CheckpointReader | None = None  # while weights are loaded that transformers opens itself
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -55,6 +56,13 @@ class QuantcQuantizer(HfQuantizer):
         check_entries(model, reader.entries)
         install(model, reader.entries, read_residual_rotation(config))
         check_tensors(model, reader)
+        self._reader = reader if checkpoint_files is not None else None
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._reader is not None:
+            self._reader.check_unchanged()
+        self._reader = None  # the model holds on to this object, and open files can be neither copied nor pickled
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:

@@ -23,6 +23,7 @@ PROVENANCE = ("_name_or_path", "transformers_version")
 # They change without changing the model: people edit the card, and a report is written again after the weights.
 UNRECORDED = ("README.md", "report.json", "report.html")
 OTHER_CONFIG = ("configuration_files",)  # names a file that transformers reads instead of config.json
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 OTHER_METHOD = ("load_in_8bit", "load_in_4bit")  # transformers believes them before it looks at quant_method
 
 
@@ -112,6 +113,23 @@ def _check_keys(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder / CONFIG} has the key {strange[0]}, which makes transformers read something else than was "
             "checked; copy it again."
         )
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    fetched = [(key, str(part[key])) for part in parts for key in KERNELS if "/" in str(part.get(key))]
+    if fetched:
+        key, value = fetched[0]
+        raise CheckpointError(
+            f"{folder / CONFIG} has the {key} {value[:80]!r}, which makes transformers fetch code from the hub; delete "
+            "that key, and pass it to from_pretrained if it is wanted."
+        )
+
+
+def facts_of(file: Path) -> tuple[int, ...] | None:
+    """Return what tells a file from another in its place, and from itself once it is written to; None if it is gone."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _companions(folder: Path) -> list[Path]:

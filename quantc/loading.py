@@ -1,6 +1,6 @@
 """The door `quantc.load`: transformers builds the model, and is handed the very tensors that were checked.
 
-It opens no weight file itself, so nothing can be swapped between the check and the load.
+It opens no weight file itself, so that none can be swapped between the check and the load.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def read_model(reader: CheckpointReader, dtype: torch.dtype | None, verify: bool
         )
     if getattr(model, "quantization_method", None) != METHOD:
         raise CheckpointError(f"{reader.folder}: transformers did not load it as a quantc checkpoint; copy it again.")
+    if not verify:
+        reader.check_unchanged()
     model.name_or_path = model.config.name_or_path = str(reader.folder)
     return model
 

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from copy import deepcopy as copy_of
 from pathlib import Path
 from typing import Any
 
@@ -139,16 +140,18 @@ def test_a_whole_model_beside_the_shards_is_refused(packed: Path) -> None:
     [
         ({"transformers_weights": "other.safetensors"}, "names 'other.safetensors' as transformers_weights, but"),
         ({"configuration_files": ["config.4.0.0.json"]}, "has the key configuration_files, which makes transformers"),
+        ({"_attn_implementation": "someone/kernel"}, "has the _attn_implementation 'someone/kernel', which makes"),
         ({"quantization_config": {"load_in_8bit": True}}, "has the key load_in_8bit, which makes transformers read"),
     ],
-    ids=["weights", "config", "method"],
+    ids=["weights", "config", "code", "method"],
 )
 def test_keys_that_lead_elsewhere_are_refused(packed: Path, change: dict[str, Any], message: str) -> None:
     forget_checksums(packed)
     settings = json.loads((packed / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     own = {"quantization_config": settings | change.pop("quantization_config", {})}
     edit(packed / "config.json", lambda content: content.update(change | own))
-    doors = DOORS[:2] if "config.4.0.0.json" in str(change) or "8bit" in message else DOORS
+    # The others make from_pretrained leave before any code of quantc runs.
+    doors = DOORS if "transformers_weights" in change else DOORS[:2]
     assert_refused(packed, message, [*doors, verify])
 
 
@@ -163,9 +166,7 @@ def test_weights_named_by_an_alias_in_the_config_are_refused(packed: Path) -> No
 def test_an_adapter_beside_the_weights_is_refused(packed: Path) -> None:
     (packed / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     message = f"{packed / 'adapter_config.json'} is not part of the checkpoint, but transformers would load the adapter"
-    assert_refused(packed, message, [quantc.load, load_verified, verify])
-    with pytest.raises(CheckpointError, match="is not part of the checkpoint"):
-        CheckpointReader(packed)
+    assert_refused(packed, message, [*DOORS, verify])
 
 
 def test_a_variant_is_refused(packed: Path) -> None:
@@ -232,12 +233,36 @@ def swap_while_transformers_reads(monkeypatch: pytest.MonkeyPatch, swap: Callabl
     monkeypatch.setattr(AutoConfig, "from_pretrained", read)
 
 
-def test_a_shard_that_is_replaced_after_the_check_is_not_loaded(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("door", DOORS)
+def test_a_shard_that_is_replaced_after_the_check_is_not_loaded(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, door: Callable[[Path], PreTrainedModel]
+) -> None:
     expected = logits(quantc.load(packed))
     save_file({name: tensor * 0 for name, tensor in load_file(packed / SHARD).items()}, packed / "new")
-    swap_while_transformers_reads(monkeypatch, lambda: (packed / "new").replace(packed / SHARD))
-    assert torch.equal(logits(quantc.load(packed)), expected)
+    checking = CheckpointReader._check_layouts
+
+    def check_and_replace(reader: CheckpointReader) -> None:
+        checking(reader)
+        (packed / "new").replace(packed / SHARD)
+
+    monkeypatch.setattr(CheckpointReader, "_check_layouts", check_and_replace)
+    if door is load_verified:
+        assert torch.equal(logits(door(packed)), expected)
+    else:
+        assert_refused(packed, f"{packed / SHARD} changed while it was loaded; load it again.", [door])
     assert not (packed / "new").exists()
+
+
+def test_a_model_that_transformers_loaded_holds_no_open_file(packed: Path) -> None:
+    model = from_pretrained(packed)
+    assert torch.equal(logits(copy_of(model)), logits(model))
+
+
+def test_a_folder_inside_another_one_is_checked_too(packed: Path) -> None:
+    assert torch.equal(logits(from_pretrained(packed.parent, subfolder="packed")), logits(quantc.load(packed)))
+    rewrite(packed, drop(PART))
+    with pytest.raises(CheckpointError, match=f"the part {PART} is missing"):
+        from_pretrained(packed.parent, subfolder="packed")
 
 
 def test_bytes_that_are_overwritten_after_their_checksum_are_not_loaded(
@@ -492,19 +517,48 @@ def test_an_entry_that_names_no_matrix_is_refused(packed: Path, name: str) -> No
 # Any change at all
 
 
-def changed(text: str, start: int, stop: int, numbers: random.Random) -> str:
-    """The text with one character between start and stop replaced."""
-    place = numbers.randrange(start, stop)
+def one_character_changed(text: str, numbers: random.Random) -> str:
+    """config.json with one character replaced."""
+    place = numbers.randrange(len(text))
     return text[:place] + numbers.choice('0123456789tfn"{}[],:.-eE_ x') + text[place + 1 :]
 
 
+def leaves(node: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of every value in a JSON tree that is no container itself."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    found = []
+    for key, value in items:
+        found += leaves(value) if isinstance(value, (dict, list)) else [(node, key)]
+    return found
+
+
+def one_setting_changed(text: str, numbers: random.Random) -> str:
+    """config.json with one character of its quantization_config replaced."""
+    start, stop = text.index('"quantization_config"'), text.index('"rms_norm_eps"')
+    return text[:start] + one_character_changed(text[start:stop], numbers) + text[stop:]
+
+
+def one_value_changed(text: str, numbers: random.Random) -> str:
+    """config.json with one number, flag or word of its quantization_config replaced by another one."""
+    config = json.loads(text)
+    container, key = numbers.choice(leaves(config["quantization_config"]))
+    value = container[key]
+    if isinstance(value, bool):
+        container[key] = not value
+    elif isinstance(value, int):
+        container[key] = numbers.choice([value + 1, value - 1, 2 * value, value // 2, -value, float(value), 10**30])
+    else:
+        container[key] = numbers.choice(["per_ic", "per_oc", "quantc", "", None, 4])
+    return json.dumps(config)
+
+
 def assert_an_error_or_the_same_logits(folder: Path, expected: torch.Tensor, seeds: range) -> None:
-    """Whichever character of quantization_config is replaced."""
+    """Whichever character or value of quantization_config is replaced, or of all config.json where it is recorded."""
     text = (folder / "config.json").read_text(encoding="utf-8")
-    start = text.index('"quantization_config"')
-    stop = text.index('"rms_norm_eps"')
+    changes = [one_setting_changed, one_value_changed, *[one_character_changed] * (folder / MANIFEST).is_file()]
     for seed in seeds:
-        (folder / "config.json").write_text(changed(text, start, stop, random.Random(seed)), encoding="utf-8")
+        change = changes[seed % len(changes)]
+        (folder / "config.json").write_text(change(text, random.Random(seed)), encoding="utf-8")
         try:
             found = logits(quantc.load(folder))
         except CheckpointError as error:
@@ -516,7 +570,7 @@ def assert_an_error_or_the_same_logits(folder: Path, expected: torch.Tensor, see
 @pytest.mark.parametrize("kind", ["llama", "llama-copy"])
 def test_a_changed_character_is_an_error_or_changes_nothing(built: Path, tmp_path: Path, kind: str) -> None:
     folder = shutil.copytree(built / kind, tmp_path / "changed")
-    assert_an_error_or_the_same_logits(folder, logits(quantc.load(folder)), range(40))
+    assert_an_error_or_the_same_logits(folder, logits(quantc.load(folder)), range(60))
 
 
 @pytest.mark.slow
