@@ -5,6 +5,7 @@ The hidden states of the whole calibration set stand between two blocks; past a 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class HiddenStates:
         self._folder, self._file = folder, None
         if prod(shape) * 4 > SPILL_BYTES:
             self._file = tempfile.NamedTemporaryFile(prefix="hidden-", dir=folder)  # noqa: SIM115
+            # A full disk is an error here; a page that it has no room for would kill the process (SIGBUS).
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, prod(shape) * 4)
             self._data = torch.from_file(self._file.name, shared=True, size=prod(shape), dtype=torch.float32)
             self._data = self._data.reshape(shape)
         else:

@@ -26,6 +26,7 @@ from .journal import ANEW, JOURNAL, DamagedRun, Journal, difference, has_journal
 from .ownership import LIST, MARK, check_place, is_run, lasting, mark, marked, own_user, remove, survey
 from .progress import Progress
 from .shard_writer import ShardWriter, sync, writing
+from .whole_file import utf8_path
 
 SHARD_BYTES = 2 << 30
 KEPT = "Kept in"  # begins a note on an error
@@ -134,7 +135,8 @@ class CheckpointWriter:
         done = kept_in(self.folder) if error is not None and not _lasts(error) else ""
         if error is not None and done and not any(note.startswith(KEPT) for note in getattr(error, "__notes__", ())):
             error.add_note(f"{KEPT} {self.folder}: {done}; --resume continues from there.")
-        of_another = error is not None and self._identity is None and has_journal(self.folder)
+        of_another = error is not None and has_journal(self.folder)
+        of_another &= self._identity is None or isinstance(error, DamagedRun)
         if not (done or of_another):
             self.discard()
         self._unlock()
@@ -196,16 +198,17 @@ class CheckpointWriter:
         checksums = {name: entry["sha256"] for name, entry in self.tensors.items()}
         return {"shards": [shard.state() for shard in self._shards], "checksums": checksums}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], check: Callable[[dict[str, dict[str, Any]]], None]) -> None:
         """Go back to the tensors of a `state`: what was written after it is removed.
 
-        Raises DamagedRun that names the file or tensor where one of these is not what it was.
+        check: raises where dtypes and shapes are not what the run needs. Raises DamagedRun that names the file or
+        tensor where one of these is not what it was. Nothing is removed before all was found to be right.
         """
         try:
             shards = self._read_shards(state)
         except (CheckpointError, OSError) as error:
-            self._identity = None
             raise DamagedRun(f"{self.folder} is damaged ({error}); {ANEW}.") from error
+        check(self.tensors)
         for shard in shards:
             shard.cut_off()
         self._shards = shards
@@ -264,13 +267,14 @@ class CheckpointWriter:
         """Write a text file into the checkpoint."""
         with writing(self.folder / name):
             self._note_files([name])
-            (self.folder / name).write_text(text, encoding="utf-8")
+            # Names of files may hold bytes that are no UTF-8, as surrogates.
+            (self.folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def add_files(self, write: Callable[[Path], object]) -> None:
         """Take the files that `write` puts into an empty folder, and into folders in it, into the checkpoint."""
         with writing(self.folder), TemporaryDirectory(prefix="parts-", dir=self.folder) as scratch:
             made = Path(scratch)
-            write(made)
+            write(utf8_path(made))
             files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
             self._note_files([file.as_posix() for file in files])
             for file in files:

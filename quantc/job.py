@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -164,8 +165,7 @@ class Job:
             tokens = self.tokens(run)
             saved = checked(writer.begin(identity(run, self.recipe, tokens, size=at_most)), run, self.passes)
             if saved is not None:
-                writer.restore(saved["tensors"])
-                check_tensors(saved, run, writer.tensors)
+                writer.restore(saved["tensors"], partial(check_tensors, saved, run))
             companions.write_companions(run, writer)  # what is wrong with these is found before hours of work
             with kernels_of(run.device):
                 sweep.build(run, self.passes, tokens, writer, saved)

@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 from ..errors import ModelError
 from ..progress import Progress
 from ..stats import all_finite
+from ..whole_file import utf8_path
 from .finite import non_finite
 from .unchanged import Span, Unchanged, fingerprint, safetensors_spans, small_files, whole_digest
 
@@ -198,7 +199,7 @@ def _class_name(auto: Any, config: Any) -> str:
 def read_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; raises ModelError when there is none that transformers can read."""
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        return AutoTokenizer.from_pretrained(utf8_path(folder), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{folder}: no tokenizer could be read ({first_line(error)}); calibration and evaluation need one, "

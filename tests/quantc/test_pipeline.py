@@ -150,6 +150,17 @@ def test_spilled_hidden_states_do_not_change_the_bytes(
     assert names[0] == names[1]
 
 
+def test_a_file_of_hidden_states_has_its_disk_space_from_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file that the disk has no room for kills the process when it is written to."""
+    monkeypatch.setattr(calibration, "SPILL_BYTES", 0)
+    states = calibration.HiddenStates((64, 1024), tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_blocks * 512 >= 64 * 1024 * 4
+    assert states.read(0, 64).shape == (64, 1024)
+
+
 def test_a_block_is_calibrated_on_the_outputs_of_the_rounded_ones(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

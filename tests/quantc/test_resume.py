@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,15 @@ from quantc import api, checkpoint_writer, job
 from quantc.checkpoint import verify
 from quantc.checkpoint_writer import CheckpointWriter
 from quantc.errors import CalibrationError, CheckpointError, ModelError, UsageError
-from quantc.journal import JOURNAL
+from quantc.frontend import open_model
+from quantc.journal import JOURNAL, DamagedRun, read_journal
 from quantc.pipeline import Pass
 from quantc.progress import LogProgress
 from quantc.recipe import Recipe
-from quantc.report import read_report
+from quantc.report import LinearReport, read_report
+from quantc.shard_writer import ShardWriter
+from quantc.snapshot import checked, put_back, take
+from quantc.spec import QuantSpec
 from quantc.work import BlockWork
 from tests.families import build
 from tests.helpers import save_with_tokenizer
@@ -384,6 +389,135 @@ def test_what_was_damaged_is_refused_and_stays(
     assert files_of(kept) == before
     quantize(model, tmp_path / "out", force=True, **FAST)
     assert not kept.exists()
+
+
+def plant(kept: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the journal, and let its checksum be that of what it says now."""
+    journal = read_journal(kept)
+    assert journal is not None
+    change(journal.state)
+    journal.write(kept)
+
+
+def shard_of(state: dict[str, Any]) -> dict[str, Any]:
+    return state["tensors"]["shards"][0]
+
+
+def move_tensor(state: dict[str, Any]) -> None:
+    shard_of(state)["tensors"]["model.norm.weight"][2] = shard_of(state)["end"]
+
+
+def grow_tensor(state: dict[str, Any]) -> None:
+    shard_of(state)["tensors"]["model.norm.weight"][1] = [10**12]
+
+
+def lose_tensor(state: dict[str, Any]) -> None:
+    del shard_of(state)["tensors"]["model.layers.0.self_attn.q_proj.qweight"]
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "{}/victim.txt", "sub/victim.txt", "victim.txt", "resume.json"])
+def test_a_journal_names_no_other_files(name: str, kept: Path, model: Path, tmp_path: Path) -> None:
+    for place in (tmp_path / "victim.txt", tmp_path / "elsewhere"):
+        place.write_text("irreplaceable")
+    plant(kept, lambda state: shard_of(state).update(spool=name.format(tmp_path), end=0, tensors={}))
+    before = files_of(kept)
+    with pytest.raises(CheckpointError, match=r"is damaged \(what is said of shard-00001.data cannot be read"):
+        quantize(model, tmp_path / "out", True, **FAST)
+    assert files_of(kept) == before
+    assert (tmp_path / "victim.txt").read_text(encoding="utf-8") == "irreplaceable"
+
+
+def test_links_in_the_folder_of_a_run_are_not_followed(kept: Path, model: Path, tmp_path: Path) -> None:
+    victim, spool = tmp_path / "victim.txt", kept / "shard-00001.data"
+    for name in (spool.name, JOURNAL, f"{JOURNAL}.new", "shard-00002.data", "plan.yaml"):
+        saved = (kept / name).read_bytes() if (kept / name).exists() else b"irreplaceable"
+        victim.write_bytes(saved)
+        (kept / name).unlink(missing_ok=True)
+        (kept / name).symlink_to(victim)
+        for options in ({"resume": True}, {"force": True}):
+            with pytest.raises(UsageError, match=rf"unfinished holds '{name}' that quantc did not write"):
+                quantize(model, tmp_path / "out", **options, **FAST)
+        assert victim.read_bytes() == saved
+        (kept / name).unlink()
+        if saved != b"irreplaceable":
+            (kept / name).write_bytes(saved)
+    spool.rename(victim)
+    spool.symlink_to(victim)
+    with pytest.raises(CheckpointError, match=r"shard-00001.data could not be written \(Too many levels of symbolic"):
+        ShardWriter(spool).add("t", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (move_tensor, r"shard-00001.data cannot be read \('model.norm.weight' is not inside it\)"),
+        (grow_tensor, r"shard-00001.data cannot be read \('model.norm.weight' is not inside it\)"),
+        (lose_tensor, r"damaged \(model.layers.0.self_attn.q_proj.qweight is missing or has another shape\)"),
+        (lambda state: shard_of(state).update(end=10**9), r"shard-00001.data has \d+ of 1000000000 bytes"),
+        (lambda state: shard_of(state).update(end=True), r"True is no count"),
+        (lambda state: state.update(blocks=5), r"damaged \(blocks of what was saved is not what a run saves\)"),
+        (lambda state: state.update(finished=1), r"damaged \(finished of what was saved"),
+        (lambda state: state["run"].update(specs={}), r"damaged \(specs of what was saved"),
+    ],
+)
+def test_what_a_journal_says_is_checked_before_anything_is_changed(
+    change: Callable[[dict[str, Any]], object], message: str, kept: Path, model: Path, tmp_path: Path
+) -> None:
+    with (kept / "shard-00001.data").open("ab") as stream:
+        stream.write(b"torn")
+    plant(kept, change)
+    before = files_of(kept)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        quantize(model, tmp_path / "out", True, **FAST)
+    assert str(caught.value).endswith("; pass --force without --resume to start anew.")
+    assert files_of(kept) == before
+
+
+def test_a_journal_carries_a_checksum_of_itself(kept: Path, model: Path, tmp_path: Path) -> None:
+    text = (kept / JOURNAL).read_text(encoding="utf-8")
+    (kept / JOURNAL).write_text(text.replace('"bits": 4', '"bits": 3'), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"resume.json cannot be read \(it has another checksum than it says\); "):
+        quantize(model, tmp_path / "out", True, **FAST)
+    with pytest.raises(UsageError, match=r"holds what cannot be read of an interrupted run; pass --resume to continue"):
+        quantize(model, tmp_path / "out", **FAST)
+    assert kept.exists()
+
+
+JUNK: list[Any] = [None, True, -1, 2**70, 1.5, float("nan"), "", "../x", [], [[]], [None], {}, {"x": []}]
+
+
+def places_in(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of everything inside a JSON value."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+    return [(value, key) for key in keys] + [place for key in keys for place in places_in(value[key])]
+
+
+def test_whatever_stands_in_a_journal_is_one_sentence(model: Path, tmp_path: Path) -> None:
+    """Every kind of value in places all over what a run saves: refused, or of the right kind and put back."""
+    settings: Any = {"recipe": recipe(tmp_path, PASSES["tuned"]), "calib": str(model / "text.txt")}
+    doing = job.Job.of(settings, None, "cpu", None)
+    run = doing.open(open_model(model), "")
+    linear = next(iter(run.graph.linears.values()))
+    run.report.linears = [LinearReport(linear.name, QuantSpec(3, 16), linear.shape, 0, 3.5, 0.1, "gptq", why="loss")]
+    run.report.notes, run.report.rewrites = ["a note"], {"rotate": {"value": 2}}
+    doing.passes[-1].restore({"found": [[2.0, 1.0]], "share": 0.5, "pace": doing.passes[-1].state()["pace"]})
+    state = {"blocks": 1, "finished": 0, "tensors": {"shards": [], "checksums": {}}, "run": take(run, doing.passes)}
+    whole = json.dumps(state)
+    assert checked(json.loads(whole), run, doing.passes)
+    chosen, refused = random.Random(0), 0
+    for _ in range(400):
+        mutated = json.loads(whole)
+        container, key = chosen.choice(places_in(mutated))
+        if chosen.random() < 0.2:
+            del container[key]
+        else:
+            container[key] = chosen.choice(JUNK)
+        try:
+            put_back(run, doing.passes, checked(mutated, run, doing.passes)["run"])  # type: ignore[index]
+        except DamagedRun as error:
+            assert "of what was saved is not what a run saves); pass --force without --resume" in str(error)
+            refused += 1
+    assert refused > 250
 
 
 def test_other_settings_are_refused_by_name_and_touch_nothing(kept: Path, model: Path, tmp_path: Path) -> None:
