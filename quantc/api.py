@@ -74,7 +74,7 @@ def quantize(
         return _compare(checkpoint, model, windows, job)
 
     generous = Job.generous(settings, device, progress)
-    source = open_model(model)
+    source = job.source(model)
     folder = folder or Path(f"{source.name}-quantc-{target.label}")
     _check_start(folder, source, generous, resume)
     return pursue(target, model, generous, folder, force, resume, text, compare)
@@ -84,7 +84,7 @@ def _build_within(
     limit: int | str | None, job: Job, model: PathLike, out: Path | None, force: bool, resume: bool
 ) -> Report:
     """Build; where edited floats made the files larger than the plan said, once more within as much less."""
-    source = open_model(model)
+    source = job.source(model)
     folder = out or Path(default_name(source.name, job.passes, job.plan))
     _check_start(folder, source, job, resume)
     if limit is None:
@@ -93,7 +93,7 @@ def _build_within(
     left = _interrupted_size(folder, wanted) if resume else wanted
     for _ in range(SIZE_ROUNDS):
         try:
-            return job.within(left).build(open_model(model), folder, force, resume, at_most=wanted)
+            return job.within(left).build(job.source(model), folder, force, resume, at_most=wanted)
         except TooLarge as error:
             left -= error.excess
     raise UsageError(
@@ -118,7 +118,7 @@ def _interrupted_size(out: Path, wanted: int) -> int:
 def _compare(checkpoint: Path, model: PathLike, windows: list[Window], job: Job) -> Scores:
     from .evaluation import score
 
-    subject, original = (_load_any(each, None).to(job.device) for each in (checkpoint, model))
+    subject, original = (_load_any(each, None, job.trusted).to(job.device) for each in (checkpoint, model))
     return score(subject, original, windows, job.progress)
 
 
@@ -145,7 +145,7 @@ def plan(
     job = Job.of(settings, None, device, progress)
     if not any(item.name == "allocate" and item.analyses for item in job.passes):
         raise UsageError("a plan shares out a budget, and none was given; pass --avg-bits or --size.")
-    run = job.open(open_model(model), "")
+    run = job.open(job.source(model), "")
     tokens = job.tokens(run)
     assert tokens is not None, "a budget needs calibration text, and allocate has refused to do without"
     with tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder, kernels_of(run.device):
@@ -176,7 +176,7 @@ def pareto(
     _check_verified(verify, text)
     job = Job.generous(settings, device, progress)
     _refuse_automatic_head(job)
-    run = job.open(open_model(model), "")
+    run = job.open(job.source(model), "")
     windows = [] if text is None else _windows(run, text)  # a text that is too short is found before hours of work
     tokens = job.tokens(run)
     assert tokens is not None, "a budget needs calibration text, and allocate has refused to do without"
@@ -189,7 +189,7 @@ def pareto(
         with tempfile.TemporaryDirectory(prefix=".pareto-", dir=folder) as scratch:
             built = Path(scratch) / "built"
             planned = job.planned(point.plan, tokens, run.report.calibration)
-            report = planned.build(open_model(model), built, resumable=False)
+            report = planned.build(job.source(model), built, resumable=False)
             curve.points[place] = point.verified(_compare(built, model, windows, job), report.weights_bytes)
     pareto_page.write(curve, folder)
     return curve
@@ -224,14 +224,16 @@ def load(
     device: str = "cpu",
     verify: bool = False,
     compile: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A packed checkpoint as a transformers model that runs on packed weights.
 
     dtype: of activations and of what is not quantized; None is the model's own. verify: also check every checksum.
     compile: let `generate` compile the step that makes a token; its first call takes a minute or two (compiled.py).
-    Raises CheckpointError that names the tensor or file for a truncated, missing, changed or unknown one.
+    trust_remote_code: run Python code that the checkpoint brings. Raises CheckpointError that names the tensor or file
+    for a truncated, missing, changed or unknown one.
     """
-    model = read_model(CheckpointReader(path), dtype, verify)
+    model = read_model(CheckpointReader(path), dtype, verify, trust_remote_code)
     model.eval().to(device)
     if compile:
         from .compiled import compile_decoding
@@ -251,26 +253,31 @@ def evaluate(
     dtype: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Perplexity of a model or checkpoint on a text, and its divergence from the original `against`.
 
     text: a file or the name of a data set. context: tokens per window, 512 or the model's own limit if that is less.
-    dtype: float32, bfloat16 or float16; None is the model's own.
+    dtype: float32, bfloat16 or float16; None is the model's own. trust_remote_code: run code that a model brings.
     See evaluation.py for the protocol.
     """
     from . import evaluation
 
-    wanted = _dtype(dtype)
-    tokenizer = _tokenizer(model)
+    wanted, progress = _dtype(dtype), progress or LogProgress()
+    for each in (model, against):
+        if each is not None and not is_checkpoint(each):
+            for note in open_model(each, trust_remote_code).notes:
+                progress.note(note)
+    tokenizer = _tokenizer(model, trust_remote_code)
     documents = evaluation.read_text(text)
-    subject = _load_any(model, wanted).to(device)
+    subject = _load_any(model, wanted, trust_remote_code).to(device)
     cut = evaluation.make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
     evaluation.check_ids(subject, tokenizer, (window.tokens for window in cut))
-    original = None if against is None else _load_any(against, wanted).to(device)
+    original = None if against is None else _load_any(against, wanted, trust_remote_code).to(device)
     if original is not None:
         evaluation.check_ids(original, tokenizer, (window.tokens for window in cut))
-    scores = evaluation.score(subject, original, cut, progress or LogProgress())
-    stored = _stored_size(model)
+    scores = evaluation.score(subject, original, cut, progress)
+    stored = _stored_size(model, trust_remote_code)
     return evaluation.summarize(scores, subject, tokenizer, **stored)
 
 
@@ -287,22 +294,24 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
-def _tokenizer(model: PathLike) -> Any:
+def _tokenizer(model: PathLike, trusted: bool) -> Any:
     from .frontend.source import read_tokenizer
 
-    return read_tokenizer(Path(model)) if is_checkpoint(model) else open_model(model).tokenizer
+    return read_tokenizer(Path(model), trusted) if is_checkpoint(model) else open_model(model, trusted).tokenizer
 
 
-def _load_any(model: PathLike, dtype: torch.dtype | None) -> Any:
-    return load(model, dtype=dtype) if is_checkpoint(model) else open_model(model).load_whole(dtype)
+def _load_any(model: PathLike, dtype: torch.dtype | None, trusted: bool) -> Any:
+    if is_checkpoint(model):
+        return load(model, dtype=dtype, trust_remote_code=trusted)
+    return open_model(model, trusted).load_whole(dtype)
 
 
-def _stored_size(model: PathLike) -> dict[str, Any]:
+def _stored_size(model: PathLike, trusted: bool) -> dict[str, Any]:
     """bits_per_weight of the linears inside the blocks, and the size of the weight files."""
     if is_checkpoint(model):
         reader = CheckpointReader(model)
         return {"bits_per_weight": reader.bits_per_weight(), "weights_bytes": reader.weights_bytes()}
-    source = open_model(model)
+    source = open_model(model, trusted)
     size = sum(file.stat().st_size for file in source.weight_files())
     return {"bits_per_weight": _source_bits_per_weight(source), "weights_bytes": size}
 

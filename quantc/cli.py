@@ -40,6 +40,7 @@ OUTPUT_OPTIONS = options(
 )
 JSON_OPTION = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 DEVICE_OPTION = option("--device", default="cpu", help="Where to compute: cpu, cuda, cuda:1. [default: cpu]")
+TRUST_OPTION = option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings. [default: no]")
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 YAML_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -120,6 +121,7 @@ QUANTIZE_OPTIONS = options(
     CALIBRATION_OPTIONS,
     option("--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."),
     DEVICE_OPTION,
+    TRUST_OPTION,
     option("--resume", is_flag=True, help="Continue an interrupted run with the same settings, if there is one."),
     option("--force", is_flag=True, help="Replace the output, or what an interrupted run left without --resume."),
     OUTPUT_OPTIONS,
@@ -148,13 +150,13 @@ def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
     if as_json:
         console.show_json(report.summary())
     elif not quiet:
-        _show_summary(model, report)
+        _show_summary(model, report, as_words({"trust_remote_code": settings["trust_remote_code"]}))
 
 
-def _show_summary(model: str, report: Report) -> None:
+def _show_summary(model: str, report: Report, trust: list[str]) -> None:
     from . import tables
 
-    command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2"]
+    command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2", *trust]
     console.show(tables.quantized(to_printable(report.to_dict()), command))
 
 
@@ -164,6 +166,7 @@ def _show_summary(model: str, report: Report) -> None:
 @BUDGET_OPTIONS
 @CALIBRATION_OPTIONS
 @DEVICE_OPTION
+@TRUST_OPTION
 @option("--force", is_flag=True, help="Replace the plan if it exists.")
 @OUTPUT_OPTIONS
 def plan(model: str, out: Path, force: bool, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
@@ -194,9 +197,12 @@ def plan(model: str, out: Path, force: bool, as_json: bool, quiet: bool, verbose
         console.show(tables.planned(to_printable(rows), to_printable(notes), again))
 
 
+AGAIN = ("preset", "recipe", "calib", "samples", "seq_len", "seed", "trust_remote_code")
+
+
 def _again(settings: dict[str, Any]) -> list[str]:
     """The options of a plan that its build needs too: the recipe's other passes and the calibration text."""
-    return as_words({name: settings[name] for name in ("preset", "recipe", "calib", "samples", "seq_len", "seed")})
+    return as_words({name: settings[name] for name in AGAIN})
 
 
 @main.command()
@@ -214,6 +220,7 @@ def _again(settings: dict[str, Any]) -> list[str]:
 @STORAGE_OPTIONS
 @CALIBRATION_OPTIONS
 @DEVICE_OPTION
+@TRUST_OPTION
 @option("--force", is_flag=True, help="Replace these two files if they exist.")
 @OUTPUT_OPTIONS
 def pareto(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
@@ -268,6 +275,7 @@ def recipe(action: str, name: str) -> None:
 @option("--windows", type=COUNT, help="Only the first so many windows. [default: all]")
 @option("--dtype", type=DTYPES, help="Type of the activations. [default: the model's own]")
 @DEVICE_OPTION
+@TRUST_OPTION
 @OUTPUT_OPTIONS
 def evaluate(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
     """Measure perplexity, divergence and speed of MODEL.
@@ -389,9 +397,13 @@ def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
-    from .report import read_report
+    from .checkpoint import is_checkpoint
+    from .copies import describe_copy
+    from .report import REPORT_FILE, read_report
 
     _require_folder(folder)
+    if not (folder / REPORT_FILE).is_file() and is_checkpoint(folder):
+        return describe_copy(folder)
     return read_report(folder)
 
 

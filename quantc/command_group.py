@@ -193,7 +193,9 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
             words.append("--symmetric" if value else "--asymmetric")
         elif isinstance(value, dict):
             words += [word for key, item in value.items() for word in (flag.removesuffix("s"), f"{key}={item}")]
-        elif value is not None:
+        elif value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
             words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
     return words
 

@@ -71,6 +71,7 @@ def manifest_json(
         "source": {
             "name": run.source.name,
             "files": {f.name: _file_hash(f) for f in run.source.weight_files()},
+            "trust_remote_code": run.source.trusted,
         },
         "recipe": recipe.to_dict(),
         "calibration": run.report.calibration,
@@ -97,8 +98,10 @@ def _file_hash(file: Path) -> str:
 
 def write_companions(run: Run, writer: CheckpointWriter) -> None:
     """Write what makes the folder a model besides its weights: tokenizer, settings of generation and processors."""
-    writer.add_files(run.source.tokenizer.save_pretrained)
-    files = model_files(run.source.path)
+    tokenizer = run.source.optional_tokenizer
+    if tokenizer is not None:
+        writer.add_files(tokenizer.save_pretrained)
+    files = [*model_files(run.source.path), *run.source.code_files]
     writer.add_files(lambda folder: [shutil.copyfile(file, folder / file.name) for file in files])
 
 

@@ -17,8 +17,8 @@ from . import companions, pipeline, sweep
 from .budget import Budget
 from .checkpoint_writer import CheckpointWriter
 from .derive import derive
-from .errors import UsageError
-from .frontend import Source, to_meta
+from .errors import ModelError, UsageError
+from .frontend import Source, open_model, to_meta
 from .identity import identity
 from .kernels.cuda.gptq import panel_for
 from .kernels.cuda.gram import products_for
@@ -60,6 +60,7 @@ class Settings(TypedDict, total=False):
     tune_steps: of training for each block after rounding. tune_budget: wall seconds for that in all, or text such as
     10min; either adds the pass tune to a recipe without it.
     method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
+    trust_remote_code: run Python code that the model's folder or repository brings.
     """
 
     preset: str | None
@@ -82,6 +83,7 @@ class Settings(TypedDict, total=False):
     samples: int | None
     seq_len: int | None
     seed: int | None
+    trust_remote_code: bool
 
 
 @dataclass
@@ -95,6 +97,7 @@ class Job:
     device: str
     progress: Progress
     given: tuple[torch.Tensor, str] | None = None  # the calibration set, and what it is
+    trusted: bool = False  # whether code that the model brings may be run
 
     @classmethod
     def of(cls, settings: Settings, plan: PathLike | None, device: str, progress: Progress | None) -> Job:
@@ -115,7 +118,8 @@ class Job:
         passes, notes = _build_passes(chosen, method)
         pipeline.check_order(passes, planned=plan is not None)
         _check_combination(passes)
-        return cls(chosen, passes, given_plan, notes, device, progress or LogProgress())
+        trusted = settings.get("trust_remote_code", False)
+        return cls(chosen, passes, given_plan, notes, device, progress or LogProgress(), trusted=trusted)
 
     @classmethod
     def generous(cls, settings: Settings, device: str, progress: Progress | None) -> Job:
@@ -125,6 +129,10 @@ class Job:
             raise UsageError(f"{given} says how small the model is to be, but all sizes are looked at; leave it out.")
         recipe = _resolve_recipe(settings.get("recipe"), settings.get("preset")).without("allocate", *BUDGETS, "search")
         return cls.of({**settings, "recipe": recipe, "preset": None, "size": ANY_SIZE}, None, device, progress)
+
+    def source(self, model: PathLike) -> Source:
+        """The model, opened."""
+        return open_model(model, self.trusted)
 
     def open(self, source: Source, output: str) -> Run:
         """The run on a model, planned as far as numbers say."""
@@ -160,7 +168,7 @@ class Job:
         started, cpu_started = time.perf_counter(), time.process_time()
         with CheckpointWriter(folder, force, resume, resumable) as writer:
             run = self.open(source, output or str(folder))
-            _ = run.source.tokenizer  # a missing one is found before hours of work
+            self._check_tokenizer(run)
             writer.require_space(weights_bytes(run, run.plan.specs))
             tokens = self.tokens(run)
             saved = checked(writer.begin(identity(run, self.recipe, tokens, size=at_most)), run, self.passes)
@@ -180,6 +188,19 @@ class Job:
                 manifest = companions.manifest_json(run, self.recipe, tokens, writer.folder, config)
             writer.commit(config, manifest)
         return run.report
+
+    @property
+    def _calibrated(self) -> bool:
+        return any(item.calibrated for item in self.passes)
+
+    def _check_tokenizer(self, run: Run) -> None:
+        """Find a missing one before hours of work; what needs no text does without."""
+        try:
+            _ = run.source.tokenizer
+        except ModelError as error:
+            if self._calibrated:
+                raise
+            run.report.notes.append(f"the checkpoint has no tokenizer: {error}".removesuffix("."))
 
     def within(self, size: int) -> Job:
         """The same with another size as its budget."""
@@ -203,7 +224,7 @@ class Job:
         if self.given is not None:
             tokens, run.report.calibration = self.given
             return tokens
-        if not any(item.calibrated for item in self.passes):
+        if not self._calibrated:
             return None
         tokens = calibration_tokens(run, self.recipe.calibration)
         run.source.check_values(self.progress)

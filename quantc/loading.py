@@ -11,26 +11,30 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _get_model_class
 
 from .checkpoint import METHOD, CheckpointReader, read_json
 from .errors import CheckpointError, QuantcError
-from .frontend.source import auto_class, first_line, quiet_transformers
+from .frontend.source import asking_in_words, auto_class, first_line, quiet_transformers
 from .model_check import handing_over
 
 GENERATION = "generation_config.json"
 
 
-def read_model(reader: CheckpointReader, dtype: torch.dtype | None, verify: bool = False) -> PreTrainedModel:
+def read_model(
+    reader: CheckpointReader, dtype: torch.dtype | None, verify: bool = False, trusted: bool = False
+) -> PreTrainedModel:
     """Return the model of a checkpoint, on the CPU.
 
     dtype: of activations and of what is not packed; None is the config's. verify: compare every tensor with its
-    checksum; the memory that was compared is what the model gets. Raises CheckpointError that names the tensor for
-    one that is missing, changed or of no use, and for a config that transformers cannot build.
+    checksum; the memory that was compared is what the model gets. trusted: run code that the checkpoint brings.
+    Raises CheckpointError that names the tensor for one that is missing, changed or of no use, and for a config that
+    transformers cannot build.
     """
     tensors = dict(reader.verified()) if verify else reader.slices()
     with quiet_transformers(), handing_over(reader), _one_sentence(reader.folder):
-        model_class, config = _class_of(_read_config(reader))
+        model_class, config = _class_of(reader.folder, _read_config(reader, trusted), trusted)
         model = model_class.from_pretrained(
             None,
             config=config,
@@ -46,19 +50,23 @@ def read_model(reader: CheckpointReader, dtype: torch.dtype | None, verify: bool
     return model
 
 
-def _read_config(reader: CheckpointReader) -> PreTrainedConfig:
+def _read_config(reader: CheckpointReader, trusted: bool) -> PreTrainedConfig:
     """The config as transformers reads it, once it is sure that the file is still the one that was checked."""
     _check_layers(reader)
-    config = AutoConfig.from_pretrained(reader.folder, trust_remote_code=False)
+    with asking_in_words(reader.folder):
+        config = AutoConfig.from_pretrained(reader.folder, trust_remote_code=trusted)
     if read_json(reader.folder / "config.json") != reader.config:
         raise CheckpointError(f"{reader.folder / 'config.json'} changed while it was read; load it again.")
     return config
 
 
-def _class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def _class_of(folder: Path, config: PreTrainedConfig, trusted: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that transformers would take, and the config it gets: some take the one of their text model."""
     auto = auto_class(config)
     mapping = auto._model_mapping
+    brought = getattr(config, "auto_map", {}).get(auto.__name__)
+    if type(config) not in mapping and trusted and brought is not None:
+        return get_class_from_dynamic_module(brought, folder), config
     if type(config) not in mapping:
         raise CheckpointError(
             f"{auto.__name__} knows no model for {type(config).__name__}; install the transformers that wrote the "

@@ -12,7 +12,6 @@ from .budget import Shared
 from .checkpoint import verify
 from .checkpoint_writer import CheckpointWriter
 from .errors import CheckpointError
-from .frontend import open_model
 from .identity import digest, identity
 from .job import Job, PathLike
 from .ownership import remove
@@ -48,7 +47,7 @@ def pursue(
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     with CheckpointWriter(out, force, resume) as place:
-        run = job.open(open_model(model), str(out))
+        run = job.open(job.source(model), str(out))
         tokens = job.tokens(run)
         assert tokens is not None, "a budget needs calibration text, and allocate has refused to do without"
         tokens, windows = held_out(run, tokens, text)
@@ -61,7 +60,7 @@ def pursue(
         def write(shared: Shared, folder: Path) -> Report:
             plan = Plan({**run.plan.specs, **shared.specs}, salience=run.plan.salience)
             one = job.planned(plan, tokens, run.report.calibration)
-            return one.build(open_model(model), folder, force=True, resume=resume, output=str(out))
+            return one.build(job.source(model), folder, force=True, resume=resume, output=str(out))
 
         builds = Builds(place, target, measured, write, lambda folder: target.found(compare(folder, windows)))
         rounds = meet(target, budget.quantized(), builds.measure)

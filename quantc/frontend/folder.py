@@ -30,6 +30,7 @@ from .kinds import check_architecture, read_raw_config, refuse_adapter
 from .source import (
     COMPUTE_DTYPE,
     Source,
+    asking_in_words,
     auto_class,
     build_skeleton,
     first_line,
@@ -48,21 +49,25 @@ class FolderSource(Source):
     What transformers would load is compared with the files' headers here, before any weight is read.
     """
 
-    def __init__(self, folder: Path, name: str | None = None):
-        self.path = folder
+    def __init__(self, folder: Path, name: str | None = None, trusted: bool = False):
+        self.path, self.trusted = folder, trusted
         self.name = name or _name_of(folder)
         raw_config = read_raw_config(folder)
-        config = _read_config(folder)
+        config = _read_config(folder, trusted)
         self._weights = find_weights(folder, raw_config)
         refuse_adapter(folder)
         check_sizes(config, self._weights.files)
         self._build(config)
         self.notes = list(self._weights.notes)
+        if hasattr(self.model.config, "auto_map"):
+            self.notes.append("code that the model brings was run (--trust-remote-code)")
         self._believe_the_files()
         self.notes += check_agreement(folder, self.model, self._conversions, self._targets, self._headers)
 
     def _build(self, config: Any) -> None:
-        self.model = build_skeleton(config)
+        self.model = build_skeleton(config, self.trusted)
+        if not self.trusted and hasattr(self.model.config, "auto_map"):
+            del self.model.config.auto_map  # transformers' own class is used, here and for a copy
         self._conversions: list[Any] = list(get_model_conversion_mapping(self.model))
 
     def _believe_the_files(self) -> None:
@@ -151,10 +156,17 @@ class FolderSource(Source):
 
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
         with quiet_transformers():
-            return auto_class(self.model.config).from_pretrained(self.path, dtype=dtype or "auto").eval()
+            whole = auto_class(self.model.config).from_pretrained(
+                self.path, dtype=dtype or "auto", trust_remote_code=self.trusted
+            )
+            return whole.eval()
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
-        return read_tokenizer(self.path)
+        return read_tokenizer(self.path, self.trusted)
+
+    @property
+    def code_files(self) -> list[Path]:
+        return sorted(self.path.glob("*.py")) if self.trusted else []
 
 
 def _name_of(folder: Path) -> str:
@@ -166,10 +178,13 @@ def _name_of(folder: Path) -> str:
     return path.name
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, trusted: bool) -> Any:
     check_config_file(folder / "config.json")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        with asking_in_words(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    except ModelError:
+        raise
     except Exception as error:  # transformers checks few settings: TypeError, ZeroDivisionError and others come too
         raise ModelError(
             f"{folder}: config.json is not one that transformers can use ({first_line(error)}); "

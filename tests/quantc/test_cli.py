@@ -122,7 +122,7 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
         " --tune-steps 20 --tune-budget 10min"
     )
     more = f"--samples 4 --seq-len 64 --seed 7 --preset best --recipe {recipe} --plan {plan} --device cuda"
-    words += " --force --resume"
+    words += " --force --resume --trust-remote-code"
     assert run("quantize", "tiny", *words.split(), *budget.split(), *target.split(), *more.split()).exit_code == 0
     assert calls == [
         {
@@ -133,6 +133,7 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
             "bits": 3, "avg_bits": 3.25, "out": "out", "group_size": -1, "method": "rtn",
             "symmetric": True, "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7,
             "preset": "best", "recipe": recipe, "plan": plan, "device": "cuda", "force": True, "resume": True,
+            "trust_remote_code": True,
         }
     ]  # fmt: skip
 
@@ -140,7 +141,8 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
 def test_options_left_out_are_left_to_the_api(calls: list[dict[str, Any]]) -> None:
     run("quantize", "tiny", "--bits", "4")
     given = {name: value for name, value in calls[0].items() if value is not None}
-    assert given == {"model": "tiny", "bits": 4, "device": "cpu", "force": False, "resume": False}
+    unset = {"force": False, "resume": False, "trust_remote_code": False}
+    assert given == {"model": "tiny", "bits": 4, "device": "cpu", **unset}
 
 
 def test_summary_tells_what_was_written_and_what_to_do_next(calls: list[dict[str, Any]]) -> None:

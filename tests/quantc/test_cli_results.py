@@ -62,11 +62,12 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_eval_passes_every_option_to_the_api(evaluations: list[dict[str, Any]]) -> None:
     words = "--text t.txt --against o --context 64 --stride 32 --windows 3 --dtype bfloat16 --device cuda"
+    words += " --trust-remote-code"
     assert run("eval", "m", *words.split()).exit_code == 0
     assert evaluations == [
         {
             "model": "m", "text": "t.txt", "against": "o", "context": 64, "stride": 32, "windows": 3,
-            "dtype": "bfloat16", "device": "cuda",
+            "dtype": "bfloat16", "device": "cuda", "trust_remote_code": True,
         }
     ]  # fmt: skip
 

@@ -202,8 +202,15 @@ def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
 def test_no_tokenizer(folder: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    message = refusal(folder, tmp_path / "out")
-    assert message.startswith(f"{folder}: no tokenizer could be read (")
+    with pytest.raises(ModelError) as caught:
+        quantc.quantize(folder, bits=4, calib=str(folder / "text.txt"), out=tmp_path / "out")
+    assert str(caught.value).startswith(f"{folder}: no tokenizer could be read (")
+    assert not (tmp_path / "out").exists()
+    report = quantc.quantize(folder, bits=4, group_size=8, method="rtn", out=tmp_path / "out")
+    assert len(report.notes) == 1
+    assert report.notes[0].startswith(f"the checkpoint has no tokenizer: {folder}: no tokenizer could be read (")
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert quantc.load(tmp_path / "out") is not None
 
 
 def test_a_module_without_blocks() -> None:
