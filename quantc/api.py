@@ -16,7 +16,7 @@ from .checkpoint_writer import unfinished
 from .decoder import find_decoder
 from .errors import UsageError
 from .frontend import Source, open_model, to_meta
-from .frontend.source import tensors_under
+from .frontend.source import read_tokenizer, tensors_under
 from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
 from .journal import has_journal, read_journal
 from .loading import read_model
@@ -74,7 +74,7 @@ def quantize(
         return _compare(checkpoint, model, windows, job)
 
     generous = Job.generous(settings, device, progress)
-    source = job.source(model)
+    source = generous.source(model)
     folder = folder or Path(f"{source.name}-quantc-{target.label}")
     _check_start(folder, source, generous, resume)
     return pursue(target, model, generous, folder, force, resume, text, compare)
@@ -118,7 +118,9 @@ def _interrupted_size(out: Path, wanted: int) -> int:
 def _compare(checkpoint: Path, model: PathLike, windows: list[Window], job: Job) -> Scores:
     from .evaluation import score
 
-    subject, original = (_load_any(each, None, job.trusted).to(job.device) for each in (checkpoint, model))
+    subject, original = (
+        _load_any(each, None, job.trusted).to(job.device) for each in (checkpoint, _open_any(model, job.trusted))
+    )
     return score(subject, original, windows, job.progress)
 
 
@@ -230,8 +232,8 @@ def load(
 
     dtype: of activations and of what is not quantized; None is the model's own. verify: also check every checksum.
     compile: let `generate` compile the step that makes a token; its first call takes a minute or two (compiled.py).
-    trust_remote_code: run Python code that the checkpoint brings. Raises CheckpointError that names the tensor or file
-    for a truncated, missing, changed or unknown one.
+    trust_remote_code: run Python code that the checkpoint brings.
+    Raises CheckpointError that names the tensor or file for a truncated, missing, changed or unknown one.
     """
     model = read_model(CheckpointReader(path), dtype, verify, trust_remote_code)
     model.eval().to(device)
@@ -264,20 +266,18 @@ def evaluate(
     from . import evaluation
 
     wanted, progress = _dtype(dtype), progress or LogProgress()
-    for each in (model, against):
-        if each is not None and not is_checkpoint(each):
-            for note in open_model(each, trust_remote_code).notes:
-                progress.note(note)
-    tokenizer = _tokenizer(model, trust_remote_code)
+    opened = _open_any(model, trust_remote_code, progress)
+    other = None if against is None else _open_any(against, trust_remote_code, progress)
+    tokenizer = opened.tokenizer if isinstance(opened, Source) else read_tokenizer(Path(opened), trust_remote_code)
     documents = evaluation.read_text(text)
-    subject = _load_any(model, wanted, trust_remote_code).to(device)
+    subject = _load_any(opened, wanted, trust_remote_code).to(device)
     cut = evaluation.make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
     evaluation.check_ids(subject, tokenizer, (window.tokens for window in cut))
-    original = None if against is None else _load_any(against, wanted, trust_remote_code).to(device)
+    original = None if other is None else _load_any(other, wanted, trust_remote_code).to(device)
     if original is not None:
         evaluation.check_ids(original, tokenizer, (window.tokens for window in cut))
     scores = evaluation.score(subject, original, cut, progress)
-    stored = _stored_size(model, trust_remote_code)
+    stored = _stored_size(opened)
     return evaluation.summarize(scores, subject, tokenizer, **stored)
 
 
@@ -294,26 +294,30 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
-def _tokenizer(model: PathLike, trusted: bool) -> Any:
-    from .frontend.source import read_tokenizer
-
-    return read_tokenizer(Path(model), trusted) if is_checkpoint(model) else open_model(model, trusted).tokenizer
-
-
-def _load_any(model: PathLike, dtype: torch.dtype | None, trusted: bool) -> Any:
+def _open_any(model: PathLike, trusted: bool, progress: Progress | None = None) -> Source | PathLike:
+    """A checkpoint's folder as it is, anything else opened, with a note to the progress on what is amiss."""
     if is_checkpoint(model):
-        return load(model, dtype=dtype, trust_remote_code=trusted)
-    return open_model(model, trusted).load_whole(dtype)
-
-
-def _stored_size(model: PathLike, trusted: bool) -> dict[str, Any]:
-    """bits_per_weight of the linears inside the blocks, and the size of the weight files."""
-    if is_checkpoint(model):
-        reader = CheckpointReader(model)
-        return {"bits_per_weight": reader.bits_per_weight(), "weights_bytes": reader.weights_bytes()}
+        return model
     source = open_model(model, trusted)
-    size = sum(file.stat().st_size for file in source.weight_files())
-    return {"bits_per_weight": _source_bits_per_weight(source), "weights_bytes": size}
+    if progress is not None:
+        for note in source.notes:
+            progress.note(note)
+    return source
+
+
+def _load_any(opened: Source | PathLike, dtype: torch.dtype | None, trusted: bool) -> Any:
+    if isinstance(opened, Source):
+        return opened.load_whole(dtype)
+    return load(opened, dtype=dtype, trust_remote_code=trusted)
+
+
+def _stored_size(opened: Source | PathLike) -> dict[str, Any]:
+    """bits_per_weight of the linears inside the blocks, and the size of the weight files."""
+    if not isinstance(opened, Source):
+        reader = CheckpointReader(opened)
+        return {"bits_per_weight": reader.bits_per_weight(), "weights_bytes": reader.weights_bytes()}
+    size = sum(file.stat().st_size for file in opened.weight_files())
+    return {"bits_per_weight": _source_bits_per_weight(opened), "weights_bytes": size}
 
 
 def _source_bits_per_weight(source: Source) -> float:

@@ -98,9 +98,8 @@ def _file_hash(file: Path) -> str:
 
 def write_companions(run: Run, writer: CheckpointWriter) -> None:
     """Write what makes the folder a model besides its weights: tokenizer, settings of generation and processors."""
-    tokenizer = run.source.optional_tokenizer
-    if tokenizer is not None:
-        writer.add_files(tokenizer.save_pretrained)
+    if run.source.optional_tokenizer is not None:
+        writer.add_files(run.source.optional_tokenizer.save_pretrained)
     files = [*model_files(run.source.path), *run.source.code_files]
     writer.add_files(lambda folder: [shutil.copyfile(file, folder / file.name) for file in files])
 

@@ -16,7 +16,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from .checkpoint import METHOD, CheckpointReader, read_json
 from .errors import CheckpointError, QuantcError
-from .frontend.source import asking_in_words, auto_class, first_line, quiet_transformers
+from .frontend.source import asking_in_words, auto_class, first_line, needs_code, quiet_transformers
 from .model_check import handing_over
 
 GENERATION = "generation_config.json"
@@ -28,13 +28,13 @@ def read_model(
     """Return the model of a checkpoint, on the CPU.
 
     dtype: of activations and of what is not packed; None is the config's. verify: compare every tensor with its
-    checksum; the memory that was compared is what the model gets. trusted: run code that the checkpoint brings.
-    Raises CheckpointError that names the tensor for one that is missing, changed or of no use, and for a config that
-    transformers cannot build.
+    checksum; the memory that was compared is what the model gets. trusted: whether code that the checkpoint brings may
+    be run. Raises CheckpointError that names the tensor for one that is missing, changed or of no use, and for a config
+    that transformers cannot build.
     """
     tensors = dict(reader.verified()) if verify else reader.slices()
     with quiet_transformers(), handing_over(reader), _one_sentence(reader.folder):
-        model_class, config = _class_of(reader.folder, _read_config(reader, trusted), trusted)
+        model_class, config = _class_of(_read_config(reader, trusted), reader.folder, trusted)
         model = model_class.from_pretrained(
             None,
             config=config,
@@ -60,13 +60,15 @@ def _read_config(reader: CheckpointReader, trusted: bool) -> PreTrainedConfig:
     return config
 
 
-def _class_of(folder: Path, config: PreTrainedConfig, trusted: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def _class_of(config: PreTrainedConfig, folder: Path, trusted: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that transformers would take, and the config it gets: some take the one of their text model."""
     auto = auto_class(config)
     mapping = auto._model_mapping
-    brought = getattr(config, "auto_map", {}).get(auto.__name__)
-    if type(config) not in mapping and trusted and brought is not None:
-        return get_class_from_dynamic_module(brought, folder), config
+    own_code = getattr(config, "auto_map", {}).get(auto.__name__)
+    if own_code is not None and trusted:
+        return get_class_from_dynamic_module(own_code, folder), config
+    if own_code is not None and type(config) not in mapping:
+        raise needs_code(folder)
     if type(config) not in mapping:
         raise CheckpointError(
             f"{auto.__name__} knows no model for {type(config).__name__}; install the transformers that wrote the "

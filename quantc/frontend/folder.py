@@ -156,10 +156,8 @@ class FolderSource(Source):
 
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
         with quiet_transformers():
-            whole = auto_class(self.model.config).from_pretrained(
-                self.path, dtype=dtype or "auto", trust_remote_code=self.trusted
-            )
-            return whole.eval()
+            auto = auto_class(self.model.config)
+            return auto.from_pretrained(self.path, dtype=dtype or "auto", trust_remote_code=self.trusted).eval()
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.path, self.trusted)

@@ -6,7 +6,6 @@ The config and the tensor names come from transformers' GGUF support, the block 
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -49,8 +48,7 @@ class GgufSource(Source):
         self._files = _parts(file)
         self.path = self._files[0]
         self.name = name or PART.sub("", file.stem)
-        self._held = {part: _open_reader(part) for part in self._files}
-        self._reader = _joined(self._held)
+        self._reader, self._file_of = _open_parts(self._files)
         with self._parsed_once():
             self._config = _read_config(self.path)
         self.model = build_skeleton(self._config)
@@ -98,11 +96,6 @@ class GgufSource(Source):
         return [f"tensors of the file are no part of the model and were left out: {some(left)}"] if left else []
 
     @cached_property
-    def _homes(self) -> dict[str, Path]:
-        """GGUF tensor name -> the file that holds it."""
-        return {tensor.name: file for file, reader in self._held.items() for tensor in reader.tensors}
-
-    @cached_property
     def _names(self) -> dict[str, str]:
         """GGUF tensor name -> model tensor name."""
         return hf_gguf.get_gguf_hf_weights_map(_NamesOnly.of(self.model), self._processor)
@@ -141,13 +134,13 @@ class GgufSource(Source):
 
     def _read(self, part: Any) -> np.ndarray[Any, Any]:
         """A tensor's bytes as the reader has them, but not mapped."""
-        content = read_bytes(self._homes[part.name], int(part.data_offset), int(part.n_bytes)).numpy()
+        content = read_bytes(self._file_of[part.name], int(part.data_offset), int(part.n_bytes)).numpy()
         return content.view(part.data.dtype).reshape(part.data.shape)
 
     def spans(self, file: Path) -> list[Span]:
-        """Where the header and every tensor of a file are."""
-        held = (part for part in self._reader.tensors if self._homes[part.name] == file)
-        found = sorted((int(part.data_offset), int(part.n_bytes)) for part in held)
+        """Where the header and every tensor are."""
+        parts = [part for part in self._reader.tensors if self._file_of[part.name] == file]
+        found = sorted((int(part.data_offset), int(part.n_bytes)) for part in parts)
         return [(0, min((start for start, _ in found), default=0)), *found]
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -235,18 +228,19 @@ def _parts(file: Path) -> list[Path]:
     return parts
 
 
-def _joined(readers: dict[Path, Any]) -> Any:
-    """One reader of all parts: the first one's, with the tensors of all."""
-    file, reader = next(iter(readers.items()))
+def _open_parts(files: list[Path]) -> tuple[Any, dict[str, Path]]:
+    """A reader of all parts: the first one's, with the tensors of all; and tensor name -> the file it is in."""
+    readers = [_open_reader(file) for file in files]
+    reader = readers[0]
+    places = {tensor.name: file for file, each in zip(files, readers, strict=True) for tensor in each.tensors}
     count = reader.fields.get("split.count")
-    if count is not None and int(count.contents()) != len(readers):
+    if count is not None and int(count.contents()) != len(files):
         raise ModelError(
-            f"{file} is one of {count.contents()} parts, but {len(readers)} were found by their names; give all "
+            f"{files[0]} is one of {count.contents()} parts, but {len(files)} were found by their names; give all "
             "parts their names back, such as name-00001-of-00002.gguf."
         )
-    joined = copy.copy(reader)
-    joined.tensors = [tensor for each in readers.values() for tensor in each.tensors]
-    return joined
+    reader.tensors = [tensor for each in readers for tensor in each.tensors]
+    return reader, places
 
 
 def _open_reader(file: Path) -> Any:

@@ -235,10 +235,15 @@ def asking_in_words(folder: Path | str) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ModelError(
-            f"{folder} needs code that it brings along (auto_map in its config), which is not run unasked; read that "
-            "code, then pass --trust-remote-code (in Python trust_remote_code=True)."
-        ) from error
+        raise needs_code(folder) from error
+
+
+def needs_code(folder: Path | str) -> ModelError:
+    """The error for a model or tokenizer whose own code would have to be run."""
+    return ModelError(
+        f"{folder} needs code that it brings along (auto_map in its config), which is not run unasked; read that code, "
+        "then pass --trust-remote-code (in Python trust_remote_code=True)."
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from quantc.frontend import open_model
 from quantc.frontend.source import build_skeleton
 from tests.families import FAMILIES, build
 from tests.helpers import save_with_tokenizer
+from tests.quantc.cli_runner import run
 from tests.quantc.frontend.folders import WEIGHTS, edit_config, edit_weights, refusal
 from tests.test_families import TOKENS
 
@@ -245,3 +246,10 @@ def test_values_are_checked_before_calibration(
     with pytest.raises(ModelError) as caught:
         quantc.api.plan(folder, avg_bits=4, **settings)  # type: ignore[arg-type]
     assert str(caught.value).startswith(message)
+
+
+def test_eval_tells_what_is_amiss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    monkeypatch.setattr("quantc.evaluation.measure_decode_speed", lambda *_: 1.0)
+    result = run("eval", str(folder), "--text", str(folder / "text.txt"), "--context", "16")
+    assert f"config.json says that the head is the embedding, but {HEAD} has values of its own" in result.stderr
