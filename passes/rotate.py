@@ -128,6 +128,8 @@ class Rotate(Pass):
         config = run.source.model.config
         if config.get_text_config() is not config:  # features of images may be added behind any block, unrotated
             raise Refusal("the model has other parts than text, which may add to the hidden states between blocks")
+        if run.graph.blocks[0].returns.carry is not None:
+            raise Refusal("blocks hand on more than one hidden state of plain rows")
         hidden = calibration.probe(run.graph.blocks[0]).hidden
         order = block_order(hidden.shape[-1])
         if order < SMALLEST_BLOCK:

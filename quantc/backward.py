@@ -176,7 +176,7 @@ class BackwardSweep:
             for linear in block.quantized:
                 if linear.kind != "stack":
                     hooks.callback(self._watch(module, block, linear, batch).remove)
-            return block.returns.unwrap(call.run(module))
+            return block.returns.unwrap(call.run(module), call)
 
     def _watch(self, module: nn.Module, block: Block, linear: Linear, batch: Batch) -> Any:
         def notice(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

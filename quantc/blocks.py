@@ -15,41 +15,67 @@ from typing import Any
 import torch
 from torch import nn
 
+from .carry import Arguments, Carry, Place
 from .errors import ModelError
 
 
 @dataclass(frozen=True)
 class Returns:
-    """How a block returns its hidden state: alone (position None), or in a tuple at a position."""
+    """How a block returns its hidden state: alone (position None), or in a tuple at a position.
+
+    carry: how what blocks hand on lies in rows, where it is more than a hidden state (samples, T, ...).
+    """
 
     position: int | None
     rest: tuple[Any, ...] = ()
+    carry: Carry | None = None
 
-    def wrap(self, hidden: torch.Tensor) -> Any:
+    def wrap(self, state: torch.Tensor) -> Any:
+        """Return what the block would return for a state (samples, T, ...) behind it."""
+        hidden = state if self.carry is None else self.carry.hidden_of(state)
         if self.position is None:
             return hidden
         return (*self.rest[: self.position], hidden, *self.rest[self.position + 1 :])
 
-    def unwrap(self, output: Any) -> torch.Tensor:
-        return output if self.position is None else output[self.position]
+    def unwrap(self, output: Any, call: BlockCall) -> torch.Tensor:
+        """Return the state (samples, T, ...) behind a block, from what a call of it returned and left in arguments."""
+        hidden = output if self.position is None else output[self.position]
+        return hidden if self.carry is None else self.carry.pack(hidden, call.arguments)
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What the model calls a block with; `place` is the position or keyword of the hidden state."""
+    """What the model calls a block with; `place` is the position or keyword of the hidden state.
+
+    carry: see Returns. A call with one is used once: what the block leaves in its arguments stays there.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    place: int | str
+    place: Place
+    carry: Carry | None = None
+
+    @property
+    def arguments(self) -> Arguments:
+        """By position and keyword."""
+        places: list[tuple[Place, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        return dict(places)
 
     @property
     def hidden(self) -> torch.Tensor:
-        return self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
+        """The state (samples, T, ...) before the block, all that blocks hand on."""
+        hidden = self.arguments[self.place]
+        return hidden if self.carry is None else self.carry.pack(hidden, self.arguments)
 
-    def with_hidden(self, hidden: torch.Tensor | None) -> BlockCall:
-        if isinstance(self.place, int):
-            return replace(self, args=(*self.args[: self.place], hidden, *self.args[self.place + 1 :]))
-        return replace(self, kwargs={**self.kwargs, self.place: hidden})
+    def with_hidden(self, state: torch.Tensor | None) -> BlockCall:
+        """Return the call for another state (samples, T, ...), or without one."""
+        arguments = self.arguments
+        if state is not None and self.carry is not None:
+            arguments = self.carry.restore(state, arguments)
+            state = self.carry.hidden_of(state)
+        arguments[self.place] = state
+        args = tuple(arguments[at] for at in range(len(self.args)))
+        return replace(self, args=args, kwargs={name: arguments[name] for name in self.kwargs})
 
     def run(self, block: nn.Module) -> Any:
         return block(*self.args, **self.kwargs)
@@ -141,7 +167,7 @@ class _Chain:
             raise _LastBlockReached
         return output
 
-    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
         place = state_place(args, kwargs, self.returned if self.next_index else None)
         if place is not None:
             return place
@@ -151,11 +177,9 @@ class _Chain:
         )
 
 
-def state_place(
-    args: tuple[Any, ...], kwargs: dict[str, Any], among: list[torch.Tensor] | None = None
-) -> int | str | None:
+def state_place(args: tuple[Any, ...], kwargs: dict[str, Any], among: list[torch.Tensor] | None = None) -> Place | None:
     """Return the position or keyword of the first argument that looks like a hidden state, and is one of `among`."""
-    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    places: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in places:
         if _is_state(value) and (among is None or any(_same(value, other) for other in among)):
             return place

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -120,8 +120,10 @@ class CalibrationRun:
         calls: list[BlockCall] = []
 
         def run_block(index: int, call: BlockCall) -> Any:
+            returns = self.graph.blocks[index].returns
+            call = replace(call, carry=returns.carry)
             calls.append(call if index == 0 else call.with_hidden(None))
-            return self.graph.blocks[index].returns.wrap(call.hidden)
+            return returns.wrap(call.hidden)
 
         run_around_blocks(self._model, modules, tokens, run_block)
         first = calls[0].hidden
@@ -228,7 +230,7 @@ class CalibrationRun:
     def _run(self, module: nn.Module, block: Block, call: BlockCall) -> torch.Tensor | None:
         with torch.no_grad(), self.products():
             output = run_or_stop(module, call)
-        return None if output is None else block.returns.unwrap(output)
+        return None if output is None else block.returns.unwrap(output, call)
 
     def advance(self, block: Block) -> None:
         """Run the block and let its outputs be the hidden states. Non-finite rows are zeroed and counted.
@@ -326,7 +328,7 @@ def _map_tensors(change: Callable[[torch.Tensor, Any], Any], value: Any, other: 
         return change(value, other)
     if isinstance(value, BlockCall):
         args = _map_tensors(change, value.args, getattr(other, "args", None))
-        return BlockCall(args, _map_tensors(change, value.kwargs, getattr(other, "kwargs", None)), value.place)
+        return replace(value, args=args, kwargs=_map_tensors(change, value.kwargs, getattr(other, "kwargs", None)))
     if type(value) is dict:
         known = other if type(other) is dict else {}
         return {key: _map_tensors(change, item, known.get(key)) for key, item in value.items()}

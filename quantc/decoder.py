@@ -17,8 +17,6 @@ from transformers import PreTrainedModel
 from .blocks import BlockCall, Returns, blocks_replaced, describe_return, running, state_place
 from .errors import ModelError
 
-PROBE_SHAPE = (2, 24)  # sequences and tokens of the probe batch
-
 Load = Callable[[str], None]
 Free = Callable[[nn.Module], None]
 
@@ -103,14 +101,14 @@ def _reached(model: nn.Module, lists: dict[str, int], load: Load, free: Free) ->
         return output
 
     with running(model), blocks_replaced(modules, handle):
-        model(input_ids=probe_tokens(model), use_cache=False)
+        model(input_ids=probe_tokens(model, (2, 24)), use_cache=False)
     return set(returns)
 
 
-def probe_tokens(model: Any) -> torch.Tensor:
-    """Return a small batch of random tokens, int64 PROBE_SHAPE; the same for the same vocabulary."""
+def probe_tokens(model: Any, shape: tuple[int, int]) -> torch.Tensor:
+    """Return a batch of random tokens, int64 of a shape (samples, T); the same for the same vocabulary."""
     vocabulary = embedding_of(model).get_parameter("weight").shape[0]
-    return torch.randint(0, vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
 
 def load_outside(model: Any, blocks: list[str], load: Load, idle: tuple[str, ...] = ()) -> None:

@@ -122,7 +122,7 @@ class Distillation:
         module = self.work.run.source.model.get_submodule(block.name)
         with self.work.calibration.products():
             output = functional_call(module, weights, call.args, call.kwargs)
-        return block.returns.unwrap(output).float()
+        return block.returns.unwrap(output, call).float()
 
     def _weights(self, block: Block, factors: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """All of the block's tensors, by their names inside it."""

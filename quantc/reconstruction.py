@@ -81,9 +81,10 @@ class Reconstruction:
     def _output(self, weights: Weights, batch: Batch, call: BlockCall) -> torch.Tensor:
         called = call.with_hidden(self._calibration.hidden(batch))
         output = functional_call(self._module, dict(weights), called.args, called.kwargs)
-        hidden = self._block.returns.unwrap(output)
+        hidden = self._block.returns.unwrap(output, called)
         for block, module in self._ahead:
-            hidden = block.returns.unwrap(self._calibration.call(block, batch).with_hidden(hidden).run(module))
+            called = self._calibration.call(block, batch).with_hidden(hidden)
+            hidden = block.returns.unwrap(called.run(module), called)
         return hidden
 
 

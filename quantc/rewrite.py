@@ -7,6 +7,7 @@ that changes the output is refused and named in the report.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -219,9 +220,9 @@ class Proof:
             self._start(call, torch.float32)
 
     def _start(self, call: BlockCall, dtype: torch.dtype) -> None:
-        self._dtype, self._call = dtype, _cast(call, dtype)
+        self._dtype, self._call, self._hidden = dtype, _cast(call, dtype), call.hidden.to(dtype)
         self.expected = self.output({})
-        self._added = (self.expected - self._call.hidden).abs().amax(-1)  # of each token
+        self._added = (self.expected - self._hidden).abs().amax(-1)  # of each token
 
     def holds(self, edits: Edits, turn: Turn | None = None) -> bool:
         """Whether the output stays, to the precision that the model's own casts leave.
@@ -232,19 +233,19 @@ class Proof:
         """
         expected, hidden, added = self.expected, None, self._added
         if turn is not None:
-            expected, hidden = turn(expected), turn(self._call.hidden)
+            expected, hidden = turn(expected), turn(self._hidden)
             added = (expected - hidden).abs().amax(-1)
         changed = (self.output(edits, hidden) - expected).abs().amax(-1)
         return bool((changed <= TOLERANCE * added).all())
 
     def output(self, edits: Edits, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """What the edited block makes of the probe's hidden states, or of others."""
-        call = self._call if hidden is None else self._call.with_hidden(hidden)
+        call = self._call.with_hidden(self._hidden if hidden is None else hidden)
         parameters = {name: value.detach() for name, value in self._module.named_parameters()} | edits
         parameters = {name: value.to(self._dtype) for name, value in parameters.items()}
         with torch.no_grad():
             output = functional_call(self._module, parameters, call.args, call.kwargs)
-        return self._block.returns.unwrap(output)
+        return self._block.returns.unwrap(output, call)
 
 
 def _cast(call: BlockCall, dtype: torch.dtype) -> BlockCall:
@@ -255,4 +256,4 @@ def _cast(call: BlockCall, dtype: torch.dtype) -> BlockCall:
             return type(value)(cast(item) for item in value)
         return {key: cast(item) for key, item in value.items()} if type(value) is dict else value
 
-    return BlockCall(cast(call.args), cast(call.kwargs), call.place)
+    return replace(call, args=cast(call.args), kwargs=cast(call.kwargs))

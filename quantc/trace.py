@@ -81,6 +81,7 @@ class BlockTracer(TorchFunctionMode):
         self._origins: dict[int, Origin] = {}
         self._alive: list[Any] = []  # keeps ids and addresses from being used twice
         self._inside: list[str] = []  # linears whose forward is running
+        self._left: set[str] = set()  # linears whose forward has run
         self._paused = False
 
     def run(self, call: BlockCall) -> Any:
@@ -223,7 +224,9 @@ class BlockTracer(TorchFunctionMode):
 
     def _leave(self, name: str, output: torch.Tensor) -> None:
         self._inside.pop()
-        self._remember(output, Origin("linear", (name,)))
+        # What comes out at a second call depends on what ran between the calls: no writer of its own.
+        self._remember(output, Origin("other") if name in self._left else Origin("linear", (name,)))
+        self._left.add(name)
 
     def _notice_norm(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not args or not isinstance(output, torch.Tensor) or not isinstance(args[0], torch.Tensor):

@@ -66,7 +66,7 @@ def _family(model_type: str, linears: int | None, traits: str = "", name: str = 
     return name or model_type, Family(model_type, {**common, **settings}, found, linears)
 
 
-def _llama_like(model_type: str, linears: int | None, traits: str = "", **settings: Any) -> Named:
+def _llama_like(model_type: str, linears: int | None, traits: str = "", name: str = "", **settings: Any) -> Named:
     """Settings by the names most families share: 4 heads, and 2 key/value heads if traits say "gqa"."""
     shared: Settings = {
         "hidden_size": 64,
@@ -76,7 +76,7 @@ def _llama_like(model_type: str, linears: int | None, traits: str = "", **settin
         "num_key_value_heads": 2 if "gqa" in traits.split() else 4,
         "max_position_embeddings": 128,
     }
-    return _family(model_type, linears, traits, **{**shared, **settings})
+    return _family(model_type, linears, traits, name, **{**shared, **settings})
 
 
 def _families() -> Iterator[Named]:
@@ -118,6 +118,16 @@ def _families() -> Iterator[Named]:
     yield _llama_like(
         "gemma4_text", 9, "gqa tied post_norm", head_dim=16, global_head_dim=32,
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, **mixed,
+    )  # fmt: skip
+    shared: Settings = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+    shared |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16}
+    yield _llama_like(
+        "gemma4_text", None, "gqa tied post_norm", name="gemma4_shared_kv", head_dim=16, global_head_dim=32,
+        vocab_size_per_layer_input=VOCAB, **shared,
+    )  # fmt: skip
+    yield _llama_like(
+        "gemma3n_text", None, "gqa tied post_norm softcap", head_dim=16, vocab_size_per_layer_input=VOCAB,
+        laurel_rank=8, activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0], altup_num_inputs=3, **shared,
     )  # fmt: skip
     yield _llama_like("olmo2", 7, "gqa post_norm", intermediate_size=96)
     yield _llama_like("olmo3", 7, "gqa post_norm", **mixed)

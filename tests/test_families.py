@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,26 @@ def test_quantize_write_load_gives_the_logits_of_the_rounded_model(
         expected = model(input_ids=TOKENS, use_cache=False).logits
         found = packed(input_ids=TOKENS, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+@pytest.mark.parametrize("name", ["gemma4_shared_kv", "gemma3n_text"])
+def test_presets_where_blocks_hand_on_more_than_a_hidden_state(
+    name: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
+    model = build(name)
+    save_with_tokenizer(model, tmp_path / "model")
+    report = quantize_saved(tmp_path, preset=preset, group_size=32)
+    packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS, use_cache=False).logits
+        found = packed(input_ids=TOKENS, use_cache=False).logits
+    assert (found - expected).norm() < 0.4 * expected.norm()  # at 4 bits; wrong keys and values are off by 1
+    if preset == "best":
+        after, before = re.findall(r"0\.\d+", next(note for note in report.notes if note.startswith("distill")))
+        assert float(after) < float(before)
 
 
 def put_rounded_weights(model: torch.nn.Module, folder: Path) -> None:

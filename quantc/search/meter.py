@@ -99,7 +99,7 @@ class Meter:
             called = call.with_hidden(hidden)
             with torch.no_grad():
                 output = functional_call(module, weights, called.args, called.kwargs)
-            after.write(given * len(self.tokens) + batch.start, block.returns.unwrap(output))
+            after.write(given * len(self.tokens) + batch.start, block.returns.unwrap(output, called))
 
     def _first(self) -> StateFile:
         states = self._new_file()

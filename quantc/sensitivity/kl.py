@@ -122,7 +122,7 @@ class _Variants:
             called = call.with_hidden(hidden)
             with torch.no_grad():
                 output = functional_call(work.module, weights, called.args, called.kwargs)
-            self._file.write(target * len(self.tokens) + batch.start, work.block.returns.unwrap(output))
+            self._file.write(target * len(self.tokens) + batch.start, work.block.returns.unwrap(output, called))
 
     def losses(self) -> Losses:
         """Of the variants, once they are through all blocks."""

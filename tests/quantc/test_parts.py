@@ -19,7 +19,7 @@ def output(work: BlockWork, batch: Batch) -> torch.Tensor:
     assert work.calibration is not None
     call = work.calibration.call(work.block, batch).with_hidden(work.calibration.hidden(batch))
     with torch.no_grad():
-        return work.block.returns.unwrap(call.run(work.module))
+        return work.block.returns.unwrap(call.run(work.module), call)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

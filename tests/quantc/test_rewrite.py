@@ -46,7 +46,7 @@ FOLDED = {
     (3, 2, 2): "llama4_text ernie4_5_moe glm4_moe dots1",
     (4, 0, 0): "phi3 persimmon gpt_neox gpt2 gpt_bigcode gpt_neo xglm bloom mpt falcon_new zamba2",
     (4, 0, 2): "glm arcee apertus glm4 starcoder2 nemotron jais2 biogpt opt",
-    (4, 2, 0): "diffllama gemma2 gemma4_text qwen3_5_text",
+    (4, 2, 0): "diffllama gemma2 gemma4_text gemma3n_text qwen3_5_text",
     (4, 2, 1): "bamba lfm2",
     (
         4,
@@ -59,6 +59,7 @@ FOLDED = {
     (6, 3, 1): "recurrent_gemma",
     (7, 2, 0): "deepseek_v3 deepseek_v32",
     (8, 2, 0): "minicpm3",
+    (8, 4, 0): "gemma4_shared_kv",
     (8, 4, 4): "smollm3",
 }
 EXPECTED = {name: counts for counts, names in FOLDED.items() for name in names.split()}
@@ -83,6 +84,9 @@ REFUSED: dict[str, dict[str, str]] = {
     "olmo": {"self_attn.q_proj": NO_GAIN, "mlp.gate_proj": NO_GAIN, "self_attn.o_proj": NO_WRITER},
     # a norm stands between v and attention
     "gemma4_text": {"self_attn.o_proj": NO_WRITER},
+    "gemma4_shared_kv": {"self_attn.o_proj": NO_WRITER},
+    # a norm's output goes on beside attention, too
+    "gemma3n_text": {"self_attn.q_proj": CHANGED, "self_attn.o_proj": NO_WRITER},
     # attention's output is gated
     "qwen3_5_text": {"self_attn.o_proj": NO_WRITER},
     # the norm's output goes on as the residual stream
