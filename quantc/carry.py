@@ -45,17 +45,18 @@ class Piece:
     @classmethod
     def between(cls, one: torch.Tensor, other: torch.Tensor, shapes: tuple[tuple[int, int], tuple[int, int]]) -> Piece:
         """Return how a tensor lies, from those of two runs on so many (samples, tokens); raises ModelError."""
-        axes = []
-        for lengths in zip(*shapes, strict=True):
-            found = [axis for axis, both in enumerate(zip(one.shape, other.shape, strict=False)) if both == lengths]
-            if len(found) != 1 or one.ndim != other.ndim:
-                raise ModelError(
-                    f"blocks hand on a tensor of shape {tuple(one.shape)} for {shapes[0][0]} samples of {shapes[0][1]} "
-                    "tokens; quantc needs one row for each token of each sample."
-                )
-            axes += found
+        (samples, tokens), (others, fewer) = shapes
+        lengths = list(enumerate(zip(one.shape, other.shape, strict=False)))
+        of_samples = [axis for axis, both in lengths if both == (samples, others)]
+        of_tokens = [axis for axis, (long, short) in lengths if long - short == tokens - fewer]
+        if one.ndim != other.ndim or len(of_samples) != 1 or len(of_tokens) != 1:
+            raise ModelError(
+                f"blocks hand on a tensor of shape {tuple(one.shape)} for {samples} samples of {tokens} tokens; "
+                "quantc needs one row for each token of each sample."
+            )
+        axes = (of_samples[0], of_tokens[0])
         rest = tuple(length for axis, length in enumerate(one.shape) if axis not in axes)
-        return cls((axes[0], axes[1]), rest)
+        return cls(axes, rest)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from quantc.errors import ModelError
 from quantc.frontend import model_files, open_model
 from quantc.frontend.source import auto_class
 from quantc.recipe import Recipe
-from tests.families import VOCAB
+from tests.families import VOCAB, randomize
 from tests.helpers import quantize_saved, save_with_tokenizer
 from tests.vision_families import LLAMA, MROPE, TEXT, VISION, VISION_FAMILIES, build_vision, image_inputs
 
@@ -77,6 +77,30 @@ def test_the_decoder_is_quantized_and_the_tower_stays(name: str, tmp_path: Path)
     check(model, packed, name, 0.03)
     for file in CARRIED:
         assert (tmp_path / "packed" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
+
+
+def test_shared_keys_and_values_beside_towers_whose_clipping_bounds_are_infinite(tmp_path: Path) -> None:
+    """A tower's buffers may be infinite; the decoder's last blocks read keys and values of earlier ones."""
+    text = {**TEXT, "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 3, "num_kv_shared_layers": 1}
+    text |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 16}
+    audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "output_proj_dims": 32}
+    config = AutoConfig.for_model(
+        "gemma4", text_config={**text, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+        vision_config={**VISION, "num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 64},
+        audio_config={**audio, "subsampling_conv_channels": [8, 8]}, image_token_id=VOCAB - 1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    randomize(model)
+    save_with_tokenizer(model, tmp_path / "model")
+    quantize_saved(tmp_path, bits=8, group_size=32)
+    packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
+    infinite = {name: buffer for name, buffer in model.named_buffers() if bool(buffer.isinf().any())}
+    assert infinite
+    assert all(torch.equal(packed.get_buffer(name), buffer) for name, buffer in infinite.items())
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS, use_cache=False).logits
+        assert distance(packed(input_ids=TOKENS, use_cache=False).logits, expected) < 0.04
 
 
 @pytest.mark.slow

@@ -146,7 +146,9 @@ class FolderSource(Source):
         return self._weights.files
 
     def check_values(self, progress: Progress) -> None:
-        known = self.model.state_dict()
+        known = {
+            name for name, _ in self.model.named_parameters()
+        }  # buffers may be infinite: bounds of what is clipped
         names = {key for key, target in self._targets.items() if target in known}
         progress.stage("Checking weights", len(self._weights.files))
         for file in self._weights.files:

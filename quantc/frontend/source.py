@@ -133,14 +133,18 @@ class Source(ABC):
                 set_parameter(self.model, name, nn.Parameter(parameters(name).to("meta"), requires_grad=False))
 
     def check_loaded(self, prefix: str) -> None:
-        """Raise ModelError when a tensor under prefix is still missing, or holds NaN or infinity."""
+        """Raise ModelError when a tensor under prefix is still missing, or holds NaN or infinity.
+
+        Buffers may be infinite: the bounds of what clips nothing are.
+        """
         for name, tensor in tensors_under(self.model, prefix):
             if tensor.is_meta:
                 raise ModelError(
                     f"{self.path}: the tensor {name} is not in the checkpoint; "
                     "a complete checkpoint is needed, so fetch or save the model again."
                 )
-            if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
+            allowed = not isinstance(tensor, nn.Parameter) and not bool(tensor.isnan().any())
+            if tensor.is_floating_point() and tensor.numel() and not allowed and not all_finite(tensor):
                 raise non_finite(self.path, name, int((~torch.isfinite(tensor)).sum()), tensor.numel())
 
 
