@@ -1,4 +1,4 @@
-"""Quiet libraries, two threads, no network."""
+"""Quiet libraries, one thread unless QUANTC_TEST_THREADS says otherwise, no network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging as hf_logging
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("QUANTC_TEST_THREADS", "1")))
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()
 
