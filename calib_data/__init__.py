@@ -17,28 +17,30 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .builtin import load_builtin
+from .chat import Conversation, Document
 from .sources import FILE_READERS, HUB_DATASETS, load_file, load_hub
 
-__all__ = ["SOURCE_NAMES", "describe", "load_documents"]
+__all__ = ["SOURCE_NAMES", "Conversation", "Document", "describe", "load_documents"]
 
 SOURCE_NAMES = ("builtin", *HUB_DATASETS)
 
 
-def load_documents(source: str, *, also_known: Sequence[str] = ()) -> list[str]:
+def load_documents(source: str, *, also_known: Sequence[str] = (), notes: list[str] | None = None) -> list[Document]:
     """The non-empty documents of a calibration source, in an order that never changes.
 
     source: "builtin", a name from `HUB_DATASETS`, or the path of a .txt, .jsonl or .parquet file. A file is
         read whole, so memory holds all of its text.
+    notes: gets a sentence where rows of a file say nothing and were skipped.
     also_known: names the caller handles without this function; they are offered when `source` is misspelt.
 
     Raises UsageError for an unknown source, CalibrationError for one that cannot be read or holds no text.
     """
     if source == "builtin":
-        return load_builtin()
+        return list(load_builtin())
     if source in HUB_DATASETS:
         return load_hub(source)
     if _names_a_file(source):
-        return load_file(Path(source))
+        return load_file(Path(source), notes)
     raise UsageError(_unknown_source(source, [*SOURCE_NAMES, *also_known]))
 
 

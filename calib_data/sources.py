@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CalibrationError, UsageError
 from ..untrusted import parse_json
+from .chat import FIELDS, SHAPES, Document, is_blank, read_row
 
 _SEPARATOR = re.compile(r"^<\|endof(?:text|document)\|>[ \t\r]*$", re.MULTILINE)
 _WIKITEXT_TITLE = re.compile(r"^ = [^=].* = $")  # sections have more signs: " = = Early life = = "
+
+
+MOST_NULL = 0.1  # of the rows of a file: more of them are a damaged file, or one with its text in another field
+
+
+@dataclass
+class Rows:
+    """documents: what a file's rows say. null: where there are rows that say nothing, such as "line 3"."""
+
+    documents: list[Document]
+    null: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ HUB_DATASETS = {
 }
 
 
-def load_hub(name: str) -> list[str]:
+def load_hub(name: str) -> list[Document]:
     """The documents of `HUB_DATASETS[name]`, train split; raises CalibrationError when out of reach."""
     spec = HUB_DATASETS[name]
     try:
@@ -75,9 +87,10 @@ def load_hub(name: str) -> list[str]:
     return _keep_non_empty(documents, f"data set {name!r} ({spec})")
 
 
-def load_file(path: Path) -> list[str]:
+def load_file(path: Path, notes: list[str] | None = None) -> list[Document]:
     """The documents of a .txt, .jsonl or .parquet file.
 
+    notes: gets a sentence where rows were skipped.
     Raises UsageError for another ending, CalibrationError for one that is missing, damaged or without text.
     """
     reader = FILE_READERS.get(path.suffix.lower())
@@ -87,7 +100,7 @@ def load_file(path: Path) -> list[str]:
             f"convert it, or rename plain text to .txt."
         )
     try:
-        documents = reader(path)
+        documents = sift(reader(path), f"Calibration file {path}", notes)
     except FileNotFoundError as error:
         raise CalibrationError(
             f"There is no calibration file {path}; check the path, which counts from {Path.cwd()}, "
@@ -101,44 +114,72 @@ def load_file(path: Path) -> list[str]:
     return _keep_non_empty(documents, f"file {path}")
 
 
-def _read_txt(path: Path) -> list[str]:
-    return split_documents(_read_utf8(path))
+def sift(rows: Rows, what: str, notes: list[str] | None) -> list[Document]:
+    """The documents of a file without blank ones; raises CalibrationError where too many rows are null."""
+    count = len(rows.documents) + len(rows.null)
+    if len(rows.null) > max(1, MOST_NULL * count):
+        raise CalibrationError(
+            f"{what} has {len(rows.null)} of {count} rows that say nothing, the first in {rows.null[0]}; up to a tenth "
+            "are skipped: delete those rows, or look whether the text is in another field."
+        )
+    if rows.null and notes is not None:
+        notes.append(f"{what}: {rows.null[0]} says nothing; {len(rows.null)} of {count} rows were skipped for that")
+    return [document for document in rows.documents if not is_blank(document)]
 
 
-def _read_jsonl(path: Path) -> list[str]:
+def _read_txt(path: Path) -> Rows:
+    return Rows(list(split_documents(_read_utf8(path))))
+
+
+def _read_jsonl(path: Path) -> Rows:
     # Not splitlines(): JSON strings may hold U+2028 and other signs that Python counts as line ends.
-    lines = enumerate(_read_utf8(path).split("\n"), start=1)
-    return [_text_of_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    lines = {
+        f"line {number}": line for number, line in enumerate(_read_utf8(path).split("\n"), start=1) if line.strip()
+    }
+    return _collect((where, _row_of_json(line, f"{path} {where}")) for where, line in lines.items())
 
 
-def _text_of_json(line: str, where: str) -> str:
-    needed = 'each line must be a JSON object with a string "text"; correct or delete that line.'
+def _row_of_json(line: str, where: str) -> Document | None:
+    needed = (
+        'each line must be a JSON object with a string "text", a list "messages" or another field that the README '
+        "lists; correct or delete that line."
+    )
     try:
         row = parse_json(line)
     except ValueError as error:
         raise CalibrationError(f"{where} is not valid JSON ({error}); {needed}") from error
-    if not isinstance(row, dict):
+    if row is not None and not isinstance(row, dict):
         raise CalibrationError(f"{where} is JSON of type {type(row).__name__}; {needed}")
-    if "text" not in row:
-        raise CalibrationError(f'{where} has no field "text" but {_listed(row)}; {needed}')
-    if not isinstance(row["text"], str):
-        raise CalibrationError(f'{where} has a "text" of type {type(row["text"]).__name__}; {needed}')
-    return row["text"]
+    try:
+        return read_row(row or {})
+    except ValueError as error:
+        raise CalibrationError(f"{where} {error}; {needed}") from error
 
 
-def _read_parquet(path: Path) -> list[str]:
+def _read_parquet(path: Path) -> Rows:
     with path.open("rb") as stream:
-        columns, values = _parquet_text(stream, path)
-    if values is None or any(not isinstance(value, str | None) for value in values):
+        columns, rows = _parquet_rows(stream, path)
+    try:
+        return _collect((f"row {number}", read_row(row)) for number, row in enumerate(rows, start=1))
+    except ValueError as error:
         raise CalibrationError(
-            f'Calibration file {path} has no column "text" of strings but {_listed(columns)}; '
-            f'one is needed: rename the column that holds the text to "text".'
-        )
-    return [value for value in values if value is not None]
+            f'Calibration file {path} has no column "text" of strings but {_listed(columns)} (a row {error}); '
+            f'one is needed, or a column "messages" or another one that the README lists: rename yours.'
+        ) from error
 
 
-def _parquet_text(stream: BinaryIO, path: Path) -> tuple[list[str], list[Any] | None]:
-    """The names of all columns, and the values of the column "text" if there is one."""
+def _collect(places: Iterable[tuple[str, Document | None]]) -> Rows:
+    rows = Rows([])
+    for where, document in places:
+        if document is None:
+            rows.null.append(where)
+        else:
+            rows.documents.append(document)
+    return rows
+
+
+def _parquet_rows(stream: BinaryIO, path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of all columns, and the rows, of which only columns are read that say something."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -150,14 +191,15 @@ def _parquet_text(stream: BinaryIO, path: Path) -> tuple[list[str], list[Any] | 
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         columns = file.schema_arrow.names
-        return columns, file.read(["text"]).column("text").to_pylist() if "text" in columns else None
+        wanted = [name for name in columns if name in FIELDS] if any(name in SHAPES for name in columns) else []
+        return columns, file.read(wanted).to_pylist() if wanted else [dict.fromkeys(columns)]
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(
             f"Calibration file {path} is not valid parquet ({_in_short(error)}); write or download the file again."
         ) from error
 
 
-FILE_READERS: dict[str, Callable[[Path], list[str]]] = {
+FILE_READERS: dict[str, Callable[[Path], Rows]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
@@ -174,8 +216,8 @@ def _read_utf8(path: Path) -> str:
         ) from error
 
 
-def _keep_non_empty(documents: list[str], what: str) -> list[str]:
-    kept = [document for document in documents if document.strip()]
+def _keep_non_empty(documents: Iterable[Document], what: str) -> list[Document]:
+    kept = [document for document in documents if not is_blank(document)]
     if not kept:
         raise CalibrationError(
             f"Calibration {what} holds no text; at least one non-empty document is needed: "

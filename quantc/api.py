@@ -265,11 +265,13 @@ def evaluate(
     """
     from . import evaluation
 
-    wanted, progress = _dtype(dtype), progress or LogProgress()
+    wanted, progress, notes = _dtype(dtype), progress or LogProgress(), list[str]()
     opened = _open_any(model, trust_remote_code, progress)
     other = None if against is None else _open_any(against, trust_remote_code, progress)
     tokenizer = opened.tokenizer if isinstance(opened, Source) else read_tokenizer(Path(opened), trust_remote_code)
-    documents = evaluation.read_text(text)
+    documents = evaluation.read_text(text, notes)
+    for note in notes:
+        progress.note(note)
     subject = _load_any(opened, wanted, trust_remote_code).to(device)
     cut = evaluation.make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
     evaluation.check_ids(subject, tokenizer, (window.tokens for window in cut))

@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from .calib_data.sources import FILE_READERS, split_documents
+from .calib_data import Document
+from .calib_data.sources import FILE_READERS, Rows, sift, split_documents
 from .errors import CalibrationError, UsageError
 
 
@@ -33,19 +34,20 @@ HUB_TEXTS = {
 }
 
 
-def read_text(source: str) -> list[str]:
+def read_text(source: str, notes: list[str] | None = None) -> list[Document]:
     """The documents to evaluate on.
 
     source: a name from `HUB_TEXTS`, which gives one document, or the path of a .txt, .jsonl or .parquet
         file. A .txt file is one document to the last byte, unless lines `<|endoftext|>` part it into stories;
-        the other two hold one document a row.
+        the other two hold one document or conversation a row.
+    notes: gets a sentence where rows say nothing and were skipped.
 
     Raises UsageError for an unknown source, CalibrationError for one that cannot be read or holds no text.
     """
     if source in HUB_TEXTS:
         return [_load_split(source, HUB_TEXTS[source])]
     if Path(source).suffix.lower() in FILE_READERS or os.path.isfile(source):
-        return _read_file(Path(source))
+        return _read_file(Path(source), notes)
     names = list(HUB_TEXTS)
     nearest = get_close_matches(source.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "pass one of those."
@@ -55,7 +57,7 @@ def read_text(source: str) -> list[str]:
     )
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path, notes: list[str] | None) -> list[Document]:
     reader = _read_txt if path.suffix.lower() == ".txt" else FILE_READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(
@@ -63,7 +65,7 @@ def _read_file(path: Path) -> list[str]:
             f"convert it, or rename plain text to .txt."
         )
     try:
-        documents = [document for document in reader(path) if document.strip()]
+        documents = sift(reader(path), f"Evaluation text {path}", notes)
     except FileNotFoundError as error:
         raise CalibrationError(
             f"There is no evaluation text {path}; check the path, which counts from {Path.cwd()}."
@@ -79,7 +81,7 @@ def _read_file(path: Path) -> list[str]:
     return documents
 
 
-def _read_txt(path: Path) -> list[str]:
+def _read_txt(path: Path) -> Rows:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,7 +91,7 @@ def _read_txt(path: Path) -> list[str]:
         ) from error
     documents = split_documents(text)
     # Splitting trims line ends; a text that is one document keeps them, since a lost one shifts every window.
-    return [text] if documents == [text.strip("\r\n")] else documents
+    return Rows([text] if documents == [text.strip("\r\n")] else list(documents))
 
 
 def _load_split(name: str, split: HubText) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .calib_data import load_documents
+from .calib_data import Document, load_documents
+from .conversations import ends, leading_bos, tokenize
 from .errors import CalibrationError
 from .pipeline import Run
 from .recipe import NO_TEXT, CalibrationConfig
-from .windows import check_ids, leading_bos
+from .windows import check_ids
+
+MOST_OVERLAP = 2  # times that a token of the text may be in the windows, on average, before a note says so
 
 
 def calibration_tokens(run: Run, wanted: CalibrationConfig) -> torch.Tensor:
@@ -25,8 +29,9 @@ def calibration_tokens(run: Run, wanted: CalibrationConfig) -> torch.Tensor:
         check_ids(run.source.model, tokenizer, [torch.tensor(first)])
         whole = run.source.load_whole(torch.bfloat16)
         return generate_tokens(whole, data.samples, data.seq_len, data.seed, first)
-    documents = load_documents(data.source, also_known=("self", NO_TEXT))
-    tokens = tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed)
+    notes = run.report.notes
+    documents = load_documents(data.source, also_known=("self", NO_TEXT), notes=notes)
+    tokens = tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed, notes)
     check_ids(run.source.model, tokenizer, tokens)
     return tokens
 
@@ -41,19 +46,26 @@ def _fit_context(run: Run, data: CalibrationConfig) -> CalibrationConfig:
 
 
 def tokenize_documents(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, seq_len: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    notes: list[str] | None = None,
 ) -> torch.Tensor:
     """Calibration tokens (samples, seq_len): windows spread evenly over the documents' token stream.
 
-    Documents are joined with the end-of-text token. Where the tokenizer itself starts a text with a token (BOS),
-    every window starts with it. The seed shifts all windows; they overlap when the text is short.
+    Documents are joined with the end-of-text token, conversations as the chat template writes them. Where the
+    tokenizer itself starts a text with a token (BOS), every window starts with it. The seed shifts all windows; they
+    overlap when the text is short, and notes get a sentence where most of what they hold is the same.
     Raises CalibrationError when the text does not fill a single window.
     """
     first = leading_bos(tokenizer)
     stream: list[int] = []
     for document in documents:
-        stream += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
-        if tokenizer.eos_token_id is not None:
+        tokens = tokenize(tokenizer, document)
+        stream += tokens
+        if tokenizer.eos_token_id is not None and not ends(tokenizer, document, tokens):
             stream.append(tokenizer.eos_token_id)
     body = seq_len - len(first)
     room = len(stream) - body
@@ -61,6 +73,11 @@ def tokenize_documents(
         raise CalibrationError(
             f"the calibration text has {len(stream)} tokens, but one sample needs {body}; "
             "give a longer text or a smaller --seq-len."
+        )
+    if notes is not None and samples * body > MOST_OVERLAP * len(stream):
+        notes.append(
+            f"{samples} calibration windows of {seq_len} tokens come from a text of {len(stream)} tokens, so that they "
+            "are nearly the same; a longer text or fewer --samples would do better"
         )
     phase = (seed * 0.6180339887498949) % 1.0
     starts = [round(room * (((index + phase) % samples) / max(1, samples - 1))) for index in range(samples)]

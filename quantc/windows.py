@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .calib_data import Document
+from .conversations import leading_bos, tokenize
 from .errors import CalibrationError, UsageError
 
 
@@ -26,7 +28,7 @@ class Window:
 
 def make_windows(
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
+    documents: Sequence[Document],
     context: int,
     stride: int | None = None,
     limit: int | None = None,
@@ -47,16 +49,10 @@ def make_windows(
     _check_settings(context, stride, limit)
     bos = leading_bos(tokenizer)
     if len(documents) == 1:
-        windows = _cut(_tokenize(tokenizer, documents[0]), bos, context, stride)
+        windows = _cut(tokenize(tokenizer, documents[0]), bos, context, stride)
     else:
-        windows = _one_each((_tokenize(tokenizer, document) for document in documents), bos, context)
+        windows = _one_each((tokenize(tokenizer, document) for document in documents), bos, context)
     return list(islice(windows, limit))
-
-
-def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[bos_token_id] where the tokenizer starts every text with it, else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
 
 
 def check_context(model: PreTrainedModel, context: int) -> None:
@@ -99,11 +95,6 @@ def _check_settings(context: int, stride: int, limit: int | None) -> None:
         )
     if limit is not None and limit < 1:
         raise UsageError(f"--windows is {limit}, but at least one window is needed; pass 1 or more.")
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a whole text is longer than the model's context on purpose, and needs no warning.
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _cut(tokens: list[int], bos: list[int], context: int, stride: int) -> Iterator[Window]:

@@ -154,7 +154,7 @@ class BlockWork:
             return self.calibration.probe(self.block)
         model, blocks = self.run.source.model, [block.name for block in self.run.graph.blocks]
         load_outside(model, blocks, self.run.source.load, self.run.graph.idle)
-        tokens = probe_tokens(model)[:1]
+        tokens = probe_tokens(model, (1, 24))
         call = CalibrationRun(model, self.run.graph, tokens, self.run.device).probe(self.block)
         for owner in {name.rpartition(".")[0] for name in outside_names(model, blocks)}:
             if not any(block.startswith(f"{owner}.") for block in blocks):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantc.calib_data import load_documents
+from quantc.calib_data import Conversation, load_documents
 from quantc.errors import CalibrationError
 
 MessageOf = Callable[..., str]
@@ -31,8 +31,10 @@ class FakeParquetFile:
         return type("Schema", (), {"names": list(self.columns)})
 
     def read(self, columns: list[str]) -> Any:
-        values = self.columns[columns[0]]
-        return type("Table", (), {"column": lambda _, name: type("Column", (), {"to_pylist": lambda _: values})()})()
+        rows = [
+            dict(zip(columns, row, strict=True)) for row in zip(*(self.columns[name] for name in columns), strict=True)
+        ]
+        return type("Table", (), {"to_pylist": lambda _: rows})()
 
 
 class FakeArrowException(Exception):
@@ -56,14 +58,24 @@ def test_parquet_gives_its_text_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_pyarrow")
+def test_parquet_gives_its_conversations(tmp_path: Path) -> None:
+    path, talk, notes = tmp_path / "a.parquet", [{"role": "user", "content": "w3"}], list[str]()
+    path.write_text(json.dumps({"id": [1, 2], "messages": [talk, None], "system": ["w9", "w9"]}))
+    wanted = Conversation(({"role": "system", "content": "w9"}, *talk))
+    assert load_documents(str(path), notes=notes) == [wanted]
+    assert notes == [f"Calibration file {path}: row 2 says nothing; 1 of 2 rows were skipped for that"]
+
+
+@pytest.mark.usefixtures("fake_pyarrow")
 @pytest.mark.parametrize("content", ['{"id": [1], "body": ["x"]}', '{"id": [1], "text": [7]}'])
 def test_parquet_without_a_text_column(tmp_path: Path, content: str, message_of: MessageOf) -> None:
     path = tmp_path / "a.parquet"
     path.write_text(content)
     names = ", ".join(repr(name) for name in json.loads(content))
+    why = 'has a "text" of type int' if "text" in content else f"has none of the fields that are read but {names}"
     assert message_of(CalibrationError, path) == (
-        f'Calibration file {path} has no column "text" of strings but {names}; '
-        f'one is needed: rename the column that holds the text to "text".'
+        f'Calibration file {path} has no column "text" of strings but {names} (a row {why}); one is needed, or a '
+        'column "messages" or another one that the README lists: rename yours.'
     )
 
 

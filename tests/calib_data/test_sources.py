@@ -39,16 +39,18 @@ def test_jsonl_gives_the_text_of_each_line(tmp_path: Path) -> None:
     ("line", "found"),
     [
         ('{"text": "cut of', "is not valid JSON (Unterminated string starting at: line 1 column 10 (char 9))"),
-        ('{"body": "x", "id": 1}', "has no field \"text\" but 'body', 'id'"),
-        ("{}", 'has no field "text" but nothing at all'),
-        ('{"text": null}', 'has a "text" of type NoneType'),
+        ('{"body": "x", "id": 1}', "has none of the fields that are read but 'body', 'id'"),
+        ('{"text": 7}', 'has a "text" of type int'),
         ("[1]", "is JSON of type list"),
     ],
 )
 def test_bad_jsonl_names_the_line(tmp_path: Path, line: str, found: str, message_of: MessageOf) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n\n' + line + "\n")
-    needed = 'each line must be a JSON object with a string "text"; correct or delete that line.'
+    needed = (
+        'each line must be a JSON object with a string "text", a list "messages" or another field that the README '
+        "lists; correct or delete that line."
+    )
     assert message_of(CalibrationError, path) == f"{path} line 3 {found}; {needed}"
 
 
