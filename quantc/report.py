@@ -53,9 +53,10 @@ class LinearReport:
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> LinearReport:
-        """Inverse of dataclasses.asdict, after JSON."""
+        """Inverse of dataclasses.asdict, after JSON; what this version does not know is left out."""
         n, k = mapping["shape"]
-        return cls(**{**mapping, "spec": QuantSpec.from_dict(mapping["spec"]), "shape": (n, k)})
+        known = {item.name: mapping[item.name] for item in fields(cls) if item.name in mapping}
+        return cls(**{**known, "spec": QuantSpec.from_dict(mapping["spec"]), "shape": (n, k)})
 
     @property
     def weights(self) -> int:

@@ -126,15 +126,26 @@ def _check_content(content: Any) -> None:
     for _ in range(DEEPEST):
         if any(isinstance(value, int) and value.bit_length() > MOST_BITS for value in level):
             raise ValueError(f"it has a whole number of more than {MOST_BITS} bits")
+        if any(isinstance(value, str) and not _is_text(value) for value in level):
+            raise ValueError("it has half of a character, a surrogate without the other one")
         level = [item for value in level for item in _inside(value)]
         if not level:
             return
     raise ValueError(_too_deep())
 
 
+def _is_text(value: str) -> bool:
+    """Whether a string can be written down: JSON can escape what no encoding has."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _inside(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
-        return value.values()
+        return (*value, *value.values())
     return value if isinstance(value, list) else ()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
-from ..untrusted import read_json
+from ..untrusted import fits, read_json
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000  # the deepest published decoders have fewer than 200; configs make lists of so many entries
@@ -31,6 +31,11 @@ def check_config_file(file: Path) -> None:
         ) from error
     if not isinstance(content, dict):
         raise ModelError(f"{file.parent}: config.json is no mapping of settings; fetch or save it again.")
+    if not fits(content.get("architectures"), list[str] | None):
+        raise ModelError(
+            f"{file.parent}: config.json says architectures {content['architectures']!r}, but a list of names is "
+            "needed; fetch or save it again."
+        )
     for name, count in _layer_counts(content):
         if not isinstance(count, int) or not 0 <= count <= MOST_LAYERS:
             raise ModelError(

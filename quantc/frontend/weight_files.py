@@ -117,7 +117,7 @@ def _indexed(folder: Path, index: str) -> WeightFiles:
     listed = _read_index(folder / index)
     names = sorted(set(listed.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or "\0" in name:
             raise ModelError(f"{folder / index} points outside its folder ({name}); do not use it.")
         if not (folder / name).is_file():
             raise ModelError(

@@ -20,7 +20,9 @@ from tests.helpers import save_with_tokenizer, tiny_text
 def make(folder: Path) -> Path:
     """Fill a folder with a source model, a checkpoint of it, an interrupted run and files by themselves."""
     torch.manual_seed(0)
-    save_with_tokenizer(build("llama"), folder / "model")
+    model = build("llama")
+    save_with_tokenizer(model, folder / "model")
+    model.save_pretrained(folder / "shards", max_shard_size="40KB")
     packed = folder / "packed"
     quantc.quantize(folder / "model", out=packed, plan=_mixed_plan(folder), method="rtn", calib="none")
     alone = folder / "alone"

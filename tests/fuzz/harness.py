@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from quantc.errors import QuantcError
 from tests.fuzz.mutate import mutate
 from tests.fuzz.readers import Reader, Table
 
+ROOT = Path(__file__).parent.parent.parent
 ACCEPTED, REFUSED = "accepted", "refused"
 CPU_SECONDS = 20  # of one case; the dearest intact one, a whole run, takes 2
 WALL_SECONDS = 300  # for a wait that uses no processor
@@ -96,8 +98,15 @@ def attempt(reader: Reader, folder: Path) -> str:
     except _TooLong:
         return f"it was still running after {CPU_SECONDS} s of CPU time or {WALL_SECONDS} s"
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:500]
+        return f"{type(error).__name__}: {error}"[:500] + f" ({_place(error)})"
     return ACCEPTED
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of quantc that an exception came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT) and ".venv" not in frame.filename]
+    return f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}"
 
 
 def _replace(file: Path, content: bytes) -> None:

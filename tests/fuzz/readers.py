@@ -97,6 +97,7 @@ class Table:
             Reader("load", 25, "packed", whole, self._load),
             Reader("from_pretrained", 10, "packed", (shard, "quantc.json"), self._from_pretrained),
             Reader("folder", 35, "model", (weights, config), _folder),
+            Reader("shards", 15, "shards", (config, index), _folder),
             Reader("gguf", 15, "gguf", ("model.gguf",), _gguf),
             Reader("resume", 5, ".", ("half.unfinished/resume.json",), corpus.resume, writes=True),
         )

@@ -16,6 +16,7 @@ from quantc.checkpoint import PackedEntry
 from quantc.errors import CheckpointError
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE
+from quantc.report import Report, read_report
 from quantc.spec import QuantSpec
 from tests.quantc.cli_runner import make_report, run
 
@@ -173,6 +174,14 @@ def test_a_report_with_a_value_of_another_kind_is_one_line(
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_report_of_a_later_version_is_read(folder: Any) -> None:
+    report = make_report().to_dict()
+    report["linears"][0]["a key of the future"] = report["another one"] = 1
+    (folder / "report.json").write_text(json.dumps(report))
+    assert run("inspect", str(folder)).exit_code == 0
+    assert Report.from_dict(read_report(folder)).linears[0] == make_report().linears[0]
 
 
 def test_names_are_printed_as_they_are_and_command_no_terminal(folder: Any) -> None:

@@ -46,7 +46,9 @@ def test_yaml_with_an_anchor_is_read() -> None:
     assert parse_yaml("a: &a {bits: 4}\nb: *a") == {"a": {"bits": 4}, "b": {"bits": 4}}
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "{", "[1,]", "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, "{", "[1,]", "\ud800", '"\\ud800"', '{"a": ["\\udfff"]}', '{"\\ud800": 1}']
+)
 def test_damaged_json_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
         parse_json(text)

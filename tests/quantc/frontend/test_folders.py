@@ -100,12 +100,13 @@ def test_an_index_that_lists_what_its_shard_does_not_hold(folder: Path, tmp_path
     )
 
 
-def test_an_index_that_points_outside_its_folder(pristine: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["../../", "\\u0000"])
+def test_an_index_that_points_outside_its_folder(pristine: Path, folder: Path, tmp_path: Path, more: str) -> None:
     names = shard(folder, 2)
-    text = (folder / INDEX).read_text().replace(names[0], f"../../{names[0]}")
+    text = (folder / INDEX).read_text().replace(names[0], f"{more}{names[0]}")
     (folder / INDEX).write_text(text)
     assert refusal(folder, tmp_path / "out") == (
-        f"{folder / INDEX} points outside its folder (../../{names[0]}); do not use it."
+        f"{folder / INDEX} points outside its folder ({more.replace('u00', 'x')}{names[0]}); do not use it."
     )
 
 

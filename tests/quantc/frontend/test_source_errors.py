@@ -325,6 +325,8 @@ def test_deriving_the_graph_leaves_the_blocks_on_meta(pristine: Path) -> None:
         ({"hidden_size": "64"}, "config.json"),
         ({"intermediate_size": -1}, "transformers cannot build LlamaConfig"),
         ({"vocab_size": "many"}, "config.json"),
+        ({"architectures": [7]}, "config.json says architectures [7], but a list of names is needed"),
+        ({"architectures": "LlamaForCausalLM"}, "says architectures 'LlamaForCausalLM', but a list of names"),
         ({"hidden_act": 7}, ""),
         ({"rope_parameters": 7}, ""),
         ({"rms_norm_eps": "x"}, ""),
