@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 
-from ..errors import CalibrationError, UsageError
+from ..errors import CalibrationError, ModelError, UsageError
 from ..graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
 from ..numerics.lowrank import compensate
+from ..numerics.offsets import common_row, pays_off
 from ..numerics.ranges import range_loss
 from ..numerics.rounding import Factor
 from ..pipeline import Fact, Pass, Run, register
@@ -22,6 +23,7 @@ from ..stats import Drift, Gram, output_energy
 from ..work import BlockWork, OutsideWork
 
 Method = Literal["gptq", "rtn"]
+FAR_FROM_ZERO = "its weights are far from 0, and groups that contain 0 leave few codes for how they differ; "
 OUT_OF_RANGE = "float16 scales cannot hold its weights"
 LARGEST_LOSS = 1.0  # of range, as a share of the rounding error; a linear that loses more is kept as it is
 
@@ -66,6 +68,10 @@ class Quantize(Pass):
     needs = frozenset({Fact.PLANNED})
     gives = frozenset({Fact.QUANTIZED})
 
+    def __init__(self, config: QuantizeConfig):
+        super().__init__(config)
+        self._far: set[str] = set()  # linears of the block in work
+
     @property
     def calibrated(self) -> bool:
         return self.config.method == "gptq"
@@ -80,6 +86,7 @@ class Quantize(Pass):
 
     def rewrite(self, work: BlockWork) -> None:
         fold_into_range(work)
+        self._far = _far_from_zero(work)
 
     def build(self, work: BlockWork) -> None:
         self._build(work)
@@ -98,7 +105,7 @@ class Quantize(Pass):
         """Round every linear that reads one activation."""
         specs = work.run.plan.specs
         outcomes = [
-            Outcome(linear, spec, self.rounding, work.run.plan.wide_rows(linear.name))
+            Outcome(linear, spec, self.rounding, work.run.plan.wide_rows(linear.name), linear.name in self._far)
             for linear in work.readers(item)
             if (spec := specs[linear.name])
         ]
@@ -132,6 +139,8 @@ class Quantize(Pass):
             return
         if lost.rows:
             work.run.report.notes.append(f"{name}: {out_of_range(lost.rows)}")
+        if pays_off(weight, spec):
+            work.run.report.notes.append(f"{name}: {FAR_FROM_ZERO}keep it")
         work.quantized[name] = Basis.unguided(None, 0, 0).round(weight, spec)
 
     def _bases(self, gram: torch.Tensor | None, rows: int, outcomes: list[Outcome], label: str) -> dict[int, Basis]:
@@ -144,10 +153,13 @@ class Quantize(Pass):
 
 
 class Outcome:
-    """One linear on its way to codes, expert by expert."""
+    """One linear on its way to codes, expert by expert.
 
-    def __init__(self, linear: Linear, spec: QuantSpec, rounding: Rounding, wide: torch.Tensor | None):
-        self.linear, self.spec, self.rounding, self.wide = linear, spec, rounding, wide
+    far: its weights are far from 0, and the first of its rank is for what rows have in common.
+    """
+
+    def __init__(self, linear: Linear, spec: QuantSpec, rounding: Rounding, wide: torch.Tensor | None, far: bool):
+        self.linear, self.spec, self.rounding, self.wide, self.far = linear, spec, rounding, wide, far
         self._tensors: list[QTensor] = []
         self._factors: list[Factor | None] = []
         self._rows = self._lost_rows = 0
@@ -159,7 +171,10 @@ class Outcome:
 
         gram: (K, K), as it was measured: not rotated, not shrunk.
         """
-        weight = basis.turn(source)
+        weight, common = basis.turn(source), None
+        if self.far:
+            common = common_row(weight, self.spec)
+            weight = weight if common is None else weight - common[1].float() @ common[0].float()
         lost = range_loss(weight, self.spec)
         self.range_loss, self._lost_rows = max(self.range_loss, lost.share), self._lost_rows + lost.rows
         if self.range_loss > LARGEST_LOSS:
@@ -167,7 +182,9 @@ class Outcome:
         tensor = basis.round(weight, self.spec, self.rounding.rounds, self.wide)
         if self.spec.rank:
             residual = weight - tensor.dequantize()
-            tensor.low_rank_a, tensor.low_rank_b = compensate(residual, basis.gram, self.spec.rank)
+            a, b = compensate(residual, basis.gram, self.spec.rank - (common is not None))
+            tensor.low_rank_a = a if common is None else torch.cat([common[0], a])
+            tensor.low_rank_b = b if common is None else torch.cat([common[1], b], 1)
         self._tensors.append(tensor)
         self._factors.append(basis.factor)
         self._rows += basis.rows
@@ -202,8 +219,32 @@ class Outcome:
         )
 
 
+def _far_from_zero(work: BlockWork) -> set[str]:
+    """Names of the block's linears whose weights are all far from 0. Where the plan is free they get a rank of 1."""
+    run, plan, found = work.run, work.run.plan, set()
+    free = run.target is None and not plan.given
+    for linear in work.block.quantized:
+        spec = plan.specs[linear.name]
+        experts = range(max(1, linear.experts))
+        if spec is None or not any(pays_off(work.weight(linear, expert), spec) for expert in experts):
+            continue
+        if not (spec.rank or free):
+            run.report.notes.append(f"{linear.name}: {FAR_FROM_ZERO}give it a rank of 1 in the plan, or keep it")
+            continue
+        found.add(linear.name)
+        if not spec.rank:
+            plan.specs[linear.name] = replace(spec, rank=1)
+            plan.remark(linear.name, "its weights are far from 0: a rank of 1 holds what rows have in common")
+    return found
+
+
 def _keep(run: Run, name: str) -> None:
-    """Leave a weight as it is after all, and say so."""
+    """Leave a weight as it is after all, and say so; raises ModelError where a target has to load it."""
+    if run.target is not None:
+        raise ModelError(
+            f"{OUT_OF_RANGE}: those of {name}, which {run.target} has to load in the format of its siblings; rescale "
+            "that weight, or leave --target out."
+        )
     run.plan.specs[name] = None
     run.report.kept[name] = OUT_OF_RANGE
 

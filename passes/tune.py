@@ -206,6 +206,9 @@ def _trained_blocks(run: Run) -> int:
 
 
 def _turned(weight: torch.Tensor, tensor: QTensor) -> torch.Tensor:
-    """float32 (..., N, K), rotated as the spec says."""
+    """float32 (..., N, K), rotated as the spec says, less the low-rank addition: what codes are to stand for."""
     block = tensor.spec.hadamard
-    return rotate(weight.double(), block).float() if block else weight.float()
+    turned = rotate(weight.double(), block).float() if block else weight.float()
+    if tensor.low_rank_a is None or tensor.low_rank_b is None:
+        return turned
+    return turned - tensor.low_rank_b.float() @ tensor.low_rank_a.float()

@@ -144,6 +144,8 @@ class Job:
         rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
         plan = self.plan.copy()  # a job may be built again
         run = Run(source, graph, plan, report, self.progress, _device(self.device), rounding)
+        config = allocation(self.passes)
+        run.target = config and config.target
         report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
         for item in self.passes:
             item.plan(run)

@@ -50,6 +50,7 @@ class Run:
     free_memory: FreeMemory = field(default_factory=FreeMemory)
     residual: ResidualRotation | None = None  # that a pass has proven and folds into the blocks
     edited: set[str] = field(default_factory=set)  # tensors that are no longer the source's
+    target: str | None = None  # a runtime that has to load the result, so that passes keep to the plan's formats
 
     def shared(self, block: Block, names: Iterable[str]) -> bool:
         """Whether another part of the model shares one of a block's parameters."""

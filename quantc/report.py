@@ -155,7 +155,7 @@ def notes_on_errors(linears: Sequence[LinearReport]) -> list[str]:
     rows = {linear.name: linear.lost_rows for linear in linears if linear.lost_rows}
     if rows:
         first = next(iter(rows))
-        more = f" and {len(rows) - 1} more linears" if len(rows) > 1 else ""
+        more = f" and {plural(len(rows) - 1, 'more linear')}" if len(rows) > 1 else ""
         notes.append(f"{first}{more}: {out_of_range(sum(rows.values()))}")
     return notes
 
@@ -174,9 +174,9 @@ def _outliers(linears: Sequence[LinearReport]) -> Iterator[LinearReport]:
     for linear in linears:
         errors.setdefault(_kind(linear), []).append(linear.error)
     for linear in linears:
-        usual = median(errors[_kind(linear)])
-        unusual = linear.error > max(UNUSUAL_RATIO * usual, UNUSUAL_ERROR)
-        if unusual or (linear.spec.bits >= FINE_BITS and linear.error > LARGEST_ERROR):
+        usual = max(UNUSUAL_RATIO * median(errors[_kind(linear)]), UNUSUAL_ERROR)
+        limit = min(usual, LARGEST_ERROR) if linear.spec.bits >= FINE_BITS else usual
+        if not linear.error <= limit:  # NaN is named too
             yield linear
 
 

@@ -105,14 +105,17 @@ class Basis:
 
     @cached_property
     def damped(self) -> torch.Tensor:
-        """float32 (K, K): the Gram matrix as it was factorised, the damping on its diagonal."""
+        """float32 (K, K): the Gram matrix as it was factorised, the damping on its diagonal, over a power of two.
+
+        Its mean diagonal is near 1, whatever the size of activations: what refinement takes for 0 is that for all.
+        """
         assert self.gram is not None
         assert self.factor is not None
         damped = self.gram.clone()
         diagonal = damped.diagonal()
         alive = diagonal[diagonal > 0]
         diagonal.add_(self.factor.damp * alive.mean() if len(alive) else 1.0)
-        return damped
+        return damped.div_(torch.exp2(diagonal.mean().log2().round()))
 
     @cached_property
     def spectrum(self) -> sparsity.Spectrum:

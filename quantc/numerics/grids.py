@@ -63,7 +63,9 @@ def _importance_groups(importance: torch.Tensor | None, weight: torch.Tensor, sp
     """(G, g) for per_oc, where it repeats over output channels; a per_ic group has one input: it cancels."""
     if importance is None or spec.grouping == "per_ic":
         return None
-    return to_groups(importance.float().reshape(1, -1).expand(1, weight.shape[1]), spec)[0]
+    # Over a power of two near the largest: times squares of weights, energies of 1e-30 would vanish in float32.
+    importance = importance.float() / torch.exp2(importance.max().clamp(min=1e-38).log2().round())
+    return to_groups(importance.reshape(1, -1).expand(1, weight.shape[1]), spec)[0]
 
 
 def _rows_of(spread: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:

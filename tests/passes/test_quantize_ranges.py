@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 import quantc
 from quantc.checkpoint import CheckpointReader
+from quantc.errors import ModelError
 from quantc.passes.quantize import OUT_OF_RANGE
+from quantc.recipe import Recipe
 from quantc.report import Report
 from tests.families import VOCAB, build
 from tests.helpers import quantize_saved, save_with_tokenizer
@@ -134,3 +136,69 @@ def test_single_rows_out_of_range_are_noted(tmp_path: Path) -> None:
         "(--pin NAME=16)"
     ]
     assert report.kept == {}
+
+
+def test_groups_of_zeros_put_out_nothing(tmp_path: Path) -> None:
+    """Where a scale of 1 would leave the rounding errors of float32 sums."""
+
+    def edit(model: PreTrainedModel) -> None:
+        model.get_parameter(f"{ATTENTION}.q_proj.weight").data[:8] = 0
+
+    built(tmp_path / "llama", edit)
+    layer = quantc.load(tmp_path / "llama/packed", dtype=torch.float32).get_submodule(f"{ATTENTION}.q_proj")
+    rows = 3 + torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = layer(rows).abs()
+    assert float(found[:, :8].max()) < 1e-9 * float(found[:, 8:].max())
+
+
+def far(name: str) -> Edit:
+    def edit(model: PreTrainedModel) -> None:
+        weight = model.get_parameter(f"{name}.weight").data
+        weight.copy_(1 + 0.002 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+
+    return edit
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_weights_far_from_zero_get_a_rank_for_what_they_have_in_common(tmp_path: Path, method: str) -> None:
+    """The spread is what tells channels apart; in a range that contains 0 it is half a step of 8 bits."""
+    name = f"{ATTENTION}.q_proj"
+    _, report = built(tmp_path / "llama", far(name), method=method)
+    linear = next(linear for linear in report.linears if linear.name == name)
+    assert linear.spec.rank == 1
+    assert linear.why == "its weights are far from 0: a rank of 1 holds what rows have in common"
+    assert {other.spec.rank for other in report.linears if other.name != name} == {0}
+    spread = 0.002**2  # the share of the energy that is spread, which steps of 1 / 255 lose a third of
+    assert linear.error < spread / 1000
+
+
+def test_a_plan_is_left_as_it_is_and_the_note_says_what_to_do(tmp_path: Path) -> None:
+    name = f"{ATTENTION}.q_proj"
+    built(tmp_path / "first", nothing)
+    _, report = built(
+        tmp_path / "second", far(name), plan=tmp_path / "first/packed/plan.yaml", bits=None, group_size=None
+    )
+    assert report.notes == [
+        f"{name}: its weights are far from 0, and groups that contain 0 leave few codes for how they differ; give it a "
+        "rank of 1 in the plan, or keep it"
+    ]
+    assert {linear.spec.rank for linear in report.linears} == {0}
+
+
+def test_a_plan_with_a_rank_uses_it_for_what_rows_have_in_common(tmp_path: Path) -> None:
+    name = f"{ATTENTION}.q_proj"
+    passes = [{"allocate": {}}, {"compensate": {"rank": 2}}, {"quantize": {}}]
+    _, report = built(tmp_path / "llama", far(name), recipe=Recipe.from_dict({"version": 1, "passes": passes}))
+    linear = next(linear for linear in report.linears if linear.name == name)
+    assert linear.spec.rank == 2
+    assert linear.error < 0.002**2 / 1000
+
+
+def test_a_target_refuses_what_it_could_not_load(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        built(tmp_path / "llama", shrunk(f"{ATTENTION}.q_proj"), target="vllm")
+    assert str(caught.value) == (
+        f"float16 scales cannot hold its weights: those of {ATTENTION}.q_proj, which vllm has to load in the format of "
+        "its siblings; rescale that weight, or leave --target out."
+    )

@@ -1,0 +1,41 @@
+"""Weights that are all far from 0: what their rows have in common as a low-rank addition, so that codes hold the rest.
+
+A group's range contains 0, since zero points have as many bits as codes. Where weights are 1 with a spread of 0.002,
+steps of 1 / 255 leave a third of the spread's energy as error, and the spread is all that the output has where inputs
+sum to 0 (behind a LayerNorm, say). A rank of 1 costs 16 (N + K) bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..spec import QuantSpec
+from .lowrank import compensate
+from .ranges import wanted_scales
+
+LEAST_GAIN = 16.0  # in squared error, which is what two more bits give
+LEAST_SHARE = 0.75  # of a weight's energy in the means of its rows; with less they gain a factor of 4 at most
+
+
+def pays_off(weight: torch.Tensor, spec: QuantSpec) -> bool:
+    """Return whether scales get so much finer without the means of rows that a rank of 1 is worth its bits."""
+    n, k = weight.shape
+    means = weight.mean(1, keepdim=True)
+    if 16 * (n + k) > n * k or not float(means.square().sum()) * k > LEAST_SHARE * float(weight.square().sum()):
+        return False
+    return _gain(weight, weight - means, spec) >= LEAST_GAIN
+
+
+def common_row(weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return a float16 (1, K) and b (N, 1) whose product is nearest to weight (N, K); None where that does not pay.
+
+    After a rotation, or where channels have been scaled, rows still are multiples of one another, but not constant.
+    """
+    a, b = compensate(weight, None, 1)
+    return (a, b) if _gain(weight, weight - b.float() @ a.float(), spec) >= LEAST_GAIN else None
+
+
+def _gain(before: torch.Tensor, after: torch.Tensor, spec: QuantSpec) -> float:
+    """How many times smaller squared scales are; infinite where nothing is left."""
+    squares = [float(wanted_scales(weight, spec).double().square().mean()) for weight in (before, after)]
+    return squares[0] / squares[1] if squares[1] > 0 else torch.inf
