@@ -46,7 +46,7 @@ def layers(shape: tuple[int, int], bits: int, threads: int) -> dict[str, Callabl
     product = struct.pack(library.PRODUCT, *weight.addresses, y.data_ptr(), 0, 0)
     function, address, kind = library.loaded().matmul, x.data_ptr(), library.TYPES[x.dtype]
     return {
-        "C function": lambda _memory=(weight, x, y): function(product, 1, address, 1, kind, False, threads),
+        "C function": lambda _memory=(weight, x, y): function(product, 1, address, 1, shape[1], kind, False, threads),
         "kernel": lambda: NATIVE.run(x, weight),
         "QuantLinear": lambda: module(x),
         "F.linear": lambda: F.linear(x, dense),

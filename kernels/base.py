@@ -30,4 +30,7 @@ class Kernel(Protocol):
     def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Prepared: ...
 
     def run(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., K) of the prepared dtype to y (..., N) of the same dtype; bias (N,) of any floating dtype."""
+        """Return y (..., N) for x (..., K) of the prepared dtype, in the same dtype; bias (N,) of any floating dtype.
+
+        Raises RuntimeError, as nn.Linear does, for x or a bias of another shape, dtype or device (checks.py).
+        """

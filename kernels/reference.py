@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..formats import Parts, format_of
 from ..spec import QuantSpec
+from .checks import expect_product
 from .rotation import rotate
 
 
@@ -33,6 +34,7 @@ class Reference:
         return PackedParts(parts, spec, shape)
 
     def run(self, x: torch.Tensor, prepared: PackedParts, bias: torch.Tensor | None = None) -> torch.Tensor:
+        expect_product(x, *prepared.shape, bias)
         x = rotate(x, prepared.spec.hadamard) if prepared.spec.hadamard else x
         tensor = format_of(prepared.spec).unpack(prepared.parts, prepared.spec, prepared.shape)
         y = F.linear(x, tensor.dequantize(x.dtype))

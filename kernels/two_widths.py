@@ -10,12 +10,14 @@ from ..formats import TWO_WIDTHS, Parts
 from ..formats.two_widths import wide_rows
 from ..spec import QuantSpec
 from .base import Kernel, Prepared
+from .checks import expect_product
 
 
 @dataclass(frozen=True)
 class TwoProducts:
     """What both kernels prepared; order: int64 (N,), where an output stands among those of the first and the second."""
 
+    shape: tuple[int, int]
     narrow: Prepared
     wide: Prepared
     order: torch.Tensor
@@ -43,9 +45,10 @@ class TwoWidths:
         stored = TWO_WIDTHS.dense_halves(parts, spec, shape)
         halves = zip((self.narrow, self.wide), stored, spec.halves(shape), strict=True)
         narrow, wide = (kernel.prepare(own, *half, dtype) for kernel, own, half in halves)
-        return TwoProducts(narrow, wide, torch.argsort(torch.argsort(rows.int(), stable=True)))
+        return TwoProducts(shape, narrow, wide, torch.argsort(torch.argsort(rows.int(), stable=True)))
 
     def run(self, x: torch.Tensor, prepared: TwoProducts, bias: torch.Tensor | None = None) -> torch.Tensor:
+        expect_product(x, *prepared.shape, bias)
         halves = [self.narrow.run(x, prepared.narrow), self.wide.run(x, prepared.wide)]
         y = torch.cat(halves, -1).index_select(-1, prepared.order)
         return y if bias is None else y + bias.to(y.dtype)

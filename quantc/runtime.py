@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -13,11 +14,28 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import PackedEntry, ResidualRotation
 from .errors import CheckpointError
-from .formats import DENSE, Parts, format_of
-from .kernels.base import Prepared
+from .formats import DENSE, Part, Parts, format_of
+from .kernels.base import Kernel, Prepared
+from .kernels.checks import expect_same_device
 from .kernels.registry import choose
 from .residual_hooks import attach
 from .spec import QuantSpec
+
+_VERSION = attrgetter("_version")  # autograd counts in it what changes a tensor in place
+
+
+class _PreparedWeight:
+    """A kernel, what it made of a module's parts, and which tensors these were, in which version."""
+
+    __slots__ = ("kernel", "parts", "versions", "weight")
+
+    def __init__(self, kernel: Kernel, weight: Prepared, parts: tuple[torch.Tensor, ...]):
+        self.kernel, self.weight, self.parts = kernel, weight, parts
+        self.versions = tuple(map(_VERSION, parts))
+
+    def is_of(self, buffers: dict[str, torch.Tensor | None]) -> bool:
+        """Whether a module has the same parts still; takes 0.6 us, which every product pays."""
+        return all(map(is_, self.parts, buffers.values())) and tuple(map(_VERSION, self.parts)) == self.versions
 
 
 class _Packed(nn.Module):
@@ -30,22 +48,64 @@ class _Packed(nn.Module):
         self._parts = format_of(spec).layout(spec, shape, leading)
         for name, part in self._parts.items():
             self.register_buffer(name, torch.empty(part.shape, dtype=part.dtype, device="meta"))
-        self._prepared: dict[tuple[int, torch.dtype, torch.device], tuple[Any, Prepared]] = {}
+        self._prepared: dict[tuple[int, torch.dtype, torch.device], _PreparedWeight] = {}
 
     def parts(self, expert: int | None = None) -> Parts:
-        tensors = {name: getattr(self, name) for name in self._parts}
+        """Return the stored parts, of the whole weight or of one expert of a stack.
+
+        Raises CheckpointError for a part that is not as the layout says, however it came here: what reads parts trusts
+        their sizes.
+        """
+        tensors = {name: self._as_laid_out(name, part) for name, part in self._parts.items()}
+        devices = {tensor.device for tensor in tensors.values()}
+        if len(devices) > 1:
+            raise CheckpointError(f"parts of {self._described()} are on {devices}; move them to one device.")
         return tensors if expert is None else {name: tensor[expert] for name, tensor in tensors.items()}
 
+    def _as_laid_out(self, name: str, part: Part) -> torch.Tensor:
+        tensor = self._buffers.get(name)
+        if tensor is None:
+            raise CheckpointError(f"the part {name} of {self._described()} is missing; load the checkpoint again.")
+        if (tensor.dtype, tensor.shape, tensor.layout) != (part.dtype, part.shape, torch.strided):
+            raise CheckpointError(
+                f"the part {name} of {self._described()} is {_name(tensor.dtype)} {tuple(tensor.shape)}, but must be "
+                f"{_name(part.dtype)} {part.shape}; load the checkpoint again."
+            )
+        return tensor
+
+    def _described(self) -> str:
+        return f"a weight {(*self.leading, *self.matrix_shape)} in {self.spec.label()}"
+
     def multiply(self, x: torch.Tensor, expert: int | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., K) to x W^T + bias (..., N), by the kernel chosen for x's device and dtype."""
+        """Return x (..., K) times W^T + bias (..., N), by the kernel chosen for x's device and dtype.
+
+        Parts that were replaced or changed in place are prepared again; a change through `.data`, which autograd does
+        not count either, is not seen. Raises RuntimeError for what nn.Linear does not multiply (kernels/checks.py), and
+        CheckpointError as `parts` does.
+        """
         key = (-1 if expert is None else expert, x.dtype, x.device)
         found = self._prepared.get(key)
-        if found is None:
+        # What a compiler has captured it guards by itself, and it cannot look into versions.
+        if found is None or not (torch.compiler.is_compiling() or found.is_of(self._buffers)):
+            found = self._prepared[key] = self._prepare(x, expert)
+        return found.kernel.run(x, found.weight, bias)
+
+    @torch.no_grad()
+    def _prepare(self, x: torch.Tensor, expert: int | None) -> _PreparedWeight:
+        """The parts as the kernel for x wants them, for calls in every mode: inference tensors could not train."""
+        if not x.is_floating_point():
+            found = f"{_name(x.dtype)} and {_name(self.dtype)}"
+            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {found}")
+        with torch.inference_mode(False):
+            for name, tensor in self._buffers.items():
+                if tensor is not None and tensor.is_inference():
+                    self._buffers[name] = tensor.clone()
+            whole, parts = tuple(self.parts().values()), self.parts(expert)
+            expect_same_device(x.device, whole[0].device)
+            if any(not known.is_of(self._buffers) for known in self._prepared.values()):
+                self._prepared.clear()
             kernel = choose(self.spec, self.matrix_shape, x.device, x.dtype).kernel
-            found = kernel, kernel.prepare(self.parts(expert), self.spec, self.matrix_shape, x.dtype)
-            self._prepared[key] = found
-        kernel, prepared = found
-        return kernel.run(x, prepared, bias)
+            return _PreparedWeight(kernel, kernel.prepare(parts, self.spec, self.matrix_shape, x.dtype), whole)
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The whole weight (or one expert's), unpacked."""
@@ -135,12 +195,20 @@ class PackedWeight(_Packed):
         )
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the table for int indices (...): float (..., K), unpacked row by row."""
+        """Return the table's rows for int32 or int64 indices (...): float (..., K), unpacked row by row.
+
+        Raises IndexError for an index that is negative or past the table, as F.embedding does, and RuntimeError for
+        indices of another dtype.
+        """
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(f"an embedding is read by Long or Int indices, but got {_name(indices.dtype)}")
         if not indices.numel():
             return torch.empty(*indices.shape, self.matrix_shape[1], dtype=self.dtype)
         if torch.compiler.is_compiling():  # how many rows differ is no shape that a compiler knows
             return self._unpacked_rows(indices.flatten()).unflatten(0, indices.shape)
         wanted, back = torch.unique(indices, return_inverse=True)
+        if int(wanted[0]) < 0 or int(wanted[-1]) >= self.matrix_shape[0]:
+            raise IndexError("index out of range in self")
         return self._unpacked_rows(wanted)[back]
 
     def _unpacked_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -180,6 +248,10 @@ class ExpertWeight:
             f"the model uses an expert's packed weight in {name}, which works on unpacked weights only; "
             "quantize this model with its experts kept."
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bias_of(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> torch.Tensor | None:

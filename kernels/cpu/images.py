@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from contextlib import suppress
 from math import ceil
@@ -9,6 +10,7 @@ from math import ceil
 import torch
 from torch.nn import functional as F
 
+from ...errors import KernelError
 from ...formats import Parts
 from ...formats.group_sparse import kept_groups
 from ...spec import QuantSpec
@@ -22,6 +24,18 @@ UNIT, LAST_PLACE, PLACES = 16, 65535, 8  # inputs side by side, and how far thei
 def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
     """The codes, scales and zeros of a weight, dense or group-sparse, as an image: uint8 (bytes,)."""
     return _pack_kept(parts, spec, shape) if spec.sparsity else _pack_dense(parts, spec, shape)
+
+
+def image_shape(image: torch.Tensor) -> tuple[int, int]:
+    """(N, K) of the weight of an image; raises ValueError for what is none that this version packs."""
+    n, k = ctypes.c_int64(), ctypes.c_int64()
+    if image.dtype != torch.uint8 or not image.is_contiguous() or not image.is_cpu:
+        raise ValueError(f"an image is contiguous uint8 on the CPU, and this is {image.dtype} on {image.device}.")
+    try:
+        library.loaded().image_shape(image.data_ptr(), image.numel(), ctypes.byref(n), ctypes.byref(k))
+    except KernelError as error:
+        raise ValueError(f"{image.numel()} bytes are no image of a weight that this version packs.") from error
+    return n.value, k.value
 
 
 def in_strips(b: torch.Tensor) -> torch.Tensor:
@@ -40,17 +54,19 @@ def _pack_dense(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.
     header = (spec.bits, *shape, spec.group_length(shape), int(spec.grouping == "per_ic"))
     image = _room(lib.image_bytes(*header, int(spec.symmetric)))
     stored = [_contiguous(parts, name) for name in ("qweight", "scales", "zeros")]
-    lib.pack(*header, *map(_address, stored), image.data_ptr(), torch.get_num_threads())
+    lib.pack(*header, *map(_address, stored), image.data_ptr(), image.numel(), torch.get_num_threads())
     return image
 
 
 def _pack_kept(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
     lib = library.loaded()
-    kept_groups(parts, spec, shape)  # the library relies on as many marks as there are groups
+    kept_groups(parts, spec, shape)  # says what is wrong where there are more or fewer marks than groups
     stored = [_contiguous(parts, name) for name in ("kept", "qweight", "scales", "zeros")]
-    header = (spec.bits, *shape, spec.group_length(shape), _address(stored[0]))
-    image = _room(lib.kept_bytes(*header, int(spec.symmetric)))
-    lib.pack_kept(*header, *map(_address, stored[1:]), image.data_ptr(), torch.get_num_threads())
+    header, size = (spec.bits, *shape, spec.group_length(shape), _address(stored[0])), ctypes.c_int64()
+    lib.kept_bytes(*header, int(spec.symmetric), ctypes.byref(size))
+    image = _room(size.value)
+    parts_at, to = (*map(_address, stored[1:]), int(spec.symmetric)), (image.data_ptr(), image.numel())
+    lib.pack_kept(*header, spec.kept_groups(shape), *parts_at, *to, torch.get_num_threads())
     return image
 
 

@@ -17,18 +17,21 @@ from typing import Any
 
 import torch
 
-from ...errors import UsageError
+from ...errors import KernelError, UsageError
 
-VERSION = 6  # of the C interface in native/api.h and of images
+VERSION = 7  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
 FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them
 
 PRODUCT = "PPPPqPPq"  # Product of native/weight.h, for struct.pack
 
+OUT_OF_MEMORY, REFUSED = 1, 2  # Status of native/api.h; 0 is success
+
 _INT, _LONG, _POINTER, _TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
 _BYTES = ctypes.c_char_p
-_INTERFACE = {
+_LONG_OUT = ctypes.POINTER(ctypes.c_int64)
+_INTERFACE: dict[str, tuple[Any, list[Any]]] = {
     "version": (_INT, []),
     "levels": (_TEXT, []),
     "level": (_TEXT, []),
@@ -36,23 +39,38 @@ _INTERFACE = {
     "has_int8": (_INT, []),
     "pool": (_TEXT, []),
     "image_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _INT, _INT]),
-    "pack": (None, [_INT, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT]),
-    "kept_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _POINTER, _INT]),
-    "pack_kept": (None, [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 5, _INT]),
-    "matmul": (None, [_BYTES, _INT, _POINTER, _LONG, _INT, _INT, _INT]),
-    "rotate": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT]),
     "panel_by_rows": (_INT, [_POINTER]),
     "takes_many_rows": (_INT, [_POINTER]),
     "panel_step": (_LONG, [_POINTER]),
     "use_torch": (None, [_POINTER]),
-    "keep_rotation": (None, [_POINTER]),
     "step": (None, [_POINTER, _LONG, _LONG]),
-    "unpack": (None, [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]),
+}
+_CAN_FAIL: dict[str, list[Any]] = {
+    "pack": [_INT, _LONG, _LONG, _LONG, _INT, *[_POINTER] * 4, _LONG, _INT],
+    "kept_bytes": [_INT, _LONG, _LONG, _LONG, _POINTER, _INT, _LONG_OUT],
+    "pack_kept": [_INT, _LONG, _LONG, _LONG, _POINTER, _LONG, *[_POINTER] * 3, _INT, _POINTER, _LONG, _INT],
+    "image_shape": [_POINTER, _LONG, _LONG_OUT, _LONG_OUT],
+    "matmul": [_BYTES, _INT, _POINTER, _LONG, _LONG, _INT, _INT, _INT],
+    "rotate": [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT],
+    "keep_rotation": [_POINTER],
+    "unpack": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _INT],
 }
 
 
+def _expect_success(status: int, function: Any, _: Any) -> None:
+    """Raise MemoryError or KernelError for the status that a function of the library returns."""
+    if status == OUT_OF_MEMORY:
+        raise MemoryError("out of memory: the native CPU kernel found no room to work in.")
+    if status:
+        why = "takes no such sizes or types" if status == REFUSED else "was refused something by the system"
+        raise KernelError(f"the native CPU kernel {why} in {function.__name__}; report this as a bug of quantc.")
+
+
 class Library:
-    """The functions of native/api.h, under their names without the prefix."""
+    """The functions of native/api.h, under their names without the prefix.
+
+    Those that can fail raise MemoryError, or KernelError for what the C++ refuses, and return nothing.
+    """
 
     version: Any
     levels: Any
@@ -64,6 +82,7 @@ class Library:
     pack: Any
     kept_bytes: Any
     pack_kept: Any
+    image_shape: Any
     matmul: Any
     rotate: Any
     panel_by_rows: Any
@@ -79,6 +98,10 @@ class Library:
         for name, (result, arguments) in _INTERFACE.items():
             function = getattr(loaded, f"quantc_cpu_{name}")
             function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+        for name, arguments in _CAN_FAIL.items():
+            function = getattr(loaded, f"quantc_cpu_{name}")
+            function.restype, function.argtypes, function.errcheck = ctypes.c_int32, arguments, _expect_success
             setattr(self, name, function)
 
 

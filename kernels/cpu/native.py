@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass, field, fields
+from math import ceil
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from torch.nn import functional as F
 from ...formats import Parts
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY
+from ..checks import expect_product, expect_same_device
 from ..rotation import rotate
 from . import library, rotation
-from .images import in_strips, longest_row, pack
+from .images import STRIP, image_shape, in_strips, longest_row, pack
 from .library import TYPES
 
 INT8_VARIABLE = "QUANTC_CPU_INT8"
@@ -67,10 +69,24 @@ class NativeWeight:
     addresses: tuple[int, int, int, int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._check()
         tables = rotation.rotation(self.k, self.hadamard).address if self.hadamard else 0
         a, b = self.low_rank_a, self.low_rank_b
         factors = (0, 0, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
         self.addresses = (self.image.data_ptr(), tables, *factors)
+
+    def _check(self) -> None:
+        """Raise ValueError unless the image is of this size, and the low-rank factors belong to it."""
+        n, k, a, b = self.n, self.k, self.low_rank_a, self.low_rank_b
+        if image_shape(self.image) != (n, k):
+            raise ValueError(f"an image of {image_shape(self.image)} is no weight of {(n, k)}.")
+        if a is None or b is None:
+            return
+        needed = (a.shape[0], k), (ceil(n / STRIP), a.shape[0], STRIP)
+        for factor, shape in zip((a, b), needed, strict=True):
+            found = factor.shape, factor.dtype, factor.device.type
+            if found != (shape, torch.float16, "cpu") or not factor.is_contiguous():
+                raise ValueError(f"a low-rank factor must be contiguous {shape} float16 on the CPU, and is {found}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has memory, and so addresses, of its own."""
@@ -125,6 +141,7 @@ class NativeCpu:
         # something looks on: a compiler, or a tensor that is not quite one.
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
             w = prepared
+            expect_product(x, w.n, w.k, bias, TYPES)
             y: torch.Tensor = torch.ops.quantc.native_matmul(
                 x, w.image, w.low_rank_a, w.low_rank_b, bias, w.n, w.hadamard, w.int8
             )
@@ -146,7 +163,7 @@ def _native_matmul(
     hadamard: int,
     int8: bool,
 ) -> torch.Tensor:
-    weight = NativeWeight(image, n, x.shape[-1], low_rank_a, low_rank_b, hadamard, int8)
+    weight = NativeWeight(image, n, image_shape(image)[1], low_rank_a, low_rank_b, hadamard, int8)
     return multiply(x, weight, bias)
 
 
@@ -158,13 +175,19 @@ def _fake_native_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tens
 
 
 def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype."""
+    """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype.
+
+    Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that is not in TYPES.
+    """
+    *leading, _ = expect_product(x, w.n, w.k, bias, TYPES)
+    if not x.is_cpu:
+        expect_same_device(x.device, w.image.device)
     if x.requires_grad and torch.is_grad_enabled():
         return _differentiable(x, w, bias)
     if not x.is_contiguous():
         x = x.contiguous()
     rows = x.numel() // w.k
-    y = x.new_empty(*x.shape[:-1], w.n)
+    y = x.new_empty(*leading, w.n)
     if rows > 1 and _is_for_panels(w, rows, x.dtype):
         _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
     elif rows:
@@ -185,7 +208,7 @@ def _multiply_rows(x: torch.Tensor, rows: int, w: NativeWeight, bias: torch.Tens
     of_bias = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
     product = struct.pack(library.PRODUCT, *w.addresses, y.data_ptr(), *of_bias)
     threads = torch.get_num_threads()
-    library.loaded().matmul(product, 1, x.data_ptr(), rows, TYPES[x.dtype], w.int8, threads)
+    library.loaded().matmul(product, 1, x.data_ptr(), rows, w.k, TYPES[x.dtype], w.int8, threads)
 
 
 def _readable(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -196,8 +219,8 @@ def _readable(bias: torch.Tensor | None) -> torch.Tensor | None:
 def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
     """Rows [start, stop) of W into out (K, stop - start), in the order of `_panel`; both on its steps, or stop is N."""
     assert (out.T if _has_kept_groups(w) else out).is_contiguous()
-    lib = library.loaded()
-    lib.unpack(w.image.data_ptr(), start, stop, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+    lib, room = library.loaded(), (out.data_ptr(), out.numel(), TYPES[out.dtype])
+    lib.unpack(w.image.data_ptr(), start, stop, *room, torch.get_num_threads())
 
 
 def _has_kept_groups(w: NativeWeight) -> bool:

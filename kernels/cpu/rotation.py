@@ -63,8 +63,8 @@ def quarters(base: int) -> np.ndarray:
 
 
 def rotate(x: torch.Tensor, block: int, threads: int) -> torch.Tensor:
-    """Contiguous x (..., K) of a dtype in library.TYPES, rotated as rotate in numerics/hadamard.py does."""
-    width = x.shape[-1]
+    """Return x (..., K) of a dtype in library.TYPES, on the CPU, rotated as rotate in numerics/hadamard.py does."""
+    x, width = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     address, rows = rotation(width, block).address, x.numel() // width
     library.loaded().rotate(address, x.data_ptr(), out.data_ptr(), rows, library.TYPES[x.dtype], threads)

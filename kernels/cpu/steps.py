@@ -23,6 +23,8 @@ FUNCTIONS = (
     "aoti_torch_get_numel",
     "aoti_torch_get_dtype",
     "aoti_torch_is_contiguous",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_size",
     "aoti_torch_empty_strided",
     "aoti_torch_delete_tensor_object",
     "torch_get_num_threads",

@@ -13,9 +13,11 @@ import torch
 from ...formats import DENSE, Parts
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY, Prepared
+from ..checks import expect_product
 from ..rotation import rotate
 
 GROUP_SIZES = (32, 64, 128, 256)
+DTYPES = (torch.bfloat16,)
 ROW_STEP = 16  # output channels the packed layout handles together
 
 
@@ -64,6 +66,8 @@ class TorchInt4:
         )
 
     def run(self, x: torch.Tensor, prepared: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        groups, n, _ = prepared.scales_and_zeros.shape
+        expect_product(x, n, groups * prepared.group_size, bias, DTYPES)
         x = rotate(x, prepared.hadamard) if prepared.hadamard else x
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(

@@ -1,21 +1,44 @@
 #include "api.h"
 
-#include <string>
+#include <cstdio>
+#include <new>
 
 #include "levels.h"
 #include "multiply.h"
 #include "pack.h"
 #include "threads.h"
 
+namespace {
+
+// Nothing may be thrown to a caller that is no C++.
+template <typename Work>
+int32_t guarded(Work work) try {
+  return work();
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+} catch (...) {
+  return FAILED;
+}
+
+bool is_type(int64_t type) { return type >= FLOAT32 && type <= BFLOAT16; }
+
+bool takes_rows_of(const Product& product, int64_t k) {
+  const Image* w = static_cast<const Image*>(product.weight.image);
+  const Rotation* rotation = product.weight.rotation;
+  return w->magic == MAGIC && w->k == k && (!rotation || rotation->width == k) && product.weight.rank >= 0 &&
+         is_type(product.bias_type);
+}
+
+}  // namespace
+
 int32_t quantc_cpu_version() { return static_cast<int32_t>(VERSION); }
 
 const char* quantc_cpu_levels() {
-  static const std::string names = [] {
-    std::string text;
-    for (int i = 0; i < level_count(); ++i) text += (i ? " " : "") + std::string(level_at(i).name);
-    return text;
-  }();
-  return names.c_str();
+  static char names[256] = "";
+  size_t used = 0;
+  for (int i = 0; i < level_count() && used < sizeof names; ++i)
+    used += static_cast<size_t>(std::snprintf(names + used, sizeof names - used, i ? " %s" : "%s", level_at(i).name));
+  return names;
 }
 
 const char* quantc_cpu_level() { return level().name; }
@@ -27,29 +50,61 @@ int64_t quantc_cpu_image_bytes(int32_t bits, int64_t n, int64_t k, int64_t group
   return describe(bits, n, k, group, per_ic != 0, symmetric != 0).bytes;
 }
 
-void quantc_cpu_pack(int32_t bits, int64_t n, int64_t k, int64_t group, int32_t per_ic, const void* codes,
-                     const void* scales, const void* zeros, void* image, int32_t threads) {
-  pack(describe(bits, n, k, group, per_ic != 0, zeros == nullptr), bits, static_cast<const uint8_t*>(codes),
-       static_cast<const uint16_t*>(scales), static_cast<const uint8_t*>(zeros), threads, image);
+int32_t quantc_cpu_pack(int32_t bits, int64_t n, int64_t k, int64_t group, int32_t per_ic, const void* codes,
+                        const void* scales, const void* zeros, void* image, int64_t image_bytes, int32_t threads) {
+  return guarded([&] {
+    const Image header = describe(bits, n, k, group, per_ic != 0, zeros == nullptr);
+    if (!header.bytes || header.bytes != image_bytes) return REFUSED;
+    pack(header, bits, static_cast<const uint8_t*>(codes), static_cast<const uint16_t*>(scales),
+         static_cast<const uint8_t*>(zeros), threads, image);
+    return DONE;
+  });
 }
 
-int64_t quantc_cpu_kept_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, const void* marks, int32_t symmetric) {
-  return kept_bytes(bits, n, k, group, static_cast<const uint8_t*>(marks), symmetric != 0);
+int32_t quantc_cpu_kept_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, const void* marks, int32_t symmetric,
+                              int64_t* image_bytes) {
+  return guarded([&] {
+    *image_bytes = kept_bytes(bits, n, k, group, static_cast<const uint8_t*>(marks), symmetric != 0);
+    return DONE;
+  });
 }
 
-void quantc_cpu_pack_kept(int32_t bits, int64_t n, int64_t k, int64_t group, const void* marks, const void* codes,
-                          const void* scales, const void* zeros, void* image, int32_t threads) {
-  pack_kept(bits, n, k, group, static_cast<const uint8_t*>(marks), static_cast<const uint8_t*>(codes),
-            static_cast<const uint16_t*>(scales), static_cast<const uint8_t*>(zeros), threads, image);
+int32_t quantc_cpu_pack_kept(int32_t bits, int64_t n, int64_t k, int64_t group, const void* marks, int64_t kept,
+                             const void* codes, const void* scales, const void* zeros, int32_t symmetric, void* image,
+                             int64_t image_bytes, int32_t threads) {
+  return guarded([&] {
+    const Stored stored{static_cast<const uint8_t*>(marks), static_cast<const uint8_t*>(codes),
+                        static_cast<const uint16_t*>(scales), static_cast<const uint8_t*>(zeros), symmetric != 0, kept};
+    return pack_kept(bits, n, k, group, stored, threads, image, image_bytes) ? DONE : REFUSED;
+  });
 }
 
-void quantc_cpu_matmul(const void* products, int32_t count, const void* x, int64_t m, int32_t type, int32_t int8,
-                       int32_t threads) {
-  multiply(static_cast<const Product*>(products), count, Call{x, m, static_cast<Type>(type), int8 != 0, threads});
+int32_t quantc_cpu_image_shape(const void* image, int64_t image_bytes, int64_t* n, int64_t* k) {
+  const Image* w = static_cast<const Image*>(image);
+  if (!is_image(w, image_bytes)) return REFUSED;
+  *n = w->n;
+  *k = w->k;
+  return DONE;
 }
 
-void quantc_cpu_rotate(const void* rotation, const void* x, void* out, int64_t m, int32_t type, int32_t threads) {
-  rotate_rows(*static_cast<const Rotation*>(rotation), x, out, m, static_cast<Type>(type), threads);
+int32_t quantc_cpu_matmul(const void* products, int32_t count, const void* x, int64_t m, int64_t k, int32_t type,
+                          int32_t int8, int32_t threads) {
+  return guarded([&] {
+    const Product* all = static_cast<const Product*>(products);
+    if (count < 1 || count > LARGEST_GROUP || m < 0 || threads < 1 || !is_type(type)) return REFUSED;
+    for (int i = 0; i < count; ++i)
+      if (!takes_rows_of(all[i], k)) return REFUSED;
+    multiply(all, count, Call{x, m, static_cast<Type>(type), int8 != 0, threads});
+    return DONE;
+  });
+}
+
+int32_t quantc_cpu_rotate(const void* rotation, const void* x, void* out, int64_t m, int32_t type, int32_t threads) {
+  return guarded([&] {
+    if (m < 0 || !is_type(type)) return REFUSED;
+    rotate_rows(*static_cast<const Rotation*>(rotation), x, out, m, static_cast<Type>(type), threads);
+    return DONE;
+  });
 }
 
 int64_t quantc_cpu_panel_step(const void* image) {
@@ -83,11 +138,17 @@ void unpack_rows(void* context, int64_t strip) {
 }
 }  // namespace
 
-void quantc_cpu_unpack(const void* image, int64_t from, int64_t to, void* out, int32_t type, int32_t threads) {
-  const Image* w = static_cast<const Image*>(image);
-  const int64_t step = quantc_cpu_panel_step(image), strips = w->per_ic ? w->group_strips : 1;
-  Unpacking job{w, static_cast<char*>(out), static_cast<Type>(type), from / step * strips, from, to - from};
-  if (is_sparse(w)) return share_out((to - from + STRIP - 1) / STRIP, threads, unpack_rows, &job);
-  const int64_t end = to == w->n ? w->strips : to / step * strips;
-  share_out(end - job.from, threads, unpack_piece, &job);
+int32_t quantc_cpu_unpack(const void* image, int64_t from, int64_t to, void* out, int64_t values, int32_t type,
+                          int32_t threads) {
+  return guarded([&] {
+    const Image* w = static_cast<const Image*>(image);
+    const int64_t step = quantc_cpu_panel_step(image), strips = w->per_ic ? w->group_strips : 1;
+    const bool on_steps = from % step == 0 && (to % step == 0 || to == w->n);
+    if (from < 0 || from >= to || to > w->n || !on_steps || values != (to - from) * w->k || !is_type(type)) return REFUSED;
+    Unpacking job{w, static_cast<char*>(out), static_cast<Type>(type), from / step * strips, from, to - from};
+    const int64_t end = to == w->n ? w->strips : to / step * strips;
+    if (is_sparse(w)) share_out((to - from + STRIP - 1) / STRIP, threads, unpack_rows, &job);
+    else share_out(end - job.from, threads, unpack_piece, &job);
+    return DONE;
+  });
 }

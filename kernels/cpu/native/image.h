@@ -13,7 +13,7 @@ constexpr int STRIP = 16;   // output rows: float32 lanes of an AVX-512 register
 constexpr int BLOCK = 32;   // inputs: then every plane of a block is a whole number of 64-byte vectors
 constexpr int VECTOR = 64;  // bytes: a 32-bit word for each row of a strip
 constexpr uint32_t MAGIC = 0x43504351;
-constexpr uint32_t VERSION = 6;
+constexpr uint32_t VERSION = 7;
 
 // What the image of a weight with dropped groups has besides: kept.h. All zero in the others.
 struct Kept {
@@ -84,6 +84,10 @@ inline __attribute__((always_inline)) void with_bits(int bits, Step step) {
 }
 }  // namespace
 
+// Whether so many bytes are an image of this version, as long as its header says.
+inline bool is_image(const Image* w, int64_t bytes) {
+  return bytes >= static_cast<int64_t>(sizeof(Image)) && w->magic == MAGIC && w->version == VERSION && w->bytes == bytes;
+}
 inline bool is_sparse(const Image* w) { return w->kept.units > 0; }
 inline const uint32_t* codes_of(const Image* w, int64_t strip) {
   const int64_t words = w->blocks * w->bits * STRIP;

@@ -43,7 +43,8 @@ const T* at_offset(const Image* w, int64_t offset) {
 }
 inline const uint8_t* kept_codes(const Image* w) { return at_offset<uint8_t>(w, w->codes); }
 inline const uint16_t* places_of(const Image* w) { return at_offset<uint16_t>(w, w->kept.places); }
-inline int64_t places_of_group(const Image* w) { return w->kept.units * UNIT * 4 / PLACE; }
+constexpr int64_t places_of_units(int64_t units) { return units * UNIT * 4 / PLACE; }
+inline int64_t places_of_group(const Image* w) { return places_of_units(w->kept.units); }
 inline const uint8_t* row_order(const Image* w) { return at_offset<uint8_t>(w, w->kept.order); }
 inline const int64_t* starts_of_fours(const Image* w) { return at_offset<int64_t>(w, w->kept.starts); }
 

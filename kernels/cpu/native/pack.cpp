@@ -8,6 +8,9 @@
 
 namespace {
 
+// A block of a strip takes up to 512 bytes of codes and 96 of scales and zeros: so many have sizes that 64 bits count.
+constexpr int64_t LARGEST_SIDE = int64_t{1} << 31, MOST_BLOCKS = int64_t{1} << 50;
+
 int64_t aligned(int64_t bytes) { return divide_up(bytes, VECTOR) * VECTOR; }
 
 struct Packing {
@@ -122,7 +125,7 @@ void place_ic_scales(const Packing& job) {
 
 Image describe(int bits, int64_t n, int64_t k, int64_t group, bool per_ic, bool symmetric) {
   Image w{};
-  if (bits < 2 || bits > 8 || n < 1 || k < 1 || group < 1) return w;
+  if (bits < 2 || bits > 8 || n < 1 || k < 1 || group < 1 || n > LARGEST_SIDE || k > LARGEST_SIDE) return w;
   w.magic = MAGIC;
   w.version = VERSION;
   w.bits = bits == 7 ? 8 : bits;
@@ -140,6 +143,7 @@ Image describe(int bits, int64_t n, int64_t k, int64_t group, bool per_ic, bool 
   w.blocks = per_ic ? divide_up(k, BLOCK) : steps;
   w.group_strips = per_ic ? in_group : w.strips;
   w.group_blocks = per_ic ? w.blocks : in_group;
+  if (w.strips > MOST_BLOCKS / w.blocks) return w;
   const int64_t scales = per_ic ? w.groups * w.blocks * BLOCK : w.strips * w.groups * STRIP;
   w.codes = aligned(sizeof(Image));
   w.scales = w.codes + w.strips * w.blocks * w.bits * VECTOR;

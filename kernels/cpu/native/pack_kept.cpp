@@ -93,7 +93,7 @@ void place_row(const Packing& job, int64_t row, int64_t slot) {
     while (!is_kept(marks, column)) ++column;
     reinterpret_cast<uint16_t*>(job.image + w->kept.places)[slot] = static_cast<uint16_t>(column * places_of_group(w));
     reinterpret_cast<uint16_t*>(job.image + w->scales)[slot] = job.scales[group];
-    if (job.zeros) job.image[w->zeros + slot] = static_cast<char>(field(job.zeros, job.stored_bits, group));
+    if (!w->symmetric) job.image[w->zeros + slot] = static_cast<char>(field(job.zeros, job.stored_bits, group));
     place_codes(job, group, slot);
   }
 }
@@ -143,22 +143,28 @@ Image describe(int bits, int64_t n, int64_t k, int64_t group, bool symmetric, co
 
 }  // namespace
 
-int64_t kept_bytes(int bits, int64_t n, int64_t k, int64_t group, const uint8_t* marks, bool symmetric) {
-  if (bits < 2 || bits > 8 || n < 1 || n > INT32_MAX || k < 1 || group < 1 || group > k || group > 2 * UNIT) return 0;
-  const Image w = describe(bits, n, k, group, symmetric, Slots(n, divide_up(k, group), marks));
-  return w.groups * places_of_group(&w) > LARGEST_PLACE ? 0 : w.bytes;
+bool can_be_packed(int bits, int64_t n, int64_t k, int64_t group) {
+  if (bits < 2 || bits > 8 || n < 1 || n > INT32_MAX || k < 1 || k > INT32_MAX || group < 1 || group > k || group > 2 * UNIT) return false;
+  return divide_up(k, group) <= LARGEST_PLACE / places_of_units(divide_up(group, UNIT));
 }
 
-void pack_kept(int bits, int64_t n, int64_t k, int64_t group, const uint8_t* marks, const uint8_t* codes,
-               const uint16_t* scales, const uint8_t* zeros, int threads, void* image) {
-  const Slots slots(n, divide_up(k, group), marks);
-  const Image header = describe(bits, n, k, group, !zeros, slots);
+int64_t kept_bytes(int bits, int64_t n, int64_t k, int64_t group, const uint8_t* marks, bool symmetric) {
+  if (!can_be_packed(bits, n, k, group)) return 0;
+  return describe(bits, n, k, group, symmetric, Slots(n, divide_up(k, group), marks)).bytes;
+}
+
+bool pack_kept(int bits, int64_t n, int64_t k, int64_t group, const Stored& stored, int threads, void* image, int64_t image_bytes) {
+  if (!can_be_packed(bits, n, k, group)) return false;
+  const Slots slots(n, divide_up(k, group), stored.marks);
+  const Image header = describe(bits, n, k, group, stored.symmetric, slots);
+  if (slots.first.back() != stored.kept || header.bytes != image_bytes) return false;
   char* to = static_cast<char*>(image);
   std::memset(to, 0, static_cast<size_t>(header.bytes));
   std::memcpy(to, &header, sizeof header);
   store(to, header.kept.order, slots.order);
   store(to, header.kept.starts, slots.starts);
   cut_shares(header, slots, reinterpret_cast<int32_t*>(to + header.kept.shares));
-  Packing job{&header, &slots, bits, marks, codes, zeros, scales, to};
+  Packing job{&header, &slots, bits, stored.marks, stored.codes, stored.zeros, stored.scales, to};
   share_out(divide_up(n, STRIP), threads, pack_strip, &job);
+  return true;
 }

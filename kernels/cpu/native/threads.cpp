@@ -3,7 +3,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -19,14 +21,24 @@ struct Task {
   void* context;
   int64_t count;
   std::atomic<int64_t> next{0};
+  std::mutex failing{};
+  std::exception_ptr error{};  // of the first piece that failed
+
+  void fail() {
+    next = count;
+    const std::lock_guard<std::mutex> lock(failing);
+    if (!error) error = std::current_exception();
+  }
 };
 
 // Threads take the next piece when they are done with one: on a busy machine a thread that was put aside holds up
-// one piece, not its share.
+// one piece, not its share. What a piece throws must not leave a thread that others started.
 void run_pieces(void* pointer) {
   Task* task = static_cast<Task*>(pointer);
-  for (int64_t i; (i = task->next.fetch_add(1, std::memory_order_relaxed)) < task->count;) {
-    task->work(task->context, i);
+  try {
+    for (int64_t i; (i = task->next.fetch_add(1, std::memory_order_relaxed)) < task->count;) task->work(task->context, i);
+  } catch (...) {
+    task->fail();
   }
 }
 
@@ -68,9 +80,9 @@ class Pool {
     std::unique_lock<std::mutex> one_task(entry_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; started_ < helpers; ++started_) std::thread([this, index = started_] { serve(index); }).detach();
+      start(helpers);
       task_ = task;
-      helpers_ = pending_ = helpers;
+      helpers_ = pending_ = helpers < started_ ? helpers : started_;
       ++round_;
     }
     wake_.notify_all();
@@ -81,6 +93,12 @@ class Pool {
   }
 
  private:
+  void start(int helpers) try {
+    for (; started_ < helpers; ++started_) std::thread([this, index = started_] { serve(index); }).detach();
+  } catch (const std::system_error&) {
+    // There are no more threads to be had: those that run, and the caller, do the work.
+  }
+
   void serve(int index) {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -120,8 +138,9 @@ void share_out(int64_t count, int threads, void (*work)(void*, int64_t), void* c
   task.work = work;
   task.context = context;
   task.count = count;
-  if (openmp()) return openmp()(run_pieces, &task, static_cast<unsigned>(threads), 0);
-  pool().run(&task, threads - 1);
+  if (openmp()) openmp()(run_pieces, &task, static_cast<unsigned>(threads), 0);
+  else pool().run(&task, threads - 1);
+  if (task.error) std::rethrow_exception(task.error);
 }
 
 const char* pool_name() { return openmp() ? "openmp" : "own"; }
