@@ -191,7 +191,8 @@ def pareto(
         with tempfile.TemporaryDirectory(prefix=".pareto-", dir=folder) as scratch:
             built = Path(scratch) / "built"
             planned = job.planned(point.plan, tokens, run.report.calibration)
-            report = planned.build(job.source(model), built, resumable=False)
+            with run.source.unchanged:
+                report = planned.build(job.source(model), built, resumable=False)
             curve.points[place] = point.verified(_compare(built, model, windows, job), report.weights_bytes)
     pareto_page.write(curve, folder)
     return curve

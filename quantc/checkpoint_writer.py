@@ -121,6 +121,7 @@ class CheckpointWriter:
             with writing(self.folder):
                 mark(self.folder)
         except CheckpointError:
+            self._unlock()
             self.folder.rmdir()
             raise
         return self

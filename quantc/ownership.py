@@ -74,11 +74,14 @@ def is_run(folder: Path) -> bool:
     return marked(folder) is not None or _is_own_journal(folder / JOURNAL)
 
 
-def survey(folder: Path) -> Contents:
-    """Return what is in a folder. In one that is neither a run's nor a checkpoint everything is foreign."""
+def survey(folder: Path, inner: bool = False) -> Contents:
+    """Return what is in a folder. In one that is neither a run's nor a checkpoint everything is foreign.
+
+    inner: it is a build inside of a run's folder, which may have lost what tells it.
+    """
     found = Contents()
-    run, whole = is_run(folder), is_checkpoint(folder)
-    if not (run or whole or _BUILD.fullmatch(folder.name)):
+    run = is_run(folder)
+    if not (run or inner or is_checkpoint(folder)):
         found.foreign = sorted(folder.iterdir())
         return found
     listed = _listed(folder / MANIFEST)
@@ -100,6 +103,8 @@ class _Walk:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             path = Path(entry.path)
             name = path.relative_to(self.root).as_posix()
+            if not os.path.lexists(path):  # a run that works here has removed it
+                continue
             if entry.stat(follow_symlinks=False).st_uid != owner:
                 self.found.foreign.append(path)
             elif entry.is_dir(follow_symlinks=False):
@@ -112,7 +117,7 @@ class _Walk:
 
     def _folder(self, path: Path, name: str) -> None:
         if self.run and _BUILD.fullmatch(name):
-            inner = survey(path)
+            inner = survey(path, inner=True)
             self.found.own += inner.own
             self.found.folders += inner.folders
             self.found.foreign += inner.foreign

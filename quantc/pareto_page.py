@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import plots
 from .errors import UsageError
-from .html import PAGE, STYLE
+from .html import PAGE, STYLE, is_page
 from .pareto import Curve, Point, explained, table
 from .units import number, size
 from .whole_file import write_whole
@@ -21,15 +21,21 @@ PLOT_STYLE = "svg { border: 0; max-width: 860px; margin: 1.4rem auto 0; font-fam
 
 
 def check(folder: Path, force: bool) -> None:
-    """Raise UsageError where the files cannot be written into a folder, or exist and `force` is not set."""
+    """Raise UsageError where the files cannot be written into a folder, or exist and are not to be replaced.
+
+    force: files that quantc wrote are.
+    """
     nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise UsageError(f"{nearest} is a file, but the curve needs a folder; pass another --out.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"the folder {nearest} cannot be written to; pass another --out.")
-    for name in (PAGE_FILE, PLOT_FILE):
-        if (folder / name).exists() and not force:
-            raise UsageError(f"{folder / name} exists; pass --force to replace it, or another --out.")
+    for name, is_own in ((PAGE_FILE, is_page), (PLOT_FILE, plots.is_plot)):
+        file = folder / name
+        if file.exists() and not force:
+            raise UsageError(f"{file} exists; pass --force to replace it, or another --out.")
+        if file.exists() and not (file.is_file() and is_own(file)):
+            raise UsageError(f"{file} exists, and quantc did not write it; pass another --out.")
 
 
 def write(curve: Curve, folder: Path) -> None:

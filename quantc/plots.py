@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .pareto import Curve, Point
@@ -32,7 +33,13 @@ def available() -> bool:
 
 def pareto_png(curve: Curve) -> bytes:
     """The curve as a PNG file on white."""
-    return _saved(curve, "png", dpi=PNG_DPI, facecolor="white")
+    return _saved(curve, "png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "quantc"})
+
+
+def is_plot(file: Path) -> bool:
+    """Whether a file is a PNG that quantc drew."""
+    with file.open("rb") as stream:
+        return b"Software\0quantc" in stream.read(1000)
 
 
 def pareto_svg(curve: Curve) -> str:

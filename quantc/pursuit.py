@@ -60,7 +60,8 @@ def pursue(
         def write(shared: Shared, folder: Path) -> Report:
             plan = Plan({**run.plan.specs, **shared.specs}, salience=run.plan.salience)
             one = job.planned(plan, tokens, run.report.calibration)
-            return one.build(job.source(model), folder, force=True, resume=resume, output=str(out))
+            with run.source.unchanged:
+                return one.build(job.source(model), folder, force=True, resume=resume, output=str(out))
 
         builds = Builds(place, target, measured, write, lambda folder: target.found(compare(folder, windows)))
         rounds = meet(target, budget.quantized(), builds.measure)

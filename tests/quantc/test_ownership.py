@@ -64,6 +64,10 @@ def test_somebodys_folder_where_the_checkpoint_is_built(options: dict[str, bool]
         (place / name).write_text("irreplaceable")
     message = f"{place} holds 'chapter.txt' and 2 more that quantc did not write, {BUILT}"
     refused(tmp_path, message, tmp_path / "m", **options)
+    (place / "chapter.txt").unlink()
+    place = place.rename(tmp_path / "build-1.unfinished")
+    message = f"{place} holds 'config.json' and 1 more that quantc did not write, {BUILT}"
+    refused(tmp_path, message, tmp_path / "build-1", **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"force": True}, {"resume": True}], ids=str)

@@ -217,6 +217,12 @@ def test_the_command_prints_the_table_and_what_to_type_next(saved: Path, tmp_pat
     again = run_command("pareto", *words, "-o", str(tmp_path / "new"))
     assert again.exit_code == 2
     assert "pareto.html exists; pass --force to replace it, or another --out." in again.stderr
+    for name in ("pareto.html", "pareto.png"):
+        written = (tmp_path / "new" / name).read_bytes()
+        (tmp_path / "new" / name).write_text("irreplaceable")
+        other = run_command("pareto", *words, "-o", str(tmp_path / "new"), "--force")
+        assert f"{tmp_path / 'new' / name} exists, and quantc did not write it; pass another --out." in other.stderr
+        (tmp_path / "new" / name).write_bytes(written)
     content = json.loads(run_command("pareto", *words, "-o", str(tmp_path / "new"), "--force", "--json").stdout)
     assert content["files"] == [str(tmp_path / "new/pareto.html"), str(tmp_path / "new/pareto.png")]
     assert len(content["points"]) > 8

@@ -325,11 +325,18 @@ def test_a_process_that_is_killed(number: signal.Signals, model: Path, tmp_path:
 # What an interrupted run left
 
 
+@pytest.fixture(scope="module")
+def interrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, lambda: quantize(model, place / "out", **FAST), BLOCK.format(2))
+    return place / "out.unfinished"
+
+
 @pytest.fixture
-def kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kept(interrupted: Path, tmp_path: Path) -> Path:
     """The folder of a run that was interrupted in its third block."""
-    interrupt(monkeypatch, lambda: quantize(model, tmp_path / "out", **FAST), BLOCK.format(2))
-    return tmp_path / "out.unfinished"
+    return shutil.copytree(interrupted, tmp_path / "out.unfinished")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
