@@ -310,7 +310,8 @@ def _open_any(model: PathLike, trusted: bool, progress: Progress | None = None) 
 
 def _load_any(opened: Source | PathLike, dtype: torch.dtype | None, trusted: bool) -> Any:
     if isinstance(opened, Source):
-        return opened.load_whole(dtype)
+        with opened.unchanged:
+            return opened.load_whole(dtype)
     return load(opened, dtype=dtype, trust_remote_code=trusted)
 
 

@@ -96,17 +96,15 @@ def check_tensors(saved: dict[str, Any], run: Run, tensors: dict[str, dict[str, 
 def measured_builds(saved: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Return the builds that a quality target has saved, with specs, bits and what was found; raises DamagedRun."""
     builds: Any = [] if saved is None else saved.get("builds")
-    known = isinstance(builds, list) and all(
-        isinstance(item, dict)
-        and item.keys() == {"specs", "bits", "found"}
-        and isinstance(item["specs"], dict)
-        and type(item["bits"]) is int
-        and type(item["found"]) in (int, float)
-        for item in builds
-    )
-    if not known:
+    if not isinstance(builds, list) or not all(map(_is_build, builds)):
         raise DamagedRun(_damaged("what it says of builds is not what a quality target saves"))
     return list(builds)
+
+
+def _is_build(item: Any) -> bool:
+    if not isinstance(item, dict) or item.keys() != {"specs", "bits", "found"}:
+        return False
+    return isinstance(item["specs"], dict) and type(item["bits"]) is int and type(item["found"]) in (int, float)
 
 
 def _check_tables(tensors: dict[str, Any]) -> None:

@@ -27,7 +27,8 @@ def calibration_tokens(run: Run, wanted: CalibrationConfig) -> torch.Tensor:
     if data.source == "self":
         first = leading_bos(tokenizer)
         check_ids(run.source.model, tokenizer, [torch.tensor(first)])
-        whole = run.source.load_whole(torch.bfloat16)
+        with run.source.unchanged:
+            whole = run.source.load_whole(torch.bfloat16)
         return generate_tokens(whole, data.samples, data.seq_len, data.seed, first)
     notes = run.report.notes
     documents = load_documents(data.source, also_known=("self", NO_TEXT), notes=notes)

@@ -146,23 +146,35 @@ def test_a_checkpoint_that_somebody_named_so_is_no_replaced_one(tmp_path: Path) 
     refused(tmp_path, f"{backup} is not quantc's, {RETIRED}", out, force=True)
 
 
-@pytest.mark.parametrize("renames", [1, 2], ids=["before the new one has its name", "before the old one is removed"])
-def test_a_run_that_is_killed_while_it_replaces(renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, rename, seen = write(tmp_path / "m"), Path.rename, []
+def die(*_: object) -> None:
+    raise KeyboardInterrupt
 
-    def die(self: Path, target: Path) -> Path:
+
+def die_at_the_second_rename(patch: pytest.MonkeyPatch) -> None:
+    rename, seen = Path.rename, []
+
+    def once(self: Path, target: Path) -> Path:
         seen.append(self)
-        if len(seen) > renames:
-            raise KeyboardInterrupt
-        return rename(self, target)
+        return rename(self, target) if len(seen) == 1 else die()  # type: ignore[return-value]
 
+    patch.setattr(Path, "rename", once)
+
+
+def die_before_the_old_one_is_removed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("quantc.checkpoint_writer._remove_or_warn", die)
+
+
+@pytest.mark.parametrize("dies", [die_at_the_second_rename, die_before_the_old_one_is_removed])
+def test_a_run_that_is_killed_while_it_replaces(
+    dies: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write(tmp_path / "m")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", die)
-        patch.setattr("quantc.checkpoint_writer._remove_or_warn", die if renames == 2 else lambda _: None)
-        with pytest.raises((KeyboardInterrupt, TypeError)):
+        dies(patch)
+        with pytest.raises(KeyboardInterrupt):
             write(out, force=True)
     assert is_checkpoint(tmp_path / "m.replaced")
-    assert is_checkpoint(out) == (renames == 2)
+    assert is_checkpoint(out) == (dies is die_before_the_old_one_is_removed)
     write(out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

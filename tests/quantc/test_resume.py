@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import quantc
-from quantc import api, checkpoint_writer, job
+from quantc import api, checkpoint_writer, job, pursuit
 from quantc.checkpoint import verify
 from quantc.checkpoint_writer import CheckpointWriter
 from quantc.errors import CalibrationError, CheckpointError, ModelError, UsageError
@@ -30,7 +30,7 @@ from quantc.progress import LogProgress
 from quantc.recipe import Recipe
 from quantc.report import LinearReport, read_report
 from quantc.shard_writer import ShardWriter
-from quantc.snapshot import checked, put_back, take
+from quantc.snapshot import checked, measured_builds, put_back, take
 from quantc.spec import QuantSpec
 from quantc.work import BlockWork
 from tests.families import build
@@ -527,6 +527,40 @@ def test_whatever_stands_in_a_journal_is_one_sentence(model: Path, tmp_path: Pat
             assert "of what was saved is not what a run saves); pass --force without --resume" in str(error)
             refused += 1
     assert refused > 250
+
+
+@pytest.mark.parametrize(
+    "builds",
+    [
+        None,
+        {},
+        [None],
+        [{}],
+        [{"specs": {}}],
+        [{"specs": [], "bits": 9, "found": 1.0}],
+        [{"specs": {}, "bits": 9, "found": "x"}],
+    ],
+)
+def test_builds_that_no_quality_target_saves(builds: Any) -> None:
+    assert measured_builds(None) == []
+    build = {"specs": {}, "bits": 9, "found": 1.0}
+    assert measured_builds({"builds": [build]}) == [build]
+    with pytest.raises(
+        DamagedRun, match=r"damaged \(what it says of builds is not what a quality target saves\); pass --"
+    ):
+        measured_builds({"builds": builds})
+
+
+def test_a_build_that_was_damaged_after_it_was_measured_is_no_whole_one(
+    kept: Path, model: Path, tmp_path: Path
+) -> None:
+    quantize(model, tmp_path / "out", True, **FAST)
+    assert pursuit._is_whole(tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert not pursuit._is_whole(tmp_path / "out")
 
 
 def test_other_settings_are_refused_by_name_and_touch_nothing(kept: Path, model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -253,3 +254,67 @@ def test_a_run_in_the_c_locale(original: Path, tmp_path: Path) -> None:
     out = tmp_path / "maß-w4"
     assert (out / "chat_template.jinja").read_text(encoding="utf-8") == template
     verify(out)
+
+
+# GGUF
+
+
+def write_gguf(file: Path) -> dict[str, torch.Tensor]:
+    """A llama of one block with float32 weights; its tensors by their names in the file."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(48)
+    block = {"attn_q": (32, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 32)}
+    block |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    shapes = {"token_embd": (48, 32), "output_norm": (32,), **{f"blk.0.{name}": shape for name, shape in block.items()}}
+    made = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    for name, tensor in made.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
+
+
+def test_a_gguf_file_is_read_without_mapping_and_its_samples_tell(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    made = write_gguf(file)
+    source = open_model(file)
+    source.load("model.layers.0")
+    block = source.model.get_submodule("model.layers.0").state_dict()
+    assert torch.equal(block["mlp.up_proj.weight"], made["blk.0.ffn_up.weight"])
+    assert torch.equal(block["self_attn.v_proj.weight"], made["blk.0.attn_v.weight"])
+    before = source.contents()
+    for start, count in source.spans(file):
+        content = file.read_bytes()
+        with file.open("r+b") as stream:
+            stream.seek(start)
+            stream.write(bytes(255 - byte for byte in content[start : start + count]))
+        assert fingerprint(file, source.spans(file)) != before["tiny.gguf"]
+        file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"tiny.gguf changed while it was being read"):
+        source.load("model.layers.0")
+
+
+def test_a_gguf_file_that_is_cut_while_its_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    source = open_model(file)
+    source.load("model.norm")
+    read = type(source)._read
+
+    def cut_first(self: Any, part: Any) -> Any:
+        os.truncate(file, 16)
+        return read(self, part)
+
+    monkeypatch.setattr(type(source), "_read", cut_first)
+    with pytest.raises(ModelError, match=r"changed while it was being read .* now 16 bytes"):
+        source.load("model.layers.0")
