@@ -68,9 +68,9 @@ def check_entries(model: nn.Module, entries: dict[str, PackedEntry]) -> None:
     for name, entry in entries.items():
         parent, _, _ = name.rpartition(".")
         weight = tensors.get(name, tensors.get(f"{name}.weight"))
-        inside = parent in entries
-        table = name not in tensors and isinstance(_module(model, name), nn.Embedding)
-        if weight is None or inside or table or weight.ndim != 2 + len(entry.leading):
+        # A linear is named as a module, a stack or a table as a parameter.
+        strange = name not in tensors and (entry.leading or isinstance(_module(model, name), nn.Embedding))
+        if weight is None or strange or parent in entries or weight.ndim != 2 + len(entry.leading):
             raise CheckpointError(
                 f"the checkpoint packs {name}, but {type(model).__name__} has no such weight; config.json does not "
                 "belong to these weights, or this transformers builds the model differently."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -324,8 +325,12 @@ def test_edited_floats_that_bfloat16_cannot_hold_are_stored_in_float32(tmp_path:
 
 def test_modules_that_the_model_lacks_are_named(tmp_path: Path) -> None:
     packed(tmp_path, build("llama"), recipe())
-    file = tmp_path / "packed/config.json"
-    file.write_text(file.read_text().replace('"last": "model.layers.1"', '"last": "model.layers.7"'))
+    file, manifest = tmp_path / "packed/config.json", tmp_path / "packed/quantc.json"
+    config, written = (json.loads(each.read_text(encoding="utf-8")) for each in (file, manifest))
+    config["quantization_config"]["residual_rotation"]["last"] = "model.layers.7"
+    del config["quantization_config"]["sha256"], written["files"]  # an earlier quantc wrote neither
+    file.write_text(json.dumps(config), encoding="utf-8")
+    manifest.write_text(json.dumps(written), encoding="utf-8")
     with pytest.raises(CheckpointError, match="to model.layers.7, but LlamaForCausalLM has no such modules"):
         quantc.load(tmp_path / "packed")
 

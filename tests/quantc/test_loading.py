@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from copy import deepcopy as copy_of
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,13 @@ def test_a_whole_model_beside_the_shards_is_refused(packed: Path) -> None:
     assert refusals(packed, [*DOORS, verify]) == [expected] * 4
 
 
+def test_both_doors_take_generation_settings_from_the_config_where_there_are_no_others(copy: Path) -> None:
+    (copy / "generation_config.json").unlink()
+    one, two = quantc.load(copy), from_pretrained(copy)
+    assert one.generation_config.to_dict() == two.generation_config.to_dict()
+    assert one.generation_config.eos_token_id == one.config.eos_token_id
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -255,7 +262,7 @@ def test_a_shard_that_is_replaced_after_the_check_is_not_loaded(
 
 def test_a_model_that_transformers_loaded_holds_no_open_file(packed: Path) -> None:
     model = from_pretrained(packed)
-    assert torch.equal(logits(copy_of(model)), logits(model))
+    assert torch.equal(logits(deepcopy(model)), logits(model))
 
 
 def test_a_folder_inside_another_one_is_checked_too(packed: Path) -> None:
