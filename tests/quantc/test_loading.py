@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import quantc
 from quantc.checkpoint import INDEX, MANIFEST, CheckpointReader, checksum, verify
 from quantc.errors import CheckpointError
+from quantc.model_card import model_card
 from tests.families import build
 from tests.golden.test_golden import HERE as GOLDEN
 from tests.helpers import save_with_tokenizer
@@ -599,3 +600,10 @@ def test_the_card_says_to_import_quantc_first(packed: Path) -> None:
     assert "Without `import quantc`, transformers warns of an unknown quantization type and goes on with random" in card
     report = json.loads((packed / "report.json").read_text(encoding="utf-8"))
     assert f"{report['bits_per_weight']:.2f} bits per weight" in card
+
+
+def test_the_card_of_a_hub_model_names_the_model_it_was_made_from() -> None:
+    snapshot = Path("/cache/models--someone--small-1B/snapshots/0123")
+    card = model_card("small-1B", snapshot, 4.25, 1000)
+    assert card.startswith("---\nbase_model: someone/small-1B\nlibrary_name: transformers\n")
+    assert "\n# someone/small-1B, quantized with quantc\n\n4.25 bits per weight" in card
