@@ -49,5 +49,16 @@ def expect_same_device(one: torch.device, other: torch.device) -> None:
         )
 
 
+def expect_tensors(
+    needed: dict[str, tuple[tuple[int, ...], torch.dtype]], tensors: dict[str, torch.Tensor | None]
+) -> None:
+    """Raise ValueError for a tensor that is not contiguous, of the shape and of the dtype needed; None passes."""
+    for name, (shape, dtype) in needed.items():
+        tensor = tensors[name]
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous()):
+            found = f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
+            raise ValueError(f"{name} must be contiguous {shape} {dtype}, and is {found}")
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from ...formats import Parts
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY
+from ..checks import expect_product, expect_same_device
 from ..rotation import rotate
 from . import packed
 from .crossover import crossover
@@ -24,7 +25,7 @@ MATMUL_FROM = 80  # compute capability with asynchronous copies
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 LIBRARY.define(
     "cuda_matmul(Tensor x, Tensor tiles, Tensor scales, Tensor? zeros, Tensor? low_rank_a, Tensor? low_rank_b, "
-    "Tensor? bias, int n, int bits, bool per_ic, int sets, int group, int groups, int hadamard) -> Tensor"
+    "Tensor? bias, int n, int k, int bits, bool per_ic, int sets, int group, int groups, int hadamard) -> Tensor"
 )
 
 
@@ -68,7 +69,7 @@ class CudaPacked:
         w, v = prepared, prepared.variant
         y: torch.Tensor = torch.ops.quantc.cuda_matmul(
             x, w.tiles, w.scales, w.zeros, w.low_rank_a, w.low_rank_b, bias,
-            w.shape[0], v.bits, v.per_ic, v.sets, w.group, w.groups, w.hadamard,
+            *w.shape, v.bits, v.per_ic, v.sets, w.group, w.groups, w.hadamard,
         )  # fmt: skip
         return y
 
@@ -86,6 +87,7 @@ def _cuda_matmul(
     low_rank_b: torch.Tensor | None,
     bias: torch.Tensor | None,
     n: int,
+    k: int,
     bits: int,
     per_ic: bool,
     sets: int,
@@ -93,7 +95,6 @@ def _cuda_matmul(
     groups: int,
     hadamard: int,
 ) -> torch.Tensor:
-    k = x.shape[-1]
     variant = Variant(bits, per_ic, zeros is None, sets)
     weight = CudaWeight(variant, (n, k), tiles, scales, zeros, group, groups, low_rank_a, low_rank_b, hadamard)
     return multiply(x, weight, bias)
@@ -101,13 +102,20 @@ def _cuda_matmul(
 
 @torch.library.register_fake("quantc::cuda_matmul", lib=LIBRARY)
 def _fake_cuda_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor:
-    n = weight_and_bias[6]
+    bias, n, k = weight_and_bias[5:8]
     assert isinstance(n, int)
-    return x.new_empty(*x.shape[:-1], n)
+    assert isinstance(k, int)
+    *leading, _ = expect_product(x, n, k, bias if isinstance(bias, torch.Tensor) else None, ELEMENTS)
+    return x.new_empty(*leading, n)
 
 
 def multiply(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it."""
+    """Return y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it.
+
+    Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that is not in ELEMENTS.
+    """
+    expect_product(x, *weight.shape, bias, ELEMENTS)
+    expect_same_device(x.device, weight.tiles.device)
     if x.requires_grad and torch.is_grad_enabled():
         whole = torch.empty(weight.shape, dtype=x.dtype, device=x.device)  # of its own: backward reads it later
         launch(packed.dequantize_launch(weight, whole))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ...formats import Parts
 from ...spec import QuantSpec
+from ..checks import expect_product, expect_same_device
 from ..rotation import rotate
 from . import kept_launch
 from .crossover import KEPT_FROM
@@ -28,7 +29,7 @@ MOST_ROWS = WORKSPACE_COUNTERS * OCTET
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 LIBRARY.define(
     "cuda_kept_matmul(Tensor x, Tensor codes, Tensor groups, Tensor? zeros, Tensor owners, Tensor starts, Tensor rows, "
-    "Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int n, int bits, int group, int hadamard) -> Tensor"
+    "Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int n, int k, int bits, int group, int hadamard) -> Tensor"
 )
 
 
@@ -71,7 +72,7 @@ class CudaKept:
         w = prepared
         y: torch.Tensor = torch.ops.quantc.cuda_kept_matmul(
             x, w.codes, w.groups, w.zeros, w.owners, w.starts, w.rows, w.low_rank_a, w.low_rank_b, bias,
-            w.shape[0], w.variant.bits, w.variant.group, w.hadamard,
+            *w.shape, w.variant.bits, w.variant.group, w.hadamard,
         )  # fmt: skip
         return y
 
@@ -92,25 +93,34 @@ def _cuda_kept_matmul(
     low_rank_b: torch.Tensor | None,
     bias: torch.Tensor | None,
     n: int,
+    k: int,
     bits: int,
     group: int,
     hadamard: int,
 ) -> torch.Tensor:
     order = (owners, starts, rows)
-    variant, shape = KeptVariant(bits, group), (n, x.shape[-1])
-    weight = KeptWeight(variant, shape, codes, groups, zeros, *order, low_rank_a, low_rank_b, hadamard)
+    weight = KeptWeight(
+        KeptVariant(bits, group), (n, k), codes, groups, zeros, *order, low_rank_a, low_rank_b, hadamard
+    )
     return multiply(x, weight, bias)
 
 
 @torch.library.register_fake("quantc::cuda_kept_matmul", lib=LIBRARY)
 def _fake_cuda_kept_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor:
-    n = weight_and_bias[9]
+    bias, n, k = weight_and_bias[8:11]
     assert isinstance(n, int)
-    return x.new_empty(*x.shape[:-1], n)
+    assert isinstance(k, int)
+    *leading, _ = expect_product(x, n, k, bias if isinstance(bias, torch.Tensor) else None, ELEMENTS)
+    return x.new_empty(*leading, n)
 
 
 def multiply(x: torch.Tensor, weight: KeptWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it."""
+    """Return y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it.
+
+    Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that is not in ELEMENTS.
+    """
+    expect_product(x, *weight.shape, bias, ELEMENTS)
+    expect_same_device(x.device, weight.codes.device)
     if x.requires_grad and torch.is_grad_enabled():
         own = torch.empty(weight.shape, dtype=x.dtype, device=x.device)  # backward reads it later
         return differentiable(x, _unpack(weight, own), weight, bias)

@@ -12,7 +12,8 @@ from ...formats import Parts
 from ...formats.group_sparse import kept_groups
 from ...numerics.packing import unpack_bits
 from ...spec import QuantSpec
-from .layout import PAIRS, pairs_as_words
+from ..checks import expect_tensors
+from .layout import PAIRS, contiguous, low_rank_shapes, pairs_as_words
 
 OCTET = 8  # rows side by side
 STEP = 128  # inputs of a row in a step
@@ -48,6 +49,25 @@ class KeptWeight:
     low_rank_a: torch.Tensor | None
     low_rank_b: torch.Tensor | None
     hadamard: int
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for tensors that are not as above: a kernel computes from the sizes where it reads."""
+        steps, octets = len(self.owners), ceil(self.shape[0] / OCTET)
+        halves = 2 if self.variant.group == OCTET else 1
+        in_step, vector = STEP // self.variant.group, vector_of(self.variant.bits)
+        groups = (steps, OCTET, halves, in_step // halves)
+        expect_tensors(
+            {
+                "codes": ((steps, self.variant.bits // vector, 32, vector), torch.int32),
+                "groups": (groups, torch.int32),
+                "zeros": (groups, torch.uint8),
+                "owners": ((steps,), torch.int32),
+                "starts": ((octets + 1,), torch.int32),
+                "rows": ((octets, OCTET), torch.int32),
+                **low_rank_shapes(self.low_rank_a, *self.shape),
+            },
+            vars(self),
+        )
 
     @property
     def width(self) -> int:
@@ -98,8 +118,8 @@ def prepare(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> KeptWeight
         owners=order.owners,
         starts=order.starts,
         rows=order.rows,
-        low_rank_a=parts.get("low_rank_a"),
-        low_rank_b=parts.get("low_rank_b"),
+        low_rank_a=contiguous(parts.get("low_rank_a")),
+        low_rank_b=contiguous(parts.get("low_rank_b")),
         hadamard=spec.hadamard,
     )
 
@@ -148,6 +168,11 @@ def _word(scale: torch.Tensor, column: torch.Tensor, zero: torch.Tensor, bits: i
     return torch.where(word < 1 << 31, word, word - (1 << 32)).int()
 
 
+def vector_of(bits: int) -> int:
+    """How many words of codes a lane reads at once."""
+    return 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
+
+
 def _by_lanes(values: torch.Tensor) -> torch.Tensor:
     """(steps, 8, groups of a step) as (steps, 8, h, w): groups of 8 inputs change between two halves of a slot."""
     halves = 2 if values.shape[-1] == STEP // 8 else 1
@@ -156,8 +181,7 @@ def _by_lanes(values: torch.Tensor) -> torch.Tensor:
 
 def _arrange(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes uint8 (steps, 8, groups, group) as int32 (steps, bits / v, 32, v)."""
-    vector = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
-    return torch.cat([_words(part, bits, vector) for part in codes.split(STEPS_AT_ONCE)])
+    return torch.cat([_words(part, bits, vector_of(bits)) for part in codes.split(STEPS_AT_ONCE)])
 
 
 def _words(codes: torch.Tensor, bits: int, vector: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ...formats import DENSE, Parts
 from ...spec import QuantSpec
+from ..checks import expect_tensors
 
 TILE = 64
 PAIRS = 16  # of codes that a lane has of a quarter
@@ -48,6 +49,29 @@ class CudaWeight:
     low_rank_b: torch.Tensor | None
     hadamard: int
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for tensors that are not as above: a kernel computes from the sizes where it reads."""
+        (n, k), bits, along = self.shape, self.variant.bits, self.shape[0 if self.variant.per_ic else 1]
+        strips, tiles_k = ceil(n / TILE), ceil(k / TILE)
+        sets = (self.groups, tiles_k, TILE) if self.variant.per_ic else (strips, self.groups, TILE)
+        if not 0 < along <= self.group * self.groups:
+            raise ValueError(f"{self.groups} groups of {self.group} do not cover {along}")
+        expect_tensors(
+            {
+                "tiles": ((strips, tiles_k, bits, 32, 4), torch.int32),
+                "scales": (sets, torch.float16),
+                "zeros": (sets, torch.uint8),
+                **low_rank_shapes(self.low_rank_a, n, k),
+            },
+            vars(self),
+        )
+
+
+def low_rank_shapes(a: torch.Tensor | None, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What expect_tensors needs of the factors of a weight (N, K), the first of which is a (R, K) or None."""
+    rank = 0 if a is None else a.shape[0]
+    return {"low_rank_a": ((rank, k), torch.float16), "low_rank_b": ((n, rank), torch.float16)}
+
 
 def sets_in_tile(spec: QuantSpec, shape: tuple[int, int]) -> int | None:
     """Sets of scales in a tile of a weight (N, K); None if groups do not fit the tiles."""
@@ -82,10 +106,15 @@ def prepare(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> CudaWeight
         zeros=None if tensor.zeros is None else order(tensor.zeros, *counts),
         group=group,
         groups=counts[0],
-        low_rank_a=tensor.low_rank_a,
-        low_rank_b=tensor.low_rank_b,
+        low_rank_a=contiguous(tensor.low_rank_a),
+        low_rank_b=contiguous(tensor.low_rank_b),
         hadamard=spec.hadamard,
     )
+
+
+def contiguous(factor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a low-rank factor as the kernels read it."""
+    return None if factor is None else factor.contiguous()
 
 
 def arrange_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,15 +1,23 @@
 // Packs, multiplies and unpacks weights of odd shapes in memory of their exact size, for AddressSanitizer and
 // UndefinedBehaviorSanitizer to watch. Values are checked elsewhere; here they are only kept from being optimized away.
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
 #include "api.h"
+#include "level.h"
+#include "steps_of_torch.h"
 #include "weight.h"
 
 static unsigned state = 1;
 static unsigned next() { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+static void expect(int32_t found, int32_t wanted) {
+  if (found != wanted) std::fprintf(stderr, "a call returned %d, not %d\n", found, wanted), std::abort();
+}
 
 // Exactly `bytes` bytes, at a multiple of 64 if asked: a step past them is a step into the sanitizer's red zone.
 struct Block {
@@ -52,11 +60,73 @@ static void use(const void* image, int64_t n, int64_t k) {
       Block other(size * static_cast<size_t>(m * n));
       const Product products[] = {{weight, y.data, m % 2 ? bias.data : nullptr, type}, {weight, other.data, nullptr, 0}};
       for (int int8 = 0; int8 <= quantc_cpu_has_int8(); ++int8)
-        for (int count = 1; count <= 2; ++count) quantc_cpu_matmul(products, count, x.data, m, type, int8, 2);
+        for (int count = 1; count <= 2; ++count)
+          expect(quantc_cpu_matmul(products, count, x.data, m, k, type, int8, 2), DONE);
     }
     Block panel(size * static_cast<size_t>(n * k));
-    quantc_cpu_unpack(image, 0, n, panel.data, type, 2);
+    expect(quantc_cpu_unpack(image, 0, n, panel.data, n * k, type, 2), DONE);
   }
+}
+
+// Calls whose sizes, types or counts do not belong to an image. x, y and what is unpacked have no bytes to touch.
+static void refuse(const Block& image, int64_t n, int64_t k) {
+  Block none(0), cut(image.size - 1, true);
+  std::memcpy(cut.data, image.data, cut.size);
+  int64_t found_n = 0, found_k = 0;
+  const int64_t size = static_cast<int64_t>(image.size);
+  expect(quantc_cpu_image_shape(image.data, size, &found_n, &found_k), DONE);
+  if (found_n != n || found_k != k) std::abort();
+  for (int64_t bytes : {int64_t{0}, int64_t{7}, size - 1}) expect(quantc_cpu_image_shape(cut.data, bytes, &found_n, &found_k), REFUSED);
+  expect(quantc_cpu_image_shape(image.data, size + 1, &found_n, &found_k), REFUSED);
+  const Tables others(k + 1);
+  const Product plain{{image.data, nullptr, nullptr, nullptr, 0}, none.data, nullptr, 0};
+  const Product rotated{{image.data, &others.rotation, nullptr, nullptr, 0}, none.data, nullptr, 0};
+  const Product strange{{image.data, nullptr, nullptr, nullptr, 0}, none.data, none.data, 3};
+  const auto matmul = [&](const Product& product, int count, int64_t m, int64_t width, int type, int threads) {
+    return quantc_cpu_matmul(&product, count, none.data, m, width, type, 0, threads);
+  };
+  for (int64_t width : {int64_t{0}, k - 1, k + 1, 2 * k, 4096 * k}) expect(matmul(plain, 1, 1, width, 0, 1), REFUSED);
+  for (int count : {-1, 0, 9}) expect(matmul(plain, count, 1, k, 0, 1), REFUSED);
+  for (int type : {-1, 3}) expect(matmul(plain, 1, 1, k, type, 1), REFUSED);
+  expect(matmul(plain, 1, -1, k, 0, 1), REFUSED);
+  expect(matmul(plain, 1, 1, k, 0, 0), REFUSED);
+  expect(matmul(rotated, 1, 1, k, 0, 1), REFUSED);
+  expect(matmul(strange, 1, 1, k, 0, 1), REFUSED);
+  expect(matmul(plain, 1, 0, k, 0, 1), DONE);
+  const int64_t step = quantc_cpu_panel_step(image.data), past = (n + step - 1) / step * step + step;
+  const auto unpack = [&](int64_t from, int64_t to, int64_t values, int type) {
+    return quantc_cpu_unpack(image.data, from, to, none.data, values, type, 1);
+  };
+  expect(unpack(-step, 0, step * k, 0), REFUSED);
+  expect(unpack(0, past, past * k, 0), REFUSED);
+  expect(unpack(n, n, 0, 0), REFUSED);
+  expect(unpack(0, n, n * k - 1, 0), REFUSED);
+  expect(unpack(0, n, n * k, 3), REFUSED);
+}
+
+// Sizes whose bytes no 64 bits count, and room that no machine has, where malloc has to fail as it does without a
+// sanitizer (ASAN_OPTIONS=allocator_may_return_null=1).
+static void exhaust() {
+  const int64_t huge = INT64_MAX, side = int64_t{1} << 31;
+  for (int per_ic = 0; per_ic < 2; ++per_ic) {
+    for (int64_t group : {int64_t{1}, int64_t{64}, huge})
+      for (int64_t n : {int64_t{0}, int64_t{1}, side, huge})
+        for (int64_t k : {int64_t{-1}, side, huge})
+          if ((n > side || k != side) && quantc_cpu_image_bytes(4, n, k, group, per_ic, 0)) std::abort();
+    if (quantc_cpu_image_bytes(8, side, side, 1, per_ic, 0)) std::abort();
+    expect(quantc_cpu_pack(4, huge, huge, 32, per_ic, nullptr, nullptr, nullptr, nullptr, 0, 1), REFUSED);
+  }
+  int64_t bytes = -1;
+  for (int64_t k : {int64_t{0}, side, huge}) expect(quantc_cpu_kept_bytes(4, 1, k, 16, nullptr, 0, &bytes), DONE), expect(bytes != 0, 0);
+  const Tables tables(64);
+  Rotation wide = tables.rotation;
+  wide.width = wide.block = int64_t{1} << 50;
+  Block row(256), out(256);
+  for (int threads = 1; threads <= 2; ++threads) {
+    expect(quantc_cpu_rotate(&wide, row.data, out.data, 4, FLOAT32, threads), OUT_OF_MEMORY);
+    expect(quantc_cpu_rotate(&tables.rotation, row.data, out.data, 1, FLOAT32, threads), DONE);
+  }
+  expect(quantc_cpu_rotate(&tables.rotation, row.data, out.data, -1, FLOAT32, 1), REFUSED);
 }
 
 static void exercise(int bits, int64_t n, int64_t k, int64_t group, bool per_ic, bool symmetric) {
@@ -65,8 +135,11 @@ static void exercise(int bits, int64_t n, int64_t k, int64_t group, bool per_ic,
   Block codes(static_cast<size_t>(n * ((k * bits + 7) / 8))), scales(static_cast<size_t>(2 * rows * columns));
   Block zeros(static_cast<size_t>(rows * ((columns * bits + 7) / 8)));
   Block image(static_cast<size_t>(quantc_cpu_image_bytes(bits, n, k, group, per_ic, symmetric)), true);
-  quantc_cpu_pack(bits, n, k, group, per_ic, codes.data, scales.data, symmetric ? nullptr : zeros.data, image.data, 2);
+  const int64_t size = static_cast<int64_t>(image.size);
+  expect(quantc_cpu_pack(bits, n, k, group, per_ic, codes.data, scales.data, symmetric ? nullptr : zeros.data, image.data, size, 2), DONE);
   use(image.data, n, k);
+  refuse(image, n, k);
+  run_steps(image.data, image.size, n, k);
 }
 
 // A group in `one_in` stays; in 0, none does.
@@ -80,12 +153,20 @@ static void exercise_kept(int bits, int64_t n, int64_t k, int64_t group, unsigne
       if (next() % one_in == 0) marks.data[row * row_bytes + g / 8] |= static_cast<unsigned char>(1 << g % 8), ++kept;
   Block codes(static_cast<size_t>(kept * ((group * bits + 7) / 8))), scales(static_cast<size_t>(2 * kept));
   Block zeros(static_cast<size_t>((kept * bits + 7) / 8));
-  Block image(static_cast<size_t>(quantc_cpu_kept_bytes(bits, n, k, group, marks.data, symmetric)), true);
-  quantc_cpu_pack_kept(bits, n, k, group, marks.data, codes.data, scales.data, symmetric ? nullptr : zeros.data, image.data, 2);
+  int64_t size = 0;
+  expect(quantc_cpu_kept_bytes(bits, n, k, group, marks.data, symmetric, &size), DONE);
+  Block image(static_cast<size_t>(size), true);
+  const auto pack = [&](int64_t stored, int64_t bytes) {
+    return quantc_cpu_pack_kept(bits, n, k, group, marks.data, stored, codes.data, scales.data, zeros.data, symmetric, image.data, bytes, 2);
+  };
+  for (int64_t off : {-1, 1}) expect(pack(kept + off, size), REFUSED), expect(pack(kept, size + off * 64), REFUSED);
+  expect(pack(kept, size), DONE);
   use(image.data, n, k);
+  refuse(image, n, k);
 }
 
 int main() {
+  exhaust();
   std::vector<char> names(quantc_cpu_levels(), quantc_cpu_levels() + std::strlen(quantc_cpu_levels()) + 1);
   for (char* name = std::strtok(names.data(), " "); name; name = std::strtok(nullptr, " ")) {
     if (!quantc_cpu_choose_level(name)) return 1;
