@@ -8,6 +8,7 @@ as large in 4 bits, and 2,200 times in 8.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ from ..spec import QuantSpec
 from .grids import LARGEST_SCALE, fit_grid, to_groups
 from .rounding import round_to_nearest
 
+FAR_EXPONENT = 12  # weights up to it and down to its inverse have scales that float16 holds
 COARSE_SCALE = 2.0**-20  # scales below it have fewer than five bits
 
 
@@ -63,6 +65,13 @@ def _errors(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     grid = fit_grid(weight, spec)
     rounded = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros).dequantize(torch.float64)
     return to_groups((rounded - weight).square(), spec).sum(2)
+
+
+def far_size(weight: torch.Tensor) -> float:
+    """Return the power of two nearest to the largest of weight (N, K) where it is far from 1, else 1."""
+    largest = float(weight.abs().max())
+    exponent = round(math.log2(largest)) if largest else 0
+    return 1.0 if abs(exponent) <= FAR_EXPONENT else 2.0**exponent
 
 
 def suited_exponents(low: torch.Tensor, high: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from ..calibration import CalibrationRun
 from ..frontend import to_meta
 from ..graph import Activation, Block, Linear
+from ..numerics.ranges import far_size
 from ..numerics.row_widths import mark_salient
 from ..pipeline import Run
 from ..qtensor import QTensor
@@ -89,7 +90,9 @@ def errors(
 ) -> Iterator[tuple[QuantSpec, torch.Tensor]]:
     """What rounding as each spec says changes a weight (M, K) by, float32 (M, K), as it multiplies unrotated inputs.
 
-    Rounded as the recipe does it, with the rotations of the specs.
+    Rounded as the recipe does it, with the rotations of the specs. A weight that float16 scales cannot hold is tried at
+    a size that they can, as a fold will give it: else all widths would lose the same.
     """
-    for tensor in rounded(work, weight, gram, specs):
-        yield tensor.spec, tensor.effective_weight() - weight
+    size = far_size(weight)
+    for tensor in rounded(work, weight / size, gram, specs):
+        yield tensor.spec, tensor.effective_weight() * size - weight

@@ -202,3 +202,16 @@ def test_a_target_refuses_what_it_could_not_load(tmp_path: Path) -> None:
         f"float16 scales cannot hold its weights: those of {ATTENTION}.q_proj, which vllm has to load in the format of "
         "its siblings; rescale that weight, or leave --target out."
     )
+
+
+@pytest.mark.slow
+def test_a_budget_is_shared_as_if_weights_were_in_range(tmp_path: Path) -> None:
+    """Where every width seems to lose all of v, it would get the fewest bits."""
+    plans = []
+    for name, edit in (("usual", nothing), ("moved", moved(2.0**-23))):
+        model = build("llama").eval()
+        edit(model)
+        save_with_tokenizer(model, tmp_path / name)
+        text = str(tmp_path / name / "text.txt")
+        plans.append(quantc.plan(tmp_path / name, avg_bits=4.5, calib=text, samples=4, seq_len=32).plan.specs)
+    assert plans[0] == plans[1]

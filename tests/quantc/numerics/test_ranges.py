@@ -8,7 +8,7 @@ import torch
 from quantc.numerics.basis import Rounding
 from quantc.numerics.grids import fit_grid
 from quantc.numerics.offsets import common_row, pays_off
-from quantc.numerics.ranges import RangeLoss, range_loss, suited_exponents, wanted_scales
+from quantc.numerics.ranges import RangeLoss, far_size, range_loss, suited_exponents, wanted_scales
 from quantc.spec import WHOLE_ROW, QuantSpec
 from quantc.stats import Gram
 
@@ -54,6 +54,11 @@ def test_a_small_row_is_counted_and_hardly_shows_in_the_share() -> None:
     found = range_loss(weight, QuantSpec(4, 8))
     assert found.rows == 1
     assert 0 < found.share < 1e-12
+
+
+def test_far_sizes_are_powers_of_two_and_others_are_left() -> None:
+    assert [far_size(torch.tensor([[size, 0.0]])) for size in (0.0, 1.0, 3e-4, 4000.0)] == [1.0] * 4
+    assert [far_size(torch.tensor([[size, 0.0]])) for size in (1.1 * 2.0**-30, -(2.0**20))] == [2.0**-30, 2.0**20]
 
 
 def test_exponents_are_whole_within_their_ends_and_nearest_to_what_is_wanted() -> None:
