@@ -19,16 +19,18 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
-    """Return the tokens of a document without BOS where the tokenizer itself puts one first, and without EOS behind it.
+    """Return the tokens of a document without special tokens, but for those that the chat template writes.
 
-    A conversation has the special tokens that the chat template writes. Raises CalibrationError where there is no
-    template, or where it refuses the conversation.
+    Raises CalibrationError where a conversation finds no template, or one that refuses it.
     """
     text = render(tokenizer, document) if isinstance(document, Conversation) else document
     # verbose=False: a whole text is longer than the model's context on purpose, and needs no warning.
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    first = leading_bos(tokenizer) if isinstance(document, Conversation) else []
-    return tokens[len(first) :] if tokens[: len(first)] == first else tokens
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def without_first(tokens: list[int], first: list[int]) -> list[int]:
+    """Return tokens without `first` at their beginning, which a template may write and windows have anyway."""
+    return tokens[len(first) :] if first and tokens[: len(first)] == first else tokens
 
 
 def ends(tokenizer: PreTrainedTokenizerBase, document: Document, tokens: list[int]) -> bool:

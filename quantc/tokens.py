@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .calib_data import Document, load_documents
-from .conversations import ends, leading_bos, tokenize
+from .calib_data import Conversation, Document, load_documents
+from .conversations import ends, leading_bos, tokenize, without_first
 from .errors import CalibrationError
 from .pipeline import Run
 from .recipe import NO_TEXT, CalibrationConfig
@@ -68,6 +68,8 @@ def tokenize_documents(
         stream += tokens
         if tokenizer.eos_token_id is not None and not ends(tokenizer, document, tokens):
             stream.append(tokenizer.eos_token_id)
+    written = first if any(isinstance(document, Conversation) for document in documents) else []
+    stream = without_first(stream, written)
     body = seq_len - len(first)
     room = len(stream) - body
     if room < 0:
@@ -82,7 +84,9 @@ def tokenize_documents(
         )
     phase = (seed * 0.6180339887498949) % 1.0
     starts = [round(room * (((index + phase) % samples) / max(1, samples - 1))) for index in range(samples)]
-    return torch.tensor([first + stream[start : start + body] for start in (min(s, room) for s in starts)])
+    # One that would start on the BOS of a conversation starts before it, or it would have two.
+    starts = [start - (start > 0 and stream[start : start + 1] == written) for start in (min(s, room) for s in starts)]
+    return torch.tensor([first + stream[start : start + body] for start in starts])
 
 
 def generate_tokens(model: Any, samples: int, seq_len: int, seed: int, first: list[int]) -> torch.Tensor:

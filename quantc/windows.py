@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calib_data import Document
-from .conversations import leading_bos, tokenize
+from .conversations import leading_bos, tokenize, without_first
 from .errors import CalibrationError, UsageError
 
 
@@ -49,7 +49,7 @@ def make_windows(
     _check_settings(context, stride, limit)
     bos = leading_bos(tokenizer)
     if len(documents) == 1:
-        windows = _cut(tokenize(tokenizer, documents[0]), bos, context, stride)
+        windows = _cut(without_first(tokenize(tokenizer, documents[0]), bos), bos, context, stride)
     else:
         windows = _one_each((tokenize(tokenizer, document) for document in documents), bos, context)
     return list(islice(windows, limit))
@@ -113,7 +113,7 @@ def _cut(tokens: list[int], bos: list[int], context: int, stride: int) -> Iterat
 def _one_each(documents: Iterable[list[int]], bos: list[int], context: int) -> Iterator[Window]:
     found = 0
     for document in documents:
-        tokens = (bos + document)[:context]
+        tokens = (bos + without_first(document, bos))[:context]
         if len(tokens) > 1:  # a lone token predicts nothing
             found += 1
             yield Window(torch.tensor(tokens), len(tokens) - 1)

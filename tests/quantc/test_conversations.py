@@ -159,6 +159,16 @@ def test_bos_of_template_and_tokenizer_are_one() -> None:
     assert tokens.tolist() == [[BOS, user, 3, 4, EOS]]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_window_starts_with_two_bos(seed: int) -> None:
+    """The BOS of a conversation that comes later stays: with some models it is the mark of a turn."""
+    made = tokenizer("<s> " + PLAIN, adds_bos=True)
+    tokens = tokenize_documents(made, [said(TALK[0])] * 9, samples=7, seq_len=8, seed=seed)
+    assert (tokens[:, 0] == BOS).all()
+    assert (tokens[:, 1] != BOS).all()
+    assert (tokens[:, 1:] == BOS).any(dim=1).all()
+
+
 def test_bos_that_only_the_template_writes_stays() -> None:
     made = tokenizer("<s> " + PLAIN)
     tokens = tokenize_documents(made, [said(TALK[0])] * 2, samples=1, seq_len=10, seed=0)
