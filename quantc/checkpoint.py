@@ -267,7 +267,7 @@ class CheckpointReader:
             return dict.fromkeys(self._open(self.folder / SINGLE).keys(), SINGLE)
         weight_map = self._table(INDEX, read_json(self.folder / INDEX).get("weight_map"), str)
         for shard in set(weight_map.values()):
-            if Path(shard).name != shard or "\0" in shard:
+            if not untrusted.is_plain_name(shard):
                 raise CheckpointError(f"{self.folder / INDEX} points outside its folder ({shard}); do not use it.")
         return weight_map
 

@@ -62,12 +62,7 @@ def tokenize_documents(
     Raises CalibrationError when the text does not fill a single window.
     """
     first = leading_bos(tokenizer)
-    stream: list[int] = []
-    for document in documents:
-        tokens = tokenize(tokenizer, document)
-        stream += tokens
-        if tokenizer.eos_token_id is not None and not ends(tokenizer, document, tokens):
-            stream.append(tokenizer.eos_token_id)
+    stream = _join(tokenizer, documents)
     written = first if any(isinstance(document, Conversation) for document in documents) else []
     stream = without_first(stream, written)
     body = seq_len - len(first)
@@ -87,6 +82,16 @@ def tokenize_documents(
     # One that would start on the BOS of a conversation starts before it, or it would have two.
     starts = [start - (start > 0 and stream[start : start + 1] == written) for start in (min(s, room) for s in starts)]
     return torch.tensor([first + stream[start : start + body] for start in starts])
+
+
+def _join(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[int]:
+    stream: list[int] = []
+    for document in documents:
+        tokens = tokenize(tokenizer, document)
+        stream += tokens
+        if tokenizer.eos_token_id is not None and not ends(tokenizer, document, tokens):
+            stream.append(tokenizer.eos_token_id)
+    return stream
 
 
 def generate_tokens(model: Any, samples: int, seq_len: int, seed: int, first: list[int]) -> torch.Tensor:

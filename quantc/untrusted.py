@@ -22,6 +22,7 @@ DEEPEST = 100  # mappings and lists inside each other: transformers' own configs
 MOST_NODES = 1_000_000  # of a YAML document with its aliases written out
 MOST_BITS = 128  # of a whole number; tokenizers have 10**30 for "no limit"
 LONGEST_WORD = 200  # characters that are compared when a known name is looked for; that takes quadratic time
+LONGEST_NAME = 255  # bytes of a file's name on every usual file system
 MOST_BYTES = 256 << 20  # an index of 100,000 tensors has 10 MB
 
 
@@ -71,6 +72,12 @@ def read_text(file: Path) -> str:
     if facts.st_size > MOST_BYTES:
         raise ValueError(f"it has {facts.st_size} bytes, and {MOST_BYTES} are the most that is read")
     return file.read_text(encoding="utf-8")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name from a file can only be that of a file in the same folder."""
+    inside = name not in {"", ".", ".."} and Path(name).name == name and "\0" not in name
+    return inside and len(name.encode()) <= LONGEST_NAME
 
 
 def nearest(word: object, known: Iterable[str], cutoff: float = 0.0) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
-from ..untrusted import read_json
+from ..untrusted import is_plain_name, read_json
 from .kinds import without_weights
 
 INDEX = "model.safetensors.index.json"
@@ -100,7 +100,8 @@ def some(names: Iterable[str]) -> str:
 
 def _named(folder: Path, named: Any) -> WeightFiles:
     file = folder / str(named)
-    if Path(str(named)).name != named or not str(named).endswith((".safetensors", ".safetensors.index.json")):
+    known = str(named).endswith((".safetensors", ".safetensors.index.json"))
+    if not (isinstance(named, str) and known and is_plain_name(named)):
         raise ModelError(
             f"{folder}: config.json has {named!r} as transformers_weights; the name of a safetensors file in the same "
             "folder is needed, so remove the entry."
@@ -117,7 +118,7 @@ def _indexed(folder: Path, index: str) -> WeightFiles:
     listed = _read_index(folder / index)
     names = sorted(set(listed.values()))
     for name in names:
-        if Path(name).name != name or "\0" in name:
+        if not is_plain_name(name):
             raise ModelError(f"{folder / index} points outside its folder ({name}); do not use it.")
         if not (folder / name).is_file():
             raise ModelError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quantc.untrusted import DEEPEST, parse_json, parse_yaml, read_json, read_text
+from quantc.untrusted import DEEPEST, is_plain_name, parse_json, parse_yaml, read_json, read_text
 
 ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
@@ -60,6 +60,16 @@ def test_damaged_json_is_a_value_error(text: str) -> None:
 def test_damaged_yaml_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
         parse_yaml(text)
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/b", "", "..", ".", "a\0", "a" * 256, "\u00e4" * 128])
+def test_a_name_that_is_not_of_a_file_in_the_same_folder(name: str) -> None:
+    assert not is_plain_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 255, "\u00e4" * 127, "model-00001-of-00002.safetensors"])
+def test_a_plain_name(name: str) -> None:
+    assert is_plain_name(name)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

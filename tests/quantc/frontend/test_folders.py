@@ -100,7 +100,7 @@ def test_an_index_that_lists_what_its_shard_does_not_hold(folder: Path, tmp_path
     )
 
 
-@pytest.mark.parametrize("more", ["../../", "\\u0000"])
+@pytest.mark.parametrize("more", ["../../", "\\u0000", "x" * 250])
 def test_an_index_that_points_outside_its_folder(pristine: Path, folder: Path, tmp_path: Path, more: str) -> None:
     names = shard(folder, 2)
     text = (folder / INDEX).read_text().replace(names[0], f"{more}{names[0]}")
