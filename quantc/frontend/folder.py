@@ -26,7 +26,7 @@ from ..progress import Progress
 from .agreement import DTYPES, OLDER_ARGUMENTS, check_agreement, differing_ties
 from .bounds import check_config_file, check_sizes
 from .finite import check_finite
-from .kinds import check_architecture, read_raw_config, refuse_adapter
+from .kinds import check_architecture, refuse_adapter, refuse_fetched_code, refuse_other_folders
 from .source import (
     COMPUTE_DTYPE,
     Source,
@@ -52,9 +52,10 @@ class FolderSource(Source):
     def __init__(self, folder: Path, name: str | None = None, trusted: bool = False):
         self.path, self.trusted = folder, trusted
         self.name = name or _name_of(folder)
-        raw_config = read_raw_config(folder)
+        refuse_other_folders(folder)
         config = _read_config(folder, trusted)
-        self._weights = find_weights(folder, raw_config)
+        # Taken away, since it would point a checkpoint made from this folder to another file.
+        self._weights = find_weights(folder, config.__dict__.pop("transformers_weights", None))
         refuse_adapter(folder)
         check_sizes(config, self._weights.files)
         self._build(config)
@@ -62,7 +63,8 @@ class FolderSource(Source):
         if hasattr(self.model.config, "auto_map"):
             self.notes.append("code that the model brings was run (--trust-remote-code)")
         self._believe_the_files()
-        self.notes += check_agreement(folder, self.model, self._conversions, self._targets, self._headers)
+        with quiet_transformers():
+            self.notes += check_agreement(folder, self.model, self._conversions, self._targets, self._headers)
 
     def _build(self, config: Any) -> None:
         self.model = build_skeleton(config, self.trusted)
@@ -199,8 +201,8 @@ def _read_config(folder: Path, trusted: bool) -> Any:
         )
         raise ModelError(f"{folder} is already quantized (by {method}), but quantc needs float weights; {remedy}.")
     check_architecture(folder, config)
-    if hasattr(config, "transformers_weights"):
-        del config.transformers_weights  # it would point a checkpoint made from this folder to another file
+    if not trusted:
+        refuse_fetched_code(folder, config)
     return config
 
 

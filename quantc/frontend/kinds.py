@@ -46,15 +46,22 @@ WITHOUT_WEIGHTS = (
 CLASSIFIERS = ("Classification", "RewardModel", "QuestionAnswering", "MultipleChoice", "ForScore")
 
 
-def read_raw_config(folder: Path) -> dict[str, Any]:
-    """Return config.json as it is; raises ModelError where there is none, empty where it is no readable mapping."""
+def refuse_other_folders(folder: Path) -> None:
+    """Raise ModelError that says what a folder without a config.json is."""
     if not (folder / "config.json").is_file():
         raise _without_config(folder)
-    try:
-        content = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return {}  # transformers, which reads it next, says what is wrong with it
-    return content if isinstance(content, dict) else {}
+
+
+def refuse_fetched_code(folder: Path, config: Any) -> None:
+    """Raise ModelError for a config that makes transformers fetch a kernel, which is code, from the hub."""
+    for part in (config, config.get_text_config()):
+        for key in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if "/" in str(getattr(part, key, None)):
+                raise ModelError(
+                    f"{folder}: config.json asks for the kernel {getattr(part, key)!r}, which is code from the hub "
+                    "that is not run unasked; remove that entry, or pass --trust-remote-code (in Python "
+                    "trust_remote_code=True)."
+                )
 
 
 def refuse_adapter(folder: Path) -> None:

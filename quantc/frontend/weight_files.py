@@ -57,12 +57,12 @@ class WeightFiles:
         return found
 
 
-def find_weights(folder: Path, raw_config: dict[str, Any]) -> WeightFiles:
-    """Return the files that transformers would read: what config.json names, else model.safetensors, else an index.
+def find_weights(folder: Path, named: Any = None) -> WeightFiles:
+    """Return the files that transformers would read: model.safetensors, else those that an index lists.
 
-    Raises ModelError where there are none, or not all of them.
+    named: what config.json has as transformers_weights, which goes before these. Raises ModelError where there are no
+    weights, or not all of them.
     """
-    named = raw_config.get("transformers_weights")
     if named is not None:
         found = _named(folder, named)
     elif (folder / SINGLE).is_file():

@@ -135,3 +135,15 @@ def test_a_tokenizer_that_brings_code(tmp_path: Path, marker: Path) -> None:
     quantc.quantize(folder, out=tmp_path / "trusted", trust_remote_code=True, **settings)  # type: ignore[arg-type]
     assert marker.exists()
     assert (tmp_path / "trusted/tokenization_own.py").is_file()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_kernel_from_the_hub_is_not_fetched_unasked(key: str, tmp_path: Path) -> None:
+    folder = save_with_tokenizer(build("llama"), tmp_path / "model")
+    edit_config(folder, **{key: "owner/kernel"})
+    with pytest.raises(ModelError) as caught:
+        open_model(folder)
+    assert str(caught.value) == (
+        f"{folder}: config.json asks for the kernel 'owner/kernel', which is code from the hub that is not run "
+        "unasked; remove that entry, or pass --trust-remote-code (in Python trust_remote_code=True)."
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 import quantc
 import quantc.api
@@ -253,3 +254,12 @@ def test_eval_tells_what_is_amiss(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("quantc.evaluation.measure_decode_speed", lambda *_: 1.0)
     result = run("eval", str(folder), "--text", str(folder / "text.txt"), "--context", "16")
     assert f"config.json says that the head is the embedding, but {HEAD} has values of its own" in result.stderr
+
+
+def test_opening_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers_logging.enable_progress_bar()
+    try:
+        open_model(folder)
+    finally:
+        transformers_logging.disable_progress_bar()
+    assert capfd.readouterr() == ("", "")
