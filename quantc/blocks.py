@@ -81,6 +81,8 @@ class BlockCall:
         return block(*self.args, **self.kwargs)
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch says of GPUs and of CPUs
+
 BlockHandler = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -108,9 +110,11 @@ def running(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        if any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
         raise ModelError(
-            f"{type(model).__name__} failed on a probe of tokens ({type(error).__name__}: {_one_line(error)}); "
-            "quantc needs a decoder that runs on input_ids alone."
+            f"{type(model).__name__} failed on tokens alone ({type(error).__name__}: {_one_line(error)}); "
+            "quantc needs a decoder that runs on input_ids."
         ) from error
 
 

@@ -166,9 +166,9 @@ def test_a_model_that_needs_more_than_tokens_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
         derive(model, lambda _: None, lambda _: None)
     assert str(caught.value) == (
-        "Blip2ForConditionalGeneration failed on a probe of tokens (TypeError: "
+        "Blip2ForConditionalGeneration failed on tokens alone (TypeError: "
         "Blip2ForConditionalGeneration.forward() missing 1 required positional argument: 'pixel_values'); "
-        "quantc needs a decoder that runs on input_ids alone."
+        "quantc needs a decoder that runs on input_ids."
     )
 
 

@@ -206,8 +206,7 @@ REFUSED = {
     ),
     "missing": (
         missing, dict, False,
-        "Handing failed on a probe of tokens (KeyError: 'nobody'); quantc needs a decoder that runs on input_ids "
-        "alone.",
+        "Handing failed on tokens alone (KeyError: 'nobody'); quantc needs a decoder that runs on input_ids.",
     ),
 }  # fmt: skip
 
@@ -245,3 +244,13 @@ def test_every_block_of_a_kind_that_leaves_something_is_run() -> None:
     with torch.no_grad():
         found = model.head(states.hidden(batch)[..., :4])
         torch.testing.assert_close(found, model(TOKENS, use_cache=False))
+
+
+def no_memory(member: Member, index: int, hidden: torch.Tensor, state: Any) -> torch.Tensor:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+
+def test_memory_that_runs_out_is_not_taken_for_the_model_s_fault() -> None:
+    model: Any = Handing(no_memory, None)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        derive(model, lambda _: None, lambda _: None)
