@@ -163,7 +163,8 @@ def test_it_may_be_interrupted_anywhere_and_again(
 
 
 @pytest.mark.parametrize(
-    "family", thinned(["gpt2", "mixtral", "jamba", "gemma3_text", "gpt_oss", "zamba2", "gpt_neo"], every=3)
+    "family",
+    thinned(["gpt2", "mixtral", "jamba", "gemma4_shared_kv", "gpt_oss", "zamba2", "gpt_neo", "gemma3_text"], every=3),
 )
 def test_every_kind_of_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacked experts, either way round; Conv1D; norms after writers; mixed blocks; weights that blocks share."""
