@@ -42,6 +42,7 @@ def save(name: str, folder: Path) -> PreTrainedModel:
     save_with_tokenizer(model, folder / "model")
     for file in CARRIED:
         (folder / "model" / file).write_text(json.dumps({"file": file, "übrig": 1}, ensure_ascii=False), "utf-8")
+    (folder / "model/latin.json").write_bytes('{"ü": 1}'.encode("latin-1"))
     return model
 
 
@@ -75,7 +76,7 @@ def test_the_decoder_is_quantized_and_the_tower_stays(name: str, tmp_path: Path)
     assert all(torch.equal(stored[key], value) for key, value in outside.items())
     assert outside
     check(model, packed, name, 0.03)
-    for file in CARRIED:
+    for file in (*CARRIED, "latin.json"):
         assert (tmp_path / "packed" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
 
 

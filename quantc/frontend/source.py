@@ -205,9 +205,10 @@ def auto_class(config: Any) -> Any:
     Where none is named it is the first that knows the config, and AutoModelForCausalLM where none does, or where the
     model is an encoder and a decoder.
     """
-    others = () if config.is_encoder_decoder else (AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    encoder = getattr(config, "is_encoder_decoder", False)
+    others = () if encoder else (AutoModelForImageTextToText, AutoModelForMultimodalLM)
     known = [auto for auto in (AutoModelForCausalLM, *others) if type(config) in auto._model_mapping]
-    named = [auto for auto in known if _class_name(auto, config) in (config.architectures or ())]
+    named = [auto for auto in known if _class_name(auto, config) in (getattr(config, "architectures", None) or ())]
     return (*named, *known, AutoModelForCausalLM)[0]
 
 
