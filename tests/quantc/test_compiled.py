@@ -70,6 +70,20 @@ def targets(graphs: list[fx.GraphModule]) -> list[Any]:
 
 
 @native
+def test_parts_that_change_between_texts_are_seen(packed: Callable[[str], Path], graphs: list[fx.GraphModule]) -> None:
+    """The prompt, which is not compiled, prepares them again where the compiled step finds them."""
+    plain = quantc.load(packed("llama"), dtype=torch.float32)
+    fast = quantc.load(packed("llama"), dtype=torch.float32, compile=True)
+    before = text(fast)
+    for model in (plain, fast):
+        for name, part in model.named_buffers():
+            if name.endswith("down_proj.scales"):
+                part.neg_()
+    assert text(fast) == text(plain)
+    assert text(fast) != before
+
+
+@native
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_gives_the_text_of_the_model_that_is_not_compiled(
     packed: Callable[[str], Path], graphs: list[fx.GraphModule], name: str
