@@ -33,7 +33,7 @@ STRIDE = log(64)  # of the predicted loss, some 3 bits a weight: the farthest st
 EDGE = 0.15  # of a bracket: an interpolated plan is no nearer to its ends
 WASTED = 0.75  # of the target: a plan that measures less than this has bits to spare
 NARROW = 0.04  # of a plan's bits: another build in such a bracket saves 2 % on average
-FLOOR = 1e-3  # of the target: measured losses below it, and those of 0 or less, count as this
+SPAN = 1e3  # measured losses count as at least the target over this, and at most the target times this
 LEAST_LOSS = 1e-12  # nats per token: predictions below it count as this
 
 
@@ -186,8 +186,9 @@ def _beyond(limit: float, rounds: list[Round], nearest: Round | None) -> float:
 
 
 def _logs(item: Round, limit: float) -> tuple[float, float]:
-    """Of what was predicted and of what was found; a loss of 0 or less, as a perplexity can fall, counts as small."""
-    return log(max(item.shared.loss, LEAST_LOSS)), log(max(item.found, FLOOR * limit))
+    """Of what was predicted and of what was found, which may be 0 or less (a perplexity can fall), infinite or NaN."""
+    found = max(limit / SPAN, min(limit * SPAN, item.found))  # in this order NaN is the most
+    return log(max(item.shared.loss, LEAST_LOSS)), log(found)
 
 
 def _smallest(budget: Budget, loss: float) -> Shared:

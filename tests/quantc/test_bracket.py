@@ -77,7 +77,7 @@ def smallest_that_meets(measured: Measure) -> int:
     return next(bits for bits in range(Plans.least, Plans.most + 1) if measured(bits) <= LIMIT)
 
 
-@pytest.mark.parametrize("factor", [0.3, 0.7, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("factor", [0.3, 0.7, 1.0, 2.0, 10.0, 50.0])
 def test_after_a_factor_the_second_build_meets_the_target(factor: float) -> None:
     rounds = pursue(lambda bits: factor * four_times_a_bit(bits))
     check(rounds)
@@ -154,6 +154,14 @@ def test_what_always_meets_ends_with_the_smallest_plan(found: float) -> None:
     rounds = pursue(lambda bits: found * log(1.02), Target(max_ppl_increase=0.02))
     assert rounds[-1].bits == Plans.least
     assert "missed it" not in Target(max_ppl_increase=0.02).describe(rounds, 100)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e9])
+def test_builds_that_predict_nonsense_missed(broken: float) -> None:
+    """At few bits a model may be of no use at all."""
+    rounds = pursue(lambda bits: 0.3 * four_times_a_bit(bits) if bits > 4200 else broken)
+    assert rounds[-1].found <= LIMIT
+    assert rounds[-1].bits <= 4200 * (1 + 2 * NARROW)
 
 
 @pytest.mark.parametrize("meets_at", [7990, 8000])
