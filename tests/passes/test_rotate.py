@@ -172,12 +172,20 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> OutlierLab:
 
 
 # Measured, without, with every and with the measured rotations: 0.0354, 0.0038, 0.0038 at 4 bits; 0.1696, 0.1602,
-# 0.0903 at 3; 1.79, 5.64, 1.79 at 2, on Zen 5. On a Xeon with AMX the measured ones give 1.7956 for 1.7928 at 2 bits,
-# in float32 too: something stays that gains nothing. Why is not known.
-@pytest.mark.parametrize(("bits", "most"), thinned([(3, 0.8), (4, 0.3), (2, 1.01)], every=3))
+# 0.0903 at 3; 1.79, 5.64, 1.79 at 2, on Zen 5. With AMX, and with AVX2 only, the measured ones give 0.2 and 0.4 % more
+# than none at 2 bits: something stays that gains nothing. Why is not known.
+@pytest.mark.parametrize(("bits", "most"), thinned([(3, 0.8), (4, 0.3)], every=2))
 def test_a_rotation_stays_where_it_pays(lab: OutlierLab, bits: int, most: float) -> None:
     allocate = {"allocate": {"bits": bits, "group_size": 32}}
     assert lab.kl(allocate, "rotate", method="gptq") <= most * lab.kl(allocate, method="gptq")
+
+
+def test_where_rotations_lose_nearly_none_of_it_is_lost(lab: OutlierLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = {"allocate": {"bits": 2, "group_size": 32}}
+    none, measured = lab.kl(allocate, method="gptq"), lab.kl(allocate, "rotate", method="gptq")
+    monkeypatch.setattr("quantc.passes.rotate.error_ratio", lambda *_: 0.5)
+    every = lab.kl(allocate, {"rotate": {}}, method="gptq")
+    assert measured - none <= 0.05 * (every - none)
 
 
 def test_rotation_recovers_most_of_what_the_outliers_cost_at_4_bits(lab: OutlierLab) -> None:
