@@ -27,7 +27,7 @@ def products() -> dict[str, tuple[torch.dtype, Callable[..., torch.Tensor]]]:
     for label, spec in SPECS.items():
         for dtype in (torch.float32, torch.bfloat16):
             chosen = choose(spec, (N, K), CPU, dtype).kernel
-            kernels: set[Kernel] = {chosen} if spec.wide_rows else {NATIVE, TORCH_INT4, REFERENCE}
+            kernels: tuple[Kernel, ...] = (chosen,) if spec.wide_rows else (NATIVE, TORCH_INT4, REFERENCE)
             for kernel in kernels:
                 if kernel.supports(spec, (N, K), CPU, dtype) is None:
                     weight = kernel.prepare(stored(spec), spec, (N, K), dtype)
