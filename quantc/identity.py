@@ -27,6 +27,7 @@ def identity(run: Run, recipe: Recipe, tokens: torch.Tensor | None, **more: Any)
         "file": {file.name: _version_of(file) for file in run.source.weight_files()},
         "contents of": run.source.contents(),
         "config": digest([run.source.model.config.to_json_string().encode()]),
+        "trust_remote_code": run.source.trusted,
         "passes": ", ".join(name for name, _ in recipe.passes),
         "calibration": asdict(recipe.calibration),
         **_settings(recipe),
