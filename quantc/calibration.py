@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +36,7 @@ class HiddenStates:
         self._folder, self._file = folder, None
         if prod(shape) * 4 > SPILL_BYTES:
             self._file = tempfile.NamedTemporaryFile(prefix="hidden-", dir=folder)  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
             # A full disk is an error here; a page that it has no room for would kill the process (SIGBUS).
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file.fileno(), 0, prod(shape) * 4)

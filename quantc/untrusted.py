@@ -24,6 +24,9 @@ MOST_BITS = 128  # of a whole number; tokenizers have 10**30 for "no limit"
 LONGEST_WORD = 200  # characters that are compared when a known name is looked for; that takes quadratic time
 LONGEST_NAME = 255  # bytes of a file's name on every usual file system
 MOST_BYTES = 256 << 20  # an index of 100,000 tensors has 10 MB
+_WORDS: dict[Any, str] = {  # for annotations
+    float: "a finite number", int: "a whole number", bool: "true or false", str: "a text", type(None): "null",
+}  # fmt: skip
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -125,7 +128,7 @@ def describe(hint: Any) -> str:
         return f"a list of {describe(arguments[0])}"
     if origin is dict:
         return "a mapping of {} to {}".format(*map(describe, arguments))
-    return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
+    return _WORDS.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _check_content(content: Any) -> None:

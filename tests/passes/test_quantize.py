@@ -284,7 +284,8 @@ def test_all_correlations_taken_off_leave_the_diagonal(
 def test_what_is_not_a_share_is_refused_by_name(name: str, share: float) -> None:
     with pytest.raises(UsageError) as caught:
         Recipe.from_dict({"version": 1, "passes": ["allocate", {"quantize": {name: share}}]})
-    assert str(caught.value).endswith(f"{name} is {share}, but it is a share; choose one from 0 (none) to 1.")
+    needed = "a finite number is needed" if math.isnan(share) else "it is a share; choose one from 0 (none) to 1"
+    assert str(caught.value).endswith(f"{name} is {share}, but {needed}.")
 
 
 def test_rows_that_overflow_are_named_where_weights_are_corrected_too(tmp_path: Path) -> None:

@@ -153,18 +153,20 @@ def test_every_pass_goes_on_as_if_nothing_had_happened(
     assert "2 of 4 blocks are from an interrupted run; times are of the last run alone" in notes
 
 
-@pytest.mark.parametrize("stops", thinned([[1, 1, 2], [3]], every=2), ids=str)
+@pytest.mark.parametrize(
+    ("stops", "preset"), thinned([([1, 1, 2], "balanced"), ([1, 1, 2], "best"), ([3], "best")], every=3), ids=str
+)
 def test_it_may_be_interrupted_anywhere_and_again(
-    stops: list[int], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stops: list[int], preset: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [BLOCK.format(stop) for stop in stops]
-    notes = check(monkeypatch, model, tmp_path, names, bits=3, group_size=16, preset="best", head_bits=4)
+    notes = check(monkeypatch, model, tmp_path, names, bits=3, group_size=16, preset=preset, head_bits=4)
     assert sum("interrupted run" in note for note in notes) == len(set(stops))
 
 
 @pytest.mark.parametrize(
     "family",
-    thinned(["gpt2", "mixtral", "jamba", "gemma4_shared_kv", "gpt_oss", "zamba2", "gpt_neo", "gemma3_text"], every=3),
+    thinned(["gpt2", "mixtral", "jamba", "gemma3_text", "gpt_oss", "zamba2", "gpt_neo", "gemma4_shared_kv"], every=3),
 )
 def test_every_kind_of_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacked experts, either way round; Conv1D; norms after writers; mixed blocks; weights that blocks share."""

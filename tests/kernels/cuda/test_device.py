@@ -195,8 +195,8 @@ def test_a_failure_is_remembered_for_its_device_and_logged_once(
     machine: FakeMachine, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        for text in ("the driver refuses; update it.\nmore", "another"):
-            reason = record_failure(GPU, KernelError(text))
+        for error in (RuntimeError("the driver refuses; update it.\nmore"), KernelError("another")):
+            reason = record_failure(GPU, error)
             assert reason == "failed on cuda:0: the driver refuses; update it"
     (record,) = caplog.records
     assert record.getMessage().startswith("No CUDA kernel runs on cuda:0, a slower one takes its place: the driver ref")
