@@ -16,7 +16,7 @@ from quantc.passes.tune import OFFSET_RATE, TuneConfig
 from quantc.reconstruction import Reconstruction, Trainable, Trained
 from quantc.report import Report
 from tests.families import build
-from tests.helpers import quantize_saved, save_with_tokenizer
+from tests.helpers import quantize_saved, save_with_tokenizer, thinned
 
 TRAINED = Path(__file__).parent.parent / "tiny_model" / "model"
 TEXT = TRAINED.parent / "heldout.txt"
@@ -76,7 +76,7 @@ def test_training_at_length_gains_more(window: int, plain_at_length: tuple[Repor
     verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("window", thinned([3, 1], every=2))
 def test_windows_of_any_length(window: int, plain: tuple[Report, float], tmp_path: Path) -> None:
     """Longer than what is left of the model, too; what lies behind a block is not rounded by it."""
     report, tuned = quantized(tmp_path, "allocate", "quantize", f"tune: {{window: {window}, steps: 6}}")

@@ -304,7 +304,7 @@ main(sys.argv[3:], prog_name="quantc")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", thinned([signal.SIGKILL, signal.SIGTERM], every=2))
 def test_a_process_that_is_killed(number: signal.Signals, model: Path, tmp_path: Path) -> None:
     text = str(model / "text.txt")
     words = f"quantize {model} --bits 3 --group-size 16 --calib {text} --samples 4 --seq-len 32 --resume"

@@ -123,6 +123,7 @@ def test_a_search_that_went_on_is_one_that_never_stopped(monkeypatch: pytest.Mon
         planned(monkeypatch, tmp_path / "b", search=4)
 
 
+@pytest.mark.slow
 def test_a_size_holds_to_the_byte(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole_model = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
     limit = int(0.4 * whole_model)
