@@ -7,7 +7,6 @@ wrote itself is removed on the way (ownership.py).
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -26,7 +25,7 @@ from .journal import ANEW, JOURNAL, DamagedRun, Journal, difference, has_journal
 from .ownership import LIST, MARK, check_place, is_run, lasting, mark, marked, own_user, remove, survey
 from .progress import Progress
 from .shard_writer import ShardWriter, sync, writing
-from .whole_file import utf8_path
+from .whole_file import json_text, utf8_path
 
 SHARD_BYTES = 2 << 30
 KEPT = "Kept in"  # begins a note on an error
@@ -309,10 +308,10 @@ class CheckpointWriter:
         with writing(self.folder):
             weight_map = {name: shard.place.name for name, shard in self._shard_of.items()}
             index = {"metadata": {"total_size": self.weights_bytes}, "weight_map": weight_map}
-            self.add_text(INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
-            self.add_text("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+            self.add_text(INDEX, json_text(index, indent=1, sort_keys=True) + "\n")
+            self.add_text("config.json", json_text(config, indent=2, sort_keys=True) + "\n")
             written = {LIST: sorted({*lasting(self.folder), MANIFEST})}
-            self.add_text(MANIFEST, json.dumps({**manifest, **written, "tensors": self.tensors}, indent=1) + "\n")
+            self.add_text(MANIFEST, json_text({**manifest, **written, "tensors": self.tensors}, indent=1) + "\n")
             for path in (found := survey(self.folder)).own + found.folders:
                 sync(path)
             self._swap_in(self.folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .untrusted import read_json
+from .whole_file import json_text
 
 JOURNAL = "resume.json"
 VERSION = 2  # the first one had no checksum
@@ -42,14 +43,14 @@ class Journal:
         """Take the place of the journal that was there, at once; raises OSError."""
         fresh = folder / (JOURNAL + ".new")
         with open(fresh, "w", encoding="utf-8", opener=open_own) as stream:
-            json.dump({"version": VERSION, "sha256": self.checksum(), **vars(self)}, stream)
+            stream.write(json_text({"version": VERSION, "sha256": self.checksum(), **vars(self)}))
             stream.flush()
             os.fsync(stream.fileno())
         fresh.replace(folder / JOURNAL)
 
     def checksum(self) -> str:
         """sha256 of what the journal says."""
-        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json_text(vars(self), sort_keys=True).encode()).hexdigest()
 
     def check(self, recorded: object) -> None:
         """Raise ValueError where this is no journal that a run wrote; recorded: its checksum."""
@@ -118,7 +119,7 @@ def kept_in(folder: Path, damaged: str = "") -> str:
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first thing in which two identities differ, in words; "" where they are the same."""
-    old, new = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(now))))
+    old, new = dict(_leaves(before)), dict(_leaves(json.loads(json_text(now))))
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
             return f"{name} {_shown(old.get(name))}, and this run has {_shown(new.get(name))}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import typing
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from .memory import peak_rss_bytes
 from .spec import QuantSpec
 from .units import plural
 from .untrusted import describe, fits, read_json
+from .whole_file import json_text
 
 REPORT_FILE = "report.json"
 TOTALS = {"bits_per_weight": float, "expert_fallbacks": int}  # in the file, but computed
@@ -138,7 +138,7 @@ class Report:
         return report
 
     def write(self, folder: Path) -> None:
-        (folder / REPORT_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (folder / REPORT_FILE).write_text(json_text(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def notes_on_errors(linears: Sequence[LinearReport]) -> list[str]:

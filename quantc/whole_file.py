@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from os import fsencode
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -21,6 +23,18 @@ def write_whole(file: Path, content: bytes) -> None:
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def json_text(content: Any, **layout: Any) -> str:
+    """Return JSON in which names of files are text, whatever the locale: bytes that it cannot decode are read as UTF-8.
+
+    Python has such bytes as halves of characters, which no other reader of JSON takes. layout: as json.dumps has it.
+    """
+    text = json.dumps(content, **layout)
+    if "\\ud" not in text:
+        return text
+    whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return json.dumps(json.loads(whole), **layout)
 
 
 def utf8_path(folder: Path) -> Path:

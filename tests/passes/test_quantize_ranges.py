@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import quantc
+from quantc import api
 from quantc.checkpoint import CheckpointReader
 from quantc.errors import ModelError
 from quantc.passes.quantize import OUT_OF_RANGE
@@ -213,5 +214,5 @@ def test_a_budget_is_shared_as_if_weights_were_in_range(tmp_path: Path) -> None:
         edit(model)
         save_with_tokenizer(model, tmp_path / name)
         text = str(tmp_path / name / "text.txt")
-        plans.append(quantc.plan(tmp_path / name, avg_bits=4.5, calib=text, samples=4, seq_len=32).plan.specs)
+        plans.append(api.plan(tmp_path / name, avg_bits=4.5, calib=text, samples=4, seq_len=32).plan.specs)
     assert plans[0] == plans[1]
