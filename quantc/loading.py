@@ -16,6 +16,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from .checkpoint import METHOD, CheckpointReader, read_json
 from .errors import CheckpointError, QuantcError
+from .frontend.bounds import layer_counts
 from .frontend.source import asking_in_words, auto_class, first_line, needs_code, quiet_transformers
 from .model_check import handing_over
 
@@ -83,11 +84,10 @@ def _class_of(config: PreTrainedConfig, folder: Path, trusted: bool) -> tuple[ty
 
 def _check_layers(reader: CheckpointReader) -> None:
     """Building a skeleton of 100,000 layers takes an hour; the files say how many there are at most."""
-    for settings in (reader.config, *(value for value in reader.config.values() if isinstance(value, dict))):
-        layers = settings.get("num_hidden_layers")
+    for name, layers in layer_counts(reader.config):
         if isinstance(layers, int) and layers > len(reader.weight_map):
             raise CheckpointError(
-                f"{reader.folder / 'config.json'} has num_hidden_layers {layers}, but the files hold "
+                f"{reader.folder / 'config.json'} has {name} {layers}, but the files hold "
                 f"{len(reader.weight_map)} tensors; the two do not belong together."
             )
 

@@ -36,7 +36,7 @@ def check_config_file(file: Path) -> None:
             f"{file.parent}: config.json says architectures {content['architectures']!r}, but a list of names is "
             "needed; fetch or save it again."
         )
-    for name, count in _layer_counts(content):
+    for name, count in layer_counts(content):
         if not isinstance(count, int) or not 0 <= count <= MOST_LAYERS:
             raise ModelError(
                 f"{file.parent}: config.json says {name} {count!r}, but a number from 0 to {MOST_LAYERS} is needed; "
@@ -57,7 +57,7 @@ def check_sizes(config: Any, files: list[Path]) -> None:
         return
     folder, text = files[0].parent, config.get_text_config()
     settings = text.to_dict()
-    for name, count in _layer_counts(config.to_dict()):
+    for name, count in layer_counts(config.to_dict()):
         if isinstance(count, int) and count > tensors:
             raise ModelError(
                 f"{folder}: config.json says {name} {count}, but the weight files hold {tensors} tensors, fewer than "
@@ -72,13 +72,13 @@ def check_sizes(config: Any, files: list[Path]) -> None:
             )
 
 
-def _layer_counts(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def layer_counts(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Those of the model and of the models inside it, such as a text and a vision one."""
     for name, value in settings.items():
         if name in LAYER_COUNTS and value is not None:
             yield name, value
         elif isinstance(value, dict):
-            yield from _layer_counts(value)
+            yield from layer_counts(value)
 
 
 def _measure(files: list[Path]) -> tuple[int, int]:
