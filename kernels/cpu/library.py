@@ -19,7 +19,7 @@ import torch
 
 from ...errors import KernelError, UsageError
 
-VERSION = 7  # of the C interface in native/api.h and of images
+VERSION = 8  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
 FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them

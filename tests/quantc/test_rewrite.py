@@ -154,8 +154,9 @@ def test_random_scales_fold_into_every_family_and_leave_its_logits(name: str) ->
                 assert len(changed) >= 1 + len(item.readers)
     assert tuple(folded.values()) == EXPECTED[name]
     assert refused == REFUSED.get(name, {})
-    # norms and softmax cast to float32
-    assert (logits(model) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    # Norms and softmax round to float32, recurrent layers so for every token on top of the one before.
+    bound = torch.finfo(torch.float32).eps * max(8, expected.shape[1])
+    assert (logits(model) - expected).abs().max() <= bound * expected.abs().max()
 
 
 # Wrong folds. `kind` picks an activation of the first block, `spoil` what goes wrong.

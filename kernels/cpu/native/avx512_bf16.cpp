@@ -58,7 +58,7 @@ INLINE void strips_side_by_side(const Pairs<BITS>& decode, const Image* w, const
         for (int c = 1; c < CHAINS; ++c) sum = _mm512_add_ps(sum, chains[s][c][m]);
         products[m] = {{sum}};
       }
-      totals[s].add_group(w, x, strip + s, g, products);
+      totals[s].add_group(w, x, strip + s, g, products, w->mid);
     }
   }
   for (int s = 0; s < SIDE; ++s) totals[s].store(w, y, strip + s);

@@ -13,7 +13,7 @@ constexpr int STRIP = 16;   // output rows: float32 lanes of an AVX-512 register
 constexpr int BLOCK = 32;   // inputs: then every plane of a block is a whole number of 64-byte vectors
 constexpr int VECTOR = 64;  // bytes: a 32-bit word for each row of a strip
 constexpr uint32_t MAGIC = 0x43504351;
-constexpr uint32_t VERSION = 7;
+constexpr uint32_t VERSION = 8;
 
 // What the image of a weight with dropped groups has besides: kept.h. All zero in the others.
 struct Kept {
@@ -51,15 +51,20 @@ constexpr int low_bit(int bits, int k) {
   return k % 2 * 16 + k % inputs_in_vector(bits) / 2 * low_width(bits);
 }
 
-// Its upper part lies in the same byte of another vector, so that one shift aligns all bytes (or halves) at once.
+// Where the planes of a code are joined (words.h), it lies in a field of 4 or 8 bits: words of the lower plane hold
+// those of `joints` words, side by side.
+constexpr int field_width(int bits) { return bits == 2 ? 2 : bits <= 4 ? 4 : 8; }
+constexpr int joints(int bits) { return field_width(bits) / low_width(bits); }
+
+// Its upper part lies in the same field of another vector, so that one shift joins all fields (or bytes, or halves) at
+// once.
 constexpr int high_share(int bits) {  // vectors of the lower plane that share one of the upper
   return high_width(bits) ? low_width(bits) / high_width(bits) : 1;
 }
 constexpr int high_vector(int bits, int k) { return low_width(bits) + low_vector(bits, k) / high_share(bits); }
 constexpr int high_bit(int bits, int k) {
-  const int per_byte = 8 / low_width(bits);
-  const int slot = low_vector(bits, k) % high_share(bits) * per_byte + low_bit(bits, k) % 8 / low_width(bits);
-  return low_bit(bits, k) / 8 * 8 + slot * high_width(bits);
+  const int field = field_width(bits), joint = low_bit(bits, k) % field / low_width(bits);
+  return low_bit(bits, k) / field * field + (low_vector(bits, k) % high_share(bits) * joints(bits) + joint) * high_width(bits);
 }
 
 // The int8 kernel multiplies four inputs of a row at once: those whose codes lie at the same bit of the word's bytes.

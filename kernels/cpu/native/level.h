@@ -36,8 +36,11 @@ struct Level {
   void (*load_float)(const Image*, const void* x, Type, float* row, float* sums);
   void (*load_bfloat16)(const Image*, const void* x, uint16_t* row, float* sums);
   void (*load_int8)(const Image*, const float* ordered, int8_t* row, float* scales, float* sums);
-  // x times the scales of a per_ic group; returns the sum of (mid - zero) times that.
-  float (*scale_inputs)(const Image*, const float* ordered, int64_t group, float* scaled);
+  // A row as by_float takes it, or null where that is as load_float leaves it. Where it is not, by_float multiplies codes,
+  // and load_float sums x for symmetric ones too; elsewhere it multiplies codes less mid.
+  void (*fit_fields)(const Image*, float* row);
+  // x times the scales of a per_ic group; returns the sum of (base - zero) times that. base: 0 for codes, or mid.
+  float (*scale_inputs)(const Image*, const float* ordered, int64_t group, float* scaled, int base);
   // One row of a type, rotated. workspace: rotation_room bytes, at a multiple of 64.
   void (*rotate)(const Rotation*, const void* x, Type, void* out, float* workspace);
   // inner [rank] = a x for one row of a type, and added [rows][from, to) of [rows][n] = bias + b inner for y's rows.
@@ -62,6 +65,9 @@ struct Level {
   // and the number from which this is the fastest way.
   Strips by_rounded;
   int64_t rounded_from;
+  // Of any number of rows of floats with weights made floats, or null; and the number from which this is the fastest way.
+  Strips by_weights;
+  int64_t weights_from;
 };
 
 extern const Level LEVEL_SCALAR;

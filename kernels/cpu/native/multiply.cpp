@@ -15,6 +15,7 @@ constexpr int64_t SLAB = 64;                // rows of x for which a piece of W 
 // Making rounded weights is shared by all rows of a slab, whose sums for a piece of strips must fit the second cache.
 // 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512. A piece of 32 strips reads x, which may come
 // from the third cache, a quarter as often as one of 8: 256 rows of 4096 then take 0.85 of the time.
+constexpr int64_t WEIGHTS_SLAB = 192;
 constexpr int64_t ROUNDED_SLAB = 512, ROUNDED_STRIPS = 32;
 // Of packed weight that a thread takes at once: an eighth of a Zen 5's L2 where it is read for several tiles of rows; much
 // where it is read once, since reading must get going again with every piece (128 KB take 1.15 times as long as 2 MB).
@@ -29,14 +30,16 @@ constexpr int64_t PER_IC_ROUNDED_FROM = 3;
 thread_local Scratch caller_scratch, worker_scratch;
 
 int padded_tile(int64_t rows, int largest) {
-  const int fitting = rows >= 5 ? 8 : rows >= 3 ? 4 : static_cast<int>(rows);
+  const int64_t tiles = (rows + largest - 1) / largest, even = (rows + tiles - 1) / tiles;
+  const int fitting = even > 4 ? 8 : even > 2 ? 4 : static_cast<int>(even);
   return fitting < largest ? fitting : largest;
 }
 
 int64_t size_of(Type type) { return type == FLOAT32 ? 4 : 2; }
 
-enum Kind { BY_FLOAT, BY_BFLOAT16, BY_INT8, BY_TILES, BY_ROUNDED };
+enum Kind { BY_FLOAT, BY_BFLOAT16, BY_INT8, BY_TILES, BY_ROUNDED, BY_WEIGHTS };
 bool goes_in_tiles(Kind kind) { return kind == BY_TILES || kind == BY_ROUNDED; }
+bool takes_all_rows(Kind kind) { return goes_in_tiles(kind) || kind == BY_WEIGHTS; }
 
 struct Multiplication {
   const Level* level;
@@ -57,7 +60,7 @@ struct Multiplication {
 
 // Sums of a row of x: one for each group, and for each unit of it where products go in tiles.
 int64_t sums_of_row(const Multiplication& job) {
-  if (job.kind == BY_ROUNDED) return 0;
+  if (job.kind == BY_ROUNDED || job.kind == BY_WEIGHTS) return 0;
   if (job.w->per_ic) return 1;
   return job.kind == BY_TILES ? job.w->groups * units_of_group(job.w) : job.w->groups;
 }
@@ -71,15 +74,21 @@ void order_into_tiles(const Multiplication& job, const void* x, int64_t row, uin
   for (int64_t b = 0; b < job.w->blocks; ++b) std::memcpy(to + b * height * VECTOR, workspace + b * BLOCK, VECTOR);
 }
 
+void fit(const Multiplication& job, float* row) {
+  if (job.level->fit_fields) job.level->fit_fields(job.w, row);
+}
+
 void order_row(const Multiplication& job, const void* x, int64_t row, float* workspace) {
   char* to = job.ordered + row * job.row_bytes;
   if (is_sparse(job.w) && job.kind == BY_BFLOAT16) return job.level->load_kept_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to));
   if (is_sparse(job.w)) return job.level->load_kept(job.w, x, job.type, reinterpret_cast<float*>(to));
-  float* sums = job.kind == BY_ROUNDED ? nullptr : job.sums + row * sums_of_row(job);
+  float* sums = !sums_of_row(job) ? nullptr : job.sums + row * sums_of_row(job);
   if (goes_in_tiles(job.kind)) return order_into_tiles(job, x, row, reinterpret_cast<uint16_t*>(workspace), sums);
   if (job.kind == BY_BFLOAT16) return job.level->load_bfloat16(job.w, x, reinterpret_cast<uint16_t*>(to), sums);
-  if (job.kind == BY_FLOAT || job.w->per_ic) return job.level->load_float(job.w, x, job.type, reinterpret_cast<float*>(to), sums);
-  job.level->load_float(job.w, x, job.type, workspace, sums);
+  const bool stays = job.kind == BY_FLOAT || job.kind == BY_WEIGHTS || job.w->per_ic;
+  job.level->load_float(job.w, x, job.type, stays ? reinterpret_cast<float*>(to) : workspace, sums);
+  if (job.kind == BY_FLOAT && !job.w->per_ic) fit(job, reinterpret_cast<float*>(to));
+  if (stays) return;
   job.level->load_int8(job.w, workspace, reinterpret_cast<int8_t*>(to), job.scales + row * job.w->blocks, sums);
 }
 
@@ -105,6 +114,7 @@ Kind kind_of(const Multiplication& job, const Call& call) {
   const bool bfloat16 = call.type == BFLOAT16;
   if (is_sparse(job.w)) return bfloat16 && call.m == 1 && job.level->by_kept_bfloat16 && fits_pairs(job.w) ? BY_BFLOAT16 : BY_FLOAT;
   if (call.int8 && job.level->by_int8) return BY_INT8;
+  if (job.level->by_weights && call.m >= job.level->weights_from) return BY_WEIGHTS;
   if (!bfloat16 || !job.level->by_bfloat16) return BY_FLOAT;
   if (job.level->by_rounded && call.m >= (job.w->per_ic ? PER_IC_ROUNDED_FROM : job.level->rounded_from)) return BY_ROUNDED;
   if (job.w->per_ic) return BY_FLOAT;
@@ -115,6 +125,7 @@ Strips kernel_of(const Multiplication& job) {
   if (is_sparse(job.w)) return job.kind == BY_BFLOAT16 ? job.level->by_kept_bfloat16 : job.level->by_kept;
   if (job.kind == BY_TILES) return job.level->by_tiles;
   if (job.kind == BY_ROUNDED) return job.level->by_rounded;
+  if (job.kind == BY_WEIGHTS) return job.level->by_weights;
   return job.kind == BY_INT8 ? job.level->by_int8 : job.kind == BY_BFLOAT16 ? job.level->by_bfloat16 : job.level->by_float;
 }
 
@@ -140,9 +151,12 @@ void multiply_per_ic(const Multiplication& job, int64_t row, int m, int64_t from
     const int64_t group = from / w->group_strips, end = (group + 1) * w->group_strips;
     for (int i = 0; i < m; ++i) {
       const float* ordered = reinterpret_cast<const float*>(job.ordered + (row + i) * job.row_bytes);
-      const float offset = job.level->scale_inputs(w, ordered, group, scaled + i * count);
+      const bool whole = job.kind == BY_FLOAT && job.level->fit_fields;
+      const float offset = job.level->scale_inputs(w, ordered, group, scaled + i * count, whole ? 0 : w->mid);
       sums[i] = offset;
-      if (job.kind == BY_INT8) {
+      if (job.kind == BY_FLOAT) {
+        fit(job, scaled + i * count);
+      } else {
         job.level->load_int8(w, scaled + i * count, rounded + i * count, scales + i * w->blocks, &sums[i]);
         sums[i] -= offset / static_cast<float>(w->mid);  // the kernel multiplies it with -mid
       }
@@ -159,7 +173,7 @@ void add_low_rank(const Multiplication& job, int64_t from, int64_t to) {
   job.level->add_times_b(job.weight, job.inner, all_rows, first, last, job.added);
 }
 
-int rows_at_once(const Multiplication& job) { return goes_in_tiles(job.kind) ? static_cast<int>(job.m) : job.level->tile; }
+int rows_at_once(const Multiplication& job) { return takes_all_rows(job.kind) ? static_cast<int>(job.m) : job.level->tile; }
 
 void multiply_piece(void* context, int64_t piece) {
   const Multiplication& job = *static_cast<const Multiplication*>(context);
@@ -167,12 +181,12 @@ void multiply_piece(void* context, int64_t piece) {
   const int64_t from = piece * job.strips_in_piece, all = w->strips;
   const int64_t to = from + job.strips_in_piece < all ? from + job.strips_in_piece : all;
   if (job.weight->rank) add_low_rank(job, from, to);
-  const int64_t sums_stride = sums_of_row(job), value = job.kind == BY_INT8 ? 1 : job.kind == BY_FLOAT ? 4 : 2;
-  const bool in_tiles = goes_in_tiles(job.kind);
+  const int64_t sums_stride = sums_of_row(job), value = job.kind == BY_INT8 ? 1 : job.kind == BY_FLOAT || job.kind == BY_WEIGHTS ? 4 : 2;
+  const bool all_rows = takes_all_rows(job.kind);
   const int tile = rows_at_once(job);
-  for (int64_t row = 0; row < job.m; row += tile) {
-    const int m = in_tiles ? tile : padded_tile(job.m - row, tile);
-    if (w->per_ic && !in_tiles) {
+  for (int64_t row = 0, m; row < job.m; row += m) {
+    m = all_rows ? tile : padded_tile(job.m - row, tile);
+    if (w->per_ic && !all_rows) {
       multiply_per_ic(job, row, m, from, to);
       continue;
     }
@@ -201,7 +215,7 @@ size_t take_room(Multiplication& job, const Multiplication* loaded, int64_t rows
     job.ordered = loaded->ordered, job.sums = loaded->sums, job.scales = loaded->scales;
     return 0;
   }
-  const int64_t tile = goes_in_tiles(job.kind) ? TILE_ROWS : job.level->tile, padded = (rows + tile - 1) / tile * tile, rank = job.weight->rank;
+  const int64_t tile = goes_in_tiles(job.kind) ? TILE_ROWS : job.kind == BY_WEIGHTS ? 1 : job.level->tile, padded = (rows + tile - 1) / tile * tile, rank = job.weight->rank;
   size_t used = 0;
   const auto next = [&](int64_t bytes) {
     const uintptr_t at = room + used;
@@ -250,9 +264,12 @@ struct Together {
   }
 
   int64_t slab() const {
-    for (int i = 0; i < count; ++i)
-      if (jobs[i].kind != BY_ROUNDED) return SLAB;
-    return ROUNDED_SLAB;
+    int64_t rows = ROUNDED_SLAB;
+    for (int i = 0; i < count; ++i) {
+      const int64_t own = jobs[i].kind == BY_ROUNDED ? ROUNDED_SLAB : jobs[i].kind == BY_WEIGHTS ? WEIGHTS_SLAB : SLAB;
+      rows = own < rows ? own : rows;
+    }
+    return rows;
   }
 
   void go_to(const Product* products, const Call& call, int64_t from) {
@@ -302,7 +319,7 @@ void run(Together& all, int threads) {
     const int64_t most = (rows_at_once(job) >= job.m ? STREAM_BYTES : PIECE_BYTES) / strip_bytes;
     job.strips_in_piece = even < most ? even : most;
     if (job.strips_in_piece < SIDE_BY_SIDE) job.strips_in_piece = even < SIDE_BY_SIDE ? even : SIDE_BY_SIDE;
-    if (job.kind == BY_ROUNDED) job.strips_in_piece = even >= ROUNDED_STRIPS ? ROUNDED_STRIPS : (even + 1) / 2 * 2;
+    if (job.kind == BY_ROUNDED || job.kind == BY_WEIGHTS) job.strips_in_piece = even >= ROUNDED_STRIPS ? ROUNDED_STRIPS : (even + 1) / 2 * 2;
     all.first_piece[i + 1] = all.first_piece[i] + (job.w->strips + job.strips_in_piece - 1) / job.strips_in_piece;
   }
   share_out(all.first_piece[all.count], threads, multiply_one, &all);

@@ -1,14 +1,17 @@
 // Four registers of 4 rows: what every 64-bit ARM has.
 #if defined(__aarch64__)
 #define LANES 4
+#include "few_fields.h"
 #include "hadamard.h"
 #include "kept_rows.h"
 #include "low_rank.h"
+#include "many_floats.h"
 #include "strips.h"
 
 const Level LEVEL_NEON = {
-    "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
-    multiply<Converter>, nullptr, nullptr, unpack<Converter>,
-    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr,
+    "neon", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, fit_fields, scale_inputs, rotate, times_a, add_times_b,
+    multiply_fields, nullptr, nullptr, unpack<Converter>,
+    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr, nullptr, 0,
+    multiply_many, 5,
 };
 #endif

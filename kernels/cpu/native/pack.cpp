@@ -37,10 +37,10 @@ inline uint32_t in_halves(uint64_t bytes, int bits) {
   const uint64_t first = 0x0001000100010001u * ((1u << bits) - 1);
   return side_by_side(bytes & first, bits) | side_by_side(bytes >> 8 & first, bits) << 16;
 }
-// Of every half's four fields the upper two move to its upper byte.
-inline uint32_t by_bytes(uint32_t halves, int bits) {
+// The four upper parts of each half moved to the fields (image.h) that they belong to: two and two side by side.
+inline uint32_t by_fields(uint32_t halves, int bits, int field) {
   const uint32_t lower = 0x00010001u * ((1u << 2 * bits) - 1);
-  return (halves & lower) | (halves & lower << 2 * bits) << (8 - 2 * bits);
+  return (halves & lower) | (halves & lower << 2 * bits) << (field - 2 * bits);
 }
 
 // Codes of inputs 8 j to 8 j + 7 of a block, a byte each, into their places (image.h) in the words of a row.
@@ -55,9 +55,9 @@ inline void place_eight(uint64_t codes, int j, uint32_t* words) {
     const int vector = j / EIGHTS, byte = j % EIGHTS;
     words[vector] |= in_halves(codes, LOW) << 8 * byte;
     if constexpr (HIGH > 0) {
-      const uint32_t upper = in_halves(codes >> LOW, HIGH);
-      const int shift = vector % high_share(BITS) * (8 / LOW) * HIGH;
-      words[LOW + vector / high_share(BITS)] |= (EIGHTS == 1 ? by_bytes(upper, HIGH) : upper << 8 * byte) << shift;
+      const uint32_t upper = by_fields(in_halves(codes >> LOW, HIGH), HIGH, field_width(BITS));
+      const int shift = vector % high_share(BITS) * joints(BITS) * HIGH;
+      words[LOW + vector / high_share(BITS)] |= upper << 8 * byte << shift;
     }
   }
 }

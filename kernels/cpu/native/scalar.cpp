@@ -1,12 +1,15 @@
 // Plain C++ for every processor.
-#define LANES 1
+#define LANES 4
+#include "few_fields.h"
 #include "hadamard.h"
 #include "int8.h"
 #include "kept_rows.h"
 #include "low_rank.h"
+#include "many_floats.h"
 
 const Level LEVEL_SCALAR = {
-    "scalar", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, scale_inputs, rotate, times_a, add_times_b,
-    multiply<Converter>, nullptr, multiply_int8, unpack<Converter>,
-    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr,
+    "scalar", [] { return true; }, LARGEST_TILE, load_float, load_bfloat16, load_int8, fit_fields, scale_inputs, rotate, times_a, add_times_b,
+    multiply_fields, nullptr, multiply_int8, unpack<Converter>,
+    load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr, nullptr, 0,
+    multiply_many, 5,
 };

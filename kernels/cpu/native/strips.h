@@ -63,7 +63,7 @@ void multiply_strips(const Image* w, const Inputs& x, const Outputs& y, int64_t 
       }
       for (int c = 1; c < CHAINS; ++c)
         for (int m = 0; m < M; ++m) chains[0][m] = add(chains[0][m], chains[c][m]);
-      totals.add_group(w, x, strip, g, chains[0]);
+      totals.add_group(w, x, strip, g, chains[0], w->mid);
     }
     totals.store(w, y, strip);
   }

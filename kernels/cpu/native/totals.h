@@ -11,18 +11,19 @@ struct Totals {
   Totals() {
     for (int m = 0; m < M; ++m) sums[m] = all(0);
   }
-  INLINE_MEMBER void add_group(const Image* w, const Inputs& x, int64_t strip, int64_t g, const Floats (&products)[M]) {
+  // Of codes less `base`, which is mid or 0.
+  INLINE_MEMBER void add_group(const Image* w, const Inputs& x, int64_t strip, int64_t g, const Floats (&products)[M], int base) {
     if (w->per_ic) {
       for (int m = 0; m < M; ++m) sums[m] = add(products[m], all(x.sums[m * x.sums_stride]));
       return;
     }
     const int64_t at = (strip * w->groups + g) * STRIP;
     const Floats scales = load_float16(scales_of(w) + at);
-    if (w->symmetric) {
+    if (w->symmetric && base) {
       for (int m = 0; m < M; ++m) sums[m] = multiply_add(products[m], scales, sums[m]);
       return;
     }
-    const Floats offsets = load_offsets(zeros_of(w) + at, w->mid);
+    const Floats offsets = w->symmetric ? all(static_cast<float>(-w->mid)) : load_offsets(zeros_of(w) + at, base);
     for (int m = 0; m < M; ++m) {
       const Floats group = multiply_add(offsets, x.sums[m * x.sums_stride + g], products[m]);
       sums[m] = multiply_add(group, scales, sums[m]);
@@ -35,7 +36,7 @@ struct Totals {
       return;
     }
     for (int m = 0; m < M; ++m) products[m] = add(products[m], all(-w->mid * x.sums[m * x.sums_stride + g]));
-    add_group(w, x, strip, g, products);
+    add_group(w, x, strip, g, products, w->mid);
   }
   INLINE_MEMBER void store(const Image* w, const Outputs& y, int64_t strip) {
     for (int m = 0; m < M && m < y.rows; ++m) store_row(y, m, first_row(w, strip), rows_in(w, strip), sums[m]);

@@ -1,0 +1,124 @@
+// Products of many rows of float activations: codes become weights once, part by part, and meet all rows of a slab while the
+// first cache holds them. Included after wide.h, once for each instruction set with up to 8 lanes.
+#pragma once
+
+#include "fields.h"
+#include "scratch.h"
+
+namespace {
+
+// Rows of x at once: with the registers of a strip as many sums as 16 registers leave room for.
+constexpr int ABREAST = LANES == 8 ? 6 : 3;
+constexpr int64_t MANY_DEPTH = 8;  // blocks of a part: 16 KB of weights, half of the smallest first cache
+constexpr int64_t PART_FLOATS = MANY_DEPTH * BLOCK * STRIP;
+
+thread_local Scratch many_scratch;
+
+// Makes weights [inputs][16] of a strip's blocks.
+template <int BITS>
+class WeightMaker {
+  static constexpr int WIDTH = field_width(BITS), PLACES = 16 / WIDTH;
+
+ public:
+  explicit WeightMaker(const Image* w) : w_(w) {}
+  template <bool PER_IC>
+  void make(int64_t strip, int64_t first, int64_t count, float* out) {
+    const uint32_t* codes = codes_of(w_, strip) + first * BITS * STRIP;
+    for (int64_t b = first; b < first + count; ++b, codes += BITS * STRIP, out += BLOCK * STRIP) {
+      if (PER_IC) load_inputs(strip, b);
+      else if (b == first || b % w_->group_blocks == 0) load_group(strip, b);
+      const uint32_t* block[1] = {codes};
+      for_each_field<BITS>(block, [&](int n, int k, int, const Floats& fields) INLINE_LAMBDA {
+        const int place = n % fields_in_word(BITS) % PLACES;
+        store_floats(PER_IC ? multiply_add(fields, input_scales_[k], all(input_offsets_[k]))
+                            : multiply_add(fields, scales_[place], offsets_), out + k * STRIP);
+      });
+    }
+  }
+
+ private:
+  // A code in its field times the scale of its place, plus the offset, is a weight.
+  INLINE_MEMBER void load_group(int64_t strip, int64_t block) {
+    const int64_t at = (strip * w_->groups + block / w_->group_blocks) * STRIP;
+    const Floats own = load_float16(scales_of(w_) + at);
+    offsets_ = w_->symmetric ? all(static_cast<float>(-w_->mid)) : load_offsets(zeros_of(w_) + at, 0);
+    for (int p = 0; p < PARTS; ++p) {
+      offsets_.part[p] *= own.part[p];
+      for (int i = 0; i < PLACES; ++i) scales_[i].part[p] = own.part[p] * (1.0f / static_cast<float>(1 << i * WIDTH));
+    }
+  }
+  // Scales and zeros of inputs, and the same for all outputs of a strip.
+  INLINE_MEMBER void load_inputs(int64_t strip, int64_t block) {
+    const int64_t at = (strip / w_->group_strips * w_->blocks + block) * BLOCK;
+    for (int k = 0; k < BLOCK; ++k) {
+      const float scale = from_float16(scales_of(w_)[at + k]);
+      input_offsets_[k] = scale * static_cast<float>(-(w_->symmetric ? w_->mid : zeros_of(w_)[at + k]));
+      input_scales_[k] = scale * factors_.of[k];
+    }
+  }
+
+  const Image* w_;
+  const FieldFactors<BITS> factors_;
+  Floats scales_[PLACES], offsets_;
+  float input_scales_[BLOCK], input_offsets_[BLOCK];
+};
+
+// sums [ROWS][16] += ROWS rows of x times `inputs` inputs of weights.
+template <int ROWS>
+__attribute__((noinline)) void add_inputs(const float* x, int64_t stride, const float* weights, int64_t inputs, float* sums,
+                                          bool first) {
+  const float* rows[ROWS];
+  Floats own[ROWS];
+  unrolled<ROWS>([&](int m) INLINE_LAMBDA {
+    rows[m] = x + m * stride;
+    own[m] = first ? all(0) : load_floats(sums + m * STRIP);
+  });
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < inputs; ++k) {
+    const Floats outputs = load_floats(weights + k * STRIP);
+    unrolled<ROWS>([&](int m) INLINE_LAMBDA { own[m] = multiply_add(outputs, rows[m][k], own[m]); });
+  }
+  unrolled<ROWS>([&](int m) INLINE_LAMBDA { store_floats(own[m], sums + m * STRIP); });
+}
+
+void add_rows(int rows, const float* x, int64_t stride, const float* weights, int64_t inputs, float* sums, bool first) {
+  switch (rows) {
+    case 1: return add_inputs<1>(x, stride, weights, inputs, sums, first);
+    case 2: return add_inputs<2>(x, stride, weights, inputs, sums, first);
+    case 3: return add_inputs<3>(x, stride, weights, inputs, sums, first);
+  }
+  if constexpr (ABREAST > 3) {
+    if (rows == 4) return add_inputs<4>(x, stride, weights, inputs, sums, first);
+    if (rows == 5) return add_inputs<5>(x, stride, weights, inputs, sums, first);
+    return add_inputs<6>(x, stride, weights, inputs, sums, first);
+  }
+}
+
+template <int BITS>
+void multiply_many_bits(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
+  const int64_t side = x.m * STRIP, tiles = (x.m + ABREAST - 1) / ABREAST;
+  float* weights = reinterpret_cast<float*>(many_scratch.at_least(static_cast<size_t>(4 * (PART_FLOATS + (to - from) * side))));
+  float* sums = weights + PART_FLOATS;
+  WeightMaker<BITS> maker(w);
+  for (int64_t b = 0; b < w->blocks; b += MANY_DEPTH) {
+    const int64_t count = b + MANY_DEPTH < w->blocks ? MANY_DEPTH : w->blocks - b;
+    for (int64_t strip = from; strip < to; ++strip) {
+      w->per_ic ? maker.template make<true>(strip, b, count, weights) : maker.template make<false>(strip, b, count, weights);
+      for (int64_t t = 0, row = 0; t < tiles; ++t) {
+        const int rows = static_cast<int>((x.m - row + tiles - t - 1) / (tiles - t));
+        add_rows(rows, static_cast<const float*>(x.rows) + row * x.stride + b * BLOCK, x.stride, weights, count * BLOCK,
+                 sums + (strip - from) * side + row * STRIP, b == 0);
+        row += rows;
+      }
+    }
+  }
+  for (int64_t strip = from; strip < to; ++strip)
+    for (int m = 0; m < y.rows; ++m)
+      store_row(y, m, first_row(w, strip), rows_in(w, strip), load_floats(sums + (strip - from) * side + m * STRIP));
+}
+
+void multiply_many(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
+  with_bits(w->bits, [&](auto bits) { multiply_many_bits<bits>(w, x, y, from, to); });
+}
+
+}  // namespace
