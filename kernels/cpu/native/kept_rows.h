@@ -11,14 +11,12 @@ namespace {
 template <int WORDS>
 INLINE Words repeated(const uint8_t* at) {
   Words out;
-  if constexpr (LANES == 1) {
-    for (int p = 0; p < PARTS; ++p) __builtin_memcpy(&out.part[p], at + 4 * (p % WORDS), 4);
-  } else if constexpr (WORDS == 1) {
+  if constexpr (WORDS == 1) {
     uint32_t word;
     __builtin_memcpy(&word, at, 4);
     for (WordLanes& part : out.part) part = word - WordLanes{};
   } else if constexpr (WORDS == 2) {
-    typedef uint64_t Pairs __attribute__((vector_size(LANES == 1 ? 8 : 4 * LANES)));
+    typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));
     uint64_t pair;
     __builtin_memcpy(&pair, at, 8);
     for (WordLanes& part : out.part) part = reinterpret_cast<WordLanes>(pair - Pairs{});
@@ -94,7 +92,7 @@ INLINE float sum_of_lanes(const Floats& values) {
 }
 
 // Rows of four that are summed at once: as many as the registers hold, with M rows of x.
-constexpr int rows_at_once(int m) { return LANES == 1 ? 1 : LANES == 16 && m > 4 ? 2 : LANES == 16 || m == 1 ? 4 : 4 / m; }
+constexpr int rows_at_once(int m) { return LANES == 16 && m > 4 ? 2 : LANES == 16 || m == 1 ? 4 : m > 4 ? 1 : 4 / m; }
 
 // Sums of ROWS of four rows, from row `place` of them on, for M rows of x: to[m][row within the strip].
 template <template <int> class Decoder, int BITS, int M, int UNITS, int ROWS>
@@ -153,11 +151,9 @@ void multiply_rows(const Image* w, const Inputs& x, const Outputs& y, int64_t fr
 template <template <int> class Decoder, int BITS, int UNITS>
 void multiply_units(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   if (x.m == 1) return multiply_rows<Decoder, BITS, 1, UNITS>(w, x, y, from, to);
-  if constexpr (LARGEST_TILE >= 4) {
-    if (x.m == 2) return multiply_rows<Decoder, BITS, 2, UNITS>(w, x, y, from, to);
-    if (x.m == 4) return multiply_rows<Decoder, BITS, 4, UNITS>(w, x, y, from, to);
-  }
-  if constexpr (LARGEST_TILE >= 8) return multiply_rows<Decoder, BITS, 8, UNITS>(w, x, y, from, to);
+  if (x.m == 2) return multiply_rows<Decoder, BITS, 2, UNITS>(w, x, y, from, to);
+  if (x.m == 4) return multiply_rows<Decoder, BITS, 4, UNITS>(w, x, y, from, to);
+  if constexpr (LARGEST_TILE > 4) return multiply_rows<Decoder, BITS, LARGEST_TILE, UNITS>(w, x, y, from, to);
 }
 
 // The weights of one slot's unit, rounded once to the output's type, to their place in a row of W.

@@ -24,8 +24,7 @@ struct Converter {
   }
 };
 
-// Calls visit(k, codes less mid of input k) for the inputs of a block in order; k is a constant, but for
-// plain C++, where that would be much code for nothing.
+// Calls visit(k, codes less mid of input k) for the inputs of a block in order; k is a constant.
 template <int BITS, typename Decoder, typename Visit>
 INLINE void for_each_input(const uint32_t* block, const Decoder& decode, Visit visit) {
   const auto step = [&](int k) INLINE_LAMBDA {
@@ -33,10 +32,7 @@ INLINE void for_each_input(const uint32_t* block, const Decoder& decode, Visit v
     const Words high = high_width(BITS) ? load_words(block + high_vector(BITS, k) * STRIP) : Words{};
     visit(k, decode(low, high, low_bit(BITS, k), high_bit(BITS, k)));
   };
-  if constexpr (LANES == 1)
-    for (int k = 0; k < BLOCK; ++k) step(k);
-  else
-    unrolled<BLOCK>(step);
+  unrolled<BLOCK>(step);
 }
 
 template <template <int> class Decoder, int BITS, int M>
