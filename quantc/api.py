@@ -228,12 +228,13 @@ def load(
     verify: bool = False,
     compile: bool = False,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A packed checkpoint as a transformers model that runs on packed weights.
 
     dtype: of activations and of what is not quantized; None is the model's own. verify: also check every checksum.
-    compile: let `generate` compile the step that makes a token; its first call takes a minute or two (compiled.py).
-    trust_remote_code: run Python code that the checkpoint brings.
+    compile: let `generate` compile the step that makes a token; its first call takes most of a minute, and tells
+    `progress` how far it is (None: log lines). trust_remote_code: run Python code that the checkpoint brings.
     Raises CheckpointError that names the tensor or file for a truncated, missing, changed or unknown one.
     """
     model = read_model(CheckpointReader(path), dtype, verify, trust_remote_code)
@@ -241,7 +242,7 @@ def load(
     if compile:
         from .compiled import compile_decoding
 
-        compile_decoding(model)
+        compile_decoding(model, progress)
     return model
 
 

@@ -9,10 +9,16 @@ Prompts run as they are, in any length; the graph is that of one token for each 
 
 Guards on the model's modules, which are most of what is checked before every token, give way to one look at them before
 every text.
+
+Compiling takes most of a minute, and what it makes is kept in torch's cache (TORCHINDUCTOR_CACHE_DIR), where the next
+process finds it: everything in the graph must be something that torch knows how to cache.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import logging
 import os
 import shutil
 import weakref
@@ -30,19 +36,30 @@ from transformers import CompileConfig, PreTrainedModel
 from .errors import UsageError
 from .kernels.cpu import steps
 from .kernels.cpu.steps import LARGEST_STEP, NAMES, ROWS
+from .progress import LogProgress, Progress
 
 # Loops below this are left to one thread: a token's are of some thousand values, and waking another that sleeps takes
 # longer (15 % of a token with OMP_WAIT_POLICY=PASSIVE).
 # The sine and cosine of a rotary embedding would be computed anew in every layer, for every cached position: the
 # compiler repeats what takes up to 50 operations where it is read.
 OPTIONS = {"cpp.min_chunk_size": 1 << 16, "realize_opcount_threshold": 3}
-# With operators that need no Python, neither does what calls them and the loops: a sixth of a token's time.
-WITHOUT_PYTHON = {"cpp_wrapper": True}
+# With operators that need no Python, neither does what calls them and the loops: a sixth of a token's time. What calls
+# them is one function of some thousand statements: GCC takes 105 s for that of SmolLM2-135M at -O3, 11 at -O1 and 4 at
+# -Og, and a token takes as long. The loops, in a file of their own, stay at -O3: 2.5 s. A precompiled header takes 7 s
+# in place of 2, and would pay from the fourth graph on.
+WITHOUT_PYTHON = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "aot_inductor.compile_wrapper_opt_level": "Og",
+    "cpp_cache_precompile_headers": False,
+}
+STEPS, FINISHED = 3, "compiled"  # as the progress counts and calls them
 
 
-def compile_decoding(model: PreTrainedModel) -> None:
-    """Let `generate` use a static cache and compile the step that makes a token; the first call takes a minute or two.
+def compile_decoding(model: PreTrainedModel, progress: Progress | None = None) -> None:
+    """Let `generate` use a static cache and compile the step that makes a token; the first call takes most of a minute.
 
+    progress: told how far compiling is; None logs it, as warnings, so that whoever waits sees it.
     Elsewhere than on a CPU, transformers compiles by itself once the cache is static. Raises UsageError without a C++
     compiler, which torch.compile needs on a CPU.
     """
@@ -55,16 +72,44 @@ def compile_decoding(model: PreTrainedModel) -> None:
             )
         config.compile_config = CompileConfig(backend=backend, mode=None)  # type: ignore[arg-type]
         config.compile_config._compile_all_devices = True
+        model.__dict__["_quantc_step"] = _Step(progress)
         model.get_compiled_call = MethodType(_compiled_call, model)  # type: ignore[method-assign]
     config.cache_implementation = "static"
+
+
+class _Watch:
+    """Progress of one compilation after another; `begin` in the middle of one changes nothing."""
+
+    def __init__(self, progress: Progress | None):
+        self._progress, self._begun = progress or LogProgress(logging.WARNING), False
+
+    def begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._progress.stage("compiling the step that makes a token", STEPS)
+            self._progress.note(f"this takes most of a minute, or seconds where {_cache_folder()} has it already")
+
+    def step(self, name: str) -> None:
+        self._progress.step(name)
+
+    def end(self) -> None:
+        self._begun = False
+        self._progress.done()
+
+
+def _cache_folder() -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
 
 
 class _Step:
     """A model's compiled call, and what the model was made of then; a copy of the model starts without."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
         self.structure: list[Any] = []
         self.call: Callable[..., Any] | None = None
+        self.watch = _Watch(progress)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Step, ()
@@ -82,10 +127,28 @@ def _compiled_call(model: Any, config: CompileConfig | None) -> Callable[..., An
     step = model.__dict__.setdefault("_quantc_step", _Step())
     structure = _structure(model)
     if step.call is None or step.structure != structure:
-        options: Any = {"guard_filter_fn": _guards_beside_modules(model)}
-        own: Any = lambda graph, inputs, **rest: backend(graph, inputs)  # noqa: E731
-        step.structure, step.call = structure, torch.compile(model.__call__, backend=own, options=options)
+        step.structure, step.call = structure, _announced(_compile(model, step.watch), step.watch)
     return cast("Callable[..., Any]", step.call)
+
+
+def _compile(model: Any, watch: _Watch) -> Callable[..., Any]:
+    options: Any = {"guard_filter_fn": _guards_beside_modules(model)}
+    own: Any = lambda graph, inputs, **rest: backend(graph, inputs, watch)  # noqa: E731
+    return cast("Callable[..., Any]", torch.compile(model.__call__, backend=own, options=options))
+
+
+def _announced(call: Callable[..., Any], watch: _Watch) -> Callable[..., Any]:
+    """The call, the first of which compiles: torch reads the model's Python for seconds before it asks the backend."""
+    called = False
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal called
+        if not called:
+            called = True
+            watch.begin()
+        return call(*args, **kwargs)
+
+    return run
 
 
 def _structure(model: torch.nn.Module) -> list[Any]:
@@ -112,16 +175,33 @@ def _guards_beside_modules(model: torch.nn.Module) -> Callable[[Sequence[Any]], 
     return stay
 
 
-def backend(graph: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+def backend(graph: fx.GraphModule, inputs: Sequence[Any], watch: _Watch | None = None, **_: Any) -> Callable[..., Any]:
     """torch.compile's backend: the rewrites, then torch's own."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    watch = watch or _Watch(None)
+    watch.begin()
+    watch.step("read the model's code; torch now simplifies it")
     if steps.available():
         join_products(graph)
     open_attention(graph)
     graph.recompile()
-    compiled: Any = compile_fx(graph, inputs, config_patches=OPTIONS | (WITHOUT_PYTHON if steps.available() else {}))
+
+    def lower(operations: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        watch.step(f"found {len(operations.graph.nodes)} operations; the rest is writing and compiling their C++")
+        return compile_fx_inner(operations, *args, **kwargs)
+
+    compiled: Any = compile_fx(graph, inputs, inner_compile=lower, config_patches=_options())
+    watch.step(FINISHED)
+    watch.end()
     return cast("Callable[..., Any]", compiled)
+
+
+def _options() -> dict[str, Any]:
+    """Settings of torch's compiler; `attend`, a function that it does not know, is cached by what its source says."""
+    ours = {f"{attend.__module__}.{attend.__name__}": hashlib.sha256(inspect.getsource(attend).encode()).hexdigest()}
+    options = OPTIONS | {"unsafe_marked_cacheable_functions": ours}
+    return options | (WITHOUT_PYTHON if steps.available() else {})
 
 
 def join_products(graph: fx.GraphModule) -> None:
@@ -158,7 +238,9 @@ def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], hadamard: Any, int8
         start = 0
         for node, n in zip(nodes, sizes, strict=True):
             own = graph.call_function(torch.narrow, (joint, 0, start, rows * n))
-            node.replace_all_uses_with(graph.call_method("view", (own, *leading, n)))
+            product = graph.call_function(torch.reshape, (own, (*leading, n)))
+            product.meta["example_value"] = node.meta["example_value"]  # torch caches no methods of what has none
+            node.replace_all_uses_with(product)
             start += rows * n
     for node in nodes:
         graph.erase_node(node)

@@ -24,9 +24,10 @@ class Progress(Protocol):
 
 
 class LogProgress:
-    """Progress as log lines: one per step at INFO, one per linear at DEBUG."""
+    """Progress as log lines: one per step at a level, INFO by default, and one per linear at DEBUG."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: int = logging.INFO) -> None:
+        self._level = level
         self._name, self._total, self._count = "", 0, 0
 
     def stage(self, name: str, total: int) -> None:
@@ -34,13 +35,13 @@ class LogProgress:
 
     def step(self, name: str) -> None:
         self._count += 1
-        log.info("%s %d/%d %s", self._name, self._count, self._total, name)
+        log.log(self._level, "%s %d/%d %s", self._name, self._count, self._total, name)
 
     def linear(self, name: str, error: float) -> None:
         log.debug("%s error %.3g", name, error)
 
     def note(self, text: str) -> None:
-        log.info("%s", text)
+        log.log(self._level, "%s", text)
 
     def done(self) -> None:
-        log.info("%s done", self._name)
+        log.log(self._level, "%s done", self._name)

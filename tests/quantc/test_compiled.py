@@ -50,7 +50,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
     """The rewritten graphs, which run as they are: the C++ that torch would make of them takes a minute."""
     seen: list[fx.GraphModule] = []
 
-    def run_as_it_is(graph: fx.GraphModule, inputs: Sequence[Any], config_patches: Any) -> Callable[..., Any]:
+    def run_as_it_is(graph: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         seen.append(graph)
         return graph.forward  # type: ignore[no-any-return]
 
@@ -109,6 +109,70 @@ def test_what_reads_the_same_tensor_is_one_call_and_attention_is_open(
     assert ops.native_matmul not in found
     assert F.scaled_dot_product_attention not in found
     assert found.count(compiled.attend) == blocks
+
+
+@native
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_torch_can_keep_what_it_makes_of_the_graph(
+    packed: Callable[[str], Path], graphs: list[fx.GraphModule], name: str
+) -> None:
+    """A node that it does not know how to cache would cost the next process 10 s for SmolLM2-135M."""
+    from torch._functorch._aot_autograd.autograd_cache import check_cacheable
+
+    text(quantc.load(packed(name), dtype=torch.float32, compile=True))
+    with torch._inductor.config.patch(compiled._options()):
+        for graph in graphs:
+            check_cacheable(graph)
+    assert compiled.attend in targets(graphs)
+
+
+class Told:
+    """Progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def stage(self, name: str, total: int) -> None:
+        self.heard.append(f"{name}, {total}")
+
+    def step(self, name: str) -> None:
+        self.heard.append(name)
+
+    def linear(self, name: str, error: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def done(self) -> None:
+        self.heard.append("done")
+
+
+@native
+def test_progress_hears_of_every_compilation_and_of_nothing_else(
+    packed: Callable[[str], Path], graphs: list[fx.GraphModule]
+) -> None:
+    told = Told()
+    model = quantc.load(packed("llama"), dtype=torch.float32, compile=True, progress=told)
+    text(model, 1)  # the prompt's, which is not compiled
+    assert not told.heard
+    text(model)
+    read = "read the model's code; torch now simplifies it"
+    assert told.heard == ["compiling the step that makes a token, 3", read, compiled.FINISHED, "done"]
+    text(model)
+    assert told.heard.count("done") == len(graphs) == 1
+    torch.nn.Module.train(model)
+    text(model)
+    assert told.heard.count("done") == len(graphs) == 2
+
+
+@native
+def test_without_progress_whoever_waits_sees_log_lines(
+    packed: Callable[[str], Path], graphs: list[fx.GraphModule], caplog: pytest.LogCaptureFixture
+) -> None:
+    text(quantc.load(packed("llama"), dtype=torch.float32, compile=True))
+    lines = [record.getMessage() for record in caplog.records if record.name == "quantc"]
+    assert lines[0].startswith("this takes most of a minute, or seconds where ")
+    assert lines[-1] == "compiling the step that makes a token done"
+    assert {record.levelname for record in caplog.records if record.name == "quantc"} == {"WARNING"}
 
 
 @native
