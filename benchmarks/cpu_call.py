@@ -1,8 +1,9 @@
 """What a packed linear costs besides its product: microseconds of a call at one row, on the shapes of SmolLM2-135M.
 
 The same product through the layers that a model's call passes: the C function with its arguments ready, the kernel's
-`run`, the module QuantLinear, and beside them F.linear on a bfloat16 weight. Weights stay in the caches, so that what
-is measured is calls. Best of many calls, which take turns.
+`run`, the module QuantLinear, and beside them F.linear on a float weight of the same shape and nn.Linear on one of
+16 x 16, which is torch's own call with hardly a product. Weights stay in the caches, so that what is measured is calls.
+Best of many calls, which take turns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from quantc.formats import DENSE
@@ -30,18 +32,19 @@ SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536)]
 
 
 def module_of(parts: Any, spec: QuantSpec, shape: tuple[int, int]) -> QuantLinear:
-    module = QuantLinear(spec, shape, None, torch.bfloat16)
+    module = QuantLinear(spec, shape, None, torch.float32)
     for name, part in parts.items():
         setattr(module, name, part)
     return module
 
 
-def layers(shape: tuple[int, int], bits: int, threads: int) -> dict[str, Callable[[], Any]]:
+def layers(shape: tuple[int, int], bits: int, threads: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Calls that make the same y, from the innermost to the outermost."""
     spec = QuantSpec(bits, 64)
     parts = DENSE.pack(random_weight(spec, shape))
-    module, x = module_of(parts, spec, shape), torch.randn(1, shape[1]).bfloat16()
-    weight, dense = NATIVE.prepare(parts, spec, shape, x.dtype), torch.randn(shape).bfloat16()
+    module, x = module_of(parts, spec, shape), torch.randn(1, shape[1], dtype=dtype)
+    weight, dense = NATIVE.prepare(parts, spec, shape, dtype), torch.randn(shape, dtype=dtype)
+    tiny, few = nn.Linear(16, 16, bias=False, dtype=dtype), torch.randn(1, 16, dtype=dtype)
     y = x.new_empty(1, shape[0])
     product = struct.pack(library.PRODUCT, *weight.addresses, y.data_ptr(), 0, 0)
     function, address, kind = library.loaded().matmul, x.data_ptr(), library.TYPES[x.dtype]
@@ -50,6 +53,7 @@ def layers(shape: tuple[int, int], bits: int, threads: int) -> dict[str, Callabl
         "kernel": lambda: NATIVE.run(x, weight),
         "QuantLinear": lambda: module(x),
         "F.linear": lambda: F.linear(x, dense),
+        "nn.Linear 16 x 16": lambda: tiny(few),
     }
 
 
@@ -68,6 +72,7 @@ def main() -> int:
     parser = describe(__doc__)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=20000)
     parser.add_argument("--out", type=Path, help="also write JSON here")
     args = parser.parse_args()
@@ -75,7 +80,7 @@ def main() -> int:
     for threads in args.threads:
         torch.set_num_threads(threads)
         for shape in SHAPES:
-            best = best_microseconds(layers(shape, args.bits, threads), args.rounds)
+            best = best_microseconds(layers(shape, args.bits, threads, getattr(torch, args.dtype)), args.rounds)
             python = best["QuantLinear"] - best["C function"]
             row = {"threads": threads, "N x K": f"{shape[0]} x {shape[1]}"}
             row |= {name: f"{microseconds:.1f}" for name, microseconds in best.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -86,7 +87,7 @@ class _Packed(nn.Module):
         key = (-1 if expert is None else expert, x.dtype, x.device)
         found = self._prepared.get(key)
         # What a compiler has captured it guards by itself, and it cannot look into versions.
-        if found is None or not (torch.compiler.is_compiling() or found.is_of(self._buffers)):
+        if found is None or not (is_compiling() or found.is_of(self._buffers)):
             found = self._prepared[key] = self._prepare(x, expert)
         return found.kernel.run(x, found.weight, bias)
 
@@ -151,7 +152,10 @@ class QuantLinear(_Packed):
         return stand_in
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(x, bias=self.bias)
+        parameters = self._parameters  # nn.Module takes 0.5 us to find one
+        if "bias" in parameters:
+            return self.multiply(x, None, parameters["bias"])
+        return self.multiply(x, None, self.bias)  # where torch's pruning, for one, has put a tensor in its place
 
 
 class PackedWeight(_Packed):
@@ -204,7 +208,7 @@ class PackedWeight(_Packed):
             raise RuntimeError(f"an embedding is read by Long or Int indices, but got {_name(indices.dtype)}")
         if not indices.numel():
             return torch.empty(*indices.shape, self.matrix_shape[1], dtype=self.dtype)
-        if torch.compiler.is_compiling():  # how many rows differ is no shape that a compiler knows
+        if is_compiling():  # how many rows differ is no shape that a compiler knows
             return self._unpacked_rows(indices.flatten()).unflatten(0, indices.shape)
         wanted, back = torch.unique(indices, return_inverse=True)
         if int(wanted[0]) < 0 or int(wanted[-1]) >= self.matrix_shape[0]:

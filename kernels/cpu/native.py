@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import ceil
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from ...formats import Parts
@@ -43,6 +45,10 @@ KEPT_PANEL_FROM = {torch.bfloat16: 64}
 # and writing them takes 20 times as long.
 PANEL_ROWS = 128
 
+# Looked up once: a product of one row takes 16 us in its smallest shape here, and every name on the way 0.05.
+_pack_product = struct.Struct(library.PRODUCT).pack
+_thread_count = torch.get_num_threads
+
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 LIBRARY.define(
     "native_matmul(Tensor x, Tensor image, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int n, "
@@ -56,7 +62,7 @@ class NativeWeight:
 
     image: uint8 (bytes,), see native/image.h. low_rank_a, low_rank_b: float16 (R, K) and (ceil(N / 16), R, 16), or
     None. hadamard: order of the input's rotation, 0 for none. int8: whether activations are rounded. addresses: of all
-    that, as Weight of native/weight.h lists them.
+    that, as Weight of native/weight.h lists them. multiply_rows: the library's matmul, so that no product looks it up.
     """
 
     image: torch.Tensor
@@ -67,6 +73,7 @@ class NativeWeight:
     hadamard: int
     int8: bool
     addresses: tuple[int, int, int, int, int] = field(init=False, repr=False)
+    multiply_rows: Callable[..., None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -74,6 +81,7 @@ class NativeWeight:
         a, b = self.low_rank_a, self.low_rank_b
         factors = (0, 0, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
         self.addresses = (self.image.data_ptr(), tables, *factors)
+        self.multiply_rows = library.loaded().matmul
 
     def _check(self) -> None:
         """Raise ValueError unless the image is of this size, and the low-rank factors belong to it."""
@@ -139,7 +147,7 @@ class NativeCpu:
     def run(self, x: torch.Tensor, prepared: NativeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         # A call through torch's dispatcher costs as much as the product of a small weight, and is needed only where
         # something looks on: a compiler, or a tensor that is not quite one.
-        if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        if is_compiling() or type(x) is not torch.Tensor:
             w = prepared
             expect_product(x, w.n, w.k, bias, TYPES)
             y: torch.Tensor = torch.ops.quantc.native_matmul(
@@ -179,19 +187,23 @@ def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> tor
 
     Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that is not in TYPES.
     """
-    *leading, _ = expect_product(x, w.n, w.k, bias, TYPES)
+    n, k, dtype = w.n, w.k, x.dtype
+    *leading, _ = expect_product(x, n, k, bias, TYPES)
     if not x.is_cpu:
         expect_same_device(x.device, w.image.device)
     if x.requires_grad and torch.is_grad_enabled():
         return _differentiable(x, w, bias)
     if not x.is_contiguous():
         x = x.contiguous()
-    rows = x.numel() // w.k
-    y = x.new_empty(*leading, w.n)
-    if rows > 1 and _is_for_panels(w, rows, x.dtype):
-        _through_panels(x.view(rows, w.k), w, bias, y.view(rows, w.n))
+    rows = x.numel() // k
+    y = x.new_empty((*leading, n))
+    if rows > 1 and _is_for_panels(w, rows, dtype):
+        _through_panels(x.view(rows, k), w, bias, y.view(rows, n))
     elif rows:
-        _multiply_rows(x, rows, w, _readable(bias), y)
+        bias = bias if bias is None else _readable(bias)
+        of_bias = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
+        product = _pack_product(*w.addresses, y.data_ptr(), *of_bias)
+        w.multiply_rows(product, 1, x.data_ptr(), rows, k, TYPES[dtype], w.int8, _thread_count())
     return y
 
 
@@ -204,16 +216,9 @@ def _is_for_panels(w: NativeWeight, rows: int, dtype: torch.dtype) -> bool:
     return rows >= PANEL_FROM.get(dtype, rows + 1) and not own
 
 
-def _multiply_rows(x: torch.Tensor, rows: int, w: NativeWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    of_bias = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
-    product = struct.pack(library.PRODUCT, *w.addresses, y.data_ptr(), *of_bias)
-    threads = torch.get_num_threads()
-    library.loaded().matmul(product, 1, x.data_ptr(), rows, w.k, TYPES[x.dtype], w.int8, threads)
-
-
-def _readable(bias: torch.Tensor | None) -> torch.Tensor | None:
+def _readable(bias: torch.Tensor) -> torch.Tensor:
     """As the library reads it."""
-    return bias if bias is None or (bias.is_contiguous() and bias.dtype in TYPES) else bias.contiguous().float()
+    return bias if bias.is_contiguous() and bias.dtype in TYPES else bias.contiguous().float()
 
 
 def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:

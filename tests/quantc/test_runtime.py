@@ -160,6 +160,14 @@ def test_state_dict_roundtrip(spec: QuantSpec) -> None:
     assert torch.equal(fresh(x), module(x))
 
 
+def test_a_bias_that_has_become_a_tensor_is_added() -> None:
+    module, weight = make_linear(QuantSpec(4, 32), (32, 64), bias=True)
+    del module.bias
+    module.bias = torch.full((32,), 3.0)  # type: ignore[assignment]
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(module(x), x @ weight.T + 3)
+
+
 def test_new_weights_are_seen_after_a_product() -> None:
     """load_state_dict after a forward pass must not leave a kernel with the old weights."""
     module, _ = make_linear(QuantSpec(4, 32), (32, 64), torch.bfloat16)
