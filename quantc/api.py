@@ -5,21 +5,22 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from transformers import PreTrainedModel
 
 from . import pareto_page, sweep
-from .checkpoint import CheckpointReader, is_checkpoint
+from .checkpoint import CheckpointReader
 from .checkpoint_writer import unfinished
-from .decoder import find_decoder
+from .compute_dtype import Choice, name_of
 from .errors import UsageError
-from .frontend import Source, open_model, to_meta
-from .frontend.source import read_tokenizer, tensors_under
+from .frontend import Source
+from .frontend.source import read_tokenizer
 from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
 from .journal import has_journal, read_journal
-from .loading import read_model
+from .loading import choose_for, read_model
+from .opened import Opened, choose_common, load_any, open_any, stored_size
 from .ownership import check_place
 from .pareto import Curve, spaced, trace_curve
 from .pipeline import Run
@@ -118,9 +119,9 @@ def _interrupted_size(out: Path, wanted: int) -> int:
 def _compare(checkpoint: Path, model: PathLike, windows: list[Window], job: Job) -> Scores:
     from .evaluation import score
 
-    subject, original = (
-        _load_any(each, None, job.trusted).to(job.device) for each in (checkpoint, _open_any(model, job.trusted))
-    )
+    models = [checkpoint, open_any(model, job.trusted)]
+    dtype = _chosen(models, job.device, job.progress).dtype
+    subject, original = (load_any(each, dtype, job.trusted).to(job.device) for each in models)
     return score(subject, original, windows, job.progress)
 
 
@@ -232,12 +233,14 @@ def load(
 ) -> PreTrainedModel:
     """A packed checkpoint as a transformers model that runs on packed weights.
 
-    dtype: of activations and of what is not quantized; None is the model's own. verify: also check every checksum.
+    dtype: of activations and of what is not quantized; None is the model's own, or float32 where the CPU has no
+    products of it (compute_dtype.py). verify: also check every checksum.
     compile: let `generate` compile the step that makes a token; its first call takes most of a minute, and tells
     `progress` how far it is (None: log lines). trust_remote_code: run Python code that the checkpoint brings.
     Raises CheckpointError that names the tensor or file for a truncated, missing, changed or unknown one.
     """
-    model = read_model(CheckpointReader(path), dtype, verify, trust_remote_code)
+    reader = CheckpointReader(path)
+    model = read_model(reader, dtype or choose_for(reader, torch.device(device)), verify, trust_remote_code)
     model.eval().to(device)
     if compile:
         from .compiled import compile_decoding
@@ -262,27 +265,28 @@ def evaluate(
     """Perplexity of a model or checkpoint on a text, and its divergence from the original `against`.
 
     text: a file or the name of a data set. context: tokens per window, 512 or the model's own limit if that is less.
-    dtype: float32, bfloat16 or float16; None is the model's own. trust_remote_code: run code that a model brings.
+    dtype: float32, bfloat16 or float16; None is the models' own, or float32 where the CPU has no products of it.
+    trust_remote_code: run code that a model brings.
     See evaluation.py for the protocol.
     """
     from . import evaluation
 
     wanted, progress, notes = _dtype(dtype), progress or LogProgress(), list[str]()
-    opened = _open_any(model, trust_remote_code, progress)
-    other = None if against is None else _open_any(against, trust_remote_code, progress)
+    opened = open_any(model, trust_remote_code, progress)
+    other = None if against is None else open_any(against, trust_remote_code, progress)
     tokenizer = opened.tokenizer if isinstance(opened, Source) else read_tokenizer(Path(opened), trust_remote_code)
     documents = evaluation.read_text(text, notes)
     for note in notes:
         progress.note(note)
-    subject = _load_any(opened, wanted, trust_remote_code).to(device)
+    chosen = Choice(wanted) if wanted else _chosen([opened, *([] if other is None else [other])], device, progress)
+    subject = load_any(opened, chosen.dtype, trust_remote_code).to(device)
     cut = evaluation.make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
     evaluation.check_ids(subject, tokenizer, (window.tokens for window in cut))
-    original = None if other is None else _load_any(other, wanted, trust_remote_code).to(device)
+    original = None if other is None else load_any(other, chosen.dtype, trust_remote_code).to(device)
     if original is not None:
         evaluation.check_ids(original, tokenizer, (window.tokens for window in cut))
     scores = evaluation.score(subject, original, cut, progress)
-    stored = _stored_size(opened)
-    return evaluation.summarize(scores, subject, tokenizer, **stored)
+    return evaluation.summarize(scores, subject, tokenizer, chosen, **stored_size(opened))
 
 
 def default_context(model: PreTrainedModel) -> int:
@@ -291,46 +295,16 @@ def default_context(model: PreTrainedModel) -> int:
     return min(512, limit) if isinstance(limit, int) else 512
 
 
+def _chosen(models: list[Opened], device: str | torch.device, progress: Progress) -> Choice:
+    """The dtype to compare models in, with a note where memory is too short for the fast one."""
+    chosen = choose_common(models, torch.device(device))
+    if chosen.short:
+        progress.note(f"computed in {name_of(chosen.dtype)}: {chosen.why}")
+    return chosen
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is not None and name not in known:
         raise UsageError(f"the dtype {name!r} is unknown; choose one of {', '.join(known)}.")
     return None if name is None else known[name]
-
-
-def _open_any(model: PathLike, trusted: bool, progress: Progress | None = None) -> Source | PathLike:
-    """A checkpoint's folder as it is, anything else opened, with a note to the progress on what is amiss."""
-    if is_checkpoint(model):
-        return model
-    source = open_model(model, trusted)
-    if progress is not None:
-        for note in source.notes:
-            progress.note(note)
-    return source
-
-
-def _load_any(opened: Source | PathLike, dtype: torch.dtype | None, trusted: bool) -> Any:
-    if isinstance(opened, Source):
-        with opened.unchanged:
-            return opened.load_whole(dtype)
-    return load(opened, dtype=dtype, trust_remote_code=trusted)
-
-
-def _stored_size(opened: Source | PathLike) -> dict[str, Any]:
-    """bits_per_weight of the linears inside the blocks, and the size of the weight files."""
-    if not isinstance(opened, Source):
-        reader = CheckpointReader(opened)
-        return {"bits_per_weight": reader.bits_per_weight(), "weights_bytes": reader.weights_bytes()}
-    size = sum(file.stat().st_size for file in opened.weight_files())
-    return {"bits_per_weight": _source_bits_per_weight(opened), "weights_bytes": size}
-
-
-def _source_bits_per_weight(source: Source) -> float:
-    """Average over the matrices inside the blocks of an unquantized model."""
-    bits = weights = 0.0
-    for block in find_decoder(source.model, source.load, to_meta).blocks:
-        for name, tensor in tensors_under(source.model, block):
-            if tensor.ndim >= 2:
-                bits += source.stored_bits(name) * tensor.numel()
-                weights += tensor.numel()
-    return bits / weights

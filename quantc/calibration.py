@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .blocks import BlockCall, run_around_blocks
+from .compute_dtype import has_fast_bfloat16
 from .errors import CalibrationError
 from .graph import Block, ModelGraph
 from .stats import BAD_ROWS_LIMIT
@@ -256,13 +257,6 @@ class CalibrationRun:
             )
         if bad:
             self.bad_rows[block.name] = bad
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively; elsewhere it would be slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def fast_matmul(device: torch.device, wanted: bool = True) -> torch.autocast:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .frontend.source import quiet_transformers
+from .timing import at_most_threads
 from .windows import embedding_rows
 
 PROMPT_TOKENS, NEW_TOKENS, RUNS, THREADS = 32, 64, 3, 2
@@ -42,14 +41,3 @@ def _time_run(model: PreTrainedModel, prompt: torch.Tensor) -> float:
     )
     output.cpu()  # waits for a GPU to finish
     return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def at_most_threads(count: int) -> Iterator[None]:
-    """Inside, torch uses no more than `count` CPU threads in an operation."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(count, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -14,6 +14,7 @@ import torch
 
 from . import __version__, disk_cache
 from .checkpoint import CheckpointReader
+from .compute_dtype import describe_dtypes, name_of
 from .errors import UsageError
 from .units import plural, size
 
@@ -39,6 +40,7 @@ def examine_machine() -> dict[str, str]:
         "cpu features": " ".join(features) or "unknown",
         "threads": f"{torch.get_num_threads()} used by torch, of {plural(usable_cores(), 'core')}",
         "memory": f"{size(memory.total)}, of which {size(memory.available)} free",
+        "cpu dtypes": describe_dtypes(),
         "cpu kernels": describe_cpu_kernels(),
         "cuda": describe_cuda(),
         "cupy": describe_cupy(),
@@ -49,13 +51,14 @@ def examine_machine() -> dict[str, str]:
 def examine_kernels(folder: Path, device: str, dtype: str | None) -> dict[str, Any]:
     """For every linear of a checkpoint, equal cases together: which kernel runs it, why others refused.
 
-    dtype: that of the activations; None is the checkpoint's own. Raises UsageError for an unknown device.
+    dtype: that of the activations; None is the one that `quantc.load` would choose. Raises UsageError for an unknown
+    device.
     """
     from .kernels.registry import choose
+    from .loading import choose_for
 
-    reader = CheckpointReader(folder)
-    kind = getattr(torch, dtype or own_dtype(reader.config))
-    place = parse_device(device)
+    reader, place = CheckpointReader(folder), parse_device(device)
+    kind = getattr(torch, dtype) if dtype else choose_for(reader, place)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, entry in reader.entries.items():
         spec, (n, k) = entry.spec, entry.shape
@@ -66,7 +69,7 @@ def examine_kernels(folder: Path, device: str, dtype: str | None) -> dict[str, A
         groups.setdefault(key, {**facts, "names": []})["names"].append(name)
     return {
         "checkpoint": str(folder),
-        "dtype": str(kind).removeprefix("torch."),
+        "dtype": name_of(kind),
         "device": device,
         "linears": [{"count": len(group["names"]), **group} for group in groups.values()],
     }
@@ -78,12 +81,6 @@ def parse_device(text: str) -> torch.device:
         return torch.device(text)
     except RuntimeError as error:
         raise UsageError(f"the device {text!r} is unknown; pass cpu, cuda, or cuda:0 and so on.") from error
-
-
-def own_dtype(config: dict[str, Any]) -> str:
-    """The dtype a config names for the weights that stayed floats, such as bfloat16; float32 if none."""
-    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    return name if name in ("float16", "bfloat16") else "float32"
 
 
 def installed_version(package: str) -> str | None:

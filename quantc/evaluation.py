@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .compute_dtype import Choice, name_of
 from .decode_speed import measure_decode_speed
 from .errors import CalibrationError, UsageError
 from .eval_text import read_text
@@ -63,12 +64,15 @@ class Evaluation(Scores):
 
     bits_per_weight: all that is stored for the linears inside the blocks over their weight count.
     weights_bytes: size of the weight files. tokens_per_second: see `measure_decode_speed`.
+    dtype: that the models were computed in. dtype_reason: why in that one, where nobody named it and it is not plain.
     """
 
     bits_per_weight: float
     weights_bytes: int
     tokens_per_second: float
     peak_rss_bytes: int
+    dtype: str
+    dtype_reason: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,6 +104,7 @@ def summarize(
     scores: Scores,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    computed: Choice,
     *,
     bits_per_weight: float,
     weights_bytes: int,
@@ -111,6 +116,8 @@ def summarize(
         weights_bytes=weights_bytes,
         tokens_per_second=measure_decode_speed(model, tokenizer),
         peak_rss_bytes=peak_rss_bytes(),
+        dtype=name_of(computed.dtype),
+        dtype_reason=computed.why,
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .calibration import has_fast_bfloat16
 from .companions import libraries
+from .compute_dtype import has_fast_bfloat16
 from .frontend.unchanged import written_at
 from .pipeline import Run
 from .recipe import Recipe

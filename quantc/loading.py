@@ -5,9 +5,12 @@ It opens no weight file itself, so that none can be swapped between the check an
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -15,12 +18,14 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _get_model_class
 
 from .checkpoint import METHOD, CheckpointReader, read_json
+from .compute_dtype import choose_dtype, name_of
 from .errors import CheckpointError, QuantcError
 from .frontend.bounds import layer_counts
 from .frontend.source import asking_in_words, auto_class, first_line, needs_code, quiet_transformers
 from .model_check import handing_over
 
 GENERATION = "generation_config.json"
+log = logging.getLogger(__name__)
 
 
 def read_model(
@@ -49,6 +54,29 @@ def read_model(
         reader.check_unchanged()
     model.name_or_path = model.config.name_or_path = str(reader.folder)
     return model
+
+
+def choose_for(reader: CheckpointReader, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute a checkpoint in on a device, and log why it is not the checkpoint's own."""
+    chosen = choose_dtype(stored_dtype(reader.config), device, unpacked_values(reader))
+    if chosen.why:
+        log.log(logging.WARNING if chosen.short else logging.INFO, "%s: computed in %s, as %s", reader.folder,
+                name_of(chosen.dtype), chosen.why)  # fmt: skip
+    return chosen.dtype
+
+
+def stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    """Return the dtype that a config.json names for the weights that stayed floats; float32 where it names none."""
+    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
+
+
+def unpacked_values(reader: CheckpointReader) -> int:
+    """Return how many floats of a checkpoint are not packed: they take more memory in a wider dtype."""
+    packed = {f"{name}.{part}" for name, entry in reader.entries.items() for part in entry.layout()}
+    shapes = [stored.get_shape() for name, stored in reader.slices().items() if name not in packed]
+    return sum(map(math.prod, shapes))
 
 
 def _read_config(reader: CheckpointReader, trusted: bool) -> PreTrainedConfig:

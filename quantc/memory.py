@@ -1,4 +1,4 @@
-"""How much memory this process has used, and giving free memory back."""
+"""How much memory this process has used and may yet use, and giving free memory back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import ctypes
 import resource
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 RELEASE_BYTES = 64 << 20
 # glibc's mallopt(3): its own limits move with use, which costs a small model 6 GB of page faults in a run.
@@ -14,12 +17,26 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = (-1, 256 << 20), (-3, 32 << 20)
 # transformers loads in threads that end with the block, and each may get an arena of its own, whose gaps the next ones
 # do not fill: a process that quantized stories15M again and again grew by 7 MB a run, and with one arena it does not.
 ARENAS = (-8, 1)
+# Where a container is told how much memory it may use (cgroup v2): files of one number, or "max".
+LIMITS = Path("/sys/fs/cgroup")
 
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int:
+    """Memory that is free for this process: the machine's, or what its container has left if that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((LIMITS / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
+        facts = dict(line.split() for line in (LIMITS / "memory.stat").read_text(encoding="utf-8").splitlines())
+        # Files that were read count as used, and are given up where memory is needed.
+        return max(0, min(free, int(limit) - int(used) + int(facts["inactive_file"])))
+    except (OSError, ValueError, KeyError):  # no container, none with a limit, or one of another kind
+        return free
 
 
 class FreeMemory:

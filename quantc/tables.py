@@ -109,6 +109,7 @@ def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
     read = f"{result['positions']:,} predictions in {plural(result['windows'], 'window')}"
     bits = number(result["bits_per_weight"], 4)
     facts += [
+        ("computed in", result["dtype"], result["dtype_reason"]),
         ("text", read, ""),
         ("bits per weight", bits, "all that is stored for the linears in the blocks"),
         ("weights", size(result["weights_bytes"]), "all weight files"),

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .calib_data import Conversation, Document, load_documents
+from .compute_dtype import has_fast_bfloat16
 from .conversations import ends, leading_bos, tokenize, without_first
 from .errors import CalibrationError
 from .pipeline import Run
@@ -28,13 +30,23 @@ def calibration_tokens(run: Run, wanted: CalibrationConfig) -> torch.Tensor:
         first = leading_bos(tokenizer)
         check_ids(run.source.model, tokenizer, [torch.tensor(first)])
         with run.source.unchanged:
-            whole = run.source.load_whole(torch.bfloat16)
+            whole = run.source.load_whole(_writing_dtype(run))
         return generate_tokens(whole, data.samples, data.seq_len, data.seed, first)
     notes = run.report.notes
     documents = load_documents(data.source, also_known=("self", NO_TEXT), notes=notes)
     tokens = tokenize_documents(tokenizer, documents, data.samples, data.seq_len, data.seed, notes)
     check_ids(run.source.model, tokenizer, tokens)
     return tokens
+
+
+def _writing_dtype(run: Run) -> torch.dtype:
+    """bfloat16, and float32 where the CPU has no products of that and half of all memory holds the model.
+
+    Neither is measured now: what the model writes must be the same every time on one machine.
+    """
+    needed = sum(tensor.numel() for tensor in run.source.model.parameters()) * torch.float32.itemsize
+    slow = not has_fast_bfloat16(torch.device("cpu"))
+    return torch.float32 if slow and needed <= psutil.virtual_memory().total / 2 else torch.bfloat16
 
 
 def _fit_context(run: Run, data: CalibrationConfig) -> CalibrationConfig:

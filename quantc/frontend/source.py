@@ -180,8 +180,18 @@ def to_meta(module: nn.Module) -> None:
                 child._parameters[name] = nn.Parameter(parameter.to("meta", dtype), requires_grad=False)
 
 
+def _configs(config: Any) -> list[Any]:
+    """A config, and those of its parts."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *(part for part in parts if part is not None)]
+
+
 def build_skeleton(config: Any, trusted: bool = False) -> PreTrainedModel:
-    """The model of a config with parameters on the meta device and real buffers (rotary tables and the like)."""
+    """The model of a config with parameters on the meta device and real buffers (rotary tables and the like).
+
+    Its config keeps the dtypes that the files name, where transformers writes the one that it has built the model in.
+    """
+    named = [part.dtype for part in _configs(config)]
     try:
         with init_empty_weights(include_buffers=False), quiet_transformers(), asking_in_words(config.name_or_path):
             model = auto_class(config).from_config(config, dtype=COMPUTE_DTYPE, trust_remote_code=trusted)
@@ -196,6 +206,8 @@ def build_skeleton(config: Any, trusted: bool = False) -> PreTrainedModel:
         if isinstance(getattr(module, "config", None), PretrainedConfig):
             # One expert at a time, so that each one's rows and weights can be told apart.
             module.config._experts_implementation = "eager"
+    for part, dtype in zip(_configs(model.config), named, strict=True):
+        part.dtype = dtype
     return model.eval().requires_grad_(False)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantc import api, checkpoint, doctor
+from quantc import api, checkpoint, compute_dtype, doctor
 from quantc.checkpoint import PackedEntry
 from quantc.errors import CheckpointError
 from quantc.kernels.cpu import library
@@ -54,6 +54,8 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             "weights_bytes": 112_000_000,
             "tokens_per_second": 41.4,
             "peak_rss_bytes": 900_000_000,
+            "dtype": "float32",
+            "dtype_reason": "this processor has no bfloat16 products",
         }
         return SimpleNamespace(to_dict=lambda: figures)
 
@@ -75,7 +77,10 @@ def test_eval_passes_every_option_to_the_api(evaluations: list[dict[str, Any]]) 
 
 def test_eval_shows_divergence_only_against_an_original(evaluations: list[dict[str, Any]]) -> None:
     alone = " ".join(run("eval", "m", "--text", "t.txt").stdout.split())
-    assert alone.startswith("perplexity 31.25 text 20,440 predictions in 40 windows bits per weight 4.156")
+    assert alone.startswith(
+        "perplexity 31.25 computed in float32 this processor has no bfloat16 products text 20,440 predictions in 40 "
+        "windows bits per weight 4.156"
+    )
     compared = " ".join(run("eval", "m", "--text", "t.txt", "--against", "orig").stdout.split())
     assert "perplexity 31.25 orig has 28.69" in compared
     assert "KL divergence 0.0512 mean, in nats; 99th percentile n/a" in compared
@@ -244,11 +249,13 @@ def test_doctor_groups_equal_linears_and_says_why_kernels_refused(
 ) -> None:
     entries = {f"layers.{i}.up": PackedEntry(QuantSpec(4, 96), (768, 288)) for i in range(3)}
     entries["layers.0.down"] = PackedEntry(QuantSpec(3, 64), (288, 768))
-    reader = SimpleNamespace(entries=entries, config={"dtype": "bfloat16"})
+    reader = SimpleNamespace(entries=entries, config={"dtype": "bfloat16"}, folder=tmp_path, slices=dict)
     monkeypatch.setattr(doctor, "CheckpointReader", lambda path: reader)
     monkeypatch.setattr(library, "load", lambda: "was not built")
-    facts = json.loads(run("doctor", str(tmp_path), "--json").stdout)
-    assert facts["dtype"] == "bfloat16"
+    for multiplied, computed in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(compute_dtype, "multiplies", lambda _, multiplied=multiplied: multiplied)
+        facts = json.loads(run("doctor", str(tmp_path), "--json").stdout)
+        assert facts["dtype"] == computed
     assert [group["count"] for group in facts["linears"]] == [3, 1]
     assert facts["linears"][0]["names"] == ["layers.0.up", "layers.1.up", "layers.2.up"]
     assert facts["linears"][1]["refused"]["torch-int4"] == "needs 4 bits, not 3"
@@ -274,7 +281,7 @@ def test_doctor_says_what_the_native_cpu_kernels_do(monkeypatch: pytest.MonkeyPa
 
 
 def test_doctor_refuses_an_unknown_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(doctor, "CheckpointReader", lambda path: SimpleNamespace(entries={}, config={}))
+    monkeypatch.setattr(doctor, "CheckpointReader", lambda path: SimpleNamespace())
     result = run("doctor", str(tmp_path), "--device", "gpu7")
     assert result.exit_code == 2
     assert result.stderr == "Error: the device 'gpu7' is unknown; pass cpu, cuda, or cuda:0 and so on.\n"

@@ -49,17 +49,3 @@ def test_speed_is_that_of_the_best_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([4.0, 2.0, 8.0])
     monkeypatch.setattr(decode_speed, "_time_run", lambda *_: next(seconds))
     assert measure_decode_speed(build("llama"), make_tokenizer(adds_bos=True)) == 32.0
-
-
-def test_thread_count_is_put_back() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        with decode_speed.at_most_threads(2):
-            assert torch.get_num_threads() == 2
-        assert torch.get_num_threads() == 3
-        torch.set_num_threads(1)
-        with decode_speed.at_most_threads(2):
-            assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantc import evaluation
+from quantc.compute_dtype import Choice
 from quantc.errors import CalibrationError, UsageError
 from quantc.evaluation import Scores, Window, make_windows, peak_rss_bytes, score, summarize
 from quantc.progress import LogProgress
@@ -256,11 +257,13 @@ def test_summary_is_scores_and_costs(model: PreTrainedModel, monkeypatch: pytest
     monkeypatch.setattr(evaluation, "measure_decode_speed", lambda *_: 3.5)
     monkeypatch.setattr(evaluation, "peak_rss_bytes", lambda: 99)
     scores = Scores(20.0, 19.0, 0.1, 0.9, 0.8, 511, 1)
-    result = summarize(scores, model, make_tokenizer(adds_bos=True), bits_per_weight=4.25, weights_bytes=10)
+    computed, tokenizer = Choice(torch.float32, "a reason"), make_tokenizer(adds_bos=True)
+    result = summarize(scores, model, tokenizer, computed, bits_per_weight=4.25, weights_bytes=10)
     assert json.loads(json.dumps(result.to_dict())) == {
         "perplexity": 20.0, "perplexity_original": 19.0, "mean_kl": 0.1, "p99_kl": 0.9,
         "top1_agreement": 0.8, "positions": 511, "windows": 1, "bits_per_weight": 4.25,
         "weights_bytes": 10, "tokens_per_second": 3.5, "peak_rss_bytes": 99,
+        "dtype": "float32", "dtype_reason": "a reason",
     }  # fmt: skip
 
 
