@@ -20,13 +20,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantc.formats import DENSE
+from quantc.kernel_speed import random_weight
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE
 from quantc.runtime import QuantLinear
 from quantc.spec import QuantSpec
 
 from .common import describe, machine, markdown, write_json
-from .cpu_matmul import random_weight
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536)]
 

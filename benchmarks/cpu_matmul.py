@@ -20,23 +20,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from quantc.compute_dtype import name_of
 from quantc.formats import DENSE
+from quantc.kernel_speed import Call, copies, random_weight, read_bandwidth
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.cpu.torch_int4 import TORCH_INT4
 from quantc.numerics.hadamard import block_order, rotate
 from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
+from quantc.timing import best_in_turns
 
 from .common import describe, machine, markdown, write_json
 
@@ -46,21 +48,6 @@ SHAPES = {
     "7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
 }
 CPU = torch.device("cpu")
-COLD_BYTES = 96 << 20  # of weights in turn: three times the L3 of the largest part this was measured on
-Call = Callable[[torch.Tensor], torch.Tensor]
-
-
-def random_weight(spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
-    """Uniform codes; scales that keep products near 1."""
-    rows, columns = spec.scales_shape(shape)
-    codes = torch.randint(0, spec.levels, shape, dtype=torch.uint8)
-    scales = torch.full((rows, columns), 0.01, dtype=torch.float16)
-    zeros = None if spec.symmetric else torch.full((rows, columns), spec.mid, dtype=torch.uint8)
-    return QTensor(spec, codes, scales, zeros)
-
-
-def copies(weight_bytes: int) -> int:
-    return max(1, min(512, ceil(COLD_BYTES / weight_bytes)))
 
 
 def competitors(
@@ -95,10 +82,6 @@ def competitors(
     return calls, sizes, dtypes
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def through(linear: Callable[..., torch.Tensor], weight: torch.Tensor) -> Call:
     return lambda x: linear(x, weight)
 
@@ -130,31 +113,8 @@ def check(calls: dict[str, list[Call]], bits: int, tensor: QTensor, k: int) -> N
 
 def measure(calls: dict[str, list[Call]], inputs: dict[str, torch.Tensor], seconds: float) -> dict[str, float]:
     """Best milliseconds of one call, every competitor taking a short turn in every round."""
-    best = dict.fromkeys(calls, float("inf"))
-    places = dict.fromkeys(calls, 0)
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while time.perf_counter() < end or rounds < 3:
-        rounds += 1
-        for name, weights in calls.items():
-            for _ in range(3):
-                weight = weights[places[name] % len(weights)]
-                places[name] += 1
-                start = time.perf_counter()
-                weight(inputs[name])
-                best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
-    return best
-
-
-def read_bandwidth() -> float:
-    """GB/s at which all threads read a tensor that no cache holds."""
-    values = torch.ones(1 << 25)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        values.sum()
-        best = min(best, time.perf_counter() - start)
-    return values.nbytes / best / 1e9
+    bound = {name: [partial(weight, inputs[name]) for weight in weights] for name, weights in calls.items()}
+    return {name: best * 1e3 for name, best in best_in_turns(bound, seconds).items()}
 
 
 def arithmetic_bounds(bits: list[int], group: int) -> dict[str, float]:

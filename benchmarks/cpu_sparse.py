@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
+from quantc.compute_dtype import name_of
 from quantc.formats import GROUP_SPARSE, format_of
+from quantc.kernel_speed import Call, copies, random_weight
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
 
 from .common import describe, machine, markdown, write_json
-from .cpu_matmul import Call, copies, measure, name_of, native, random_weight
+from .cpu_matmul import measure, native
 
 SHAPES = [(576, 1536), (4096, 4096), (4096, 11008)]
 GROUP, PEERS = 16, (64, 16)

@@ -345,25 +345,24 @@ def verify(checkpoint: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
-@option("--dtype", type=DTYPES, help="Type of the activations. [default: the checkpoint's own]")
+@option("--dtype", type=DTYPES, help="Type of the activations. [default: as it would be loaded]")
 @DEVICE_OPTION
+@option("--measure", is_flag=True, help="Also time the CPU kernels for one row, which takes a few seconds.")
 @JSON_OPTION
-def doctor(checkpoint: Path | None, dtype: str | None, device: str, as_json: bool) -> None:
+def doctor(checkpoint: Path | None, as_json: bool, **settings: Any) -> None:
     """Describe this machine, and the kernels for CHECKPOINT.
 
     For every linear of CHECKPOINT: which kernel runs it here, and why the others refused.
 
     \b
-    Example: quantc doctor qwen3-w4 --dtype bfloat16
+    Example: quantc doctor qwen3-w4 --measure
     """
     if checkpoint is not None:
         _require_folder(checkpoint)
     with console.session(quiet=True):
         from . import doctor as examiner
 
-        facts: dict[str, Any] = {"machine": examiner.examine_machine()}
-        if checkpoint is not None:
-            facts.update(examiner.examine_kernels(checkpoint, device, dtype))
+        facts = examiner.examine(checkpoint, **settings)
     if as_json:
         console.show_json(facts)
         return

@@ -1,4 +1,4 @@
-"""`quantc doctor`: what this machine offers, and which kernel runs each linear of a checkpoint."""
+"""`quantc doctor`: what this machine offers, which kernel runs each linear of a checkpoint, how fast."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ FEATURES = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni", "avx512_bf16",
     "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
+
+
+def examine(
+    folder: Path | None, device: str = "cpu", dtype: str | None = None, measure: bool = False
+) -> dict[str, Any]:
+    """All that `quantc doctor` tells; the kernels of a checkpoint where there is a folder, their speed on request."""
+    facts: dict[str, Any] = {"machine": examine_machine()}
+    if folder is not None:
+        facts.update(examine_kernels(folder, device, dtype))
+    if measure:
+        from .kernel_speed import measure_kernels
+
+        facts["measured"] = measure_kernels()
+    return facts
 
 
 def examine_machine() -> dict[str, str]:

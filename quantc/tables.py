@@ -120,17 +120,40 @@ def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
 
 
 def diagnosed(facts: dict[str, Any]) -> RenderableType:
-    """The machine and its libraries; for a checkpoint also which kernel runs each linear, and why."""
+    """The machine and its libraries; for a checkpoint which kernel runs each linear, and why; the speed of kernels."""
     parts: list[RenderableType] = [_facts([(name, text, "") for name, text in facts["machine"].items()])]
-    if "checkpoint" not in facts:
-        return Group(*parts)
-    parts.append(_heading(f"Kernels for {facts['checkpoint']} in {facts['dtype']} on {facts['device']}"))
+    if "checkpoint" in facts:
+        parts += _chosen_kernels(facts)
+    if "measured" in facts:
+        parts += _kernel_speed(facts["measured"])
+    return Group(*parts)
+
+
+def _chosen_kernels(facts: dict[str, Any]) -> list[RenderableType]:
+    heading = _heading(f"Kernels for {facts['checkpoint']} in {facts['dtype']} on {facts['device']}")
     table = _table(["linears", "spec", "shape", "kernel", "refused because"], numeric={"linears", "shape"})
     for group in facts["linears"]:
         reasons = "\n".join(f"{kernel} {reason}" for kernel, reason in group["refused"].items())
         shape = _shape(group["shape"])
         table.add_row(str(group["count"]), group["label"], shape, group["kernel"], Text(reasons, style="dim"))
-    return Group(*parts, table)
+    return [heading, table]
+
+
+SPEED_COLUMNS = ("bits", "x", "kernel", "ns a weight in cache", "from memory", "GB/s", "x F.linear", "limited by")
+
+
+def _kernel_speed(measured: dict[str, Any] | str) -> list[RenderableType]:
+    if isinstance(measured, str):
+        return [_heading("Speed for one row"), _indented(Text(measured))]
+    threads, level = plural(measured["threads"], "thread"), measured["level"]
+    bandwidth = number(measured["read_gb_per_s"])
+    heading = _heading(f"Speed for one row on {threads} with {level}; memory is read at {bandwidth} GB/s")
+    table = _table(list(SPEED_COLUMNS), numeric={*SPEED_COLUMNS} - {"x", "kernel", "limited by"})
+    for row in measured["rows"]:
+        names = ("cached_ns_per_weight", "ns_per_weight", "gb_per_s", "times_float32_linear")
+        figures = [number(row[name]) for name in names]
+        table.add_row(str(row["bits"]), row["x"], row["kernel"], *figures, row["limit"])
+    return [heading, table]
 
 
 def label(spec: dict[str, Any]) -> str:
