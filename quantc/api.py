@@ -17,9 +17,10 @@ from .compute_dtype import Choice, name_of
 from .errors import UsageError
 from .frontend import Source
 from .frontend.source import read_tokenizer
+from .half_weights import keep_half
 from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
 from .journal import has_journal, read_journal
-from .loading import choose_for, read_model
+from .loading import choose_for, read_model, stored_dtype
 from .opened import Opened, choose_common, load_any, open_any, stored_size
 from .ownership import check_place
 from .pareto import Curve, spaced, trace_curve
@@ -121,7 +122,7 @@ def _compare(checkpoint: Path, model: PathLike, windows: list[Window], job: Job)
 
     models = [checkpoint, open_any(model, job.trusted)]
     dtype = _chosen(models, job.device, job.progress).dtype
-    subject, original = (load_any(each, dtype, job.trusted).to(job.device) for each in models)
+    subject, original = (load_any(each, dtype, job.trusted, torch.device(job.device)) for each in models)
     return score(subject, original, windows, job.progress)
 
 
@@ -239,9 +240,11 @@ def load(
     `progress` how far it is (None: log lines). trust_remote_code: run Python code that the checkpoint brings.
     Raises CheckpointError that names the tensor or file for a truncated, missing, changed or unknown one.
     """
-    reader = CheckpointReader(path)
-    model = read_model(reader, dtype or choose_for(reader, torch.device(device)), verify, trust_remote_code)
-    model.eval().to(device)
+    reader, place = CheckpointReader(path), torch.device(device)
+    model = read_model(reader, dtype or choose_for(reader, place), verify, trust_remote_code)
+    if place.type == "cpu" and not compile:  # a compiler takes panels for so many operations
+        keep_half(model, stored_dtype(reader.config))
+    model.eval().to(place)
     if compile:
         from .compiled import compile_decoding
 
@@ -279,10 +282,10 @@ def evaluate(
     for note in notes:
         progress.note(note)
     chosen = Choice(wanted) if wanted else _chosen([opened, *([] if other is None else [other])], device, progress)
-    subject = load_any(opened, chosen.dtype, trust_remote_code).to(device)
+    subject = load_any(opened, chosen.dtype, trust_remote_code, torch.device(device))
     cut = evaluation.make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
     evaluation.check_ids(subject, tokenizer, (window.tokens for window in cut))
-    original = None if other is None else load_any(other, chosen.dtype, trust_remote_code).to(device)
+    original = None if other is None else load_any(other, chosen.dtype, trust_remote_code, torch.device(device))
     if original is not None:
         evaluation.check_ids(original, tokenizer, (window.tokens for window in cut))
     scores = evaluation.score(subject, original, cut, progress)
@@ -295,7 +298,7 @@ def default_context(model: PreTrainedModel) -> int:
     return min(512, limit) if isinstance(limit, int) else 512
 
 
-def _chosen(models: list[Opened], device: str | torch.device, progress: Progress) -> Choice:
+def _chosen(models: list[Opened], device: str, progress: Progress) -> Choice:
     """The dtype to compare models in, with a note where memory is too short for the fast one."""
     chosen = choose_common(models, torch.device(device))
     if chosen.short:

@@ -12,6 +12,7 @@ from .compute_dtype import HALF, Choice, choose_dtype
 from .decoder import find_decoder
 from .frontend import Source, open_model, to_meta
 from .frontend.source import tensors_under
+from .half_weights import keep_half
 from .job import PathLike
 from .loading import read_model, stored_dtype, unpacked_values
 from .progress import Progress
@@ -50,12 +51,17 @@ def choose_common(models: list[Opened], device: torch.device) -> Choice:
     return choose_dtype(common, device, values)
 
 
-def load_any(opened: Opened, dtype: torch.dtype, trusted: bool) -> Any:
-    """Return the model in memory on the CPU, for evaluation."""
+def load_any(opened: Opened, dtype: torch.dtype, trusted: bool, device: torch.device) -> Any:
+    """Return the model in memory on a device, for evaluation."""
     if isinstance(opened, Source):
         with opened.unchanged:
-            return opened.load_whole(dtype)
-    return read_model(CheckpointReader(opened), dtype, trusted=trusted).eval()
+            whole: Any = opened.load_whole(dtype)
+        return whole.to(device)
+    reader = CheckpointReader(opened)
+    model: Any = read_model(reader, dtype, trusted=trusted).eval()
+    if device.type == "cpu":
+        keep_half(model, stored_dtype(reader.config))
+    return model.to(device)
 
 
 def stored_size(opened: Opened) -> dict[str, Any]:
