@@ -273,7 +273,7 @@ def recipe(action: str, name: str) -> None:
 @option("--context", type=Whole(2), help="Tokens per window. [default: 512, or the model's limit]")
 @option("--stride", type=COUNT, help="Tokens between windows. [default: the context]")
 @option("--windows", type=COUNT, help="Only the first so many windows. [default: all]")
-@option("--dtype", type=DTYPES, help="Type of the activations. [default: the model's own if the CPU has it]")
+@option("--dtype", type=DTYPES, help="Type of the activations. [default: the model's own, or float32 where faster]")
 @DEVICE_OPTION
 @TRUST_OPTION
 @OUTPUT_OPTIONS

@@ -32,6 +32,7 @@ NUMERIC = (
     "tests/quantc/test_bracket.py",
     "tests/quantc/test_budget.py",
     "tests/quantc/test_estimators.py",
+    "tests/quantc/test_half_weights.py",
     "tests/quantc/test_pareto.py",
     "tests/quantc/test_rewrite.py",
     "tests/quantc/test_runtime.py",
