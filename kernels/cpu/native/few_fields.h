@@ -10,7 +10,8 @@ namespace {
 // SIDE strips beside each other: what ends a group, a quarter of the time where it has 64 inputs, then overlaps.
 template <int BITS, int M, int SIDE>
 INLINE void strips_of_fields(const Image* w, const Inputs& x, const Outputs& y, int64_t strip) {
-  constexpr int CHAINS = M * SIDE >= 4 ? 1 : 4 / (M * SIDE);  // eight sums: one takes 4 cycles, and two start in each
+  constexpr int SUMS = 8 / PARTS;  // times PARTS registers: an addition takes 4 cycles, and two start in each
+  constexpr int CHAINS = M * SIDE >= SUMS ? 1 : SUMS / (M * SIDE);
   const float* rows[M];  // one pointer each, as compilers keep one for every input of every row otherwise
   unrolled<M>([&](int m) INLINE_LAMBDA { rows[m] = static_cast<const float*>(x.rows) + m * x.stride; });
   const uint32_t* block[SIDE];
@@ -44,7 +45,7 @@ INLINE void strips_of_fields(const Image* w, const Inputs& x, const Outputs& y, 
 
 template <int BITS, int M>
 void multiply_fields_of(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  constexpr int SIDE = M == 1 && BITS <= 4 && BITS > 2 ? 2 : 1;  // two strips of bytes take more registers than there are
+  constexpr int SIDE = LANES == 8 && M == 1 && BITS <= 4 ? 2 : 1;  // two strips of bytes take more registers than there are
   int64_t strip = from;
   for (; strip + SIDE <= to; strip += SIDE) strips_of_fields<BITS, M, SIDE>(w, x, y, strip);
   for (; strip < to; ++strip) strips_of_fields<BITS, M, 1>(w, x, y, strip);
@@ -54,7 +55,8 @@ template <int BITS>
 void multiply_fields_bits(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   if (x.m == 1) return multiply_fields_of<BITS, 1>(w, x, y, from, to);
   if (x.m == 2) return multiply_fields_of<BITS, 2>(w, x, y, from, to);
-  if (x.m == 4) return multiply_fields_of<BITS, 4>(w, x, y, from, to);
+  if constexpr (LARGEST_TILE >= 4)
+    if (x.m == 4) return multiply_fields_of<BITS, 4>(w, x, y, from, to);
   if constexpr (LARGEST_TILE == 6) multiply_fields_of<BITS, 6>(w, x, y, from, to);
 }
 

@@ -152,7 +152,8 @@ template <template <int> class Decoder, int BITS, int UNITS>
 void multiply_units(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   if (x.m == 1) return multiply_rows<Decoder, BITS, 1, UNITS>(w, x, y, from, to);
   if (x.m == 2) return multiply_rows<Decoder, BITS, 2, UNITS>(w, x, y, from, to);
-  if (x.m == 4) return multiply_rows<Decoder, BITS, 4, UNITS>(w, x, y, from, to);
+  if constexpr (LARGEST_TILE >= 4)
+    if (x.m == 4) return multiply_rows<Decoder, BITS, 4, UNITS>(w, x, y, from, to);
   if constexpr (LARGEST_TILE > 4) return multiply_rows<Decoder, BITS, LARGEST_TILE, UNITS>(w, x, y, from, to);
 }
 

@@ -19,7 +19,13 @@
 namespace {
 
 constexpr int PARTS = STRIP / LANES;
-constexpr int LARGEST_TILE = LANES == 16 ? 8 : LANES == 8 ? 6 : 4;  // rows of x at once: what the registers hold
+#if defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = LANES == 16 ? 32 : 16;
+#endif
+// Rows of x at once: what the registers hold.
+constexpr int LARGEST_TILE = LANES == 16 ? 8 : LANES == 8 ? 6 : REGISTERS / 8;
 constexpr bool WHOLE_CODES = LANES != 16;  // whether products of floats are of codes, or of codes less mid
 typedef float FloatLanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
@@ -124,7 +130,12 @@ INLINE Floats multiply_add(const Floats& a, const Floats& b, Floats sum) {
   return sum;
 }
 INLINE Floats multiply_add(const Floats& a, float b, Floats sum) {
-  for (int p = 0; p < PARTS; ++p) sum.part[p] += a.part[p] * b;
+  for (int p = 0; p < PARTS; ++p) {
+    sum.part[p] += a.part[p] * b;
+#if LANES == 4 && defined(__SSE2__)
+    __asm__("" : "+x"(sum.part[p]));  // or GCC 12 adds up one register after the other, each waiting for itself
+#endif
+  }
   return sum;
 }
 INLINE Floats load_float16(const uint16_t* at) {
