@@ -51,7 +51,7 @@ CPU = torch.device("cpu")
 
 
 def competitors(
-    bits: list[int], group: int, shape: tuple[int, int], int8: bool, int4_only: bool
+    bits: list[int], group: int, shape: tuple[int, int], int8: bool, of_x: list[torch.dtype]
 ) -> tuple[dict[str, list[Call]], dict[str, int], dict[str, torch.dtype]]:
     """Calls on weights of their own, bytes of one packed weight, and the dtype of x, by name."""
     calls: dict[str, list[Call]] = {}
@@ -62,7 +62,7 @@ def competitors(
         calls[name], sizes[name], dtypes[name] = [make() for _ in range(copies(size))], size, dtype
 
     k = shape[1]
-    for dtype in [torch.bfloat16] if int4_only else [torch.float32, torch.bfloat16]:
+    for dtype in of_x:
         dense = torch.randn(shape).to(dtype)
         add(f"F.linear {name_of(dtype)}", dtype, dense.nbytes, lambda dense=dense: through(F.linear, dense.clone()))
     for width in bits:
@@ -70,15 +70,15 @@ def competitors(
         tensor = random_weight(spec, shape)
         parts = DENSE.pack(tensor)
         size = sum(part.nbytes for part in parts.values())
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in of_x:
             add(f"w{width} {name_of(dtype)}", dtype, size, lambda dtype=dtype, parts=parts, spec=spec: packed(
                 NATIVE, parts, spec, shape, dtype))  # fmt: skip
         if int8:
-            add(f"w{width} int8", torch.bfloat16, size, lambda parts=parts, spec=spec: packed_int8(parts, spec, shape))
-        if TORCH_INT4.supports(spec, shape, CPU, torch.bfloat16) is None:
+            add(f"w{width} int8", of_x[0], size, lambda parts=parts, spec=spec: packed_int8(parts, spec, shape))
+        if torch.bfloat16 in of_x and TORCH_INT4.supports(spec, shape, CPU, torch.bfloat16) is None:
             add("torch int4", torch.bfloat16, size, lambda parts=parts, spec=spec: packed(
                 TORCH_INT4, parts, spec, shape, torch.bfloat16))  # fmt: skip
-        check(calls, width, tensor, k)
+        check(calls, dtypes, width, tensor, k)
     return calls, sizes, dtypes
 
 
@@ -99,13 +99,12 @@ def packed_int8(parts: Any, spec: QuantSpec, shape: tuple[int, int]) -> Call:
         NATIVE.int8 = False
 
 
-def check(calls: dict[str, list[Call]], bits: int, tensor: QTensor, k: int) -> None:
+def check(calls: dict[str, list[Call]], dtypes: dict[str, torch.dtype], bits: int, tensor: QTensor, k: int) -> None:
     """A wrong kernel is never fast."""
     x = torch.randn(2, k)
     exact = x.double() @ tensor.dequantize(torch.float64).T
     for name in [name for name in calls if name.startswith(f"w{bits} ")]:
-        dtype = torch.float32 if name.endswith("float32") else torch.bfloat16
-        error = (calls[name][0](x.to(dtype)).double() - exact).norm() / exact.norm()
+        error = (calls[name][0](x.to(dtypes[name])).double() - exact).norm() / exact.norm()
         limit = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 2e-2}[name.split()[1]]
         if error > limit:
             raise RuntimeError(f"{name} is off by {error:.2g} of the product's norm")
@@ -143,7 +142,9 @@ def ggml_rows(shape: tuple[int, int], args: Any) -> list[dict[str, Any]]:
 
 def rows_of(model: str, shape: tuple[int, int], args: Any) -> list[dict[str, Any]]:
     of_ggml = ggml_rows(shape, args)
-    calls, sizes, dtypes = competitors(args.bits, args.group, shape, args.int8, args.quick)
+    calls, sizes, dtypes = competitors(
+        args.bits, args.group, shape, args.int8, [getattr(torch, name) for name in args.dtypes]
+    )
     out = []
     for m in args.tokens:
         inputs = {name: torch.randn(m, shape[1]).to(dtype) for name, dtype in dtypes.items()}
@@ -156,7 +157,7 @@ def rows_of(model: str, shape: tuple[int, int], args: Any) -> list[dict[str, Any
         timed = {name: (best[name], sizes[name]) for name in calls}
         timed |= {name: (found["ms"], found["bytes"]) for name, found in of_m.items()}
         for name, (ms, size) in timed.items():
-            row = {"model": model, "N x K": f"{shape[0]} x {shape[1]}", "M": m, "what": name}
+            row = {"model": model, "level": library.level(), "N x K": f"{shape[0]} x {shape[1]}", "M": m, "what": name}
             row |= {"ms": round(ms, 4), "GB/s": round(size / ms / 1e6, 1), "read GB/s": bandwidth}
             for peer in ("F.linear float32", "F.linear bfloat16", "torch int4"):
                 row[f"x {peer}"] = round(best[peer] / ms, 2) if peer in best else "-"
@@ -212,12 +213,13 @@ def main() -> int:
     parser = describe(__doc__)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 5, 6, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128])
     parser.add_argument("--int8", action="store_true", help="also with activations rounded to int8")
     parser.add_argument("--ggml", nargs="+", metavar="LIBRARY", help="libraries of one ggml, or one that exports it")
     parser.add_argument("--rotated", nargs="+", type=int, metavar="WIDTH", help="what rotations of these widths cost")
-    parser.add_argument("--quick", action="store_true", help="one shape of each model, no float32 F.linear")
+    parser.add_argument("--quick", action="store_true", help="one shape of each model")
     parser.add_argument("--seconds", type=float, default=2.0, help="for one shape and number of rows")
     parser.add_argument("--out", type=Path, help="also write JSON here")
     args = parser.parse_args()
