@@ -1,10 +1,10 @@
 """Own C++ kernels for packed weights on the CPU, as a torch operator and as a kernel for the registry.
 
 Weights are repacked once into an image (native/image.h): 16 output channels side by side, inputs running inside, codes
-placed so that one shift yields them for float32, bfloat16 and int8 products alike. Few rows of x
-are multiplied with the codes; many rows of bfloat16 with weights rounded to bfloat16, or, where the processor has no
-products of bfloat16, with panels of the weight that are unpacked for torch's matmul. Of weights with dropped groups
-(native/kept.h) only the groups that stay are in the image, and are read.
+placed so that a shift or a mask yields them for float32, bfloat16 and int8 products alike. Few rows of x are multiplied
+with the codes; many with weights made once for all of them, rounded to bfloat16 or, where the processor has no products
+of those, in floats. Of weights with dropped groups (native/kept.h) only the groups that stay are in the image, and are
+read; there many rows of bfloat16 meet panels that are unpacked for torch's matmul, where the processor is made for it.
 
 Activations are rounded to int8 only where QUANTC_CPU_INT8=1 says so, or NATIVE.int8 is set: then sums are of
 products of integers, with a scale for every 32 activations, but not where groups are dropped. Nothing else changes the
@@ -35,12 +35,10 @@ from .library import TYPES
 
 INT8_VARIABLE = "QUANTC_CPU_INT8"
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
-# Rows of x from which torch multiplies with unpacked panels, where the library has nothing for many rows (see
-# rounded.h). Own float32 sums are 1.5 to 5 times as fast as torch's F.linear up to 256 rows (Zen 5, 2 threads).
-PANEL_FROM = {torch.bfloat16: 1024}
-# The same where half of the groups of 16 is dropped: at 64 rows own bfloat16 products take 0.8 and 1.5 times as long as
-# panels (K 1536 and 4096), at 32 rows 0.5, at 128 rows 1.3 and 1.9. Own float32 ones take half the time up to 256 rows.
-KEPT_PANEL_FROM = {torch.bfloat16: 64}
+# Rows of x from which torch multiplies with unpacked panels of a weight with dropped groups, where the processor has
+# products of bfloat16. With half of the groups of 16 dropped, own bfloat16 products take 0.5 times as long as panels
+# at 32 rows, 0.8 and 1.5 times at 64 (K 1536 and 4096), 1.3 and 1.9 times at 128; float32 ones half up to 256 rows.
+PANEL_FROM = {torch.bfloat16: 64}
 # Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input lies in a page of its own,
 # and writing them takes 20 times as long.
 PANEL_ROWS = 128
@@ -208,12 +206,9 @@ def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> tor
 
 
 def _is_for_panels(w: NativeWeight, rows: int, dtype: torch.dtype) -> bool:
-    if w.int8 or rows < min(table.get(dtype, rows + 1) for table in (PANEL_FROM, KEPT_PANEL_FROM)):
+    if w.int8 or rows < PANEL_FROM.get(dtype, rows + 1):
         return False
-    if _has_kept_groups(w):
-        return rows >= KEPT_PANEL_FROM.get(dtype, rows + 1)
-    own = dtype == torch.bfloat16 and library.loaded().takes_many_rows(w.image.data_ptr())
-    return rows >= PANEL_FROM.get(dtype, rows + 1) and not own
+    return not library.loaded().takes_many_rows(w.image.data_ptr())
 
 
 def _readable(bias: torch.Tensor) -> torch.Tensor:

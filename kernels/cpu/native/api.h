@@ -57,7 +57,8 @@ EXPORT int32_t quantc_cpu_rotate(const void* rotation, const void* x, void* out,
 // Rows [from, to) of W as columns of out [k][to - from]. from and to: multiples of quantc_cpu_panel_step, or to is n.
 // Of an image with dropped groups, where quantc_cpu_panel_by_rows says so, as rows of out [to - from][k]. values: of out.
 EXPORT int32_t quantc_cpu_panel_by_rows(const void* image);
-// Whether the chosen level has a product of its own for many rows of bfloat16 with this image.
+// Whether many rows are best left to the chosen level's own product with this image: there is one for them, or the level
+// has no products of bfloat16, and torch's take several times as long as those of floats there.
 EXPORT int32_t quantc_cpu_takes_many_rows(const void* image);
 EXPORT int64_t quantc_cpu_panel_step(const void* image);
 EXPORT int32_t quantc_cpu_unpack(const void* image, int64_t from, int64_t to, void* out, int64_t values, int32_t type,

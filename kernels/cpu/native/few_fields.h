@@ -1,4 +1,4 @@
-// The product of strips with up to four rows of float activations, by fields (fields.h). Inputs::rows as fit_fields
+// The product of strips with up to six rows of float activations, by fields (fields.h). Inputs::rows as fit_fields
 // leaves them; Inputs::sums those of whole codes.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Codes whole and in fields of 4 or 8 bits, for instruction sets that look nothing up: a code in its field, as it lies
+// Codes whole and in fields of 2, 4 or 8 bits, for instruction sets that look nothing up: a code in its field, as it lies
 // there, is one mask and one conversion away from a float. That is the code times a power of two, which the inputs that
 // it meets are divided by beforehand. Included after wide.h, once for each instruction set.
 #pragma once

@@ -51,7 +51,7 @@ constexpr int low_bit(int bits, int k) {
   return k % 2 * 16 + k % inputs_in_vector(bits) / 2 * low_width(bits);
 }
 
-// Where the planes of a code are joined (words.h), it lies in a field of 4 or 8 bits: words of the lower plane hold
+// Where the planes of a code are joined (words.h), it lies in a field of 2, 4 or 8 bits: words of the lower plane hold
 // those of `joints` words, side by side.
 constexpr int field_width(int bits) { return bits == 2 ? 2 : bits <= 4 ? 4 : 8; }
 constexpr int joints(int bits) { return field_width(bits) / low_width(bits); }

@@ -96,7 +96,8 @@ void load_int8(const Image* w, const float* ordered, int8_t* row, float* scales,
 float scale_inputs(const Image* w, const float* ordered, int64_t group, float* scaled, int base) {
   const int64_t count = w->blocks * BLOCK;
   const uint16_t* scales = scales_of(w) + group * count;
-  for (int64_t i = 0; i < count; ++i) scaled[i] = ordered[i] * from_float16(scales[i]);
+  for (int64_t i = 0; i < count; i += STRIP)
+    store_floats(multiplied(load_floats(ordered + i), load_float16(scales + i)), scaled + i);
   if (w->symmetric && base == w->mid) return 0;
   const uint8_t* zeros = w->symmetric ? nullptr : zeros_of(w) + group * count;
   float lanes[BLOCK] = {};

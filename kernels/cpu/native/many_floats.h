@@ -50,10 +50,11 @@ class WeightMaker {
   // Scales and zeros of inputs, and the same for all outputs of a strip.
   INLINE_MEMBER void load_inputs(int64_t strip, int64_t block) {
     const int64_t at = (strip / w_->group_strips * w_->blocks + block) * BLOCK;
-    for (int k = 0; k < BLOCK; ++k) {
-      const float scale = from_float16(scales_of(w_)[at + k]);
-      input_offsets_[k] = scale * static_cast<float>(-(w_->symmetric ? w_->mid : zeros_of(w_)[at + k]));
-      input_scales_[k] = scale * factors_.of[k];
+    for (int k = 0; k < BLOCK; k += STRIP) {
+      const Floats own = load_float16(scales_of(w_) + at + k);
+      const Floats zeros = w_->symmetric ? all(static_cast<float>(-w_->mid)) : load_offsets(zeros_of(w_) + at + k, 0);
+      store_floats(multiplied(zeros, own), input_offsets_ + k);
+      store_floats(multiplied(load_floats(factors_.of + k), own), input_scales_ + k);
     }
   }
 

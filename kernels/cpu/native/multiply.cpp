@@ -15,8 +15,8 @@ constexpr int64_t SLAB = 64;                // rows of x for which a piece of W 
 // Making rounded weights is shared by all rows of a slab, whose sums for a piece of strips must fit the second cache.
 // 512 rows take 0.95 of the time of twice 256, 1024 take 1.1 of twice 512. A piece of 32 strips reads x, which may come
 // from the third cache, a quarter as often as one of 8: 256 rows of 4096 then take 0.85 of the time.
-constexpr int64_t WEIGHTS_SLAB = 192;
 constexpr int64_t ROUNDED_SLAB = 512, ROUNDED_STRIPS = 32;
+constexpr int64_t WEIGHTS_SLAB = 192;  // the same for weights made floats: a tenth of their time is making them
 // Of packed weight that a thread takes at once: an eighth of a Zen 5's L2 where it is read for several tiles of rows; much
 // where it is read once, since reading must get going again with every piece (128 KB take 1.15 times as long as 2 MB).
 constexpr int64_t PIECE_BYTES = 128 << 10, STREAM_BYTES = 2 << 20;
@@ -26,6 +26,7 @@ constexpr int64_t SIDE_BY_SIDE = 4;
 // Rows from which weights with scales of inputs are rounded: elsewhere every group of outputs multiplies its scales into rows
 // of floats. At 2 rows that takes 0.7 to 1.1 times as long, at 3 and 4 1.5 to 2.1 times, at 128 5 times (Zen 5).
 constexpr int64_t PER_IC_ROUNDED_FROM = 3;
+constexpr int64_t PER_IC_WEIGHTS_FROM = 9;  // for the same reason, where tiles of rows are smaller; level at 8
 
 thread_local Scratch caller_scratch, worker_scratch;
 
@@ -114,7 +115,7 @@ Kind kind_of(const Multiplication& job, const Call& call) {
   const bool bfloat16 = call.type == BFLOAT16;
   if (is_sparse(job.w)) return bfloat16 && call.m == 1 && job.level->by_kept_bfloat16 && fits_pairs(job.w) ? BY_BFLOAT16 : BY_FLOAT;
   if (call.int8 && job.level->by_int8) return BY_INT8;
-  if (job.level->by_weights && call.m >= job.level->weights_from) return BY_WEIGHTS;
+  if (job.level->by_weights && call.m >= (job.w->per_ic ? PER_IC_WEIGHTS_FROM : job.level->weights_from)) return BY_WEIGHTS;
   if (!bfloat16 || !job.level->by_bfloat16) return BY_FLOAT;
   if (job.level->by_rounded && call.m >= (job.w->per_ic ? PER_IC_ROUNDED_FROM : job.level->rounded_from)) return BY_ROUNDED;
   if (job.w->per_ic) return BY_FLOAT;
@@ -327,7 +328,7 @@ void run(Together& all, int threads) {
 
 }  // namespace
 
-bool takes_many_rows(const Image* w) { return level().by_rounded && !is_sparse(w); }
+bool takes_many_rows(const Image* w) { return !is_sparse(w) || !level().by_bfloat16; }
 
 void multiply(const Product* products, int count, const Call& call) {
   Together all;

@@ -166,6 +166,10 @@ INLINE Floats load_from(Type type, const void* at) {
     out.part[p] = reinterpret_cast<FloatLanes>(__builtin_convertvector(halves[p], WordLanes) << 16);
   return out;
 }
+INLINE Floats multiplied(Floats a, const Floats& b) {
+  for (int p = 0; p < PARTS; ++p) a.part[p] *= b.part[p];
+  return a;
+}
 // What an asymmetric group adds to its codes less mid.
 INLINE Floats load_offsets(const uint8_t* at, int mid) {
   float values[STRIP];

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantc.kernels.cpu import library, native
+from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE
 from quantc.kernels.cpu.rotation import rotate
 from quantc.qtensor import QTensor
@@ -88,8 +88,7 @@ def test_any_number_of_threads_adds_the_same_bits(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_panels_and_gradients_have_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "PANEL_FROM", {torch.float32: 60})
+def test_gradients_have_it_too() -> None:
     tensor = with_factors(QuantSpec(4, 32, rank=5), (190, 96))
     x = torch.randn(60, 96, generator=torch.Generator().manual_seed(1), requires_grad=True)
     weight = prepare(tensor, torch.float32)

@@ -10,10 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantc.formats import DENSE
 from quantc.kernels.cpu import library, native
 from quantc.kernels.cpu.native import INT8_VARIABLE, NATIVE
-from quantc.kernels.reference import REFERENCE
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 from .cases import DTYPES, LEVELS, ROUNDED_FROM, built, check, prepare, random_weight, rounds_weights
@@ -110,21 +108,34 @@ def test_infinite_activations_stay_visible(level: str, monkeypatch: pytest.Monke
                 assert not NATIVE.run(x, prepare(tensor, torch.float32)).isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
-def test_many_rows_go_through_panels(dtype: torch.dtype, grouping: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "PANEL_ROWS", 80)
-    monkeypatch.setattr(native, "PANEL_FROM", {dtype: 60})
-    tensor = random_weight(QuantSpec(3, 40, grouping), (190, 130))
-    weight = prepare(tensor, dtype)
-    assert len(native._panels(weight)) > 1
-    x = torch.randn(60, 130, generator=torch.Generator().manual_seed(1)).to(dtype)
-    bias = torch.randn(190, generator=torch.Generator().manual_seed(2))
-    with library.forced("scalar"):  # others may have something better
-        y = NATIVE.run(x, weight, bias)
-    expected = REFERENCE.run(x, REFERENCE.prepare(DENSE.pack(tensor), tensor.spec, tensor.shape, dtype), bias)
-    size = x.double().abs() @ tensor.dequantize(torch.float64).abs().T
-    assert bool(((y.double() - expected.double()).abs() <= 4 * torch.finfo(dtype).eps * (size + 4)).all())
+def test_many_rows_of_every_dtype_come_in_slabs(grouping: str, level: str) -> None:
+    """One row more than a slab of weights made floats, and several parts of inputs, the last of them short."""
+    for bits in (2, 3, 4, 5, 6, 8):
+        tensor = random_weight(QuantSpec(bits, 40, grouping), (75, 650))
+        for dtype in DTYPES:
+            x = torch.randn(193, 650, generator=torch.Generator().manual_seed(1)).to(dtype)
+            with library.forced(level):
+                y = NATIVE.run(x, prepare(tensor, dtype))
+            check(y, x, tensor, rounds_weights(level, x, tensor.spec))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_int8_sums_of_the_largest_codes_and_activations_do_not_overflow(
+    level: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NATIVE, "int8", True)
+    tensor = random_weight(QuantSpec(bits, 64), (37, 200))
+    tensor.codes.fill_(tensor.spec.levels - 1)
+    for rows in (1, 2, 3, 6, 7):
+        for sign in (1, -1):
+            x = torch.full((rows, 200), 127.0 * sign)
+            with library.forced(level):
+                if not library.loaded().has_int8():
+                    return
+                check(NATIVE.run(x, prepare(tensor, torch.float32)), x, tensor)
 
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if level in ROUNDED_FROM])

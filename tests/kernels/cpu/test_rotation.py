@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantc.formats import DENSE
-from quantc.kernels.cpu import library, native
+from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.cpu.rotation import rotate
 from quantc.numerics import hadamard
@@ -108,13 +108,6 @@ def test_rows_of_any_stride_and_number_of_threads_give_the_same_bits(threads: in
             assert torch.equal(x, kept)
     finally:
         torch.set_num_threads(before)
-
-
-def test_panels_of_many_rows_are_rotated_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "PANEL_FROM", {torch.float32: 60})
-    weight, plain = with_rotation(QuantSpec(4, 32, hadamard=96), (190, 96), torch.float32)
-    x = random_rows(60, 96, torch.float32)
-    assert torch.equal(NATIVE.run(x, weight), NATIVE.run(rotate(x, 96, 1), plain))
 
 
 def test_a_copy_of_a_weight_outlives_it() -> None:
