@@ -7,11 +7,19 @@
 
 namespace {
 
-// SIDE strips beside each other: what ends a group, a quarter of the time where it has 64 inputs, then overlaps.
+// Strips beside each other: what ends a group, a quarter of the time where it has 64 inputs, then overlaps. Two strips of
+// bytes take more registers than there are.
+constexpr int side_by_side(int bits, int m) { return LANES == 8 && m == 1 && bits <= 4 ? 2 : 1; }
+// Sums of a row that are added up at a group's end, eight registers of them: an addition takes 4 cycles, and two start in
+// each. The same for a strip that is left over, or its sums would depend on how strips are shared out.
+constexpr int chains_of(int bits, int m) {
+  const int most = 8 / PARTS / (m * side_by_side(bits, m));
+  return most > 1 ? most : 1;
+}
+
 template <int BITS, int M, int SIDE>
 INLINE void strips_of_fields(const Image* w, const Inputs& x, const Outputs& y, int64_t strip) {
-  constexpr int SUMS = 8 / PARTS;  // times PARTS registers: an addition takes 4 cycles, and two start in each
-  constexpr int CHAINS = M * SIDE >= SUMS ? 1 : SUMS / (M * SIDE);
+  constexpr int CHAINS = chains_of(BITS, M);
   const float* rows[M];  // one pointer each, as compilers keep one for every input of every row otherwise
   unrolled<M>([&](int m) INLINE_LAMBDA { rows[m] = static_cast<const float*>(x.rows) + m * x.stride; });
   const uint32_t* block[SIDE];
@@ -45,7 +53,7 @@ INLINE void strips_of_fields(const Image* w, const Inputs& x, const Outputs& y, 
 
 template <int BITS, int M>
 void multiply_fields_of(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  constexpr int SIDE = LANES == 8 && M == 1 && BITS <= 4 ? 2 : 1;  // two strips of bytes take more registers than there are
+  constexpr int SIDE = side_by_side(BITS, M);
   int64_t strip = from;
   for (; strip + SIDE <= to; strip += SIDE) strips_of_fields<BITS, M, SIDE>(w, x, y, strip);
   for (; strip < to; ++strip) strips_of_fields<BITS, M, 1>(w, x, y, strip);
