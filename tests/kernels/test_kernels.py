@@ -16,6 +16,7 @@ from quantc.numerics.grids import fit_grid
 from quantc.numerics.rounding import round_to_nearest
 from quantc.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
+from tests.kernels.weights import sizes_of_codes_and_zeros
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -47,15 +48,6 @@ def random_qtensor(spec: QuantSpec, shape: tuple[int, int], seed: int = 0) -> QT
         tensor.low_rank_a = (torch.randn(spec.rank, k, generator=generator) / 4).half()
         tensor.low_rank_b = (torch.randn(n, spec.rank, generator=generator) / 4).half()
     return tensor
-
-
-def sizes_of_codes_and_zeros(tensor: QTensor) -> torch.Tensor:
-    """scale (code + zero), in float64: what a kernel adds up that multiplies codes and zeros each by themselves."""
-    none = torch.zeros_like(tensor.scales, dtype=torch.uint8)
-    zeros = torch.full_like(none, tensor.spec.mid) if tensor.zeros is None else tensor.zeros
-    codes = QTensor(tensor.spec, tensor.codes, tensor.scales.abs(), none)
-    offsets = QTensor(tensor.spec, torch.zeros_like(tensor.codes), tensor.scales.abs(), zeros)
-    return codes.dequantize(torch.float64) + offsets.dequantize(torch.float64).abs()
 
 
 def check_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, tensor: QTensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A small weight of every kind that the formats store, filled with any bits."""
+"""A small weight of every kind that the formats store, filled with any bits; and the size of what kernels add up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from quantc.formats import format_of
 from quantc.numerics.packing import pack_bits
+from quantc.qtensor import QTensor
 from quantc.runtime import QuantLinear
 from quantc.spec import QuantSpec
 
@@ -46,3 +47,12 @@ def filled(spec: QuantSpec) -> QuantLinear:
     for name, part in stored(spec).items():
         setattr(module, name, part)
     return module
+
+
+def sizes_of_codes_and_zeros(tensor: QTensor) -> torch.Tensor:
+    """scale (code + zero), in float64: what a kernel adds up that multiplies codes and zeros each by themselves."""
+    none = torch.zeros_like(tensor.scales, dtype=torch.uint8)
+    zeros = torch.full_like(none, tensor.spec.mid) if tensor.zeros is None else tensor.zeros
+    codes = QTensor(tensor.spec, tensor.codes, tensor.scales.abs(), none)
+    offsets = QTensor(tensor.spec, torch.zeros_like(tensor.codes), tensor.scales.abs(), zeros)
+    return codes.dequantize(torch.float64) + offsets.dequantize(torch.float64).abs()

@@ -61,7 +61,7 @@ INLINE void load_and_mix(const Rotation* r, const void* x, Type type, float* row
     if constexpr (BITS > 1) values = butterfly_within<2>(values);
     if constexpr (BITS > 2) values = butterfly_within<4>(values);
     if constexpr (BITS > 3) values = butterfly_within<8>(values);
-    __builtin_memcpy(row + i, &values, sizeof values);
+    store_floats(values, row + i);
   }
 }
 
@@ -146,8 +146,7 @@ void times_bases(const Rotation* r, float* row, int64_t rest, Floats* out) {
 INLINE void store_rotated(const float* row, int64_t width, Type type, void* out) {
   const int64_t size = type == FLOAT32 ? 4 : 2;
   for (int64_t i = 0; i < width; i += STRIP) {
-    Floats values;
-    __builtin_memcpy(&values, row + i, sizeof values);
+    const Floats values = load_floats(row + i);
     char* to = static_cast<char*>(out) + i * size;
     if (i + STRIP <= width) {
       round_to(type, values, to);

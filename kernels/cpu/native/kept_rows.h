@@ -117,9 +117,7 @@ INLINE void sum_rows(const Image* w, const UnitDecoder<Decoder, BITS>& codes, co
           const Floats values = codes(at + r * bytes + u * (bytes / UNITS));
           const Floats weights = multiply_add(values, scales[i + r], all(offsets[i + r]));
           unrolled<M>([&](int m) INLINE_LAMBDA {
-            Floats inputs_of_unit;
-            __builtin_memcpy(&inputs_of_unit, own + m * stride + u * UNIT, sizeof inputs_of_unit);
-            sums[r][m] = multiply_add(weights, inputs_of_unit, sums[r][m]);
+            sums[r][m] = multiply_add(weights, load_floats(own + m * stride + u * UNIT), sums[r][m]);
           });
         });
       });
@@ -140,11 +138,7 @@ void multiply_rows(const Image* w, const Inputs& x, const Outputs& y, int64_t fr
       for (int place = 0; place < FOUR; place += ROWS)
         sum_rows<Decoder, BITS, M, UNITS, ROWS>(w, codes, x, four, place, totals);
     const int count = last - first < STRIP ? static_cast<int>(last - first) : STRIP;
-    for (int m = 0; m < M && m < y.rows; ++m) {
-      Floats outputs;
-      __builtin_memcpy(&outputs, totals[m], sizeof outputs);
-      store_row(y, m, first, count, outputs);
-    }
+    for (int m = 0; m < M && m < y.rows; ++m) store_row(y, m, first, count, load_floats(totals[m]));
   }
 }
 
@@ -163,12 +157,10 @@ INLINE void place_unit(const Image* w, int64_t column, int64_t u, const Floats& 
   const int64_t size = type == FLOAT32 ? 4 : 2, start = column * w->group, first = start + u * UNIT;
   const int64_t end = start + w->group < w->k ? start + w->group : w->k;
   float lanes[UNIT], ordered[UNIT];
-  __builtin_memcpy(lanes, &weights, sizeof lanes);
+  store_floats(weights, lanes);
   for (int i = 0; i < UNIT; ++i) ordered[input_of_lane(BITS, i)] = lanes[i];
-  Floats in_order;
-  __builtin_memcpy(&in_order, ordered, sizeof ordered);
   char rounded[4 * UNIT];
-  round_to(type, in_order, rounded);
+  round_to(type, load_floats(ordered), rounded);
   const int64_t left = end - first < UNIT ? end - first : UNIT;
   if (left > 0) __builtin_memcpy(row + first * size, rounded, static_cast<size_t>(left * size));
 }

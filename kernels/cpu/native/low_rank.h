@@ -7,7 +7,7 @@ namespace {
 
 INLINE float sum_of(const Floats& values) {
   float lanes[STRIP], sum = 0;
-  __builtin_memcpy(lanes, &values, sizeof lanes);
+  store_floats(values, lanes);
   for (float lane : lanes) sum += lane;
   return sum;
 }
@@ -63,7 +63,7 @@ INLINE void strip_of_b(const Weight* w, const float* inner, Floats start, int64_
   for (int i = 0; i < ROWS; ++i) {
     for (int c = 1; c < CHAINS; ++c) sums[i][0] = add(sums[i][0], sums[i][c]);
     float lanes[STRIP];
-    __builtin_memcpy(lanes, &sums[i][0], sizeof lanes);
+    store_floats(sums[i][0], lanes);
     __builtin_memcpy(added + i * n + first, lanes + (first - strip * STRIP), static_cast<size_t>(4 * (end - first)));
   }
 }
@@ -74,8 +74,7 @@ void add_times_b(const Weight* w, const float* inner, const Outputs& y, int64_t 
     float bias[STRIP] = {};
     for (int64_t i = 0; y.bias && i < STRIP && strip * STRIP + i < n; ++i)
       bias[i] = load_as_float(y.bias, y.bias_type, strip * STRIP + i);
-    Floats start;
-    __builtin_memcpy(&start, bias, sizeof start);
+    const Floats start = load_floats(bias);
     int row = 0;
     for (; row + 4 <= y.rows; row += 4) strip_of_b<4>(w, inner + row * w->rank, start, strip, from, to, added + row * n, n);
     for (; row < y.rows; ++row) strip_of_b<1>(w, inner + row * w->rank, start, strip, from, to, added + row * n, n);
