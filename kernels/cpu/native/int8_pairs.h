@@ -4,8 +4,7 @@
 
 #include <immintrin.h>
 
-#include "fields.h"
-#include "totals.h"
+#include "wide.h"
 
 namespace {
 
@@ -41,10 +40,11 @@ INLINE Words codes_of_quad(const uint32_t* block) {
   return low;
 }
 
-// The sums of a block's products in 32 bits. HALVES: of a code that are multiplied one by one.
+// As int8_strips.h asks. HALVES: of a code that are multiplied one by one.
 template <int BITS, int M>
-INLINE void dots_of_block(const uint32_t* block, const int8_t* const (&rows)[M], __m256i (&dots)[M][PARTS]) {
+INLINE void sums_of_block(const uint32_t* block, const int8_t* const (&rows)[M], Floats (&sums_of_rows)[M]) {
   constexpr int HALVES = BITS == 8 ? 2 : 1, QUADS = quads_in_sum(BITS);
+  __m256i dots[M][PARTS];
   unrolled<BLOCK / 4 / QUADS>([&](auto part_sum) INLINE_LAMBDA {
     __m256i sums[M][HALVES][PARTS];
     unrolled<QUADS>([&](auto i) INLINE_LAMBDA {
@@ -70,45 +70,16 @@ INLINE void dots_of_block(const uint32_t* block, const int8_t* const (&rows)[M],
       dots[m][p] = part_sum ? _mm256_add_epi32(dots[m][p], sum) : sum;
     });
   });
+  unrolled<M * PARTS>([&](int n) INLINE_LAMBDA {
+    sums_of_rows[n / PARTS].part[n % PARTS] = _mm256_cvtepi32_ps(dots[n / PARTS][n % PARTS]);
+  });
 }
 
-template <int BITS, int M>
-void multiply_strips_int8(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  const int64_t groups = w->per_ic ? 1 : w->groups;
-  for (int64_t strip = from; strip < to; ++strip) {
-    const uint32_t* block = codes_of(w, strip);
-    const int8_t* rows[M];
-    unrolled<M>([&](int m) INLINE_LAMBDA { rows[m] = static_cast<const int8_t*>(x.rows) + m * x.stride; });
-    Totals<M> totals;
-    for (int64_t g = 0; g < groups; ++g) {
-      Floats products[M];
-      for (Floats& sum : products) sum = all(0);
-      const int64_t end = w->per_ic ? w->blocks : blocks_before(w, g + 1);
-      for (int64_t b = blocks_before(w, g); b < end; ++b, block += BITS * STRIP) {
-        __m256i dots[M][PARTS];
-        dots_of_block<BITS>(block, rows, dots);
-        unrolled<M>([&](int m) INLINE_LAMBDA {
-          Floats sums;
-          for (int p = 0; p < PARTS; ++p) sums.part[p] = _mm256_cvtepi32_ps(dots[m][p]);
-          products[m] = multiply_add(sums, x.scales[m * w->blocks + b], products[m]);
-          rows[m] += BLOCK;
-        });
-      }
-      totals.add_int8_group(w, x, strip, g, products);
-    }
-    totals.store(w, y, strip);
-  }
-}
+}  // namespace
 
-template <int BITS>
-void multiply_bits_int8(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  switch (x.m) {
-    case 1: return multiply_strips_int8<BITS, 1>(w, x, y, from, to);
-    case 2: return multiply_strips_int8<BITS, 2>(w, x, y, from, to);
-    case 4: return multiply_strips_int8<BITS, 4>(w, x, y, from, to);
-    default: return multiply_strips_int8<BITS, LARGEST_TILE>(w, x, y, from, to);
-  }
-}
+#include "int8_strips.h"
+
+namespace {
 
 void multiply_int8(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   with_bits(w->bits, [&](auto bits) { multiply_bits_int8<bits>(w, x, y, from, to); });

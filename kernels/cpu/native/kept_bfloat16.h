@@ -20,7 +20,7 @@ struct ZerosAndScales {
     for (int64_t slot = from; slot < to; slot += UNIT) {
       fetch_slots<UNIT / 2>(w, slot, UNIT / 2);
       const Floats wide = load_float16(at_offset<uint16_t>(w, w->scales) + slot);
-      const Floats shifts = w->symmetric ? all(static_cast<float>(-w->mid)) : load_offsets(zeros_of(w) + slot, 0);
+      const Floats shifts = load_offsets(w, slot, 0);
       const WordLanes upper = reinterpret_cast<WordLanes>(shifts.part[0]);
       const WordLanes twice = upper | upper >> 16;
       __builtin_memcpy(scales + (slot - from), &wide, sizeof wide);

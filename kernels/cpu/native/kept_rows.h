@@ -71,7 +71,7 @@ struct Grids {
     for (int64_t slot = from; slot < to; slot += UNIT) {
       fetch_slots<BYTES>(w, slot, bytes_of_group(w));
       const Floats wide = load_float16(at_offset<uint16_t>(w, w->scales) + slot);
-      Floats shifts = w->symmetric ? all(static_cast<float>(-w->mid)) : load_offsets(zeros_of(w) + slot, 0);
+      Floats shifts = load_offsets(w, slot, 0);
       for (int p = 0; p < PARTS; ++p) shifts.part[p] *= wide.part[p];
       __builtin_memcpy(scales + (slot - from), &wide, sizeof wide);
       __builtin_memcpy(offsets + (slot - from), &shifts, sizeof shifts);

@@ -9,6 +9,7 @@ namespace {
 
 // Rows of x at once: with the registers of a strip as many sums as 16 registers leave room for.
 constexpr int ABREAST = LANES == 8 ? 6 : 3;
+constexpr int64_t MANY_FROM = 17;  // rows: at 16, codes that are decoded for every six are level
 constexpr int64_t MANY_DEPTH = 8;  // blocks of a part: 16 KB of weights, half of the smallest first cache
 constexpr int64_t PART_FLOATS = MANY_DEPTH * BLOCK * STRIP;
 
@@ -41,7 +42,7 @@ class WeightMaker {
   INLINE_MEMBER void load_group(int64_t strip, int64_t block) {
     const int64_t at = (strip * w_->groups + block / w_->group_blocks) * STRIP;
     const Floats own = load_float16(scales_of(w_) + at);
-    offsets_ = w_->symmetric ? all(static_cast<float>(-w_->mid)) : load_offsets(zeros_of(w_) + at, 0);
+    offsets_ = load_offsets(w_, at, 0);
     for (int p = 0; p < PARTS; ++p) {
       offsets_.part[p] *= own.part[p];
       for (int i = 0; i < PLACES; ++i) scales_[i].part[p] = own.part[p] * (1.0f / static_cast<float>(1 << i * WIDTH));
@@ -52,7 +53,7 @@ class WeightMaker {
     const int64_t at = (strip / w_->group_strips * w_->blocks + block) * BLOCK;
     for (int k = 0; k < BLOCK; k += STRIP) {
       const Floats own = load_float16(scales_of(w_) + at + k);
-      const Floats zeros = w_->symmetric ? all(static_cast<float>(-w_->mid)) : load_offsets(zeros_of(w_) + at + k, 0);
+      const Floats zeros = load_offsets(w_, at + k, 0);
       store_floats(multiplied(zeros, own), input_offsets_ + k);
       store_floats(multiplied(load_floats(factors_.of + k), own), input_scales_ + k);
     }

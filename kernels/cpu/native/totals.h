@@ -23,7 +23,7 @@ struct Totals {
       for (int m = 0; m < M; ++m) sums[m] = multiply_add(products[m], scales, sums[m]);
       return;
     }
-    const Floats offsets = w->symmetric ? all(static_cast<float>(-w->mid)) : load_offsets(zeros_of(w) + at, base);
+    const Floats offsets = load_offsets(w, at, base);
     for (int m = 0; m < M; ++m) {
       const Floats group = multiply_add(offsets, x.sums[m * x.sums_stride + g], products[m]);
       sums[m] = multiply_add(group, scales, sums[m]);

@@ -172,6 +172,11 @@ INLINE Floats load_offsets(const uint8_t* at, int mid) {
   return load_floats(values);
 }
 
+// The same for any weight: `at` counts in its zeros, of which a symmetric one has none.
+INLINE Floats load_offsets(const Image* w, int64_t at, int base) {
+  return w->symmetric ? all(static_cast<float>(base - w->mid)) : load_offsets(zeros_of(w) + at, base);
+}
+
 // The words of codes moved so that bit FROM becomes bit TO.
 INLINE WordLanes move_bit(WordLanes words, int from, int to) {
   return from >= to ? words >> (from - to) : words << (to - from);
