@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quantc.formats import format_of
+from quantc.kernels.cpu import library
 from quantc.numerics.packing import pack_bits
 from quantc.qtensor import QTensor
 from quantc.runtime import QuantLinear
@@ -47,6 +48,11 @@ def filled(spec: QuantSpec) -> QuantLinear:
     for name, part in stored(spec).items():
         setattr(module, name, part)
     return module
+
+
+def multiplies_whole_codes() -> bool:
+    """Whether the level in use takes zeros off products of codes, as those without AVX-512 do, and not off codes."""
+    return library.level() in ("scalar", "neon", "avx2")
 
 
 def sizes_of_codes_and_zeros(tensor: QTensor) -> torch.Tensor:

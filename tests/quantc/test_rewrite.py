@@ -116,6 +116,7 @@ REFUSED: dict[str, dict[str, str]] = {
     },
 }
 ROUTERS = {ROUTES, "no linear holds it"}  # why linears stay as they are that score experts
+DELTA_RULE = {"qwen3_5_text", "qwen3_next", "olmo_hybrid"}
 NOT_IN_FLOAT64 = {"xglm"}  # its mask is cast from float32's least value
 
 
@@ -154,8 +155,8 @@ def test_random_scales_fold_into_every_family_and_leave_its_logits(name: str) ->
                 assert len(changed) >= 1 + len(item.readers)
     assert tuple(folded.values()) == EXPECTED[name]
     assert refused == REFUSED.get(name, {})
-    # Norms and softmax round to float32, recurrent layers so for every token on top of the one before.
-    bound = torch.finfo(torch.float32).eps * max(8, expected.shape[1])
+    # Norms and softmax cast to float32; layers of the delta rule do so for every token, on top of the one before.
+    bound = torch.finfo(torch.float32).eps * expected.shape[1] if name in DELTA_RULE else 1e-6
     assert (logits(model) - expected).abs().max() <= bound * expected.abs().max()
 
 

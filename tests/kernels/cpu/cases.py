@@ -10,7 +10,7 @@ from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
-from tests.kernels.weights import sizes_of_codes_and_zeros
+from tests.kernels.weights import multiplies_whole_codes, sizes_of_codes_and_zeros
 
 built = pytest.mark.skipif(isinstance(library.load(), str), reason=f"the native kernel {library.load()}")
 LEVELS = [] if isinstance(library.load(), str) else library.levels()
@@ -32,8 +32,18 @@ def prepare(tensor: QTensor, dtype: torch.dtype) -> NativeWeight:
 
 
 def absolute_terms(x: torch.Tensor, tensor: QTensor) -> torch.Tensor:
-    """What kernels add up, each term by its size: |x| |scale| (code + zero), or less where mid is taken off before."""
-    return x.double().abs() @ sizes_of_codes_and_zeros(tensor).T
+    """What the kernels add up, each term by its size: |x| |scale| (|code - mid| + |mid - zero|), or of whole codes."""
+    if multiplies_whole_codes():
+        return x.double().abs() @ sizes_of_codes_and_zeros(tensor).T
+    spec = tensor.spec
+    steps = QTensor(
+        spec, tensor.codes, tensor.scales.abs(), torch.full_like(tensor.scales, spec.mid, dtype=torch.uint8)
+    )
+    sizes = steps.dequantize(torch.float64).abs()
+    if tensor.zeros is not None:
+        offsets = QTensor(spec, torch.full_like(tensor.codes, spec.mid), tensor.scales, tensor.zeros)
+        sizes = sizes + offsets.dequantize(torch.float64).abs()
+    return x.double().abs() @ sizes.T
 
 
 # Rows of bfloat16 from which a level rounds weights to bfloat16 before it multiplies, as torch does.
