@@ -10,7 +10,7 @@ namespace {
 
 // As int8_strips.h asks.
 template <int BITS, int M>
-INLINE void sums_of_block(const uint32_t* block, const int8_t* const (&rows)[M], Floats (&sums)[M]) {
+INLINE void sums_of_block(const uint32_t* block, const int8_t* x, int64_t stride, Floats (&sums)[M]) {
   constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;
   constexpr int L = low_width(BITS), H = high_width(BITS);
   constexpr uint32_t low_mask = 0x01010101u * ((1u << L) - 1), high_mask = 0x01010101u * (((1u << H) - 1) << L % 8);
@@ -26,7 +26,7 @@ INLINE void sums_of_block(const uint32_t* block, const int8_t* const (&rows)[M],
     }
     unrolled<M>([&](int m) INLINE_LAMBDA {
       int32_t four;
-      __builtin_memcpy(&four, rows[m] + quad * 4, sizeof four);
+      __builtin_memcpy(&four, x + m * stride + quad * 4, sizeof four);
       __m512i& dot = dots[quad % CHAINS][m];
       dot = _mm512_dpbusd_epi32(dot, reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(four));
     });

@@ -42,7 +42,7 @@ INLINE Words codes_of_quad(const uint32_t* block) {
 
 // As int8_strips.h asks. HALVES: of a code that are multiplied one by one.
 template <int BITS, int M>
-INLINE void sums_of_block(const uint32_t* block, const int8_t* const (&rows)[M], Floats (&sums_of_rows)[M]) {
+INLINE void sums_of_block(const uint32_t* block, const int8_t* x, int64_t stride, Floats (&sums_of_rows)[M]) {
   constexpr int HALVES = BITS == 8 ? 2 : 1, QUADS = quads_in_sum(BITS);
   __m256i dots[M][PARTS];
   unrolled<BLOCK / 4 / QUADS>([&](auto part_sum) INLINE_LAMBDA {
@@ -52,13 +52,13 @@ INLINE void sums_of_block(const uint32_t* block, const int8_t* const (&rows)[M],
       const Words codes = codes_of_quad<BITS, quad>(block);
       unrolled<M>([&](int m) INLINE_LAMBDA {
         int32_t four;
-        __builtin_memcpy(&four, rows[m] + quad * 4, sizeof four);
-        const __m256i x = _mm256_set1_epi32(four);
+        __builtin_memcpy(&four, x + m * stride + quad * 4, sizeof four);
+        const __m256i inputs = _mm256_set1_epi32(four);
         unrolled<HALVES * PARTS>([&](int n) INLINE_LAMBDA {
           const int p = n % PARTS, half = n / PARTS;
           WordLanes part = codes.part[p];
           if (HALVES > 1) part = part >> 4 * half & 0x0f0f0f0f;
-          const __m256i pairs = _mm256_maddubs_epi16(bits_of(part), x);
+          const __m256i pairs = _mm256_maddubs_epi16(bits_of(part), inputs);
           sums[m][half][p] = i ? added_now(_mm256_add_epi16(sums[m][half][p], pairs)) : pairs;
         });
       });
