@@ -22,14 +22,17 @@ NATIVE = Path("kernels/cpu/native")
 NATIVE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-g0", "-w"]
 # Each instruction set is a file of its own, so that the library runs on every processor and chooses there.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 OWN_FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx2": AVX2,
+    "avx2_vnni": [*AVX2, "-mavxvnni"],
+    "avx512vl_vnni": [*AVX512, "-mavx512vnni"],
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "avx512_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-NEW_FLAGS = {"avx512_amx"}  # compiled to nothing where the compiler is too old for their flags
+NEW_FLAGS = {"avx2_vnni", "avx512_amx"}  # compiled to nothing where the compiler is too old for their flags
 LIBRARIES = ["dl", "pthread"] if platform.system() == "Linux" else []
 IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 

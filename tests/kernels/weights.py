@@ -52,7 +52,7 @@ def filled(spec: QuantSpec) -> QuantLinear:
 
 def multiplies_whole_codes() -> bool:
     """Whether the level in use takes zeros off products of codes, as those without AVX-512 do, and not off codes."""
-    return library.level() in ("scalar", "neon", "avx2")
+    return library.level() in ("scalar", "neon", "avx2", "avx2_vnni")
 
 
 def sizes_of_codes_and_zeros(tensor: QTensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "wide.h"
+#include "int8_codes.h"
 
 namespace {
 
@@ -26,20 +26,6 @@ INLINE __m256i added_now(__m256i sum) {
   return sum;
 }
 
-// The codes of four inputs (image.h, quad_input) of 8 rows as bytes.
-template <int BITS, int QUAD>
-INLINE Words codes_of_quad(const uint32_t* block) {
-  constexpr int k = quad_input(BITS, QUAD, 0), L = low_width(BITS), H = high_width(BITS);
-  Words low = load_words(block + low_vector(BITS, k) * STRIP);
-  const Words high = H ? load_words(block + high_vector(BITS, k) * STRIP) : Words{};
-  for (int p = 0; p < PARTS; ++p) {
-    low.part[p] = low.part[p] >> low_bit(BITS, k);
-    if (L < 8) low.part[p] &= 0x01010101u * ((1u << L) - 1);
-    if (H) low.part[p] |= move_bit(high.part[p], high_bit(BITS, k), L) & 0x01010101u * (((1u << H) - 1) << L % 8);
-  }
-  return low;
-}
-
 // As int8_strips.h asks. HALVES: of a code that are multiplied one by one.
 template <int BITS, int M>
 INLINE void sums_of_block(const uint32_t* block, const int8_t* x, int64_t stride, Floats (&sums_of_rows)[M]) {
@@ -51,9 +37,7 @@ INLINE void sums_of_block(const uint32_t* block, const int8_t* x, int64_t stride
       constexpr int quad = part_sum * QUADS + i;
       const Words codes = codes_of_quad<BITS, quad>(block);
       unrolled<M>([&](int m) INLINE_LAMBDA {
-        int32_t four;
-        __builtin_memcpy(&four, x + m * stride + quad * 4, sizeof four);
-        const __m256i inputs = _mm256_set1_epi32(four);
+        const __m256i inputs = _mm256_set1_epi32(inputs_of_quad(x + m * stride, quad));
         unrolled<HALVES * PARTS>([&](int n) INLINE_LAMBDA {
           const int p = n % PARTS, half = n / PARTS;
           WordLanes part = codes.part[p];

@@ -7,6 +7,9 @@
 
 #if defined(__x86_64__)
 void multiply_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+void multiply_avx_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+void multiply_avx512vl_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+bool avx_vnni_runs_here();
 void multiply_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_rounded_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void load_kept_bfloat16(const Image*, const void*, uint16_t*);
@@ -14,6 +17,10 @@ void multiply_kept_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+bool avx512_vnni_runs_here() { return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni"); }
+#endif
 
 struct Available {
   Level levels[8];
@@ -28,11 +35,16 @@ struct Available {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     offer(LEVEL_AVX2);
+    Level short_vnni = LEVEL_AVX2;
+    short_vnni.name = "avx2_vnni";
+    short_vnni.by_int8 = avx_vnni_runs_here() ? multiply_avx_vnni : multiply_avx512vl_vnni;
+    short_vnni.runs_here = [] { return LEVEL_AVX2.runs_here() && (avx_vnni_runs_here() || avx512_vnni_runs_here()); };
+    offer(short_vnni);
     offer(LEVEL_AVX512);
     Level vnni = LEVEL_AVX512;
     vnni.name = "avx512_vnni";
     vnni.by_int8 = multiply_vnni;
-    vnni.runs_here = [] { return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni"); };
+    vnni.runs_here = avx512_vnni_runs_here;
     offer(vnni);
     Level bfloat16 = vnni;
     bfloat16.name = "avx512_bf16";
@@ -42,7 +54,7 @@ struct Available {
     bfloat16.load_kept_bfloat16 = load_kept_bfloat16;
     bfloat16.by_kept_bfloat16 = multiply_kept_bfloat16;
     bfloat16.runs_here = [] {
-      return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+      return avx512_vnni_runs_here() && __builtin_cpu_supports("avx512bf16");
     };
     offer(bfloat16);
     Level tiles = bfloat16;
@@ -52,8 +64,7 @@ struct Available {
     tiles.by_rounded = multiply_rounded_tiles;
     tiles.rounded_from = TILE_ROWS + 1;
     tiles.runs_here = [] {
-      return LEVEL_AVX512.runs_here() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-             tiles_run_here();
+      return avx512_vnni_runs_here() && __builtin_cpu_supports("avx512bf16") && tiles_run_here();
     };
     offer(tiles);
 #elif defined(__aarch64__)

@@ -14,6 +14,7 @@ from tests.kernels.weights import multiplies_whole_codes, sizes_of_codes_and_zer
 
 built = pytest.mark.skipif(isinstance(library.load(), str), reason=f"the native kernel {library.load()}")
 LEVELS = [] if isinstance(library.load(), str) else library.levels()
+FLOAT_LEVELS = [level for level in LEVELS if level not in ("avx2_vnni", "avx512_vnni")]  # these differ in int8 only
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

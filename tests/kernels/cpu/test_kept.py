@@ -18,7 +18,7 @@ from quantc.kernels.rotation import rotate
 from quantc.qtensor import QTensor
 from quantc.spec import SPARSE_GROUPS, QuantSpec
 
-from .cases import DTYPES, LEVELS, built, check, random_weight
+from .cases import DTYPES, FLOAT_LEVELS, built, check, random_weight
 
 pytestmark = built
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def weights(draw: st.DrawFn) -> QTensor:
     return random_kept(spec, (draw(st.integers(1, 70)), draw(st.integers(1, 300))), draw(st.booleans()))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 @settings(max_examples=60, deadline=None)
 @given(tensor=weights(), rows=st.integers(1, 33), dtype=st.sampled_from(DTYPES))
 def test_every_level_multiplies_as_float64_does(level: str, tensor: QTensor, rows: int, dtype: torch.dtype) -> None:
@@ -63,7 +63,7 @@ def test_every_level_multiplies_as_float64_does(level: str, tensor: QTensor, row
         check(NATIVE.run(x, prepare(tensor, dtype)), x, tensor)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(tensor=weights(), dtype=st.sampled_from(DTYPES))
 def test_every_level_unpacks_the_reference_s_bits(level: str, tensor: QTensor, dtype: torch.dtype) -> None:
@@ -73,7 +73,7 @@ def test_every_level_unpacks_the_reference_s_bits(level: str, tensor: QTensor, d
     assert torch.equal(out, tensor.dequantize(dtype))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_one_row_of_bfloat16_has_a_kernel_of_its_own(level: str, symmetric: bool) -> None:
     """More kept groups than are widened at once, rows of every length, and a last group that is short."""
@@ -84,7 +84,7 @@ def test_one_row_of_bfloat16_has_a_kernel_of_its_own(level: str, symmetric: bool
             check(NATIVE.run(x, prepare(tensor, x.dtype)), x, tensor)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bias_low_rank_and_rotation(level: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)

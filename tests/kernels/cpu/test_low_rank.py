@@ -11,7 +11,7 @@ from quantc.kernels.cpu.rotation import rotate
 from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
 
-from .cases import DTYPES, LEVELS, absolute_terms, built, prepare, random_weight, rounds_weights
+from .cases import DTYPES, FLOAT_LEVELS, LEVELS, absolute_terms, built, prepare, random_weight, rounds_weights
 
 pytestmark = built
 # (M, N, K, R): strips and inputs that are not full, more rows than are kept at once, ranks that four does not divide.
@@ -43,7 +43,7 @@ def check_sum(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 def test_every_level_adds_it_before_the_only_rounding(level: str, grouping: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     for rows, n, k, rank in SHAPES:
@@ -56,7 +56,7 @@ def test_every_level_adds_it_before_the_only_rounding(level: str, grouping: str,
             check_sum(y, x, tensor, bias, rounds_weights(level, x, tensor.spec))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 def test_it_reads_the_rotated_rows(level: str) -> None:
     tensor = with_factors(QuantSpec(4, 32, rank=5, hadamard=96), (40, 96))
     x = torch.randn(9, 96, generator=torch.Generator().manual_seed(1))

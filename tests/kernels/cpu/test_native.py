@@ -14,7 +14,7 @@ from quantc.kernels.cpu import library, native
 from quantc.kernels.cpu.native import INT8_VARIABLE, NATIVE
 from quantc.spec import WHOLE_ROW, QuantSpec
 
-from .cases import DTYPES, LEVELS, ROUNDED_FROM, built, check, prepare, random_weight, rounds_weights
+from .cases import DTYPES, FLOAT_LEVELS, LEVELS, ROUNDED_FROM, built, check, prepare, random_weight, rounds_weights
 
 pytestmark = built
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def cases(draw: st.DrawFn) -> tuple[QuantSpec, tuple[int, int], int, torch.dtype
     return spec, shape, draw(st.one_of(st.integers(1, 33), st.integers(34, 70))), draw(st.sampled_from(DTYPES))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_every_level_multiplies_as_float64_does(
@@ -42,7 +42,7 @@ def test_every_level_multiplies_as_float64_does(
         check(NATIVE.run(x, prepare(tensor, dtype)), x, tensor, rounds_weights(level, x, spec))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_every_level_unpacks_the_reference_s_bits(
@@ -108,7 +108,7 @@ def test_infinite_activations_stay_visible(level: str, monkeypatch: pytest.Monke
                 assert not NATIVE.run(x, prepare(tensor, torch.float32)).isfinite().any()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 @pytest.mark.parametrize("grouping", ["per_oc", "per_ic"])
 def test_many_rows_of_every_dtype_come_in_slabs(grouping: str, level: str) -> None:
     """One row more than a slab of weights made floats, and several parts of inputs, the last of them short."""

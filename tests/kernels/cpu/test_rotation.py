@@ -15,7 +15,7 @@ from quantc.kernels.cpu.rotation import rotate
 from quantc.numerics import hadamard
 from quantc.spec import QuantSpec
 
-from .cases import DTYPES, LEVELS, built, prepare, random_weight
+from .cases import DTYPES, FLOAT_LEVELS, LEVELS, built, prepare, random_weight
 
 pytestmark = built
 BASES = [order for order in range(4, hadamard.LARGEST_BASE + 1, 4) if hadamard.base_order(order) == order]
@@ -45,7 +45,7 @@ def check_rotated(y: torch.Tensor, x: torch.Tensor, block: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLOAT_LEVELS)
 def test_every_level_rotates_as_float64_does(level: str, dtype: torch.dtype) -> None:
     with library.forced(level):
         for width, block in ORDERS:

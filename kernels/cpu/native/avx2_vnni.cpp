@@ -1,0 +1,22 @@
+// VNNI of processors without AVX-512. Compiled as avx2.cpp, with -mavxvnni where the compiler has it.
+#if defined(__x86_64__) && defined(__AVXVNNI__)
+#define LANES 8
+#include <cpuid.h>
+
+#include "int8_quads.h"
+
+void multiply_avx_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
+  multiply_quads(w, x, y, from, to);
+}
+
+bool avx_vnni_runs_here() {
+  constexpr unsigned AVX_VNNI = 1u << 4;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & AVX_VNNI);
+}
+#elif defined(__x86_64__)
+#include "level.h"
+
+void multiply_avx_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t) {}
+bool avx_vnni_runs_here() { return false; }
+#endif

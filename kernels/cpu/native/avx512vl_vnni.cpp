@@ -1,0 +1,10 @@
+// The same by the other encoding of the same instruction: processors with AVX-512 run, and so prove, what is made for
+// those without. Compiled as avx512_vnni.cpp.
+#if defined(__x86_64__)
+#define LANES 8
+#include "int8_quads.h"
+
+void multiply_avx512vl_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
+  multiply_quads(w, x, y, from, to);
+}
+#endif
