@@ -61,8 +61,8 @@ def save_windows(args: argparse.Namespace, file: Path) -> None:
     import torch
 
     from quantc.calib_data import load_documents
+    from quantc.calibration.tokens import tokenize_documents
     from quantc.frontend import open_model
-    from quantc.tokens import tokenize_documents
 
     tokenizer = open_model(args.model).tokenizer
     tokens = tokenize_documents(tokenizer, load_documents(args.calib), args.samples, args.seq_len, seed=0)

@@ -63,7 +63,7 @@ def _flag(key: str, value: Any) -> list[str]:
 
 def machine() -> dict[str, str]:
     """Libraries and processor, as `quantc doctor` describes them."""
-    from quantc.doctor import examine_machine
+    from quantc.runtime.doctor import examine_machine
 
     return examine_machine()
 
@@ -71,7 +71,7 @@ def machine() -> dict[str, str]:
 def write_json(file: Path, content: Any) -> None:
     """Write a result; a file half written never stands in for one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    from quantc.whole_file import write_whole
+    from quantc.files.whole_file import write_whole
 
     write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
 

@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantc.formats import DENSE
-from quantc.kernel_speed import random_weight
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE
-from quantc.runtime import QuantLinear
+from quantc.runtime.kernel_speed import random_weight
+from quantc.runtime.modules import QuantLinear
 from quantc.spec import QuantSpec
 
 from .common import describe, machine, markdown, write_json

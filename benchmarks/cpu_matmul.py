@@ -29,16 +29,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from quantc.compute_dtype import name_of
 from quantc.formats import DENSE
-from quantc.kernel_speed import Call, copies, random_weight, read_bandwidth
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.cpu.torch_int4 import TORCH_INT4
+from quantc.machine.compute_dtype import name_of
+from quantc.machine.timing import best_in_turns
 from quantc.numerics.hadamard import block_order, rotate
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
+from quantc.runtime.kernel_speed import Call, copies, random_weight, read_bandwidth
 from quantc.spec import QuantSpec
-from quantc.timing import best_in_turns
 
 from .common import describe, machine, markdown, write_json
 

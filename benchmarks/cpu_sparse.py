@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from quantc.compute_dtype import name_of
 from quantc.formats import GROUP_SPARSE, format_of
-from quantc.kernel_speed import Call, copies, random_weight
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
-from quantc.qtensor import QTensor
+from quantc.machine.compute_dtype import name_of
+from quantc.numerics.qtensor import QTensor
+from quantc.runtime.kernel_speed import Call, copies, random_weight
 from quantc.spec import QuantSpec
 
 from .common import describe, machine, markdown, write_json

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quantc
 from benchmarks.common import describe, machine, markdown, write_json
-from quantc.decode_speed import NEW_TOKENS, PROMPT, PROMPT_TOKENS, THREADS
+from quantc.evaluation.decode_speed import NEW_TOKENS, PROMPT, PROMPT_TOKENS, THREADS
 from quantc.frontend import open_model
 from quantc.frontend.source import quiet_transformers
 from quantc.kernels import registry
 from quantc.kernels.reference import REFERENCE
-from quantc.runtime import unpack
-from quantc.timing import at_most_threads
+from quantc.machine.timing import at_most_threads
+from quantc.runtime.modules import unpack
 
 TEXT_TOKENS = 100
 PROMPTS = (

@@ -105,8 +105,8 @@ def check_products() -> list[dict[str, Any]]:
     from quantc.formats import format_of
     from quantc.kernels.registry import choose
     from quantc.numerics.grids import fit_grid
+    from quantc.numerics.qtensor import QTensor
     from quantc.numerics.rounding import round_to_nearest
-    from quantc.qtensor import QTensor
     from quantc.spec import SPARSE_GROUPS, WHOLE_ROW, QuantSpec
 
     cases = [

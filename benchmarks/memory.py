@@ -126,7 +126,7 @@ def write_best(file: Path) -> str:
     """The preset best, with few steps of training, as a recipe file; returns its name."""
     import yaml
 
-    from quantc.presets import preset
+    from quantc.recipe import preset
 
     recipe = preset("best").with_settings(tune={"steps": TUNE_STEPS}, distill={"steps": DISTILL_STEPS})
     file.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")

@@ -26,9 +26,9 @@ from typing import Any
 from benchmarks.common import describe, machine, markdown, quantize, write_json
 from benchmarks.results_table import Scorer, settings_of
 from quantc import api
-from quantc.budget import stored_bits
-from quantc.candidates import CANDIDATE_BITS, candidate_groups
 from quantc.plan import Plan
+from quantc.planning.budget import stored_bits
+from quantc.planning.candidates import CANDIDATE_BITS, candidate_groups
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 Specs = dict[str, QuantSpec]

@@ -27,8 +27,8 @@ def run_forward(path: str, calib: str, samples: int, seq_len: int) -> dict[str, 
     import torch
 
     from quantc.calib_data import load_documents
+    from quantc.calibration.tokens import tokenize_documents
     from quantc.frontend import open_model
-    from quantc.tokens import tokenize_documents
 
     source = open_model(path)
     tokens = tokenize_documents(source.tokenizer, load_documents(calib), samples, seq_len, seed=0)

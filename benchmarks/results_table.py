@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from benchmarks.common import describe, machine, markdown, quantize, write_json
-from quantc.windows import Window
+from quantc.evaluation.windows import Window
 
 PRESETS = ("fast", "balanced", "best")
 IDENTITY = ("model", "bits", "group_size", "method", "settings")
@@ -62,7 +62,8 @@ class Scorer:
         """args: context and windows."""
         import torch
 
-        from quantc.evaluation import make_windows, read_text
+        from quantc.evaluation.text import read_text
+        from quantc.evaluation.windows import make_windows
         from quantc.frontend import open_model
 
         source = open_model(path)
@@ -76,9 +77,9 @@ class Scorer:
         import torch
 
         import quantc
-        from quantc.console import SilentProgress
-        from quantc.evaluation import score
-        from quantc.runtime import unpack
+        from quantc.cli.console import SilentProgress
+        from quantc.evaluation.scores import score
+        from quantc.runtime.modules import unpack
 
         model: Any = unpack(quantc.load(checkpoint, dtype=torch.float32), torch.float32)
         scores = score(model, self.original, self.windows, SilentProgress())

@@ -19,19 +19,21 @@ import torch
 
 import quantc
 from benchmarks.common import describe, machine, markdown, write_json
-from quantc.evaluation import make_windows, read_text, score
+from quantc.evaluation.scores import score
+from quantc.evaluation.text import read_text
+from quantc.evaluation.windows import make_windows
 from quantc.frontend import open_model
-from quantc.graph import Activation, Linear
+from quantc.graph.model_graph import Activation, Linear
 from quantc.numerics import grids
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.rounding import round_to_nearest
+from quantc.numerics.statistics import Gram, output_energy
 from quantc.passes.scale import Scale
-from quantc.pipeline import register
+from quantc.pipeline.base import register
+from quantc.pipeline.work import BlockWork
 from quantc.progress import LogProgress
-from quantc.qtensor import QTensor
 from quantc.recipe import Recipe
-from quantc.runtime import unpack
-from quantc.stats import Gram, output_energy
-from quantc.work import BlockWork
+from quantc.runtime.modules import unpack
 
 STEPS = 20
 spent = {"none": 0.0, "scale": 0.0, "published_scale": 0.0}  # CPU seconds of searching

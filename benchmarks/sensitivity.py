@@ -26,17 +26,17 @@ from scipy.stats import spearmanr
 
 from benchmarks.common import describe, machine, markdown, write_json
 from quantc.calib_data import load_documents
-from quantc.derive import derive
+from quantc.calibration.tokens import tokenize_documents
 from quantc.frontend import open_model, to_meta
-from quantc.graph import Linear
-from quantc.pipeline import Run
+from quantc.graph.derive import derive
+from quantc.graph.model_graph import Linear
+from quantc.pipeline.run import Run
 from quantc.plan import Plan
-from quantc.presets import preset
 from quantc.progress import LogProgress
+from quantc.recipe import preset
 from quantc.report import Report
 from quantc.sensitivity import Estimator, Losses, kl, measure
 from quantc.spec import QuantSpec
-from quantc.tokens import tokenize_documents
 
 PREDICTING: tuple[Estimator, ...] = ("fisher", "gram")
 

@@ -36,8 +36,7 @@ IDENTITY = ("model", "recipe", "variant", "settings")
 
 def recipe_of(base: str, variant: str, steps: int) -> dict[str, Any]:
     """The base recipe with what the variant adds to its passes."""
-    from quantc.presets import preset
-    from quantc.recipe import read_recipe
+    from quantc.recipe import preset, read_recipe
 
     recipe = (read_recipe(Path(base)) if base.endswith(".yaml") else preset(base)).to_dict()
     for name, settings in VARIANTS[variant].items():

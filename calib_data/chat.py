@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..untrusted import parse_json
+from ..files.untrusted import parse_json
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 # ShareGPT and its kin name speakers in their own way; other names are the chat template's to know.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CalibrationError, UsageError
-from ..untrusted import parse_json
+from ..files.untrusted import parse_json
 from .chat import FIELDS, SHAPES, Document, is_blank, read_row
 
 _SEPARATOR = re.compile(r"^<\|endof(?:text|document)\|>[ \t\r]*$", re.MULTILINE)

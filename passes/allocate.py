@@ -15,19 +15,20 @@ from typing import Literal
 
 import torch
 
-from .. import candidates
-from ..budget import KEPT_BITS, Budget, Rules, Shared, format_label
-from ..calibration import CalibrationRun
-from ..candidates import DEFAULT_GROUP, best_group_size
+from ..calibration.stream import CalibrationRun
 from ..errors import UsageError
-from ..graph import Linear
+from ..graph.model_graph import Linear
 from ..numerics.allocation import Infeasible
-from ..pipeline import Fact, Pass, Run, register
-from ..runtimes import RUNTIMES
-from ..search import refine
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.run import Run
+from ..planning import candidates
+from ..planning.budget import KEPT_BITS, Budget, Rules, Shared, format_label
+from ..planning.candidates import DEFAULT_GROUP, best_group_size
+from ..planning.search import refine
+from ..planning.sizes import weights_bytes
+from ..planning.targets import RUNTIMES
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sensitivity.wide_rows import with_wide_rows
-from ..sizes import weights_bytes
 from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec
 from ..units import size
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..errors import UsageError
-from ..pipeline import Fact, Pass, Run, register
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.run import Run
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..calibration import CalibrationRun, HiddenStates
-from ..distillation import Distillation
+from ..calibration.hidden_states import HiddenStates
+from ..calibration.stream import CalibrationRun
 from ..errors import UsageError
 from ..frontend import to_meta
-from ..pipeline import Fact, Pass, Run, register
-from ..work import FinishWork
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.run import Run
+from ..pipeline.work import FinishWork
+from ..training.distillation import Distillation
 
 RATE = 0.002  # of Adam's first step, as a share of a scale, falling to 0
 

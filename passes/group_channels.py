@@ -20,13 +20,14 @@ from typing import Literal
 
 import torch
 
-from ..graph import Activation, Linear
+from ..graph.model_graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
-from ..pipeline import Fact, Pass, Run, register
+from ..numerics.sampled_error import guides, lost_energies, sample_rows
+from ..numerics.statistics import Gram, channel_energies
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.run import Run
+from ..pipeline.work import BlockWork
 from ..spec import Grouping, QuantSpec
-from ..stats import Gram, channel_energies
-from ..trial import guides, lost_energies, sample_rows
-from ..work import BlockWork
 
 SAMPLED_ROWS = 256  # output channels, at least, on which both are tried: whole groups of them
 # Share of the error that per_ic must save. Fewer kernels run it (torch's int4 operator does not), so that a draw goes

@@ -8,19 +8,20 @@ from typing import Literal
 import torch
 
 from ..errors import CalibrationError, ModelError, UsageError
-from ..graph import Activation, Linear
+from ..graph.model_graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
 from ..numerics.lowrank import compensate
 from ..numerics.offsets import common_row, pays_off
+from ..numerics.qtensor import QTensor
 from ..numerics.ranges import range_loss
 from ..numerics.rounding import Factor
-from ..pipeline import Fact, Pass, Run, register
-from ..qtensor import QTensor
-from ..ranges import fold_into_range
+from ..numerics.statistics import Drift, Gram, output_energy
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.range_folds import fold_into_range
+from ..pipeline.run import Run
+from ..pipeline.work import BlockWork, OutsideWork
 from ..report import LinearReport, notes_on_errors, out_of_range
 from ..spec import QuantSpec
-from ..stats import Drift, Gram, output_energy
-from ..work import BlockWork, OutsideWork
 
 Method = Literal["gptq", "rtn"]
 FAR_FROM_ZERO = "its weights are far from 0, and groups that contain 0 leave few codes for how they differ; "

@@ -34,18 +34,19 @@ from typing import Any, Literal
 
 import torch
 
-from ..calibration import CalibrationRun
-from ..checkpoint import ResidualRotation
+from ..calibration.stream import CalibrationRun
+from ..checkpoint.config import ResidualRotation
 from ..errors import UsageError
 from ..frontend import to_meta
-from ..graph import Activation, Block, Linear
+from ..graph.model_graph import Activation, Block, Linear
+from ..graph.residual_rewrite import BlockTurn, prove_turn
+from ..graph.rewrite import Refusal, rotate_heads, weight_name
 from ..numerics.hadamard import block_order
-from ..pipeline import Fact, Pass, Run, register
-from ..residual import BlockTurn, prove_turn
-from ..rewrite import Refusal, rotate_heads, weight_name
-from ..stats import Gram
-from ..trial import guides, output_change
-from ..work import BlockWork
+from ..numerics.sampled_error import guides, output_change
+from ..numerics.statistics import Gram
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.run import Run
+from ..pipeline.work import BlockWork
 
 # Below this a block mixes too few channels to pay for its additions.
 SMALLEST_BLOCK = 16

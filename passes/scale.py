@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..graph import Activation, Linear
-from ..pipeline import Fact, Pass, register
-from ..rewrite import Refusal
-from ..stats import Gram
-from ..trial import lost_energy
-from ..work import BlockWork
+from ..graph.model_graph import Activation, Linear
+from ..graph.rewrite import Refusal
+from ..numerics.sampled_error import lost_energy
+from ..numerics.statistics import Gram
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.work import BlockWork
 
 # Scales are the root mean square of a channel to these powers. At 1 every channel would carry the same: on
 # SmolLM2-135M at 3 bits, rotated, that triples the KL divergence, while 0.5 takes 2 % off.

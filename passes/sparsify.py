@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import UsageError
-from ..pipeline import Fact, Pass, Run, register
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.run import Run
 from ..spec import QuantSpec
 
 TWO_OF_FOUR = "2:4"

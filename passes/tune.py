@@ -22,16 +22,17 @@ from torch import nn
 from ..errors import UsageError
 from ..frontend import to_meta
 from ..frontend.source import cast_parameter
-from ..graph import Block, Linear
+from ..graph.model_graph import Block, Linear
+from ..graph.rewrite import weight_name
 from ..numerics.hadamard import rotate
+from ..numerics.qtensor import QTensor
 from ..numerics.relaxed import RelaxedWeight
-from ..pace import Pace
-from ..pipeline import Fact, Pass, Run, register
-from ..qtensor import QTensor
-from ..reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, cost_of, train
-from ..rewrite import weight_name
+from ..pipeline.base import Fact, Pass, register
+from ..pipeline.run import Run
+from ..pipeline.work import BlockWork
+from ..training.reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, cost_of, train
+from ..training.step_budget import Pace
 from ..units import duration
-from ..work import BlockWork
 
 # Of Adam's first step, falling to 0: in codes, and as a share of a scale. See docs/results.md for others.
 OFFSET_RATE, SCALE_RATE = 0.002, 0.004

@@ -14,18 +14,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import plugin
+from .runtime.plugin import register_with_transformers
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["QuantcError", "evaluate", "load", "quantize"]
+__all__ = ["QuantcError", "__version__", "evaluate", "load", "pareto", "quantize"]
 
-_HOMES = {"quantize": ".api", "load": ".api", "evaluate": ".api", "QuantcError": ".errors"}
+_HOMES = {"quantize": ".api", "pareto": ".api", "load": ".api", "evaluate": ".api", "QuantcError": ".errors"}
 
 # In a bare checkout or an editable install, passes/, kernels/ and calib_data/ lie beside this folder.
 if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
-plugin.register_with_transformers()
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

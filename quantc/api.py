@@ -8,31 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
-from transformers import PreTrainedModel
 
-from . import pareto_page, sweep
-from .checkpoint import CheckpointReader
-from .checkpoint_writer import unfinished
-from .compute_dtype import Choice, name_of
+from .checkpoint.journal import has_journal, read_journal
+from .checkpoint.ownership import check_place
+from .checkpoint.writer import unfinished
+from .driver.builds import pursue
+from .driver.job import Job, TooLarge, kernels_of
+from .driver.quality import Target
+from .driver.settings import Settings, allocation, as_bytes, default_name
 from .errors import UsageError
+from .evaluation.models import Opened, choose_common, default_context, load_any, open_any, stored_size
 from .frontend import Source
-from .frontend.source import read_tokenizer
-from .half_weights import keep_half
-from .job import Job, PathLike, Settings, TooLarge, allocation, as_bytes, default_name, kernels_of
-from .journal import has_journal, read_journal
-from .loading import choose_for, read_model, stored_dtype
-from .opened import Opened, choose_common, load_any, open_any, stored_size
-from .ownership import check_place
-from .pareto import Curve, spaced, trace_curve
-from .pipeline import Run
+from .frontend.source import PathLike, read_tokenizer
+from .machine.compute_dtype import Choice, name_of
+from .pages import pareto_page
+from .pipeline import sweep
+from .pipeline.run import Run
+from .planning.pareto import Curve, spaced, trace_curve
 from .progress import LogProgress, Progress
-from .pursuit import pursue
 from .report import Report
-from .targets import Target
+from .runtime.load import load
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluation, Scores
-    from .windows import Window
+    from .evaluation.scores import Evaluation, Scores
+    from .evaluation.windows import Window
+
+__all__ = ["evaluate", "load", "pareto", "plan", "quantize"]
 
 SIZE_ROUNDS = 3
 
@@ -118,7 +119,7 @@ def _interrupted_size(out: Path, wanted: int) -> int:
 
 
 def _compare(checkpoint: Path, model: PathLike, windows: list[Window], job: Job) -> Scores:
-    from .evaluation import score
+    from .evaluation.scores import score
 
     models = [checkpoint, open_any(model, job.trusted)]
     dtype = _chosen(models, job.device, job.progress).dtype
@@ -214,42 +215,14 @@ def _check_verified(verify: int, text: str | None) -> None:
 
 
 def _windows(run: Run, text: str) -> list[Window]:
-    from .evaluation import check_ids, make_windows, read_text
+    from .evaluation.text import read_text
+    from .evaluation.windows import make_windows
+    from .frontend.token_ids import check_ids
 
     tokenizer, model = run.source.tokenizer, run.source.model
     windows = make_windows(tokenizer, read_text(text), default_context(model))
     check_ids(model, tokenizer, (window.tokens for window in windows))
     return windows
-
-
-def load(
-    path: PathLike,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    verify: bool = False,
-    compile: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> PreTrainedModel:
-    """A packed checkpoint as a transformers model that runs on packed weights.
-
-    dtype: of activations and of what is not quantized; None is the model's own, or float32 where the CPU has no
-    products of it (compute_dtype.py). verify: also check every checksum.
-    compile: let `generate` compile the step that makes a token; its first call takes most of a minute, and tells
-    `progress` how far it is (None: log lines). trust_remote_code: run Python code that the checkpoint brings.
-    Raises CheckpointError that names the tensor or file for a truncated, missing, changed or unknown one.
-    """
-    reader, place = CheckpointReader(path), torch.device(device)
-    model = read_model(reader, dtype or choose_for(reader, place), verify, trust_remote_code)
-    if place.type == "cpu" and not compile:  # a compiler takes panels for so many operations
-        keep_half(model, stored_dtype(reader.config))
-    model.eval().to(place)
-    if compile:
-        from .compiled import compile_decoding
-
-        compile_decoding(model, progress)
-    return model
 
 
 def evaluate(
@@ -270,32 +243,29 @@ def evaluate(
     text: a file or the name of a data set. context: tokens per window, 512 or the model's own limit if that is less.
     dtype: float32, bfloat16 or float16; None is the models' own, or float32 where the CPU has no products of it.
     trust_remote_code: run code that a model brings.
-    See evaluation.py for the protocol.
+    See evaluation/scores.py for the protocol.
     """
-    from . import evaluation
+    from .evaluation.scores import score, summarize
+    from .evaluation.text import read_text
+    from .evaluation.windows import make_windows
+    from .frontend.token_ids import check_ids
 
     wanted, progress, notes = _dtype(dtype), progress or LogProgress(), list[str]()
     opened = open_any(model, trust_remote_code, progress)
     other = None if against is None else open_any(against, trust_remote_code, progress)
     tokenizer = opened.tokenizer if isinstance(opened, Source) else read_tokenizer(Path(opened), trust_remote_code)
-    documents = evaluation.read_text(text, notes)
+    documents = read_text(text, notes)
     for note in notes:
         progress.note(note)
     chosen = Choice(wanted) if wanted else _chosen([opened, *([] if other is None else [other])], device, progress)
     subject = load_any(opened, chosen.dtype, trust_remote_code, torch.device(device))
-    cut = evaluation.make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
-    evaluation.check_ids(subject, tokenizer, (window.tokens for window in cut))
+    cut = make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
+    check_ids(subject, tokenizer, (window.tokens for window in cut))
     original = None if other is None else load_any(other, chosen.dtype, trust_remote_code, torch.device(device))
     if original is not None:
-        evaluation.check_ids(original, tokenizer, (window.tokens for window in cut))
-    scores = evaluation.score(subject, original, cut, progress)
-    return evaluation.summarize(scores, subject, tokenizer, chosen, **stored_size(opened))
-
-
-def default_context(model: PreTrainedModel) -> int:
-    """512 tokens, or as many as the model has positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(512, limit) if isinstance(limit, int) else 512
+        check_ids(original, tokenizer, (window.tokens for window in cut))
+    scores = score(subject, original, cut, progress)
+    return summarize(scores, subject, tokenizer, chosen, **stored_size(opened))
 
 
 def _chosen(models: list[Opened], device: str, progress: Progress) -> Choice:

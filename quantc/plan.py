@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from . import untrusted
 from .errors import UsageError
-from .graph import ModelGraph
+from .files import untrusted
+from .files.whole_file import write_whole
+from .graph.model_graph import ModelGraph
 from .numerics.hadamard import fits
 from .numerics.row_widths import mark_salient, read_rows, write_rows
 from .spec import QuantSpec, packed_bytes
-from .whole_file import write_whole
 
 KEEP = "keep"
 MOST_ROWS = 1 << 24  # of a weight: vocabularies have up to 2**19

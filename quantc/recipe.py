@@ -7,38 +7,20 @@ from __future__ import annotations
 
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from . import passes  # noqa: F401  registers every pass
+from .calibration.tokens import CalibrationConfig
 from .errors import UsageError
-from .pipeline import REGISTRY, Pass
-from .untrusted import describe, fits, nearest, read_yaml
+from .files.untrusted import describe, fits, nearest, read_yaml
+from .numerics.lowrank import LARGEST
+from .pipeline.base import REGISTRY, Pass
 
 VERSION = 1
-NO_TEXT = "none"
-LARGEST = 2**63 - 1  # what torch takes as a seed, and more than anything that can be counted
-CALIBRATION_BOUNDS = (("samples", 1, 1_000_000), ("seq_len", 8, 1 << 20), ("seed", 0, LARGEST))
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """What the model runs on: source (builtin, self, a file, a data set, or none), and windows cut from it."""
-
-    source: str = "builtin"
-    samples: int = 64
-    seq_len: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least, most in CALIBRATION_BOUNDS:
-            value = getattr(self, name)
-            if value < least:
-                raise UsageError(f"{name} is {value}, but at least {least} is needed; raise it.")
-            if value > most:
-                raise UsageError(f"{name} is {value}, but {most} at most are possible; lower it.")
 
 
 @dataclass(frozen=True)
@@ -182,3 +164,30 @@ def _refuse_unknown(mapping: dict[str, Any], known: list[str], where: str) -> No
 def _replaced(config: Any, settings: dict[str, Any]) -> Any:
     given = {key: value for key, value in settings.items() if value is not None}
     return replace(config, **given) if given else config
+
+
+def _recipe(*names: str, **settings: dict[str, float]) -> Recipe:
+    recipe = Recipe(CalibrationConfig(), tuple((name, REGISTRY[name].Config()) for name in names))
+    return recipe.with_settings(**settings)
+
+
+# fast: error feedback, and nothing to compute beside the weights at inference. balanced: inputs are rotated where that
+# pays, at the cost of a Hadamard transform for each activation. best: the same cost at inference, and about ten times
+# the CPU seconds to quantize, most of them to train. `importance` is in none: twice the time for no sure gain.
+PRESETS: dict[str, Recipe] = {
+    "fast": DEFAULT,
+    "balanced": _recipe("allocate", "rotate", "quantize", quantize={"shrink": 0.3}),
+    "best": _recipe(
+        *("allocate", "scale", "rotate", "quantize", "tune", "distill"),
+        quantize={"shrink": 0.3, "rounds": 2, "correct": 0.5},
+        tune={"steps": 20},
+    ),
+}
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of this name; raises UsageError with the nearest known name."""
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+        raise UsageError(f"there is no preset {name!r}; did you mean {near[0]!r}? Known are {', '.join(PRESETS)}.")
+    return PRESETS[name]

@@ -11,11 +11,11 @@ from statistics import median
 from typing import Any
 
 from .errors import CheckpointError, UsageError
-from .memory import peak_rss_bytes
+from .files.untrusted import describe, fits, read_json
+from .files.whole_file import json_text
+from .machine.memory import peak_rss_bytes
 from .spec import QuantSpec
 from .units import plural
-from .untrusted import describe, fits, read_json
-from .whole_file import json_text
 
 REPORT_FILE = "report.json"
 TOTALS = {"bits_per_weight": float, "expert_fallbacks": int}  # in the file, but computed

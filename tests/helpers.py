@@ -12,15 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 import quantc
-from quantc.calibration import CalibrationRun
-from quantc.derive import derive
+from quantc.calibration.stream import CalibrationRun
 from quantc.frontend import open_model, to_meta
-from quantc.pipeline import Run
+from quantc.graph.derive import derive
+from quantc.pipeline.run import Run
+from quantc.pipeline.work import BlockWork
 from quantc.plan import Plan
 from quantc.progress import LogProgress
 from quantc.report import Report
 from quantc.spec import QuantSpec
-from quantc.work import BlockWork
 from tests.families import VOCAB
 from tests.word_tokenizer import make_tokenizer
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 import quantc
-from quantc.evaluation import make_windows, score
+from quantc.evaluation.scores import score
+from quantc.evaluation.windows import make_windows
 from quantc.frontend import open_model
 from quantc.progress import LogProgress
 from quantc.recipe import Recipe

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ... import disk_cache
 from ...errors import KernelError
+from ...files import disk_cache
 from .program import Program
 
 FOLDER = Path(__file__).parent  # sources; the headers are in include/

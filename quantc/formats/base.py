@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ..qtensor import QTensor
+from ..numerics.qtensor import QTensor
 from ..spec import QuantSpec
 
 Parts = dict[str, torch.Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..numerics.packing import pack_bits, unpack_bits
-from ..qtensor import QTensor
+from ..numerics.qtensor import QTensor
 from ..spec import QuantSpec, packed_bytes
 from .base import Part, Parts
 

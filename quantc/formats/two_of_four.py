@@ -8,7 +8,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..numerics.packing import pack_bits, unpack_bits
-from ..qtensor import QTensor, spread_groups
+from ..numerics.qtensor import QTensor, spread_groups
 from ..spec import PLACE_BITS, QuantSpec, packed_bytes, places
 from .base import Part, Parts
 from .dense import DENSE

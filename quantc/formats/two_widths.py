@@ -8,8 +8,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..numerics.packing import pack_bits, unpack_bits
+from ..numerics.qtensor import QTensor
 from ..numerics.row_widths import join, leading_count, split, take_rows
-from ..qtensor import QTensor
 from ..spec import QuantSpec, packed_bytes
 from .base import Part, Parts
 from .dense import DENSE

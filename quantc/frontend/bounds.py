@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
-from ..untrusted import fits, read_json
+from ..files.untrusted import fits, read_json
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000  # the deepest published decoders have fewer than 200; configs make lists of so many entries

@@ -13,8 +13,8 @@ from typing import BinaryIO
 import torch
 
 from ..errors import ModelError
-from ..stats import all_finite
-from ..untrusted import parse_json
+from ..files.untrusted import parse_json
+from ..numerics.statistics import all_finite
 from .agreement import DTYPES, FLOATS
 
 PIECE = 1 << 24  # bytes read at a time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -24,11 +25,13 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
+from ..files.whole_file import utf8_path
+from ..numerics.statistics import all_finite
 from ..progress import Progress
-from ..stats import all_finite
-from ..whole_file import utf8_path
 from .finite import non_finite
 from .unchanged import Span, Unchanged, fingerprint, safetensors_spans, small_files, whole_digest
+
+PathLike = str | os.PathLike[str]
 
 COMPUTE_DTYPE = torch.float32
 

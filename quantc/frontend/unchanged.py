@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from ..untrusted import parse_json
+from ..files.untrusted import parse_json
 
 Span = tuple[int, int]  # start and count of bytes in a file
 PIECES, PIECE_BYTES = 8, 512  # of a tensor that are looked at: a fine-tune changes nearly every value of one

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
-from ..untrusted import is_plain_name, read_json
+from ..files.untrusted import is_plain_name, read_json
 from .kinds import without_weights
 
 INDEX = "model.safetensors.index.json"

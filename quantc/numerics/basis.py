@@ -8,11 +8,11 @@ from functools import cached_property
 
 import torch
 
-from ..qtensor import QTensor, spread_groups
 from ..spec import QuantSpec
 from . import sparsity
 from .grids import Grid, fit_grid, settle_zeros
 from .hadamard import BAND, rotate, rotate_gram
+from .qtensor import QTensor, spread_groups
 from .refine import refine, refit
 from .rounding import Factor, factorize, gptq_each, round_to_nearest
 from .row_widths import join

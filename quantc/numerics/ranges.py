@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..qtensor import QTensor
 from ..spec import QuantSpec
 from .grids import LARGEST_SCALE, fit_grid, to_groups
+from .qtensor import QTensor
 from .rounding import round_to_nearest
 
 FAR_EXPONENT = 12  # weights up to it and down to its inverse have scales that float16 holds

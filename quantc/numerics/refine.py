@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..qtensor import group_sums
 from ..spec import QuantSpec
 from .grids import Grid
+from .qtensor import group_sums
 from .rounding import grid_rows
 
 BLOCK_CHANNELS = 64  # channels that share one product with all errors; 32 to 128 differ by less than 3 %

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..qtensor import QTensor, by_group, group_sums, spread_groups
 from .hadamard import rotate_back
+from .qtensor import QTensor, by_group, group_sums, spread_groups
 
 INSIDE = 0.49  # how far from its code a weight may start: rounding then gives that code
 REACH = 1.49  # how far it may go: to a neighbour

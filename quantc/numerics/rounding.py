@@ -44,7 +44,7 @@ class Factor:
 
 def round_to_nearest(weight: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
     """Codes uint8 (N, K) of weight (N, K): each weight goes to the nearest point of its group's grid."""
-    from ..qtensor import spread_groups
+    from .qtensor import spread_groups
 
     shape = (weight.shape[0], weight.shape[1])
     scales = spread_groups(grid.scales.float(), spec, shape)

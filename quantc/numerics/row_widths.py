@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from ..qtensor import QTensor
 from ..spec import QuantSpec
 from .packing import pack_bits, unpack_bits
+from .qtensor import QTensor
 
 
 def take_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..qtensor import spread_groups
 from ..spec import QuantSpec
+from .qtensor import spread_groups
 
 PENALTY = 0.1  # first of ADMM, for an H of unit diagonal
 ADMM_STEPS = 10  # 30 lose as much

@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
-from ..pipeline import Run
+from ..pipeline.run import Run
 from ..spec import QuantSpec
 from . import fisher, gram, kl
 from .base import Candidate, Candidates, Losses
-from .table import kept_losses
+from .cache import kept_losses
 
 __all__ = ["Candidate", "Candidates", "Estimator", "Losses", "kept_losses", "measure"]
 

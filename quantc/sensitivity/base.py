@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calibration import CalibrationRun
+from ..calibration.stream import CalibrationRun
 from ..frontend import to_meta
-from ..graph import Activation, Block, Linear
+from ..graph.model_graph import Activation, Block, Linear
+from ..numerics.qtensor import QTensor
 from ..numerics.ranges import far_size
 from ..numerics.row_widths import mark_salient
-from ..pipeline import Run
-from ..qtensor import QTensor
+from ..numerics.sampled_error import sample_rows
+from ..numerics.statistics import Gram
+from ..pipeline.run import Run
+from ..pipeline.work import BlockWork
 from ..spec import QuantSpec
-from ..stats import Gram
-from ..trial import sample_rows
-from ..work import BlockWork
 
 SAMPLED_CHANNELS = 128  # output channels of a linear, at least, that are rounded for every candidate
 SAMPLED_OF_STACK = 512  # the same of all experts of a stack together, and no fewer than 8 of each

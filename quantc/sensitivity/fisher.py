@@ -32,17 +32,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..backward import BackwardSweep, Reader
-from ..calibration import Batch, CalibrationRun
-from ..graph import Block, Linear
-from ..observe import observed
-from ..pipeline import Run
+from ..calibration.hooks import observed
+from ..calibration.stream import Batch, CalibrationRun
+from ..graph.model_graph import Block, Linear
+from ..numerics.statistics import Gram
+from ..pipeline.run import Run
+from ..pipeline.work import BlockWork
 from ..spec import QuantSpec
-from ..stats import Gram
-from ..work import BlockWork
+from .backward import BackwardSweep, Reader
 from .base import Candidate, Candidates, Losses, errors, planned_activations, sampled_channels
+from .outside import Tables
 from .salience import Salience
-from .tables import Tables
 
 BEYOND_SECOND_ORDER = 4.5
 SAMPLES = 16  # of the calibration set: a sample swept backward costs as much as four that only run forward

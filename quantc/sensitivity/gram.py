@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from ..calibration import CalibrationRun
-from ..graph import Linear
-from ..pipeline import Run
+from ..calibration.stream import CalibrationRun
+from ..graph.model_graph import Linear
+from ..numerics.statistics import Gram, output_energy
+from ..pipeline.run import Run
+from ..pipeline.work import BlockWork
 from ..spec import QuantSpec
-from ..stats import Gram, output_energy
-from ..work import BlockWork
 from .base import Candidate, Candidates, Losses, errors, original_blocks, sampled_channels
 
 SAMPLES = 16  # of the calibration set: as many as fisher sweeps, so that both round on the same statistics

@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 
-from ..backward import StateFile, load_outside, output_logits
-from ..calibration import CalibrationRun
+from ..calibration.hidden_states import StateFile
+from ..calibration.stream import CalibrationRun
 from ..errors import CalibrationError
 from ..frontend import to_meta
-from ..graph import Linear
-from ..pipeline import Run
-from ..rewrite import weight_name
+from ..graph.model_graph import Linear
+from ..graph.rewrite import weight_name
+from ..numerics.statistics import Gram
+from ..pipeline.run import Run, load_outside, output_logits
+from ..pipeline.work import BlockWork
 from ..spec import QuantSpec
-from ..stats import Gram
-from ..work import BlockWork
 from .base import Candidate, Candidates, Losses, errors, original_blocks
 
 SAMPLES = 4  # of the calibration set, on which the divergence is measured

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import quantc
-from quantc.checkpoint_writer import CheckpointWriter
+from quantc.checkpoint.writer import CheckpointWriter
 from quantc.plan import read_plan
-from quantc.presets import preset
+from quantc.recipe import preset
 from tests.families import VOCAB, build
 from tests.helpers import save_with_tokenizer, tiny_text
 

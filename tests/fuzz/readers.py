@@ -14,23 +14,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantc
-from quantc import html, tables
 from quantc.calib_data import load_documents
-from quantc.checkpoint import CheckpointReader, verify
-from quantc.cli import main
-from quantc.command_group import BUG
-from quantc.console import make_console
-from quantc.derive import derive
-from quantc.eval_text import read_text
+from quantc.calibration.tokens import tokenize_documents
+from quantc.checkpoint.journal import difference, read_journal
+from quantc.checkpoint.reader import CheckpointReader, verify
+from quantc.cli import main, tables
+from quantc.cli.console import make_console
+from quantc.cli.failures import BUG
+from quantc.evaluation.text import read_text
+from quantc.evaluation.windows import make_windows
 from quantc.frontend import open_model, to_meta
-from quantc.journal import difference, read_journal
-from quantc.pipeline import check_order
+from quantc.graph.derive import derive
+from quantc.pages import report_page
+from quantc.pipeline.base import check_order
 from quantc.plan import read_plan
 from quantc.recipe import read_recipe
 from quantc.report import Report, read_report
-from quantc.tokens import tokenize_documents
 from quantc.units import to_printable
-from quantc.windows import make_windows
 from tests.families import VOCAB
 from tests.fuzz import corpus
 from tests.word_tokenizer import make_tokenizer
@@ -128,7 +128,7 @@ def _recipe(folder: Path) -> None:
 
 def _report(folder: Path) -> None:
     report = read_report(folder)
-    page = html.render(report)
+    page = report_page.render(report)
     assert all(char.isprintable() or char == "\n" for char in page), "the page has control characters"
     screen = make_console()
     with screen.capture() as capture:

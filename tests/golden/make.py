@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantc
-from quantc.checkpoint import CheckpointReader
+from quantc.checkpoint.reader import CheckpointReader
 from quantc.formats import format_of
 from quantc.plan import Plan
 from quantc.recipe import Recipe

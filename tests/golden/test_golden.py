@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import quantc
-from quantc.checkpoint import VERSIONS as READ
-from quantc.checkpoint import CheckpointReader, read_quantization, verify
+from quantc.checkpoint.config import VERSIONS as READ
+from quantc.checkpoint.config import read_quantization
+from quantc.checkpoint.reader import CheckpointReader, verify
 from quantc.formats import DENSE, format_of
+from quantc.numerics.qtensor import QTensor
 from quantc.plan import read_plan
-from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
 from tests.golden.make import PLAN, PLAN_3, PLAN_SPARSE, digest, unpacked_weights
 

@@ -13,8 +13,8 @@ from quantc.kernels.cpu.torch_int4 import TORCH_INT4
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import KERNELS, choose
 from quantc.numerics.grids import fit_grid
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.rounding import round_to_nearest
-from quantc.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.kernels.weights import multiplies_whole_codes, sizes_of_codes_and_zeros
 

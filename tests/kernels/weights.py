@@ -7,8 +7,8 @@ import torch
 from quantc.formats import format_of
 from quantc.kernels.cpu import library
 from quantc.numerics.packing import pack_bits
-from quantc.qtensor import QTensor
-from quantc.runtime import QuantLinear
+from quantc.numerics.qtensor import QTensor
+from quantc.runtime.modules import QuantLinear
 from quantc.spec import QuantSpec
 
 N, K = 48, 64

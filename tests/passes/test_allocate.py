@@ -9,12 +9,13 @@ import pytest
 
 import quantc
 from quantc import api
-from quantc.candidates import CANDIDATE_BITS
-from quantc.checkpoint import CheckpointReader
+from quantc.checkpoint.reader import CheckpointReader
+from quantc.driver.job import Job
+from quantc.driver.settings import allocation, default_name
 from quantc.errors import UsageError
 from quantc.frontend import open_model
-from quantc.job import Job, allocation, default_name
 from quantc.plan import Plan, read_plan
+from quantc.planning.candidates import CANDIDATE_BITS
 from quantc.spec import QuantSpec
 from tests.families import build
 from tests.helpers import quantize_saved, save_with_tokenizer

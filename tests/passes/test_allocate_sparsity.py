@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from quantc import api
-from quantc.budget import stored_bits
-from quantc.candidates import of_linear
+from quantc.driver.job import Job
 from quantc.errors import UsageError
-from quantc.graph import Linear
-from quantc.job import Job
+from quantc.graph.model_graph import Linear
 from quantc.numerics.basis import Rounding
 from quantc.plan import read_plan
+from quantc.planning.budget import stored_bits
+from quantc.planning.candidates import of_linear
 from quantc.recipe import Recipe
 from quantc.sensitivity import Candidate, Losses
 from quantc.sensitivity.wide_rows import with_wide_rows

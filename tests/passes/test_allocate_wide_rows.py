@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from quantc import api, disk_cache
-from quantc.budget import stored_bits
+from quantc import api
+from quantc.files import disk_cache
 from quantc.plan import read_plan
+from quantc.planning.budget import stored_bits
 from quantc.recipe import Recipe
 from quantc.sensitivity import fisher
 from tests.families import build

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quantc
-from quantc.checkpoint import verify
+from quantc.checkpoint.reader import verify
 from quantc.errors import UsageError
 from quantc.passes import distill
 from quantc.passes.distill import DistillConfig

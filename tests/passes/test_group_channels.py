@@ -13,21 +13,21 @@ import torch
 import yaml
 
 import quantc
-from quantc.checkpoint import CheckpointReader
+from quantc.checkpoint.reader import CheckpointReader
 from quantc.errors import PassError, UsageError
-from quantc.graph import Activation, Linear
+from quantc.graph.model_graph import Activation, Linear
 from quantc.numerics.basis import Basis, Rounding
+from quantc.numerics.statistics import Gram
 from quantc.passes.group_channels import Choice, GroupChannels, GroupChannelsConfig, turn_groups
-from quantc.pipeline import check_order
+from quantc.pipeline.base import check_order
 from quantc.plan import read_plan
 from quantc.recipe import Recipe
 from quantc.report import Report, read_report
 from quantc.spec import WHOLE_ROW, QuantSpec
-from quantc.stats import Gram
 from tests.families import build
 from tests.helpers import save_with_tokenizer, thinned
 from tests.outliers import OutlierLab
-from tests.test_families import TOKENS, put_rounded_weights
+from tests.whole.test_families import TOKENS, put_rounded_weights
 
 ROUNDINGS = [Rounding(feedback=False), Rounding(), Rounding(rounds=2)]
 WHY = re.compile(r"(per_ic|per_oc): output error (\S+) per_ic, (\S+) per_oc(; per_ic has to save 2%)?")

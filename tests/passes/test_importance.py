@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantc import backward, calibration
-from quantc.calibration import CalibrationRun
-from quantc.graph import ModelGraph
+from quantc.calibration import hidden_states, precision, stream
+from quantc.calibration.stream import CalibrationRun
+from quantc.graph.model_graph import ModelGraph
 from quantc.passes.importance import LARGEST_WEIGHT, TEMPER, Importance, ImportanceConfig, _tempered
-from quantc.sweep import _analyse
+from quantc.pipeline.sweep import _analyse
+from quantc.sensitivity import backward
 from tests.families import VOCAB, build
 from tests.helpers import opened_run
 
@@ -25,8 +26,8 @@ MODELS = ["llama", "gpt2", "mixtral", "gemma3_text"]
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products in float32, and a batch for every sample, so that batches are put together too."""
-    monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _: False)
-    monkeypatch.setattr(calibration, "BATCH_TOKENS", TOKENS.shape[1])
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda _: False)
+    monkeypatch.setattr(stream, "BATCH_TOKENS", TOKENS.shape[1])
 
 
 class KeptStates:
@@ -174,11 +175,11 @@ def test_a_token_of_huge_gradients_does_not_silence_the_others() -> None:
 # What is left behind
 
 
-@pytest.mark.parametrize("spill_bytes", [calibration.SPILL_BYTES, 0], ids=["in_memory", "in_a_file"])
+@pytest.mark.parametrize("spill_bytes", [hidden_states.SPILL_BYTES, 0], ids=["in_memory", "in_a_file"])
 def test_the_run_goes_on_from_the_states_before_the_first_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spill_bytes: int
 ) -> None:
-    monkeypatch.setattr(calibration, "SPILL_BYTES", spill_bytes)
+    monkeypatch.setattr(hidden_states, "SPILL_BYTES", spill_bytes)
     run = opened_run(saved(build("mixtral"), tmp_path))
     states = CalibrationRun(run.source.model, run.graph, TOKENS, run.device)
     before = [(start, hidden.clone()) for start, hidden in states.states()]

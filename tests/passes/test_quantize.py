@@ -11,22 +11,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantc
-from quantc import calibration, gather
-from quantc import work as handed
-from quantc.calibration import CalibrationRun
-from quantc.checkpoint import CheckpointReader
+from quantc.calibration import gather, precision
+from quantc.calibration.stream import CalibrationRun
+from quantc.calibration.tokens import tokenize_documents
+from quantc.checkpoint.reader import CheckpointReader
 from quantc.errors import CalibrationError, UsageError
 from quantc.formats import DENSE
 from quantc.numerics import basis
 from quantc.numerics.grids import fit_grid
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.rounding import round_to_nearest
+from quantc.numerics.statistics import Drift, Gram
 from quantc.passes.quantize import Quantize, QuantizeConfig
-from quantc.qtensor import QTensor
+from quantc.pipeline import work as handed
 from quantc.recipe import Recipe
 from quantc.report import LinearReport, Report, read_report
 from quantc.spec import QuantSpec
-from quantc.stats import Drift, Gram
-from quantc.tokens import tokenize_documents
 from tests.families import VOCAB, build
 from tests.helpers import block_works, in_memory_run, save_with_tokenizer
 from tests.word_tokenizer import make_tokenizer
@@ -200,7 +200,7 @@ def output_errors(name: str, correct: float) -> list[float]:
 def test_correcting_lowers_what_a_block_puts_out_wrongly(
     name: str, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _: False)
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda _: False)
     plain, corrected = output_errors(name, 0.0), output_errors(name, 0.5)
     assert len(plain) == 2
     assert all(after < most * before for before, after in zip(plain, corrected, strict=True))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import quantc
 from quantc import api
-from quantc.checkpoint import CheckpointReader
+from quantc.checkpoint.reader import CheckpointReader
 from quantc.errors import ModelError
 from quantc.passes.quantize import OUT_OF_RANGE
 from quantc.recipe import Recipe

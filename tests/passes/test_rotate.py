@@ -12,16 +12,16 @@ import quantc
 from quantc.formats import DENSE
 from quantc.numerics.basis import Rounding
 from quantc.numerics.hadamard import block_order, rotation
+from quantc.numerics.statistics import Gram, output_energy
 from quantc.passes import rotate
 from quantc.passes.rotate import Rotate, RotateConfig, error_ratio
+from quantc.pipeline.work import BlockWork
 from quantc.recipe import Recipe
 from quantc.spec import QuantSpec
-from quantc.stats import Gram, output_energy
-from quantc.work import BlockWork
 from tests.families import VOCAB, build
 from tests.helpers import block_works, in_memory_run, quantize_saved, save_with_tokenizer, thinned
 from tests.outliers import OutlierLab
-from tests.test_families import TOKENS, put_rounded_weights
+from tests.whole.test_families import TOKENS, put_rounded_weights
 
 ROTATED = {"version": 1, "passes": [{"allocate": {"bits": 8, "group_size": 32}}, "rotate", "quantize"]}
 FAMILIES = ["llama", "gpt2", "mixtral", "gemma3_text", "phi3"]

@@ -13,25 +13,26 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import quantc
-from quantc import residual, sweep
-from quantc.calibration import CalibrationRun
-from quantc.checkpoint import CheckpointReader
-from quantc.derive import derive
+from quantc.calibration.stream import CalibrationRun
+from quantc.checkpoint.reader import CheckpointReader
 from quantc.errors import CheckpointError, UsageError
 from quantc.frontend import open_model, to_meta
+from quantc.graph import residual_rewrite
+from quantc.graph.derive import derive
 from quantc.numerics.hadamard import rotate, rotation
 from quantc.passes import rotate as rotate_pass
-from quantc.pipeline import Run
+from quantc.pipeline import sweep
+from quantc.pipeline.run import Run
+from quantc.pipeline.work import BlockWork
 from quantc.plan import Plan
 from quantc.progress import LogProgress
 from quantc.recipe import Recipe
 from quantc.report import Report
-from quantc.residual_hooks import attach
-from quantc.runtime import unpack
-from quantc.work import BlockWork
+from quantc.runtime.modules import unpack
+from quantc.runtime.residual_hooks import attach
 from tests.families import FAMILIES, VOCAB, build
 from tests.helpers import save_with_tokenizer, thinned
-from tests.test_families import TOKENS
+from tests.whole.test_families import TOKENS
 
 FOLDED = {"residual": "folded", "value": "folded"}
 # Besides those with norms behind the writers: blocks that share weights, and rows scaled on their way to experts.
@@ -154,8 +155,8 @@ def test_a_norm_before_the_residual_add_is_named(tmp_path: Path) -> None:
 
 
 def test_a_forgotten_writer_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = residual.find_writers
-    monkeypatch.setattr(residual, "find_writers", lambda *given: dict(list(whole(*given).items())[1:]))
+    whole = residual_rewrite.find_writers
+    monkeypatch.setattr(residual_rewrite, "find_writers", lambda *given: dict(list(whole(*given).items())[1:]))
     save_with_tokenizer(build("llama"), tmp_path)
     found = rewrite(tmp_path, residual="folded")
     assert "changed on the probe" in found.report.refused["rotate residual"]
@@ -164,9 +165,9 @@ def test_a_forgotten_writer_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("fault", ["gain", "reader", "direction"])
 def test_a_wrong_fold_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = residual.BlockTurn.edits
+    whole = residual_rewrite.BlockTurn.edits
 
-    def wrong(self: residual.BlockTurn, module: torch.nn.Module) -> Any:
+    def wrong(self: residual_rewrite.BlockTurn, module: torch.nn.Module) -> Any:
         for name, value in whole(self, module):
             if fault == "gain" and name == "input_layernorm.weight":
                 value = value * 1.01
@@ -175,7 +176,7 @@ def test_a_wrong_fold_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.
             if fault != "reader" or name != "self_attn.k_proj.weight":
                 yield name, value
 
-    monkeypatch.setattr(residual.BlockTurn, "edits", wrong)
+    monkeypatch.setattr(residual_rewrite.BlockTurn, "edits", wrong)
     save_with_tokenizer(build("llama"), tmp_path)
     found = rewrite(tmp_path, residual="folded")
     assert "changed on the probe" in found.report.refused["rotate residual"]

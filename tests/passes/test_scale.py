@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantc.graph import Activation
+from quantc.graph.model_graph import Activation
+from quantc.graph.rewrite import Refusal
 from quantc.numerics.basis import Basis
+from quantc.numerics.statistics import Gram, output_energy
 from quantc.passes import scale
 from quantc.passes.scale import LEAST_GAIN, Scale, ScaleConfig, best_scales
-from quantc.rewrite import Refusal
-from quantc.stats import Gram, output_energy
-from quantc.work import BlockWork
+from quantc.pipeline.work import BlockWork
 from tests.families import VOCAB, build
 from tests.helpers import block_works, in_memory_run, thinned
 from tests.outliers import OutlierLab

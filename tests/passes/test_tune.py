@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import quantc
-from quantc.checkpoint import verify
+from quantc.checkpoint.reader import verify
 from quantc.errors import UsageError
-from quantc.pace import Pace
 from quantc.passes.tune import OFFSET_RATE, TuneConfig
-from quantc.reconstruction import Reconstruction, Trainable, Trained
 from quantc.report import Report
+from quantc.training.reconstruction import Reconstruction, Trainable, Trained
+from quantc.training.step_budget import Pace
 from tests.families import build
 from tests.helpers import quantize_saved, save_with_tokenizer, thinned
 
@@ -150,7 +150,7 @@ def test_where_codes_are_fine_products_are_too(
         found.append(target.dtype)
         return Trained(1.0, 0.5)
 
-    monkeypatch.setattr("quantc.calibration.has_fast_bfloat16", lambda _: True)
+    monkeypatch.setattr("quantc.calibration.precision.has_fast_bfloat16", lambda _: True)
     monkeypatch.setattr("quantc.passes.tune.train", recorded)
     quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8, bits=bits)
     assert found == [dtype] * 4

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 import quantc
-from quantc.blocks import Returns
-from quantc.checkpoint import CheckpointReader
+from quantc.checkpoint.reader import CheckpointReader
 from quantc.errors import UsageError
-from quantc.graph import Block, Linear, ModelGraph
+from quantc.graph.blocks import Returns
+from quantc.graph.model_graph import Block, Linear, ModelGraph
 from quantc.plan import KEEP, Plan, read_plan
 from quantc.spec import QuantSpec
 from tests.families import build

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from quantc.calibration.tokens import CalibrationConfig
 from quantc.errors import UsageError
-from quantc.pipeline import REGISTRY
-from quantc.recipe import DEFAULT, CalibrationConfig, Recipe, from_mapping, read_recipe
+from quantc.pipeline.base import REGISTRY
+from quantc.recipe import DEFAULT, Recipe, from_mapping, read_recipe
 
 PASSES = ["allocate", "quantize"]
 

@@ -9,7 +9,7 @@ import torch
 
 from quantc.errors import UsageError
 from quantc.formats import format_of
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 SHAPES = [(1, 1), (3, 7), (16, 64), (5, 100), (33, 13), (64, 1)]

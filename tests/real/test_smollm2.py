@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import quantc
-from quantc.evaluation import Scores, make_windows, read_text, score
+from quantc.evaluation.scores import Scores, score
+from quantc.evaluation.text import read_text
+from quantc.evaluation.windows import make_windows
 from quantc.frontend import Source, open_model
 from quantc.progress import LogProgress
-from quantc.runtime import unpack
+from quantc.runtime.modules import unpack
 
 MODEL = "demo:smollm2"
 TEXT = Path(__file__).parents[2] / "benchmarks/texts/demo.txt"

@@ -8,7 +8,7 @@ import torch
 from quantc.formats import DENSE
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import QuantSpec
 from tests.kernels.weights import multiplies_whole_codes, sizes_of_codes_and_zeros
 

@@ -15,7 +15,7 @@ from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
 from quantc.kernels.rotation import rotate
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import SPARSE_GROUPS, QuantSpec
 
 from .cases import DTYPES, FLOAT_LEVELS, built, check, random_weight

@@ -8,7 +8,7 @@ import torch
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE
 from quantc.kernels.cpu.rotation import rotate
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import QuantSpec
 
 from .cases import DTYPES, FLOAT_LEVELS, LEVELS, absolute_terms, built, prepare, random_weight, rounds_weights

@@ -91,7 +91,7 @@ def test_no_level_leaves_its_memory_or_defined_behaviour(sanitized: tuple[Path, 
 
 # What Python hands over: wrong shapes and parts, steps as torch calls them, too little memory.
 SELECTION = [
-    *("tests/kernels/test_checks.py", "tests/quantc/test_packed_parts.py"),
+    *("tests/kernels/test_checks.py", "tests/quantc/runtime/test_packed_parts.py"),
     *("tests/kernels/cpu/test_steps.py", "tests/kernels/cpu/test_failures.py"),
 ]
 RUN = """

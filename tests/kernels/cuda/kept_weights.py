@@ -7,7 +7,7 @@ import torch
 from quantc.formats import GROUP_SPARSE
 from quantc.kernels.cuda import kept_layout
 from quantc.kernels.cuda.kept_layout import KeptWeight
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import QuantSpec
 from tests.kernels.test_kernels import random_qtensor
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quantc import disk_cache
 from quantc.errors import KernelError
+from quantc.files import disk_cache
 from quantc.kernels.cuda import build
 from quantc.kernels.cuda.build import Compiled, Resources, compile_program, parse_resources, read_request
 from quantc.kernels.cuda.launch import MAX_DYNAMIC_SHARED
@@ -194,7 +194,7 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert disk_cache.folder("cuda") == Path("/home/me/.cache/quantc/cuda")
 
 
-WRITE = "from quantc.disk_cache import store\nfor _ in range(300): store('cuda', 'key', {!r} * 100_000)"
+WRITE = "from quantc.files.disk_cache import store\nfor _ in range(300): store('cuda', 'key', {!r} * 100_000)"
 
 
 def test_processes_that_write_the_same_entry_leave_a_whole_one() -> None:

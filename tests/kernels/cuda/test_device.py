@@ -15,10 +15,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from quantc import disk_cache, doctor
 from quantc.errors import KernelError
+from quantc.files import disk_cache
 from quantc.kernels.cuda import device
 from quantc.kernels.cuda.device import architecture, record_failure, unavailable
+from quantc.runtime import doctor
 from tests.kernels.cuda.fakes import FakeMachine
 from tests.quantc.cli_runner import run
 

@@ -9,7 +9,7 @@ import torch
 
 from quantc.kernels.cuda import gram
 from quantc.kernels.cuda.gram import WIDE, gram_launch, programs, supports
-from quantc.stats import Gram, using_products
+from quantc.numerics.statistics import Gram, using_products
 from tests.simt.harness import run
 
 DTYPES = [torch.float16, torch.bfloat16]

@@ -15,7 +15,7 @@ from quantc.kernels.cuda.packed import Device, Workspace
 from quantc.kernels.cuda.program import Launch
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import QuantSpec
 from tests.kernels.cuda.fakes import FakeMachine
 from tests.kernels.cuda.kept_weights import prepare, random_kept

@@ -15,7 +15,7 @@ from quantc.kernels.cuda.layout import CODE_BITS
 from quantc.kernels.cuda.packed import Device, Workspace
 from quantc.kernels.cuda.program import Launch
 from quantc.numerics.hadamard import rotate
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import QuantSpec
 from tests.helpers import thinned
 from tests.kernels.cuda.kept_weights import prepare, random_kept

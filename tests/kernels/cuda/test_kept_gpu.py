@@ -10,7 +10,7 @@ from quantc.kernels.cuda.kept import CUDA_KEPT
 from quantc.kernels.cuda.kept_layout import KeptWeight
 from quantc.kernels.cuda.layout import CODE_BITS
 from quantc.kernels.registry import choose
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import SPARSE_GROUPS, QuantSpec
 from tests.kernels.cuda.kept_weights import random_kept
 

@@ -13,7 +13,7 @@ from quantc.formats import GROUP_SPARSE
 from quantc.kernels.cuda import kept_layout
 from quantc.kernels.cuda.kept_layout import KeptWeight, most_groups
 from quantc.kernels.cuda.layout import CODE_BITS, LOWER_PLANE, high_place, low_place
-from quantc.qtensor import QTensor
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import SPARSE_GROUPS, QuantSpec
 from tests.kernels.cuda.kept_weights import prepare, random_kept
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantc.formats import FORMATS, format_of
-from quantc.qtensor import QTensor, spread_groups
+from quantc.numerics.qtensor import QTensor, spread_groups
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 SPECS = [

@@ -12,7 +12,7 @@ from quantc.kernels.cpu import library
 from quantc.kernels.cpu.torch_int4 import TORCH_INT4
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import KERNELS, choose
-from quantc.qtensor import QTensor, spread_groups
+from quantc.numerics.qtensor import QTensor, spread_groups
 from quantc.spec import SPARSE_GROUPS, QuantSpec, packed_bytes
 
 CPU = torch.device("cpu")

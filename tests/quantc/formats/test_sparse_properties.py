@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from quantc.formats import format_of
 from quantc.kernels.reference import REFERENCE
+from quantc.numerics.qtensor import QTensor, spread_groups
 from quantc.numerics.sparsity import by_magnitude
-from quantc.qtensor import QTensor, spread_groups
 from quantc.spec import SPARSE_GROUPS, WHOLE_ROW, QuantSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,8 +9,8 @@ from quantc.errors import CheckpointError, UsageError
 from quantc.formats import DENSE, FORMATS, TWO_OF_FOUR, format_of
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
+from quantc.numerics.qtensor import QTensor, spread_groups
 from quantc.numerics.sparsity import by_magnitude
-from quantc.qtensor import QTensor, spread_groups
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 SHAPES = [(1, 1), (7, 13), (16, 32), (9, 70), (5, 255)]

@@ -13,8 +13,8 @@ from quantc.kernels.cpu import library
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
 from quantc.kernels.two_widths import TwoWidths
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.row_widths import mark_salient, read_rows, split, write_rows
-from quantc.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from tests.families import FAMILIES, build
 from tests.helpers import save_with_tokenizer
 from tests.quantc.cli_runner import run
 from tests.quantc.frontend.folders import WEIGHTS, edit_config, edit_weights, refusal
-from tests.test_families import TOKENS
+from tests.whole.test_families import TOKENS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -238,7 +238,7 @@ def test_values_are_checked_before_calibration(
 
     edit_weights(folder, plant)
     monkeypatch.setattr("quantc.frontend.finite.PIECE", 1 << 10)
-    monkeypatch.setattr("quantc.sweep.CalibrationRun", lambda *_: pytest.fail("calibration began"))
+    monkeypatch.setattr("quantc.pipeline.sweep.CalibrationRun", lambda *_: pytest.fail("calibration began"))
     settings = {"calib": str(folder / "text.txt"), "samples": 2, "seq_len": 16}
     message = f"{folder}: 1 of {64 * 104} values of {DOWN} are NaN or infinite; quantization needs finite weights, so"
     with pytest.raises(ModelError) as caught:
@@ -251,7 +251,7 @@ def test_values_are_checked_before_calibration(
 
 def test_eval_tells_what_is_amiss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_config(folder, tie_word_embeddings=True)
-    monkeypatch.setattr("quantc.evaluation.measure_decode_speed", lambda *_: 1.0)
+    monkeypatch.setattr("quantc.evaluation.scores.measure_decode_speed", lambda *_: 1.0)
     result = run("eval", str(folder), "--text", str(folder / "text.txt"), "--context", "16")
     assert f"config.json says that the head is the embedding, but {HEAD} has values of its own" in result.stderr
 

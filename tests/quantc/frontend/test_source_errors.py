@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantc
-from quantc.blocks import run_around_blocks
-from quantc.decoder import find_blocks
-from quantc.derive import derive
 from quantc.errors import ModelError
 from quantc.frontend import open_model, to_meta
 from quantc.frontend.source import cast_parameter
+from quantc.graph.blocks import run_around_blocks
+from quantc.graph.decoder import find_blocks
+from quantc.graph.derive import derive
 from tests.families import VOCAB, build
 from tests.helpers import save_with_tokenizer
 from tests.quantc.frontend.folders import INDEX, WEIGHTS, edit_config, edit_weights, refusal, shard

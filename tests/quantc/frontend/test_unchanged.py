@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantc
-from quantc import checkpoint_writer, sweep
-from quantc.checkpoint import verify
+from quantc.checkpoint import writer
+from quantc.checkpoint.reader import verify
 from quantc.errors import ModelError, UsageError
 from quantc.frontend import open_model
 from quantc.frontend.unchanged import (
@@ -30,7 +30,8 @@ from quantc.frontend.unchanged import (
     safetensors_spans,
     stored_tensors,
 )
-from quantc.sensitivity.table import key_of
+from quantc.pipeline import sweep
+from quantc.sensitivity.cache import key_of
 from tests.families import build
 from tests.helpers import save_with_tokenizer
 
@@ -100,13 +101,13 @@ def test_a_source_that_changes_behind_the_last_block(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The manifest would name the checksum of a file that was not quantized."""
-    finish = checkpoint_writer.CheckpointWriter.finish_weights
+    finish = writer.CheckpointWriter.finish_weights
 
     def change(*arguments: object) -> int:
         rewrite(model / "model.safetensors")
         return finish(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "finish_weights", change)
+    monkeypatch.setattr(writer.CheckpointWriter, "finish_weights", change)
     with pytest.raises(ModelError, match=r"model.safetensors changed while it was being read"):
         quantc.quantize(model, out=tmp_path / "out", **FAST)
 
@@ -198,9 +199,7 @@ def test_many_tensors_cost_a_piece_each(tmp_path: Path) -> None:
 def test_a_run_is_not_resumed_on_another_model_of_the_same_size_and_time(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        checkpoint_writer.CheckpointWriter, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(writer.CheckpointWriter, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantc.quantize(model, out=tmp_path / "out", **FAST)
     file = model / name
@@ -213,7 +212,7 @@ def test_a_run_is_not_resumed_on_another_model_of_the_same_size_and_time(
 
 
 def test_losses_on_disk_are_those_of_these_weights(model: Path) -> None:
-    from quantc.job import Job
+    from quantc.driver.job import Job
 
     def key() -> str:
         run = Job.of({"bits": 4, "group_size": 16, "calib": "none"}, None, "cpu", None).open(open_model(model), "")
@@ -231,7 +230,7 @@ def test_losses_on_disk_are_those_of_these_weights(model: Path) -> None:
 def test_paths_in_a_locale_of_another_encoding(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the tokenizers library is handed a path through a descriptor, and nothing tells of it."""
     quantc.quantize(original, out=tmp_path / "plain", **FAST)
-    monkeypatch.setattr("quantc.whole_file.fsencode", lambda name: name.encode("utf-16"))
+    monkeypatch.setattr("quantc.files.whole_file.fsencode", lambda name: name.encode("utf-16"))
     quantc.quantize(original, out=tmp_path / "out", **FAST)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from quantc.numerics.basis import Basis
 from quantc.numerics.grids import SMALLEST_NORMAL, SMALLEST_SCALE, Grid, fit_grid
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.ranges import range_loss, wanted_scales
 from quantc.numerics.rounding import round_to_nearest
-from quantc.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 N, K = 12, 21

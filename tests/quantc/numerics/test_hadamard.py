@@ -12,15 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantc.numerics import hadamard
-from quantc.numerics.hadamard import (
-    base_order,
-    block_order,
-    hadamard_matrix,
-    rotate,
-    rotate_back,
-    rotation,
-    signs,
-)
+from quantc.numerics.hadamard import base_order, block_order, hadamard_matrix, rotate, rotate_back, rotation, signs
 
 UP_TO = 200
 # Multiples of 4 up to 200 that neither Paley construction, nor doubling or products of those, reach.

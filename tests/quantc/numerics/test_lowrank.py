@@ -10,8 +10,8 @@ import torch
 from quantc.numerics import lowrank
 from quantc.numerics.grids import fit_grid
 from quantc.numerics.lowrank import FEWEST_BLOCKS, OVERSAMPLE, GramRoot, compensate
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.rounding import factorize, gptq
-from quantc.qtensor import QTensor
 from quantc.spec import QuantSpec
 
 SMALL = [(1, 7), (7, 1), (12, 20), (20, 12), (16, 16)]  # all eigenvectors are computed

@@ -9,8 +9,8 @@ from quantc.numerics.basis import Rounding
 from quantc.numerics.grids import fit_grid
 from quantc.numerics.offsets import common_row, pays_off
 from quantc.numerics.ranges import RangeLoss, far_size, range_loss, suited_exponents, wanted_scales
+from quantc.numerics.statistics import Gram
 from quantc.spec import WHOLE_ROW, QuantSpec
-from quantc.stats import Gram
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

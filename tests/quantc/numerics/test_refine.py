@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from quantc.numerics import refine as refine_module
 from quantc.numerics.grids import Grid, fit_grid
+from quantc.numerics.qtensor import QTensor, spread_groups
 from quantc.numerics.refine import BLOCK_CHANNELS, SHORTFALL, descend, refine, refit
 from quantc.numerics.rounding import factorize, gptq, round_to_nearest
-from quantc.qtensor import QTensor, spread_groups
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 SPECS = [

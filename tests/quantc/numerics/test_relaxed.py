@@ -7,8 +7,8 @@ import torch
 
 from quantc.numerics.basis import Basis
 from quantc.numerics.hadamard import rotate, rotate_back
+from quantc.numerics.qtensor import QTensor, spread_groups
 from quantc.numerics.relaxed import RelaxedWeight, rescaled, with_scales
-from quantc.qtensor import QTensor, spread_groups
 from quantc.spec import QuantSpec
 
 SPECS = [

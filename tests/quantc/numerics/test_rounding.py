@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from quantc.numerics.grids import Grid, fit_grid
+from quantc.numerics.qtensor import QTensor, spread_groups
 from quantc.numerics.rounding import LEAF_COLUMNS, factorize, gptq, gptq_each, round_to_nearest
-from quantc.qtensor import QTensor, spread_groups
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 SPECS = [

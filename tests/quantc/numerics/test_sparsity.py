@@ -9,9 +9,9 @@ import torch
 
 from quantc.formats import format_of
 from quantc.numerics.basis import Basis, Rounding
+from quantc.numerics.qtensor import spread_groups
 from quantc.numerics.relaxed import RelaxedWeight
 from quantc.numerics.sparsity import Spectrum, by_admm, by_magnitude, fit_support
-from quantc.qtensor import spread_groups
 from quantc.spec import QuantSpec
 
 SPARSE = [QuantSpec(4, 16, sparsity=share) for share in (0.5, 0.75)]

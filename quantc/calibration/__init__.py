@@ -1,0 +1,1 @@
+"""The calibration set: its tokens, and their way through the model block by block."""

@@ -1,0 +1,221 @@
+"""Calibration: the model run on the calibration tokens block by block.
+
+The hidden states of the whole calibration set stand between two blocks; past a limit they live in a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import CalibrationError
+from ..graph.blocks import BlockCall, run_around_blocks
+from ..graph.model_graph import Block, ModelGraph
+from ..numerics.statistics import BAD_ROWS_LIMIT
+from .calls import _moved, _narrowed, _sample_axes, _shared
+from .hidden_states import HiddenStates
+from .hooks import run_or_stop
+from .precision import fast_matmul, product_dtype
+
+BATCH_TOKENS = 2048  # tokens a block runs on at once: enough for full matrix speed, small beside a block
+PROBE_TOKENS = 32  # of the first sample, on which rewrites of a block are proven
+
+
+@dataclass
+class Batch:
+    """Samples [start, start + count) and what each block is called with for them (hidden states left out)."""
+
+    start: int
+    count: int
+    calls: list[BlockCall]
+
+
+class CalibrationRun:
+    """The calibration set on its way through the model.
+
+    `runs(block)` hands out the runs of a block on every batch, for observers; `advance(block)` replaces the hidden
+    states by the block's outputs. The block's weights must be loaded; the caller owns them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        graph: ModelGraph,
+        tokens: torch.Tensor,
+        device: torch.device,
+        folder: Path | None = None,
+        exact: bool = False,
+    ):
+        """tokens: int64 (samples, T). folder: for a file of hidden states. exact: no matrix products in bfloat16."""
+        self.graph, self.device = graph, device
+        self._fast = not exact
+        self.samples, self.seq_len = tokens.shape
+        self.bad_rows: dict[str, int] = {}
+        self.weights: dict[str, torch.Tensor] = {}  # activation -> (samples, T), how much each row counts
+        self.current: Batch | None = None  # in `runs`: what the block is running on
+        self._model = model
+        self._batches: list[Batch] = []
+        self._states: HiddenStates | None = None
+        size = max(1, BATCH_TOKENS // self.seq_len)
+        self._probe, _ = self._calls(tokens[:1, :PROBE_TOKENS])
+        one, two = (self._calls(tokens[:1].expand(count, -1))[0] for count in (1, 2))
+        self._axes = [_sample_axes(*calls) for calls in zip(one, two, strict=True)]
+        for start in range(0, self.samples, size):
+            self._capture(start, tokens[start : start + size], folder)
+
+    def _capture(self, start: int, tokens: torch.Tensor, folder: Path | None) -> None:
+        calls, hidden = self._calls(tokens)
+        if self._states is None:
+            self._states = HiddenStates((self.samples, *hidden.shape[1:]), folder)
+        self._states.write(start, hidden)
+        if self._batches:
+            calls = [_shared(call, known) for call, known in zip(calls, self._batches[0].calls, strict=True)]
+        self._batches.append(Batch(start, tokens.shape[0], calls))
+
+    def _calls(self, tokens: torch.Tensor) -> tuple[list[BlockCall], torch.Tensor]:
+        """What every block is called with for tokens (B, T), hidden states left out, and those of the first block."""
+        modules = [self._model.get_submodule(block.name) for block in self.graph.blocks]
+        calls: list[BlockCall] = []
+
+        def run_block(index: int, call: BlockCall) -> Any:
+            returns = self.graph.blocks[index].returns
+            call = replace(call, carry=returns.carry)
+            calls.append(call if index == 0 else call.with_hidden(None))
+            return returns.wrap(call.hidden)
+
+        run_around_blocks(self._model, modules, tokens, run_block)
+        first = calls[0].hidden
+        calls[0] = calls[0].with_hidden(None)
+        return calls, first
+
+    def probe(self, block: Block) -> BlockCall:
+        """A call of the block with the first tokens of the first sample, on their way to the block."""
+        assert self._states is not None
+        hidden = self._states.read(0, 1)[:, :PROBE_TOKENS].clone()
+        return _moved(self._probe[block.index].with_hidden(hidden), self.device)
+
+    def states(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first sample, hidden states as they stand) of every batch."""
+        assert self._states is not None
+        for batch in self._batches:
+            yield batch.start, self._states.read(batch.start, batch.count)
+
+    def snapshot(self) -> HiddenStates:
+        """A copy of the hidden states as they stand."""
+        assert self._states is not None
+        return self._states.copy()
+
+    def restart(self, states: HiddenStates) -> None:
+        """Put the hidden states of a snapshot back in place."""
+        assert self._states is not None
+        self._states.fill(states)
+
+    def map_states(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every batch's hidden states by a function of them."""
+        assert self._states is not None
+        for start, hidden in self.states():
+            self._states.write(start, change(hidden))
+
+    def calls(self, block: Block) -> Iterator[tuple[Batch, BlockCall]]:
+        """Every batch, and what the block is called with for it, hidden states left out."""
+        for batch in self._batches:
+            yield batch, self.call(block, batch)
+
+    def parts(self, tokens: int) -> Iterator[Batch]:
+        """The set in batches of at most so many tokens, or of one sample."""
+        size = max(1, tokens // self.seq_len)
+        for batch in self._batches:
+            for start in range(0, batch.count, size):
+                count = min(size, batch.count - start)
+                calls = zip(batch.calls, self._axes, strict=True)
+                part = [_narrowed(call, axes, batch.count, start, count) for call, axes in calls]
+                yield Batch(batch.start + start, count, part)
+
+    def call(self, block: Block, batch: Batch) -> BlockCall:
+        """What the block is called with for a batch, hidden states left out."""
+        return _moved(batch.calls[block.index], self.device)
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """All batches, in order."""
+        return self._batches
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """A copy of the hidden states of a batch, on the device of the run."""
+        assert self._states is not None
+        return self._states.read(batch.start, batch.count).to(self.device, copy=True)
+
+    def empty_states(self) -> HiddenStates:
+        """Room for as many hidden states as there are, in a file where these are in one."""
+        assert self._states is not None
+        return self._states.empty()
+
+    @property
+    def total_tokens(self) -> int:
+        """Of all samples."""
+        return sum(batch.count for batch in self._batches) * self.seq_len
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens the current batch has."""
+        return 0 if self.current is None else self.current.count * self.seq_len
+
+    def row_weights(self, label: str) -> torch.Tensor | None:
+        """(M,): how much the rows of the current batch count, or None where all count alike."""
+        weights = self.weights.get(label)
+        if weights is None or self.current is None:
+            return None
+        return weights[self.current.start : self.current.start + self.current.count].reshape(-1)
+
+    def products(self) -> torch.autocast:
+        """Inside, matrix products run as in all passes over the set."""
+        return fast_matmul(self.device, self._fast)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """In which they do: weights in it are not copied."""
+        return product_dtype(self.device, self._fast)
+
+    def runs(self, block: Block) -> Iterator[Callable[[], torch.Tensor | None]]:
+        """For every batch of the set, what runs the block on it: None where an observer has seen enough."""
+        assert self._states is not None
+        module = self._model.get_submodule(block.name)
+        for batch in self._batches:
+            hidden = self._states.read(batch.start, batch.count)
+            self.current = batch
+            yield partial(self._run, module, block, _moved(batch.calls[block.index].with_hidden(hidden), self.device))
+
+    def _run(self, module: nn.Module, block: Block, call: BlockCall) -> torch.Tensor | None:
+        with torch.no_grad(), self.products():
+            output = run_or_stop(module, call)
+        return None if output is None else block.returns.unwrap(output, call)
+
+    def advance(self, block: Block) -> None:
+        """Run the block and let its outputs be the hidden states. Non-finite rows are zeroed and counted.
+
+        Raises CalibrationError when more than a tenth of the rows are not finite.
+        """
+        assert self._states is not None
+        bad = 0
+        for run in self.runs(block):
+            output, batch = run(), self.current
+            assert output is not None
+            assert batch is not None
+            finite = torch.isfinite(output).flatten(2).all(-1)
+            bad += int((~finite).sum())
+            self._states.write(batch.start, torch.where(finite.reshape(*finite.shape, 1), output, 0.0))
+        share = bad / (self.samples * self.seq_len)
+        if share > BAD_ROWS_LIMIT:
+            raise CalibrationError(
+                f"{share:.0%} of the rows that {block.name} puts out are NaN or infinite, and past "
+                f"{BAD_ROWS_LIMIT:.0%} statistics mean nothing; check that the model runs in float32 on this text."
+            )
+        if bad:
+            self.bad_rows[block.name] = bad

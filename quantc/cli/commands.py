@@ -1,0 +1,339 @@
+"""The command line: options become arguments of the api. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError, printable
+from ..units import plural, size, to_printable
+from ..version import __version__
+from . import console
+from .failures import Commands
+from .options import (
+    BUDGET_OPTIONS,
+    CALIBRATION_OPTIONS,
+    CHECKPOINT,
+    COUNT,
+    DEVICE_OPTION,
+    DTYPES,
+    ENOUGH,
+    JSON_OPTION,
+    OUTPUT_OPTIONS,
+    PRESETS,
+    QUANTIZE_OPTIONS,
+    STORAGE_OPTIONS,
+    TRUST_OPTION,
+    option,
+)
+from .parameters import Whole, as_words
+
+if TYPE_CHECKING:
+    from ..report import Report
+
+
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name="quantc", message="%(prog)s %(version)s")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Quantize language models to 2 to 8 bits, measure what that costs, and look into the result.
+
+    \b
+    Example:
+      quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
+      quantc eval qwen3-w4 --against Qwen/Qwen3-0.6B --text book.txt
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@main.command()
+@click.argument("model")
+@QUANTIZE_OPTIONS
+def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Quantize MODEL into a packed checkpoint.
+
+    MODEL is a transformers folder, a .gguf file, a hub id (owner/name), or demo:smollm2.
+
+    \b
+    Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
+    """
+    if all(settings[name] is None for name in (*ENOUGH, "recipe", "plan")):
+        raise UsageError("--bits is missing; pass 2 to 8 bits per code, --size, --max-kl, or a --recipe or --plan.")
+    # Idle OpenMP threads then sleep. Spinning ones took 2.5 times the CPU seconds on a busy machine, for nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with console.session(quiet, verbose) as progress:
+        from .. import api
+
+        report = api.quantize(model, progress=progress, **settings)
+    if as_json:
+        console.show_json(report.summary())
+    elif not quiet:
+        _show_summary(model, report, as_words({"trust_remote_code": settings["trust_remote_code"]}))
+
+
+def _show_summary(model: str, report: Report, trust: list[str]) -> None:
+    from . import tables
+
+    command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2", *trust]
+    console.show(tables.quantized(to_printable(report.to_dict()), command))
+
+
+@main.command()
+@click.argument("model")
+@option("--out", "-o", default="plan.yaml", type=click.Path(path_type=Path), help="The plan. [default: plan.yaml]")
+@BUDGET_OPTIONS
+@CALIBRATION_OPTIONS
+@DEVICE_OPTION
+@TRUST_OPTION
+@option("--force", is_flag=True, help="Replace the plan if it exists.")
+@OUTPUT_OPTIONS
+def plan(model: str, out: Path, force: bool, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Share out bits among the linears of MODEL, and write the plan.
+
+    The plan can be read, edited, and built by `quantc quantize MODEL --plan`.
+
+    \b
+    Example: quantc plan Qwen/Qwen3-0.6B --avg-bits 3.25 -o plan.yaml
+    """
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder {out.parent} of the plan does not exist; make it, or pass another --out.")
+    if out.exists() and not force:
+        raise UsageError(
+            f"{out} exists, and somebody may have edited it; pass --force to replace it, or another --out."
+        )
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with console.session(quiet, verbose) as progress:
+        from .. import api
+        from . import tables
+
+        run = api.plan(model, progress=progress, **settings)
+        run.plan.write(out)
+        rows, notes = tables.widths(run), run.report.notes
+    if as_json:
+        console.show_json({"plan": str(out), "notes": notes, "widths": rows})
+    elif not quiet:
+        again = ["quantc", "quantize", model, "--plan", str(out), *_again(settings)]
+        console.show(tables.planned(to_printable(rows), to_printable(notes), again))
+
+
+AGAIN = ("preset", "recipe", "calib", "samples", "seq_len", "seed", "trust_remote_code")
+
+
+def _again(settings: dict[str, Any]) -> list[str]:
+    """The options of a plan that its build needs too: the recipe's other passes and the calibration text."""
+    return as_words({name: settings[name] for name in AGAIN})
+
+
+@main.command()
+@click.argument("model")
+@option(
+    "--out",
+    "-o",
+    default=".",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Where to write pareto.html and pareto.png. [default: the current folder]",
+)
+@option("--verify", type=Whole(0), default=0, metavar="N", help="Build and measure N of the points. [default: none]")
+@option("--text", metavar="SOURCE", help="What to measure them on, as for `quantc eval`.")
+@STORAGE_OPTIONS
+@CALIBRATION_OPTIONS
+@DEVICE_OPTION
+@TRUST_OPTION
+@option("--force", is_flag=True, help="Replace these two files if they exist.")
+@OUTPUT_OPTIONS
+def pareto(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Plot quality against size for MODEL, as predicted.
+
+    One measurement serves every size; every point says how `quantc quantize` builds it.
+
+    \b
+    Example: quantc pareto Qwen/Qwen3-0.6B --verify 3 --text book.txt
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with console.session(quiet, verbose) as progress:
+        from .. import api
+        from . import tables
+
+        curve = api.pareto(model, progress=progress, **settings)
+    if as_json:
+        console.show_json(curve.to_dict())
+    elif not quiet:
+        own = ("out", "verify", "text", "device", "force")
+        again = as_words({name: value for name, value in settings.items() if name not in own})
+        middle = curve.points[len(curve.points) // 2].option.split()
+        console.show(tables.swept(curve, ["quantc", "quantize", model, *middle, *again]))
+
+
+@main.command()
+@click.argument("action", type=click.Choice(["show"]))
+@click.argument("name", type=PRESETS)
+def recipe(action: str, name: str) -> None:
+    """Print the recipe of a preset: fast, balanced or best.
+
+    \b
+    Example: quantc recipe show best > mine.yaml
+    """
+    with console.session(quiet=True):
+        from ..recipe import preset
+
+        text = preset(name).to_yaml()
+    click.echo(text, nl=False)
+
+
+@main.command("eval")
+@click.argument("model")
+@option(
+    "--text",
+    required=True,
+    metavar="SOURCE",
+    help="A .txt, .jsonl or .parquet file, or a data set such as wikitext2.",
+)
+@option("--against", metavar="MODEL", help="The original, to compare with. [default: none]")
+@option("--context", type=Whole(2), help="Tokens per window. [default: 512, or the model's limit]")
+@option("--stride", type=COUNT, help="Tokens between windows. [default: the context]")
+@option("--windows", type=COUNT, help="Only the first so many windows. [default: all]")
+@option("--dtype", type=DTYPES, help="Type of the activations. [default: the model's own, or float32 where faster]")
+@DEVICE_OPTION
+@TRUST_OPTION
+@OUTPUT_OPTIONS
+def evaluate(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Measure perplexity, divergence and speed of MODEL.
+
+    MODEL is a checkpoint, or an unquantized model as `quantc quantize` takes it.
+
+    \b
+    Example: quantc eval qwen3-w4 --text book.txt --against Qwen/Qwen3-0.6B
+    """
+    with console.session(quiet, verbose) as progress:
+        from .. import api
+
+        result = api.evaluate(model, progress=progress, **settings).to_dict()
+    if as_json:
+        console.show_json(result)
+        return
+    from . import tables
+
+    console.show(tables.evaluated(result, settings["against"]))
+
+
+@main.command()
+@CHECKPOINT
+@JSON_OPTION
+def inspect(checkpoint: Path, as_json: bool) -> None:
+    """List the linears of CHECKPOINT with their errors.
+
+    Per linear: spec, shape, bits per weight, error and method; then the totals.
+
+    \b
+    Example: quantc inspect qwen3-w4
+    """
+    report = _read_report(checkpoint)
+    from . import tables
+
+    if as_json:
+        linears = [{**linear, "label": tables.label(linear["spec"])} for linear in report["linears"]]
+        console.show_json({**report, "linears": linears})
+    else:
+        console.show(tables.inspected(to_printable(report)))
+
+
+@main.command()
+@CHECKPOINT
+@JSON_OPTION
+def verify(checkpoint: Path, as_json: bool) -> None:
+    """Check shapes and checksums of CHECKPOINT.
+
+    \b
+    Example: quantc verify qwen3-w4
+    """
+    _require_folder(checkpoint)
+    with console.session(quiet=True):
+        from ..checkpoint import reader as checkpoints
+
+        verified = checkpoints.verify(checkpoint)
+    if as_json:
+        counted = {"tensors": verified.tensors, "bytes": verified.bytes}
+        console.show_json({"checkpoint": checkpoint, **counted, "notes": verified.notes})
+        return
+    tensors = plural(verified.tensors, "tensor")
+    name = printable(str(checkpoint))
+    click.echo(f"{name} is intact: {tensors}, {size(verified.bytes)}, all shapes and checksums as recorded.")
+    for note in verified.notes:
+        click.echo(f"Note: {printable(note)}.")
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@option("--dtype", type=DTYPES, help="Type of the activations. [default: as it would be loaded]")
+@DEVICE_OPTION
+@option("--measure", is_flag=True, help="Also time the CPU kernels for one row, which takes a few seconds.")
+@JSON_OPTION
+def doctor(checkpoint: Path | None, as_json: bool, **settings: Any) -> None:
+    """Describe this machine, and the kernels for CHECKPOINT.
+
+    For every linear of CHECKPOINT: which kernel runs it here, and why the others refused.
+
+    \b
+    Example: quantc doctor qwen3-w4 --measure
+    """
+    if checkpoint is not None:
+        _require_folder(checkpoint)
+    with console.session(quiet=True):
+        from ..runtime import doctor as examiner
+
+        facts = examiner.examine(checkpoint, **settings)
+    if as_json:
+        console.show_json(facts)
+        return
+    from . import tables
+
+    console.show(tables.diagnosed(to_printable(facts)))
+
+
+@main.command()
+@CHECKPOINT
+@option("--out", "-o", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="The page to write. [default: CHECKPOINT/report.html]")  # fmt: skip
+@JSON_OPTION
+def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
+    """Write the report of CHECKPOINT as an HTML page.
+
+    \b
+    Example: quantc report qwen3-w4 -o qwen3-w4.html
+    """
+    from ..pages.report_page import is_page, render
+
+    if out is not None and out.is_file() and not is_page(out):
+        raise UsageError(f"{out} exists, and quantc did not write it; pass another --out.")
+    file = out or checkpoint / "report.html"
+    page = render(_read_report(checkpoint))
+    file.write_text(page, encoding="utf-8")
+    if as_json:
+        console.show_json({"checkpoint": checkpoint, "report": file})
+    else:
+        click.echo(f"Wrote {printable(str(file))}")
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    from ..checkpoint.copies import describe_copy
+    from ..checkpoint.reader import is_checkpoint
+    from ..report import REPORT_FILE, read_report
+
+    _require_folder(folder)
+    if not (folder / REPORT_FILE).is_file() and is_checkpoint(folder):
+        return describe_copy(folder)
+    return read_report(folder)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; pass a checkpoint that `quantc quantize` wrote.")

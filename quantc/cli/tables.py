@@ -1,0 +1,285 @@
+"""The command line's answers as rich tables. Each function takes plain mappings and returns what to print."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ..spec import QuantSpec
+from ..units import duration, number, plural, ratio, rewritten, size
+
+if TYPE_CHECKING:
+    from ..pipeline.run import Run
+    from ..planning.pareto import Curve
+
+WORST = 5  # linears named in the summary of a run
+Facts = list[tuple[str, str, str]]  # name, figure, what it means
+
+
+def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType:
+    """The summary of a run: what was written, its true size, where it hurts, and what to type next."""
+    parts: list[RenderableType] = [
+        Text.assemble(("Wrote ", "bold green"), (report["output"], "bold")),
+        _facts(_totals(report)),
+    ]
+    worst = sorted(report["linears"], key=_error, reverse=True)[:WORST]
+    if worst:
+        parts += [_heading("Largest errors"), _worst(worst)]
+    parts += _remarks(report)
+    parts += [_heading("Next"), _command(next_command)]
+    return Group(*parts)
+
+
+def widths(run: Run) -> list[dict[str, Any]]:
+    """What a plan gives to linears of one name in all blocks: how many, their average, smallest and largest bits.
+
+    Those of codes: 0 for weights that are dropped, 16 for linears that are kept.
+    """
+    counts: dict[str, int] = {}
+    weights: dict[str, dict[int, float]] = {}
+    for name, linear in run.graph.linears.items():
+        spec, kind = run.plan.specs[name], name.rpartition(".")[2]
+        counts[kind] = counts.get(kind, 0) + 1
+        for bits, share in ({16: 1.0} if spec is None else spec.code_widths(linear.shape[0])).items():
+            found = weights.setdefault(kind, {})
+            found[bits] = found.get(bits, 0) + linear.weights * share
+    return [
+        {
+            "linear": kind,
+            "count": counts[kind],
+            "bits": sum(bits * share for bits, share in found.items()) / sum(found.values()),
+            "smallest": min(found),
+            "largest": max(found),
+        }
+        for kind, found in weights.items()
+    ]
+
+
+def planned(rows: list[dict[str, Any]], notes: list[str], next_command: list[str]) -> RenderableType:
+    """The widths that a plan gives to each kind of linear, and how to build it."""
+    table = _table(
+        ["linears", "count", "bits of a code", "from", "to"], numeric={"count", "bits of a code", "from", "to"}
+    )
+    for row in rows:
+        table.add_row(row["linear"], str(row["count"]), f"{row['bits']:.2f}", str(row["smallest"]), str(row["largest"]))
+    written = Text.assemble(("Wrote ", "bold green"), (next_command[next_command.index("--plan") + 1], "bold"))
+    parts: list[RenderableType] = [written, table, *(Text(note) for note in notes)]
+    return Group(*parts, _heading("Next"), _command(next_command))
+
+
+def swept(curve: Curve, next_command: list[str]) -> RenderableType:
+    """The points of a curve, uniform widths beside them, and how to build one of the points."""
+    from ..planning.pareto import explained, table
+
+    written = Text.assemble(("Wrote ", "bold green"), (" and ".join(str(file) for file in curve.files), "bold"))
+    parts: list[RenderableType] = [written, Text(explained(curve), style="dim"), _points(*table(curve.points))]
+    if curve.uniform:
+        parts += [_heading("The same width everywhere"), _points(*table(curve.uniform))]
+    parts += _lines("Notes", [Text(note) for note in curve.notes])
+    return Group(*parts, _heading("Next, or with the option of another point"), _command(next_command))
+
+
+def inspected(report: dict[str, Any]) -> RenderableType:
+    """The table of all linears, then the totals."""
+    stacks = any(linear["experts"] for linear in report["linears"])
+    columns = ["linear", "spec", "shape", *(["experts"] if stacks else []), "bits/weight", "error", "method"]
+    table = _table(columns, numeric={"shape", "experts", "bits/weight", "error"})
+    for linear in report["linears"]:
+        table.add_row(*_inspect_row(linear, stacks))
+    parts = [table, _heading(report["output"]), _facts(_totals(report))]
+    return Group(*parts, *_remarks(report))
+
+
+def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
+    """Perplexity, divergence, size and speed; the original's figures only where there is an original."""
+    original = "" if against is None else f"{against} has {number(result['perplexity_original'], 4)}"
+    facts: Facts = [("perplexity", number(result["perplexity"], 4), original)]
+    if against is not None:
+        tail = f"mean, in nats; 99th percentile {number(result['p99_kl'])}"
+        agreement = _percent(result["top1_agreement"])
+        facts += [
+            ("KL divergence", number(result["mean_kl"]), tail),
+            ("top-1 agreement", agreement, "of predictions find the same token likeliest"),
+        ]
+    read = f"{result['positions']:,} predictions in {plural(result['windows'], 'window')}"
+    bits = number(result["bits_per_weight"], 4)
+    facts += [
+        ("computed in", result["dtype"], result["dtype_reason"]),
+        ("text", read, ""),
+        ("bits per weight", bits, "all that is stored for the linears in the blocks"),
+        ("weights", size(result["weights_bytes"]), "all weight files"),
+        ("decode speed", f"{number(result['tokens_per_second'])} tokens/s", "one sequence, greedy"),
+        ("peak memory", size(result["peak_rss_bytes"]), ""),
+    ]
+    return _facts(facts)
+
+
+def diagnosed(facts: dict[str, Any]) -> RenderableType:
+    """The machine and its libraries; for a checkpoint which kernel runs each linear, and why; the speed of kernels."""
+    parts: list[RenderableType] = [_facts([(name, text, "") for name, text in facts["machine"].items()])]
+    if "checkpoint" in facts:
+        parts += _chosen_kernels(facts)
+    if "measured" in facts:
+        parts += _kernel_speed(facts["measured"])
+    return Group(*parts)
+
+
+def _chosen_kernels(facts: dict[str, Any]) -> list[RenderableType]:
+    heading = _heading(f"Kernels for {facts['checkpoint']} in {facts['dtype']} on {facts['device']}")
+    table = _table(["linears", "spec", "shape", "kernel", "refused because"], numeric={"linears", "shape"})
+    for group in facts["linears"]:
+        reasons = "\n".join(f"{kernel} {reason}" for kernel, reason in group["refused"].items())
+        shape = _shape(group["shape"])
+        table.add_row(str(group["count"]), group["label"], shape, group["kernel"], Text(reasons, style="dim"))
+    return [heading, table]
+
+
+SPEED_COLUMNS = ("bits", "x", "kernel", "ns a weight in cache", "from memory", "GB/s", "x F.linear", "limited by")
+
+
+def _kernel_speed(measured: dict[str, Any] | str) -> list[RenderableType]:
+    if isinstance(measured, str):
+        return [_heading("Speed for one row"), _indented(Text(measured))]
+    threads, level = plural(measured["threads"], "thread"), measured["level"]
+    bandwidth = number(measured["read_gb_per_s"])
+    heading = _heading(f"Speed for one row on {threads} with {level}; memory is read at {bandwidth} GB/s")
+    table = _table(list(SPEED_COLUMNS), numeric={*SPEED_COLUMNS} - {"x", "kernel", "limited by"})
+    for row in measured["rows"]:
+        names = ("cached_ns_per_weight", "ns_per_weight", "gb_per_s", "times_float32_linear")
+        figures = [number(row[name]) for name in names]
+        table.add_row(str(row["bits"]), row["x"], row["kernel"], *figures, row["limit"])
+    return [heading, table]
+
+
+def label(spec: dict[str, Any]) -> str:
+    """Short name of a spec that was stored as a mapping, such as w4g128."""
+    return QuantSpec.from_dict(spec).label()
+
+
+def _totals(report: dict[str, Any]) -> Facts:
+    count = len(report["linears"])
+    facts: Facts = [
+        (
+            "bits per weight",
+            number(report["bits_per_weight"], 4),
+            f"all that is stored for {count:,} linears",
+        ),
+        ("weights", size(report["weights_bytes"]), _against_source(report)),
+    ]
+    if report["expert_fallbacks"]:
+        text = "saw too few calibration rows and were rounded to nearest"
+        facts.append(("experts", f"{report['expert_fallbacks']:,}", text))
+    if report["calibration"]:
+        facts.append(("calibration", report["calibration"], ""))
+    cpu = f"{duration(report['cpu_seconds'])} of CPU time"
+    time, memory = duration(report["wall_seconds"]), size(report["peak_rss_bytes"])
+    return [*facts, ("time", time, cpu), ("peak memory", memory, "")]
+
+
+def _against_source(report: dict[str, Any]) -> str:
+    source = report["source_bytes"]
+    return f"{ratio(report['weights_bytes'], source)} of the source's {size(source)}" if source else ""
+
+
+def _worst(linears: list[dict[str, Any]]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for linear in linears:
+        table.add_row(linear["name"], label(linear["spec"]), number(linear["error"]), linear["method"])
+    return _indented(table)
+
+
+def _points(heads: list[str], rows: list[list[str]]) -> RenderableType:
+    table = _table(heads, numeric=set(heads[1:-1]))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _inspect_row(linear: dict[str, Any], stacks: bool) -> list[str]:
+    experts = [str(linear["experts"] or "")] if stacks else []
+    figures = [number(linear["bits_per_weight"], 4), number(linear["error"])]
+    fell_back = f" ({plural(linear['fallbacks'], 'fallback')})" if linear["fallbacks"] else ""
+    return [
+        linear["name"],
+        label(linear["spec"]),
+        _shape(linear["shape"]),
+        *experts,
+        *figures,
+        linear["method"] + fell_back,
+    ]
+
+
+def _remarks(report: dict[str, Any]) -> list[RenderableType]:
+    """What was rewritten, refused and kept, and the notes."""
+    return [
+        *_lines("Rewritten", [Text(line) for line in rewritten(report["rewrites"])]),
+        *_lines("Not rewritten", _by_reason(report["refused"])),
+        *_lines("Kept as they are", _by_reason(report["kept"])),
+        *_lines("Notes", [Text(note) for note in report["notes"]]),
+    ]
+
+
+def _by_reason(reasons_of: dict[str, str]) -> list[Text]:
+    names_of: dict[str, list[str]] = {}
+    for name, reason in reasons_of.items():
+        names_of.setdefault(reason, []).append(name)
+    return [_reason_line(names, reason) for reason, names in names_of.items()]
+
+
+def _reason_line(names: list[str], reason: str) -> Text:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return Text.assemble(", ".join(names[:2]) + more, (f"  {reason}", "dim"))
+
+
+def _lines(title: str, lines: list[Text]) -> list[RenderableType]:
+    return [_heading(title), _indented(Group(*lines))] if lines else []
+
+
+def _command(words: list[str]) -> RenderableType:
+    """A line to copy: the terminal may wrap it, but no line break is put in."""
+    return Text(f"  {shlex.join(words)}", style="cyan", no_wrap=True, overflow="ignore")
+
+
+def _heading(text: str) -> RenderableType:
+    return Padding(Text(text, style="bold"), (1, 0, 0, 0), expand=False)
+
+
+def _facts(facts: Facts) -> RenderableType:
+    """Figures that have a meaning beside them line up with each other; the others may be long."""
+    width = max((len(figure) for _, figure, meaning in facts if meaning), default=0)
+    table = Table.grid(padding=(0, 2))
+    for name, figure, meaning in facts:
+        table.add_row(Text(name, style="dim"), Text.assemble(figure.ljust(width), (f"  {meaning}", "dim")))
+    return _indented(table)
+
+
+def _indented(part: RenderableType) -> RenderableType:
+    return Padding(part, (0, 0, 0, 2), expand=False)
+
+
+def _table(columns: list[str], numeric: set[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for name in columns:
+        fold = name in ("linear", "refused because")
+        justify: Literal["left", "right"] = "right" if name in numeric else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=not fold)
+    return table
+
+
+def _error(linear: dict[str, Any]) -> float:
+    """A key that puts an error which is no number first: it is the worst of all."""
+    error = linear["error"]
+    return error if error is not None and error == error else float("inf")
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{number(100 * share)} %"
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(str(side) for side in shape)

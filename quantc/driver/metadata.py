@@ -1,0 +1,111 @@
+"""What stands in a checkpoint beside the weights: config, manifest, tokenizer, plan, model card."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..checkpoint import integrity
+from ..checkpoint.config import PackedEntry, describe_quantization
+from ..checkpoint.writer import CheckpointWriter
+from ..frontend import Source, model_files
+from ..pipeline.run import Run
+from ..recipe import Recipe
+from ..spec import QuantSpec
+from ..version import __version__
+from .model_card import CARD_FILE, model_card
+
+PLAN_FILE = "plan.yaml"
+
+
+def _packed_entries(run: Run) -> dict[str, PackedEntry]:
+    entries = {}
+    for name, spec in run.plan.specs.items():
+        if spec is None:
+            continue
+        linear = run.graph.linears.get(name)
+        if linear is None:
+            n, k = run.source.model.get_parameter(name).shape
+            entries[name] = PackedEntry(spec, (n, k))
+        else:
+            stacked = linear.kind == "stack"
+            leading = (linear.experts,) if stacked else ()
+            entries[name] = PackedEntry(spec, linear.shape, leading, stacked and linear.transposed)
+    return entries
+
+
+def config_json(run: Run) -> dict[str, Any]:
+    """config.json: the source model's, and how its weights are packed."""
+    entries = _packed_entries(run)
+    specs = [entry.spec for entry in entries.values()]
+    default = max(specs, key=specs.count) if specs else QuantSpec()
+    config = run.source.model.config.to_dict()
+    config["architectures"] = [type(run.source.model).__name__]
+    config["dtype"] = str(model_dtype(run.source)).removeprefix("torch.")
+    config["quantization_config"] = describe_quantization(entries, default, run.residual)
+    return config
+
+
+def model_dtype(source: Source) -> torch.dtype:
+    """The dtype the model's config asks for; float32 where it says nothing."""
+    dtype = source.model.config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def manifest_json(
+    run: Run, recipe: Recipe, tokens: torch.Tensor | None, folder: Path, config: dict[str, Any]
+) -> dict[str, Any]:
+    """quantc.json: where the checkpoint comes from, so that it can be made again, and checksums of its small files.
+
+    folder: where those were written. config: what config.json will hold.
+    """
+    calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return {
+        "format": "quantc",
+        "version": 1,
+        "source": {
+            "name": run.source.name,
+            "files": {f.name: _file_hash(f) for f in run.source.weight_files()},
+            "trust_remote_code": run.source.trusted,
+        },
+        "recipe": recipe.to_dict(),
+        "calibration": run.report.calibration,
+        "calibration_sha256": calibration,
+        "libraries": libraries(),
+        "files": integrity.record(folder, config),
+    }
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what the result may depend on."""
+    return {
+        "quantc": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_companions(run: Run, writer: CheckpointWriter) -> None:
+    """Write what makes the folder a model besides its weights: tokenizer, settings of generation and processors."""
+    if run.source.optional_tokenizer is not None:
+        writer.add_files(run.source.optional_tokenizer.save_pretrained)
+    files = [*model_files(run.source.path), *run.source.code_files]
+    writer.add_files(lambda folder: [shutil.copyfile(file, folder / file.name) for file in files])
+
+
+def write_card(run: Run, writer: CheckpointWriter) -> None:
+    """Write README.md, once the weight files are finished."""
+    card = model_card(run.source.name, run.source.path, run.report.bits_per_weight, writer.weights_bytes)
+    writer.add_text(CARD_FILE, card)

@@ -1,0 +1,200 @@
+"""Settings of a run: what may be asked for, and the recipe and passes that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+
+from ..calibration.tokens import NO_TEXT
+from ..errors import UsageError
+from ..frontend.source import PathLike
+from ..passes.allocate import Allocate, AllocateConfig
+from ..passes.sparsify import Sparsify
+from ..passes.tune import Tune
+from ..pipeline.base import Pass
+from ..plan import Plan, read_plan
+from ..recipe import DEFAULT, Recipe, read_recipe, without_text
+from ..recipe import preset as named_preset
+from ..spec import QuantSpec
+from ..units import parse_duration, parse_size, size
+
+BUDGETS = ("avg_bits", "size")  # of allocate
+ANY_SIZE = 1 << 60  # bytes
+AUTO = "auto"
+
+
+class Settings(TypedDict, total=False):
+    """What a run may be told besides the model and where to write; the command line's options of the same names.
+
+    preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
+    bits: of every code; with a fraction it means avg_bits: what a weight inside the blocks takes on average, all that
+    is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
+    predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
+    that has to load the result hold for that. search: generations that then refine the plan by measuring.
+    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs. auto, where
+    there is a budget: it may drop some of any linear.
+    tune_steps: of training for each block after rounding. tune_budget: wall seconds for that in all, or text such as
+    10min; either adds the pass tune to a recipe without it.
+    method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
+    trust_remote_code: run Python code that the model's folder or repository brings.
+    """
+
+    preset: str | None
+    recipe: Recipe | PathLike | None
+    bits: float | None
+    avg_bits: float | None
+    size: int | str | None
+    group_size: int | None
+    symmetric: bool | None
+    sparsity: float | Literal["2:4", "auto"] | None
+    tune_steps: int | None
+    tune_budget: float | str | None
+    head_bits: int | Literal["auto"] | None
+    pins: dict[str, int] | None
+    formats: Sequence[str] | None
+    target: str | None
+    search: int | None
+    method: str | None
+    calib: str | None
+    samples: int | None
+    seq_len: int | None
+    seed: int | None
+    trust_remote_code: bool
+
+
+def _allocation(settings: Settings) -> dict[str, Any]:
+    """The settings of allocate; None leaves what the recipe says."""
+    limit, formats, bits = settings.get("size"), settings.get("formats"), settings.get("bits")
+    for name in BUDGETS:
+        if bits is not None and settings.get(name) is not None:
+            raise UsageError(
+                f"bits is {bits:g}, and {name}, which is shared out, is {settings.get(name)}; leave one of them out."
+            )
+    kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target", "search")}
+    kept["sparsity"] = AUTO if settings.get("sparsity") == AUTO else None
+    return {
+        **_widths(bits, settings.get("avg_bits")),
+        **kept,
+        "size": None if limit is None else as_bytes(limit),
+        "formats": None if formats is None else tuple(formats),
+    }
+
+
+def as_bytes(limit: int | str) -> int:
+    """Bytes, of a number of them or of text such as 300MiB."""
+    return parse_size(limit) if isinstance(limit, str) else limit
+
+
+def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
+    """allocate's bits and avg_bits; bits with a fraction are an average."""
+    if bits is None or bits == int(bits):
+        return {"bits": None if bits is None else int(bits), "avg_bits": avg_bits}
+    return {"bits": None, "avg_bits": bits}
+
+
+def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None) -> Recipe:
+    if preset is not None:
+        if recipe is not None:
+            raise UsageError("a preset is a recipe, so both cannot be given; leave one of them out.")
+        return named_preset(preset)
+    if isinstance(recipe, Recipe):
+        return recipe
+    return DEFAULT if recipe is None else read_recipe(Path(recipe))
+
+
+def _sparsified(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the pass sparsify where a sparsity is asked for; a group size is that of the groups dropped."""
+    sparsity = settings.get("sparsity")
+    if sparsity == AUTO:  # is for allocate
+        return recipe
+    if sparsity is not None:
+        recipe = recipe.including(Sparsify.name, before="quantize")
+    if all(name != Sparsify.name for name, _ in recipe.passes):
+        return recipe
+    return recipe.with_settings(sparsify={"sparsity": sparsity, "group_size": settings.get("group_size")})
+
+
+def _trained(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the pass tune where steps or a budget for it are asked for."""
+    steps, budget = settings.get("tune_steps"), settings.get("tune_budget")
+    if steps is None and budget is None:
+        return recipe
+    seconds = parse_duration(budget) if isinstance(budget, str) else budget
+    return recipe.including(Tune.name).with_settings(tune={"steps": steps, "budget": seconds})
+
+
+def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[str]]:
+    """The passes that run, and notes on those that do not, or not as the recipe says."""
+    passes = recipe.build_passes()
+    if recipe.calibration.source != NO_TEXT:
+        return passes, []
+    if method == "gptq":
+        raise UsageError("gptq needs calibration text, and there is none; leave the method out, or give a text.")
+    return without_text(passes)
+
+
+def _check_combination(passes: list[Pass]) -> None:
+    """Raise UsageError where passes ask for what cannot be had together, or what a target does not load."""
+    config = allocation(passes)
+    target = config and config.target
+    sparse = any(isinstance(item, Sparsify) for item in passes)
+    automatic = config is not None and config.sparsity == AUTO
+    if config is not None and sparse and (config.has_budget or automatic):
+        raise UsageError(
+            "a budget is shared out linear by linear, and the pass sparsify drops weights of every linear alike; pass "
+            "--bits instead of a budget, or --sparsity auto instead of the pass."
+        )
+    if target is not None and (sparse or automatic):
+        raise UsageError(f"{target} loads no linears of which weights are dropped; leave the sparsity out.")
+    if target is not None and any(item.name == "rotate" for item in passes):
+        raise UsageError(
+            f"{target} rotates nothing at inference, and the recipe has the pass rotate; pass --preset fast, or a "
+            "recipe without it."
+        )
+
+
+def _given_plan(plan: PathLike | None, settings: dict[str, Any]) -> Plan:
+    if plan is None:
+        return Plan()
+    given = [name for name, value in settings.items() if value is not None]
+    if given:
+        raise UsageError(
+            f"a plan says how every linear is stored, so {' and '.join(given)} cannot be given with it; edit the plan."
+        )
+    return read_plan(Path(plan))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"the device {name!r} cannot be used here ({reason}); choose cpu or another device."
+        ) from error
+    return device
+
+
+def allocation(passes: list[Pass]) -> AllocateConfig | None:
+    """The settings of allocate; None in a recipe without it, whose plan is handed in."""
+    return next((item.config for item in passes if isinstance(item, Allocate)), None)
+
+
+def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
+    """`<model>-quantc-w4g128`, or `-plan` where a plan was given."""
+    allocate = allocation(passes)
+    if plan.specs or allocate is None:
+        return f"{model}-quantc-plan"
+    group = 128 if allocate.group_size is None else allocate.group_size
+    if allocate.avg_bits is not None:
+        return f"{model}-quantc-{allocate.avg_bits:g}bits"
+    if allocate.size is not None:
+        return f"{model}-quantc-{size(allocate.size).replace(' ', '')}"
+    spec = QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric)
+    for item in passes:
+        spec = item.config.sparse(spec) if isinstance(item, Sparsify) else spec
+    return f"{model}-quantc-{spec.label()}"

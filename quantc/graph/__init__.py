@@ -1,0 +1,1 @@
+"""The structure of a model, derived by running it; and exact rewrites of its blocks."""

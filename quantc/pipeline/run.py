@@ -1,0 +1,56 @@
+"""A run: the model, its graph, plan and report, and what the passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..checkpoint.config import ResidualRotation
+from ..frontend import Source
+from ..graph.blocks import blocks_replaced
+from ..graph.decoder import outside_names
+from ..graph.model_graph import Block, ModelGraph
+from ..machine.memory import FreeMemory
+from ..numerics.basis import Rounding
+from ..plan import Plan
+from ..progress import Progress
+from ..report import Report
+
+
+@dataclass
+class Run:
+    """What the passes of one run share."""
+
+    source: Source
+    graph: ModelGraph
+    plan: Plan
+    report: Report
+    progress: Progress
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rounding: Rounding = field(default_factory=Rounding)  # what will be done to the weights
+    free_memory: FreeMemory = field(default_factory=FreeMemory)
+    residual: ResidualRotation | None = None  # that a pass has proven and folds into the blocks
+    edited: set[str] = field(default_factory=set)  # tensors that are no longer the source's
+    target: str | None = None  # a runtime that has to load the result, so that passes keep to the plan's formats
+
+    def shared(self, block: Block, names: Iterable[str]) -> bool:
+        """Whether another part of the model shares one of a block's parameters."""
+        tied = {*self.source.tied, *self.source.tied.values()}
+        return any(f"{block.name}.{name}" in tied for name in names)
+
+
+def load_outside(run: Run) -> None:
+    """Load all that lies outside the blocks, but for what tokens do not reach."""
+    for name in outside_names(run.source.model, [*(block.name for block in run.graph.blocks), *run.graph.idle]):
+        run.source.load(name)
+
+
+def output_logits(run: Run, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's logits (B, T, V) where the blocks make hidden (B, T, ...) of tokens (B, T); see `load_outside`."""
+    model, blocks = run.source.model, run.graph.blocks
+    modules: list[nn.Module] = [model.get_submodule(block.name) for block in blocks]
+    with blocks_replaced(modules, lambda i, *_: blocks[i].returns.wrap(hidden)):
+        return model(input_ids=tokens.to(run.device), use_cache=False).logits

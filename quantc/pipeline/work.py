@@ -1,0 +1,259 @@
+"""What a pass is handed to work on: a block, a tensor outside the blocks, the model as it has been written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..calibration.gather import gather, gather_drifting, rounds, stages
+from ..calibration.stream import CalibrationRun
+from ..checkpoint.writer import CheckpointWriter
+from ..errors import CalibrationError
+from ..formats import format_of
+from ..frontend.source import tensors_under, to_meta
+from ..graph.blocks import BlockCall
+from ..graph.decoder import load_outside, outside_names, probe_tokens
+from ..graph.model_graph import Activation, Block, Linear
+from ..graph.rewrite import Edits, Proof, Refusal, divide_writer, fold_scales, weight_name
+from ..numerics.basis import Rounding
+from ..numerics.qtensor import QTensor
+from ..numerics.statistics import BAD_ROWS_LIMIT, Drift, Gram
+from .run import Run
+
+
+@dataclass
+class BlockWork:
+    """One block in the build sweep: its weights are loaded; what a pass rounds goes into `quantized`."""
+
+    run: Run
+    block: Block
+    module: nn.Module
+    calibration: CalibrationRun | None
+    quantized: dict[str, QTensor] = field(default_factory=dict)
+    keep_statistics: bool = False  # for a pass that comes later
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # what rounded weights in the module replace
+    _kept: dict[str, list[Gram]] = field(default_factory=dict)
+    _proof: Proof | None = None
+
+    @property
+    def rounding(self) -> Rounding:
+        return self.run.rounding
+
+    def weight(self, linear: Linear, expert: int = 0) -> torch.Tensor:
+        """float32 (N, K), of one expert of a stack, whichever way round the model stores it."""
+        stored = self._parameter(linear).detach()
+        matrix = stored[expert] if linear.kind == "stack" else stored
+        return matrix.T if linear.transposed else matrix
+
+    def original(self, linear: Linear) -> torch.Tensor:
+        """float32 (N, K), or (E, N, K) of a stack: the weight before it was rounded, where passes have rounded it."""
+        stored = self.originals.get(weight_name(self.block, linear), self._parameter(linear).data)
+        return stored.transpose(-1, -2) if linear.transposed else stored
+
+    def _parameter(self, linear: Linear) -> nn.Parameter:
+        return self.module.get_parameter(weight_name(self.block, linear))
+
+    def readers(self, activation: Activation) -> list[Linear]:
+        """The linears that read an activation and that the plan quantizes."""
+        planned = self.run.plan.specs
+        return [linear for linear in self.block.readers(activation) if planned[linear.name] is not None]
+
+    def statistics(self) -> Iterator[tuple[Activation, list[Gram]]]:
+        """Every activation that quantized linears read, with its Gram matrices (one per expert of a stack).
+
+        Activations come in rounds that fit STATISTICS_BYTES; each round runs the block once on the whole set.
+        Without calibration the lists are empty. The forward passes run on the block's
+        weights before rounding. What an earlier pass asked for is kept for later ones where all of it fits.
+        """
+        wanted = [item for item in self.block.activations if self.readers(item)]
+        if self._kept:
+            yield from self._hand_out(wanted, self._kept)
+            return
+        if self.calibration is None:
+            for item in wanted:
+                yield item, []
+                self._release(item)
+            return
+        for items in rounds(wanted, self.experts):
+            grams = self._new_grams(items)
+            gather(self.calibration, self.block, self.module, items, grams)
+            self._check_rows(items, grams)
+            self._kept = grams if len(items) == len(wanted) and self.keep_statistics else {}
+            yield from self._hand_out(items, grams)
+
+    def drifting_statistics(self) -> Iterator[tuple[Activation, list[Gram], Drift | None]]:
+        """Like `statistics`, but the rows are those of the block as far as it is rounded, with their drift.
+
+        The caller puts the rounded readers of what it got into `quantized` before it asks for more. There is no drift
+        where rows are still the original ones, and none for experts, whose rows change with the routing.
+        """
+        assert self.calibration is not None
+        wanted = [item for item in self.block.activations if self.readers(item)]
+        self._kept = {}
+        for items in [part for stage in stages(wanted) for part in rounds(stage, lambda item: 2 * self.experts(item))]:
+            grams = self._new_grams(items)
+            if self.originals:
+                drifts = gather_drifting(self.calibration, self.block, self.module, items, grams, self.originals)
+            else:
+                drifts = {}
+                gather(self.calibration, self.block, self.module, items, grams)
+            self._check_rows(items, grams)
+            for item in items:
+                yield item, grams.pop(item.label), drifts.pop(item.label, None)
+                self._release(item)
+            rounded = [reader for item in items for reader in self.readers(item)]
+            self.originals |= {weight_name(self.block, linear): self._parameter(linear).data for linear in rounded}
+            self.replace_weights(rounded)
+
+    def _hand_out(
+        self, items: list[Activation], grams: dict[str, list[Gram]]
+    ) -> Iterator[tuple[Activation, list[Gram]]]:
+        for item in items:
+            yield item, grams[item.label] if self.keep_statistics else grams.pop(item.label)
+            self._release(item)
+
+    def usable_scales(self, item: Activation, scales: torch.Tensor) -> torch.Tensor:
+        """The scales near these (K,) by which `divide` would really divide, float64; raises Refusal."""
+        return divide_writer(self.block, self.module, item, scales, self._writer_dtype(item))[1]
+
+    def divide(self, item: Activation, scales: torch.Tensor) -> str:
+        """Divide an activation by scales (K,) where it is written and multiply its readers by them.
+
+        Proven on a probe first. Returns "" when it was done, else why not; then nothing has changed.
+        """
+        try:
+            edits, used = fold_scales(self.block, self.module, item, scales, self._writer_dtype(item))
+        except Refusal as refusal:
+            return str(refusal)
+        refused = self.edit_proven(edits)
+        if refused:
+            return refused
+        for gram in self._kept.get(item.label, []):
+            gram.divide_rows(used)
+        return ""
+
+    def edit_proven(self, edits: Edits) -> str:
+        """Make edits that keep the block's output on the probe; "" when they were made, else why not."""
+        if self.run.shared(self.block, edits):
+            return "another block shares its weights"
+        if self._proof is None:
+            self._proof = Proof(self.block, self.module, self._probe())
+        if not self._proof.holds(edits):
+            return "the block's output changed on the probe"
+        for name, value in edits.items():
+            self.edit(name, value)
+        return ""
+
+    def _probe(self) -> BlockCall:
+        """A call of the block: of the calibration set, or where there is none of random tokens at the first block."""
+        if self.calibration is not None:
+            return self.calibration.probe(self.block)
+        model, blocks = self.run.source.model, [block.name for block in self.run.graph.blocks]
+        load_outside(model, blocks, self.run.source.load, self.run.graph.idle)
+        tokens = probe_tokens(model, (1, 24))
+        call = CalibrationRun(model, self.run.graph, tokens, self.run.device).probe(self.block)
+        for owner in {name.rpartition(".")[0] for name in outside_names(model, blocks)}:
+            if not any(block.startswith(f"{owner}.") for block in blocks):
+                to_meta(model.get_submodule(owner))
+        return call
+
+    def edit(self, name: str, value: torch.Tensor) -> None:
+        """Give a parameter, by its name inside the block, a new value: rounded to its dtype here and only here."""
+        parameter = self.module.get_parameter(name)
+        parameter.data = value.to(parameter.dtype).contiguous()  # as it is read back when a run is resumed
+        self.run.edited.add(f"{self.block.name}.{name}")
+
+    def _writer_dtype(self, item: Activation) -> torch.dtype:
+        return self.run.source.stored_dtype(item.writers[0] + ".weight") if item.writers else torch.float32
+
+    def _release(self, item: Activation) -> None:
+        weights = sum(self._parameter(linear).nbytes for linear in self.readers(item))
+        self.run.free_memory.release(weights + Gram.bytes_for(item.width))
+
+    def _check_rows(self, items: list[Activation], grams: dict[str, list[Gram]]) -> None:
+        for item in items:
+            bad = sum(gram.bad_rows for gram in grams[item.label])
+            share = bad / max(1, bad + sum(gram.rows for gram in grams[item.label]))
+            if share > BAD_ROWS_LIMIT:
+                raise CalibrationError(
+                    f"{share:.0%} of the rows that {item.readers[0]} receives are NaN or infinite, and past "
+                    f"{BAD_ROWS_LIMIT:.0%} statistics mean nothing; check that the model runs in float32 on this text."
+                )
+            if bad:
+                self.run.report.notes.append(f"{item.readers[0]} received {bad} non-finite calibration rows; left out")
+
+    def experts(self, item: Activation) -> int:
+        """How many Gram matrices the activation has: one per expert of a stack, else one."""
+        return max(1, self.block.readers(item)[0].experts)
+
+    def _new_grams(self, items: list[Activation]) -> dict[str, list[Gram]]:
+        device = self.run.device
+        return {item.label: [Gram(item.width, device) for _ in range(self.experts(item))] for item in items}
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Inside, the module has its weights from before they were rounded, and rounded ones take no memory there."""
+        for name, value in self.originals.items():
+            self.module.get_parameter(name).data = value
+        yield
+        replaced = [linear for linear in self.block.quantized if weight_name(self.block, linear) in self.originals]
+        self.replace_weights(replaced)
+
+    def replace_weights(self, linears: Iterable[Linear]) -> None:
+        """Put the rounded weights of these into the module, so that the block runs as the checkpoint will."""
+        for linear in linears:
+            rounded = self.quantized[linear.name].effective_weight()
+            self._parameter(linear).data = rounded.transpose(-1, -2) if linear.transposed else rounded
+
+
+@dataclass
+class OutsideWork:
+    """One tensor outside the blocks, loaded; what a pass rounds goes into `quantized`."""
+
+    run: Run
+    name: str
+    quantized: dict[str, QTensor] = field(default_factory=dict)
+
+    def weight(self) -> torch.Tensor:
+        """float32, as the model stores it."""
+        return self.run.source.model.state_dict()[self.name]
+
+
+@dataclass
+class FinishWork:
+    """The model as it has been written, and the calibration set at its first block."""
+
+    run: Run
+    calibration: CalibrationRun
+    writer: CheckpointWriter
+
+    def floats(self, block: Block) -> dict[str, torch.Tensor]:
+        """float32, by their names inside the block: its tensors that are not rounded."""
+        packed = {linear.weight_name for linear in self._rounded(block)}
+        names = [name for name, _ in tensors_under(self.run.source.model, block.name) if name not in packed]
+        tied = self.run.source.tied  # written once, under the name that they are tied to
+        return {name.removeprefix(block.name + "."): self.writer.read(tied.get(name, name)).float() for name in names}
+
+    def qtensors(self, block: Block) -> dict[Linear, QTensor]:
+        """The block's rounded weights."""
+        return {linear: self._unpacked(linear) for linear in self._rounded(block)}
+
+    def replace(self, linear: Linear, tensor: QTensor) -> None:
+        """Write a rounded weight of the same spec instead."""
+        for part, stored in format_of(tensor.spec).pack(tensor).items():
+            self.writer.replace(f"{linear.name}.{part}", stored.cpu())
+
+    def _rounded(self, block: Block) -> list[Linear]:
+        return [linear for linear in block.quantized if self.run.plan.specs[linear.name] is not None]
+
+    def _unpacked(self, linear: Linear) -> QTensor:
+        spec = self.run.plan.specs[linear.name]
+        assert spec is not None
+        storage, leading = format_of(spec), (linear.experts,) if linear.kind == "stack" else ()
+        parts = storage.layout(spec, linear.shape, leading)
+        stored = {part: self.writer.read(f"{linear.name}.{part}").to(self.run.device) for part in parts}
+        return storage.unpack(stored, spec, linear.shape)

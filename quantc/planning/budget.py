@@ -1,0 +1,263 @@
+"""A budget of bits shared out: which candidate each linear gets, so that the predicted losses are least.
+
+A unit is a linear, a table outside the blocks, or linears that a runtime fuses into one matrix and that therefore have
+one spec: those that read the same activation (q, k and v; gate and up), and all experts of a block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from math import ceil
+
+from ..errors import UsageError
+from ..graph.model_graph import Block, Linear, ModelGraph
+from ..numerics.allocation import Choice, solve, useful
+from ..sensitivity.base import Losses
+from ..spec import QuantSpec
+
+LOSS_STEPS = 1 << 30  # in which a limit of losses is counted: solve() takes whole numbers
+KEPT_BITS = 16  # that a rule says to keep a linear as it is
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to store all linears of a unit: specs by name (None: kept as they are), nats per token, bits."""
+
+    specs: dict[str, QuantSpec | None]
+    loss: float
+    bits: int
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A plan for all linears. loss: predicted, nats per token. losses: by linear. bits: stored for the linears."""
+
+    specs: dict[str, QuantSpec | None]
+    losses: dict[str, float]
+    bits: int
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses.values())
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a plan must hold to.
+
+    pins: pattern of names -> bits of all weights there; 16 keeps a linear as it is. The last pattern that fits counts.
+    formats: labels such as w4g128 of the specs allowed; empty allows all. fused: linears of a unit share one spec.
+    """
+
+    pins: Mapping[str, int]
+    formats: tuple[str, ...] = ()
+    fused: bool = False
+
+    def pinned(self, name: str) -> int | None:
+        """The bits that a linear has to have."""
+        found = [bits for pattern, bits in self.pins.items() if fnmatchcase(name, pattern)]
+        return found[-1] if found else None
+
+    def allows(self, name: str, spec: QuantSpec | None) -> bool:
+        """Whether a linear may be stored so; None: as it is."""
+        pinned, whole = self.pinned(name), spec is None or not (spec.wide_rows or spec.sparse)
+        if pinned is not None and (pinned != (KEPT_BITS if spec is None else spec.bits) or not whole):
+            return False
+        return spec is None or self.takes(format_label(spec))
+
+    def takes(self, label: str) -> bool:
+        """Whether specs of a label may be used."""
+        return not self.formats or label in self.formats
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise UsageError for a pattern that fits no linear."""
+        known = list(names)
+        for pattern in self.pins:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise UsageError(
+                    f"the pattern {pattern!r} of a pin fits no linear; one is called {known[0]}, and * stands for "
+                    "anything."
+                )
+
+
+class Budget:
+    """What every linear could be stored as, ready to be shared out for any number of bits."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        losses: Losses,
+        kept_bits: Mapping[str, int],
+        rules: Rules,
+        tables: Mapping[str, tuple[int, int]] | None = None,
+        uniform: Mapping[int, Mapping[str, QuantSpec]] | None = None,
+    ):
+        """losses: as an estimator found them. kept_bits: what each linear or table takes as it is.
+
+        tables: shapes of what lies outside the blocks and is shared out too; averages do not count it. uniform: by
+        width, the specs of the plan that has it everywhere.
+        """
+        rules.check(losses)
+        self._rules, self._graph, self._kept_bits, self._tables = rules, graph, kept_bits, tables or {}
+        self.weights = sum(graph.linears[name].weights for name in losses if name in graph.linears)
+        self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
+        units = [*_units(graph, losses, rules.fused), *([name] for name in self._tables)]
+        self._units = [self._options(unit) for unit in units]
+        plans = {bits: self._uniform(specs) for bits, specs in (uniform or {}).items()}
+        self.uniform = {bits: plan for bits, plan in plans.items() if plan is not None}
+
+    def quantized(self) -> Budget:
+        """The same without keeping linears as they are, where there is another way."""
+        twin = copy(self)
+        quantized = [[option for option in unit if None not in option.specs.values()] for unit in self._units]
+        twin._units = [some or unit for some, unit in zip(quantized, self._units, strict=True)]
+        return twin
+
+    @property
+    def least(self) -> int:
+        """Bits of the smallest plan."""
+        return sum(min(option.bits for option in unit) for unit in self._units)
+
+    @property
+    def most(self) -> int:
+        """Bits of the largest plan worth having."""
+        return sum(max(option.bits for option in unit) for unit in self._units)
+
+    def bits_for(self, average: float) -> int:
+        """How many bits an average is, as it is written: 3.8 as a float is a bit less, and would miss a plan of it."""
+        return int(Fraction(str(average)) * self.weights)
+
+    def share(self, bits: int) -> Shared:
+        """The plan of least loss within a number of bits; raises allocation.Infeasible below `least`.
+
+        A uniform plan within these bits never loses less: where the solver merges states, or sums up in another order,
+        that plan is taken.
+        """
+        chosen = solve([_choices(unit) for unit in self._units], bits)
+        found = self.plan_of([unit[at] for unit, at in zip(self._units, chosen, strict=True)])
+        fitting = (plan for plan in self.uniform.values() if plan.bits <= bits)
+        return min([found, *fitting], key=lambda plan: plan.loss)
+
+    def smallest(self, loss: float) -> Shared:
+        """The smallest plan that loses at most so many nats per token; raises allocation.Infeasible if none does.
+
+        A uniform plan that loses at most so many is never smaller.
+        """
+        unit = loss / LOSS_STEPS
+        units = [[Choice(option.bits, ceil(option.loss / unit)) for option in options] for options in self._units]
+        chosen = solve(units, LOSS_STEPS)
+        found = self.plan_of([options[at] for options, at in zip(self._units, chosen, strict=True)])
+        fitting = (plan for plan in self.uniform.values() if plan.loss <= loss)
+        return min([found, *fitting], key=lambda plan: plan.bits)
+
+    def share_average(self, average: float) -> Shared:
+        """The plan of least loss whose weights take so many bits on average, as `share` raises."""
+        return self.share(self.bits_for(average))
+
+    def _uniform(self, specs: Mapping[str, QuantSpec]) -> Shared | None:
+        """The plan that stores linears as these specs say, but for pins; None where a rule or a candidate lacks one."""
+        wanted = {name: self._pinned(name, spec) for name, spec in specs.items()}
+        chosen = [
+            next((o for o in unit if all(wanted[n] == o.specs[n] for n in o.specs)), None) for unit in self._units
+        ]
+        found = [option for option in chosen if option is not None]
+        return self.plan_of(found) if len(found) == len(chosen) else None
+
+    def _pinned(self, name: str, spec: QuantSpec) -> QuantSpec | None:
+        bits = self._rules.pinned(name)
+        return None if bits == KEPT_BITS else replace(spec, bits=bits or spec.bits)
+
+    def useful_options(self) -> list[list[Option]]:
+        """Of every unit, those that no other one beats in both loss and bits, by rising bits."""
+        return [[unit[at] for at in useful(_choices(unit))] for unit in self._units]
+
+    def plan_of(self, options: Sequence[Option]) -> Shared:
+        """The plan that takes one option for each unit, in the order of `useful_options`."""
+        specs = {name: spec for option in options for name, spec in option.specs.items()}
+        losses = {name: self._loss(name, specs[name]) for name in self._losses}
+        return Shared({name: specs[name] for name in self._losses}, losses, sum(option.bits for option in options))
+
+    def average(self, shared: Shared) -> float:
+        """Bits that a weight inside the blocks takes in a plan."""
+        return (shared.bits - sum(self._bits(name, shared.specs[name]) for name in self._tables)) / self.weights
+
+    def _options(self, names: list[str]) -> list[Option]:
+        """Every format that all linears of a unit have among their candidates, and keeping them all."""
+        by_format = [{format_label(spec): spec for spec in self._losses[name]} for name in names]
+        shared = [label for label in by_format[0] if all(label in specs for specs in by_format)]
+        ways: list[dict[str, QuantSpec | None]] = [
+            {name: specs[label] for name, specs in zip(names, by_format, strict=True)} for label in shared
+        ]
+        ways.append(dict.fromkeys(names))
+        allowed = [way for way in ways if all(self._rules.allows(name, spec) for name, spec in way.items())]
+        if not allowed:
+            raise UsageError(self._refusal(names, [label for label in shared if self._rules.takes(label)], by_format))
+        return [self._option(way) for way in allowed]
+
+    def _refusal(self, names: list[str], labels: list[str], by_format: list[dict[str, QuantSpec]]) -> str:
+        """Keeping a linear is ruled out by pins alone, so it is they that fit none of these formats."""
+        wanted = " and ".join(map(str, dict.fromkeys(self._rules.pinned(name) for name in names)))
+        widths = ", ".join(map(str, sorted({by_format[0][label].bits for label in labels})))
+        fused = "" if len(names) == 1 else f" and what is fused with it ({len(names)} linears, stored alike)"
+        return (
+            f"{names[0]}{fused} cannot have the {wanted} bits that it is pinned to: of the formats allowed there are "
+            f"{widths or 'none'}, and {KEPT_BITS} to keep it; change the pins or the formats."
+        )
+
+    def _option(self, way: dict[str, QuantSpec | None]) -> Option:
+        loss = sum(self._loss(name, spec) for name, spec in way.items())
+        return Option(way, loss, sum(self._bits(name, spec) for name, spec in way.items()))
+
+    def _bits(self, name: str, spec: QuantSpec | None) -> int:
+        if spec is None:
+            return self._kept_bits[name]
+        return (
+            spec.stored_bits(self._tables[name])
+            if name in self._tables
+            else stored_bits(self._graph.linears[name], spec)
+        )
+
+    def _loss(self, name: str, spec: QuantSpec | None) -> float:
+        return 0.0 if spec is None else self._losses[name][spec]
+
+
+def _choices(unit: list[Option]) -> list[Choice]:
+    return [Choice(option.loss, option.bits) for option in unit]
+
+
+def stored_bits(linear: Linear, spec: QuantSpec) -> int:
+    """Of a linear, or of all experts of a stack."""
+    return spec.stored_bits(linear.shape) * max(1, linear.experts)
+
+
+def format_label(spec: QuantSpec) -> str:
+    """What a runtime has to know of a spec: the label without rotation and rank."""
+    return spec.label().removesuffix("-had").partition("-r")[0]
+
+
+def _units(graph: ModelGraph, names: Iterable[str], fused: bool) -> list[list[str]]:
+    wanted = set(names)
+    if not fused:
+        return [[name] for name in graph.linears if name in wanted]
+    units: dict[tuple[int, str], list[str]] = {}
+    for block in graph.blocks:
+        for linear in block.quantized:
+            if linear.name in wanted:
+                units.setdefault((block.index, _fused_with(block, linear)), []).append(linear.name)
+    return list(units.values())
+
+
+def _fused_with(block: Block, linear: Linear) -> str:
+    """The same for all linears of a block that are one matrix at run time.
+
+    Experts are stacks, or modules in a numbered list.
+    """
+    numbered = re.match(r"(.*?\.)\d+\.", linear.name.removeprefix(block.name))
+    if linear.kind == "stack" or numbered:
+        return "experts"
+    return linear.reads

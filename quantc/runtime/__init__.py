@@ -1,0 +1,1 @@
+"""Packed checkpoints in memory: loading, modules, compiled decoding. Knows nothing of quantizing."""

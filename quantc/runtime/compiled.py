@@ -1,0 +1,285 @@
+"""Compiled decoding on the CPU: transformers' static cache, torch.compile, and two rewrites of the graph before it.
+
+Prompts run as they are, in any length; the graph is that of one token for each text. In it
+
+- native products become operators that torch calls without Python (kernels/cpu/steps.py), one for all weights that read
+  the same tensor (q, k and v; gate and up), and so does everything between them;
+- attention of a single query becomes plain sums, which the compiler merges with what stands around them: torch's
+  attention is made for many queries. 14 us in place of 70 on 9 heads and 96 positions: another 11 %.
+
+Guards on the model's modules, which are most of what is checked before every token, give way to one look at them before
+every text.
+
+Compiling takes most of a minute, and what it makes is kept in torch's cache (TORCHINDUCTOR_CACHE_DIR), where the next
+process finds it: everything in the graph must be something that torch knows how to cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import os
+import shutil
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from math import prod
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+from transformers import CompileConfig, PreTrainedModel
+
+from ..errors import UsageError
+from ..kernels.cpu import steps
+from ..kernels.cpu.steps import LARGEST_STEP, NAMES, ROWS
+from ..progress import LogProgress, Progress
+
+# Loops below this are left to one thread: a token's are of some thousand values, and waking another that sleeps takes
+# longer (15 % of a token with OMP_WAIT_POLICY=PASSIVE).
+# The sine and cosine of a rotary embedding would be computed anew in every layer, for every cached position: the
+# compiler repeats what takes up to 50 operations where it is read.
+OPTIONS = {"cpp.min_chunk_size": 1 << 16, "realize_opcount_threshold": 3}
+# With operators that need no Python, neither does what calls them and the loops: a sixth of a token's time. What calls
+# them is one function of some thousand statements: GCC takes 105 s for that of SmolLM2-135M at -O3, 11 at -O1 and 4 at
+# -Og, and a token takes as long. The loops, in a file of their own, stay at -O3: 2.5 s. A precompiled header takes 7 s
+# in place of 2, and would pay from the fourth graph on.
+WITHOUT_PYTHON = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "aot_inductor.compile_wrapper_opt_level": "Og",
+    "cpp_cache_precompile_headers": False,
+}
+STEPS, FINISHED = 3, "compiled"  # as the progress counts and calls them
+
+
+def compile_decoding(model: PreTrainedModel, progress: Progress | None = None) -> None:
+    """Let `generate` use a static cache and compile the step that makes a token; the first call takes most of a minute.
+
+    progress: told how far compiling is; None logs it, as warnings, so that whoever waits sees it.
+    Elsewhere than on a CPU, transformers compiles by itself once the cache is static. Raises UsageError without a C++
+    compiler, which torch.compile needs on a CPU.
+    """
+    config: Any = model.generation_config
+    if model.device.type == "cpu":
+        if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+            raise UsageError(
+                "torch.compile needs a C++ compiler, and neither g++ nor clang++ was found; install one, or load "
+                "without compile=True."
+            )
+        config.compile_config = CompileConfig(backend=backend, mode=None)  # type: ignore[arg-type]
+        config.compile_config._compile_all_devices = True
+        model.__dict__["_quantc_step"] = _Step(progress)
+        model.get_compiled_call = MethodType(_compiled_call, model)  # type: ignore[method-assign]
+    config.cache_implementation = "static"
+
+
+class _Watch:
+    """Progress of one compilation after another; `begin` in the middle of one changes nothing."""
+
+    def __init__(self, progress: Progress | None):
+        self._progress, self._begun = progress or LogProgress(logging.WARNING), False
+
+    def begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._progress.stage("compiling the step that makes a token", STEPS)
+            self._progress.note(f"this takes most of a minute, or seconds where {_cache_folder()} has it already")
+
+    def step(self, name: str) -> None:
+        self._progress.step(name)
+
+    def end(self) -> None:
+        self._begun = False
+        self._progress.done()
+
+
+def _cache_folder() -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
+
+
+class _Step:
+    """A model's compiled call, and what the model was made of then; a copy of the model starts without."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.structure: list[Any] = []
+        self.call: Callable[..., Any] | None = None
+        self.watch = _Watch(progress)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Step, ()
+
+
+def _compiled_call(model: Any, config: CompileConfig | None) -> Callable[..., Any]:
+    """In place of transformers' own, which `generate` asks for once: the same without guards on the model's modules.
+
+    There are thousands, checked for every token. Here the modules are looked through once for each text, and compiled
+    anew where they are others than before. The backend is one of its own each time, as torch takes any graph of the
+    same code and backend whose guards hold.
+    """
+    if config is None or config.backend is not backend:
+        return cast("Callable[..., Any]", type(model).get_compiled_call(model, config))
+    step = model.__dict__.setdefault("_quantc_step", _Step())
+    structure = _structure(model)
+    if step.call is None or step.structure != structure:
+        step.structure, step.call = structure, _announced(_compile(model, step.watch), step.watch)
+    return cast("Callable[..., Any]", step.call)
+
+
+def _compile(model: Any, watch: _Watch) -> Callable[..., Any]:
+    options: Any = {"guard_filter_fn": _guards_beside_modules(model)}
+    own: Any = lambda graph, inputs, **rest: backend(graph, inputs, watch)  # noqa: E731
+    return cast("Callable[..., Any]", torch.compile(model.__call__, backend=own, options=options))
+
+
+def _announced(call: Callable[..., Any], watch: _Watch) -> Callable[..., Any]:
+    """The call, the first of which compiles: torch reads the model's Python for seconds before it asks the backend."""
+    called = False
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal called
+        if not called:
+            called = True
+            watch.begin()
+        return call(*args, **kwargs)
+
+    return run
+
+
+def _structure(model: torch.nn.Module) -> list[Any]:
+    found: list[Any] = []
+    for module in model.modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        found += (module, module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
+        found += ((x.dtype, x.device, x.shape, x.requires_grad) for x in tensors if x is not None)
+    return found
+
+
+def _guards_beside_modules(model: torch.nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
+    """Which guards stay: all but those on what is inside the model, in functions whose self is the model itself.
+
+    Where a model is compiled in parts, those of its blocks share their code, and guards tell the blocks apart.
+    """
+    owner = weakref.ref(model)
+
+    def stay(guards: Sequence[Any]) -> list[bool]:
+        whole = any(guard.name == "self" and guard.value is owner() for guard in guards)
+        inside = ("DUPLICATE_INPUT", "OBJECT_ALIASING")
+        return [not (whole and (g.name.startswith("self._modules") or g.guard_type in inside)) for g in guards]
+
+    return stay
+
+
+def backend(graph: fx.GraphModule, inputs: Sequence[Any], watch: _Watch | None = None, **_: Any) -> Callable[..., Any]:
+    """torch.compile's backend: the rewrites, then torch's own."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    watch = watch or _Watch(None)
+    watch.begin()
+    watch.step("read the model's code; torch now simplifies it")
+    if steps.available():
+        join_products(graph)
+    open_attention(graph)
+    graph.recompile()
+
+    def lower(operations: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        watch.step(f"found {len(operations.graph.nodes)} operations; the rest is writing and compiling their C++")
+        return compile_fx_inner(operations, *args, **kwargs)
+
+    compiled: Any = compile_fx(graph, inputs, inner_compile=lower, config_patches=_options())
+    watch.step(FINISHED)
+    watch.end()
+    return cast("Callable[..., Any]", compiled)
+
+
+def _options() -> dict[str, Any]:
+    """Settings of torch's compiler; `attend`, a function that it does not know, is cached by what its source says."""
+    ours = {f"{attend.__module__}.{attend.__name__}": hashlib.sha256(inspect.getsource(attend).encode()).hexdigest()}
+    options = OPTIONS | {"unsafe_marked_cacheable_functions": ours}
+    return options | (WITHOUT_PYTHON if steps.available() else {})
+
+
+def join_products(graph: fx.GraphModule) -> None:
+    """One operator for all native products of the same tensor, where it is computed first."""
+    one = torch.ops.quantc.native_matmul
+    readers: defaultdict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
+    for node in graph.graph.nodes:
+        if node.target in (one, one.default) and _is_step(node):
+            x, _, _, _, _, _, hadamard, int8 = node.args
+            readers[x, hadamard, int8].append(node)
+    for (x, hadamard, int8), nodes in readers.items():
+        for start in range(0, len(nodes), LARGEST_STEP):
+            _join(graph.graph, x, nodes[start : start + LARGEST_STEP], hadamard, int8)
+
+
+def _is_step(node: fx.Node) -> bool:
+    x, _, low_rank_a, *_ = node.args
+    value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
+    if value is None or low_rank_a is not None or not value.is_contiguous():
+        return False
+    rows = value.numel() // value.shape[-1]
+    return isinstance(rows, int) and 0 < rows <= ROWS and not value.requires_grad
+
+
+def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], hadamard: Any, int8: Any) -> None:
+    images, biases, sizes = (cast("list[Any]", [node.args[place] for node in nodes]) for place in (1, 4, 5))
+    *leading, _ = x.meta["example_value"].shape
+    rows = prod(leading)
+    biased = sum(1 << place for place, bias in enumerate(biases) if bias is not None)
+    step = getattr(torch.ops.quantc, NAMES[len(nodes) - 1]).default
+    present = [x if bias is None else bias for bias in biases]
+    with graph.inserting_before(nodes[0]):
+        joint = graph.call_function(step, (x, *images, *present, biased, hadamard, int(int8), sum(sizes)))
+        start = 0
+        for node, n in zip(nodes, sizes, strict=True):
+            own = graph.call_function(torch.narrow, (joint, 0, start, rows * n))
+            product = graph.call_function(torch.reshape, (own, (*leading, n)))
+            product.meta["example_value"] = node.meta["example_value"]  # torch caches no methods of what has none
+            node.replace_all_uses_with(product)
+            start += rows * n
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def open_attention(graph: fx.GraphModule) -> None:
+    """`attend` in place of torch's attention where there is one query."""
+    for node in graph.graph.nodes:
+        if node.target is F.scaled_dot_product_attention and _has_one_query(node):
+            node.target = attend
+
+
+def _has_one_query(node: fx.Node) -> bool:
+    query = node.args[0] if node.args else node.kwargs.get("query")
+    value = query.meta.get("example_value") if isinstance(query, fx.Node) else None
+    given = node.kwargs
+    plain = not (given.get("is_causal") or given.get("dropout_p") or len(node.args) > 4)
+    return plain and value is not None and bool(value.shape[-2] == 1)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch's attention gives for query (..., H, 1, D), key and value (..., H, T, D): sums in float32 or wider."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scaled = query.to(wide) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (scaled * key.to(wide)).sum(-1).unsqueeze(-2)
+    if attn_mask is not None:
+        hidden = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if hidden else scores + attn_mask
+    weights = torch.softmax(scores, -1)
+    return (weights.transpose(-1, -2) * value.to(wide)).sum(-2, keepdim=True).to(query.dtype)

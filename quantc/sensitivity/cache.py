@@ -1,0 +1,82 @@
+"""Losses kept on disk: one calibration serves every budget, target and curve.
+
+An entry is found again by what it depends on: the model's files, the calibration tokens, how weights are rounded, the
+estimator, and the candidates of every linear.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..files import disk_cache
+from ..pipeline.run import Run
+from ..spec import QuantSpec
+from .base import Candidate, Losses
+
+CACHE = "losses"  # the part of the disk cache
+FORMAT = 4  # of an entry; also raised when an estimator changes what it finds
+
+log = logging.getLogger(__name__)
+
+
+def kept_losses(
+    run: Run, tokens: torch.Tensor, estimator: str, specs: dict[str, list[QuantSpec]], measure: Callable[[], Losses]
+) -> Losses:
+    """What `measure` finds, or found for the same question in an earlier run.
+
+    specs: the candidates of every linear. tokens: the calibration set (samples, T).
+    """
+    candidates = {name: [spec.to_dict() for spec in found] for name, found in specs.items()}
+    key = key_of(run, tokens, estimator=estimator, specs=candidates)
+    stored = disk_cache.load(CACHE, key)
+    if stored is not None:
+        log.info("losses of an earlier run were taken from %s", disk_cache.folder(CACHE))
+        return _decode(stored)
+    found = measure()
+    disk_cache.store(CACHE, key, _encode(found))
+    return found
+
+
+def key_of(run: Run, tokens: torch.Tensor, **question: Any) -> str:
+    """Under which the answer to a question about a model is kept: the same for the same model, rounding and tokens.
+
+    question: what else the answer depends on, as JSON writes it.
+    """
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in run.source.weight_files()]
+    facts = {
+        "format": FORMAT,
+        "files": sorted(files),
+        "contents": run.source.contents(),
+        "model": run.source.model.config.to_json_string(),
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "rounding": asdict(run.rounding),
+        "device": run.device.type,
+        **question,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(losses: Losses) -> bytes:
+    found = {name: [[candidate.spec.to_dict(), candidate.loss] for candidate in of] for name, of in losses.items()}
+    salience = {name: base64.b64encode(of.numpy().tobytes()).decode() for name, of in losses.salience.items()}
+    return json.dumps({"losses": found, "salience": salience}).encode()
+
+
+def _decode(content: bytes) -> Losses:
+    stored = json.loads(content)
+    found = {
+        name: [Candidate(QuantSpec.from_dict(spec), loss) for spec, loss in of] for name, of in stored["losses"].items()
+    }
+    salience = {
+        name: torch.frombuffer(bytearray(base64.b64decode(of)), dtype=torch.float16)
+        for name, of in stored["salience"].items()
+    }
+    return Losses(found, salience)

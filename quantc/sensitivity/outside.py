@@ -1,0 +1,103 @@
+"""Losses of the embedding and the head, which are rounded to nearest.
+
+A rounded table changes the model in at most two places, and tied tables in both:
+
+- the hidden states before the first block, all else as it was. That is rated as fisher rates a weight, by the gradients
+  that arrive there: half the mean over draws of the squared inner product of gradient and change, channel by channel;
+- the logits, from the last block's hidden states as they were. That is measured: their KL divergence.
+
+The two are added. In memory is what lies outside the blocks, one of its tables once more, and the logits of a few
+positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..calibration.hidden_states import StateFile
+from ..calibration.stream import CalibrationRun
+from ..frontend import to_meta
+from ..numerics.basis import Basis
+from ..pipeline.run import Run, load_outside, output_logits
+from ..spec import QuantSpec
+from .base import Candidate
+from .kl import divergence
+
+STRIDE = 16  # every so many positions of a sample the logits are measured: 512 positions of 16 samples of 512
+
+States = list[tuple[int, torch.Tensor]]  # (first sample, hidden states) of every batch
+
+
+class Tables:
+    """Rates candidates of what lies outside the blocks, once a backward sweep has passed by."""
+
+    def __init__(self, run: Run, tokens: torch.Tensor, folder: Path, candidates: dict[str, list[QuantSpec]]):
+        """tokens: what is swept (samples, T). candidates: by the names of the tables (V, K)."""
+        self.run, self.tokens, self.folder, self.candidates = run, tokens, folder, candidates
+        self._ends: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens (1, T'), and what the last block made of them
+
+    def see_end(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+        """The last block's hidden states (1, T, ...) of a sample's tokens (1, T)."""
+        if self.candidates:
+            self._ends.append((tokens[:, ::STRIDE], hidden.detach()[:, ::STRIDE].clone()))
+
+    def losses(self, gradients: StateFile, beyond: float) -> dict[str, list[Candidate]]:
+        """Of all candidates.
+
+        gradients: of every sample, at what the first block receives. beyond: by how much losing a share of a table's
+        energy raises what is lost there. What lies outside the blocks is gone from memory afterwards.
+        """
+        if not self.candidates:
+            return {}
+        load_outside(self.run)
+        with torch.no_grad():
+            starts = self._starts()
+            found = {
+                name: [Candidate(spec, self._loss(name, spec, starts, gradients, beyond)) for spec in specs]
+                for name, specs in self.candidates.items()
+            }
+        to_meta(self.run.source.model)
+        return found
+
+    def _loss(self, name: str, spec: QuantSpec, starts: States, gradients: StateFile, beyond: float) -> float:
+        table = self.run.source.model.get_parameter(name)
+        rounded = Basis.unguided(None, 0, 0).round(table.data, spec).dequantize()
+        share = float((rounded - table.data).square().sum() / table.data.square().sum().clamp(min=1e-30))
+        with _replaced(table, rounded):
+            changed = self._starts()
+        return self._entering(starts, changed, gradients) * (1 + beyond * share) + self._leaving(table, rounded)
+
+    def _starts(self) -> States:
+        """What the first block receives."""
+        model, graph = self.run.source.model, self.run.graph
+        return list(CalibrationRun(model, graph, self.tokens, self.run.device, self.folder).states())
+
+    def _entering(self, starts: States, changed: States, gradients: StateFile) -> float:
+        squares = 0.0
+        for (first, before), (_, after) in zip(starts, changed, strict=True):
+            slopes = gradients.read(first, len(before), before.device)
+            squares += float((slopes * (after - before)).sum(1, dtype=torch.float64).square().sum())
+        return squares / 2 / self.tokens.numel()
+
+    def _leaving(self, table: nn.Parameter, rounded: torch.Tensor) -> float:
+        lost = 0.0
+        for tokens, hidden in self._ends:
+            expected = output_logits(self.run, tokens, hidden)[0]
+            with _replaced(table, rounded):
+                lost += divergence(expected, output_logits(self.run, tokens, hidden)[0])
+        return lost / sum(tokens.numel() for tokens, _ in self._ends)
+
+
+@contextmanager
+def _replaced(parameter: nn.Parameter, data: torch.Tensor) -> Iterator[None]:
+    """Inside, a parameter has other values."""
+    original, parameter.data = parameter.data, data
+    try:
+        yield
+    finally:
+        parameter.data = original
