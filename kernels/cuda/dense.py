@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from ...formats import Parts
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY
-from ..checks import expect_product, expect_same_device
-from ..rotation import rotate
-from . import packed
+from . import packed, product
 from .crossover import crossover
 from .device import device_index, shared_limit, unavailable
-from .launch import launch, refusal
-from .layout import CODE_BITS, CudaWeight, Variant, prepare, sets_in_tile
-from .packed import ELEMENTS, X_STEP, Product
-from .program import Program
-from .resources import aligned, capability, device_limits, unpacked_buffer, workspace
-from .unpacked import differentiable, multiply_unpacked
+from .launch import refusal
+from .layout import CudaWeight, Variant, prepare, sets_in_tile
+from .packed import Device, Product, Workspace
+from .product import Layout, element_checks, fake_product, refuse_first
+from .program import Launch, Program
+from .resources import capability
 
 MATMUL_FROM = 80  # compute capability with asynchronous copies
 
@@ -40,24 +37,21 @@ class CudaPacked:
         reason = unavailable(device)
         if reason is not None:
             return reason
-        found = capability(device_index(device))
+        index = device_index(device)
         unit = 32 if spec.grouping == "per_oc" else 16
         checks = [
-            (dtype in ELEMENTS, f"runs in float16 and bfloat16, not in {str(dtype)[6:]}"),
-            (dtype != torch.bfloat16 or found >= MATMUL_FROM, "needs compute capability 8.0 for bfloat16"),
-            (spec.bits in CODE_BITS, f"has codes of {', '.join(map(str, CODE_BITS))} bits, not {spec.bits}"),
+            *element_checks(spec.bits, k, index, dtype),
             (not spec.sparse, DENSE_ONLY),
-            (k % X_STEP == 0, f"needs inputs in steps of {X_STEP}, not {k}"),
             (
                 sets_in_tile(spec, shape) is not None,
                 f"needs {spec.grouping} groups of a multiple of {unit}, not {spec.group_length(shape)}",
             ),
         ]
-        reason = next((reason for holds, reason in checks if not holds), None)
+        reason = refuse_first(checks)
         if reason is not None:
             return reason
         variant = Variant(spec.bits, spec.grouping == "per_ic", spec.symmetric, sets_in_tile(spec, shape) or 1)
-        needed = _programs(variant, spec.hadamard > 0, dtype, found, shared_limit(device_index(device)))
+        needed = _programs(variant, spec.hadamard > 0, dtype, capability(index), shared_limit(index))
         return next(filter(None, (refusal(program, device, shared) for program, shared in needed)), None)
 
     def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> CudaWeight:
@@ -103,44 +97,24 @@ def _cuda_matmul(
 @torch.library.register_fake("quantc::cuda_matmul", lib=LIBRARY)
 def _fake_cuda_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor:
     bias, n, k = weight_and_bias[5:8]
-    assert isinstance(n, int)
-    assert isinstance(k, int)
-    *leading, _ = expect_product(x, n, k, bias if isinstance(bias, torch.Tensor) else None, ELEMENTS)
-    return x.new_empty(*leading, n)
+    return fake_product(x, n, k, bias)
 
 
 def multiply(x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it.
+    """Return y (..., N) for x (..., K); see product.py."""
+    return product.multiply(LAYOUT, x, weight, bias)
 
-    Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that is not in ELEMENTS.
-    """
-    expect_product(x, *weight.shape, bias, ELEMENTS)
-    expect_same_device(x.device, weight.tiles.device)
-    if x.requires_grad and torch.is_grad_enabled():
-        whole = torch.empty(weight.shape, dtype=x.dtype, device=x.device)  # of its own: backward reads it later
-        launch(packed.dequantize_launch(weight, whole))
-        return differentiable(x, whole, weight, bias)
-    n, k = weight.shape
-    fused = packed.rotates(weight, x.numel() // k)
-    rows = aligned((rotate(x, weight.hadamard) if weight.hadamard and not fused else x).reshape(-1, k))
-    y = x.new_empty(*x.shape[:-1], n)
-    if y.numel() == 0:
-        return y
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    index = device_index(x.device)
-    stream = torch.cuda.current_stream(index).cuda_stream
-    if rows.shape[0] >= crossover(capability(index)) and rows.shape[0] > packed.DECODE_TOKENS[-1]:
-        whole = unpacked_buffer(index, stream, rows.dtype, weight.shape)
-        launch(packed.dequantize_launch(weight, whole))
-        multiply_unpacked(rows, whole, weight, bias, y.view(-1, n))
-        return y
-    low_rank_t = None
-    if weight.low_rank_a is not None:
-        low_rank_t = F.linear(rows, weight.low_rank_a.to(rows.dtype)).float()
-    product = Product(rows, y.view(-1, n), weight, bias, low_rank_t, unrotated=fused)
-    shape = packed.decode_launch if rows.shape[0] <= packed.DECODE_TOKENS[-1] else packed.matmul_launch
-    launch(shape(product, device_limits(index), workspace(index, stream)))
-    return y
+
+def _launches(wanted: Product[CudaWeight], device: Device, workspace: Workspace) -> list[Launch]:
+    few = wanted.x.shape[0] <= packed.DECODE_TOKENS[-1]
+    return [(packed.decode_launch if few else packed.matmul_launch)(wanted, device, workspace)]
+
+
+def _unpacked_from(index: int) -> int:
+    return max(crossover(capability(index)), packed.DECODE_TOKENS[-1] + 1)
+
+
+LAYOUT = Layout(packed.dequantize_launch, _launches, _unpacked_from)
 
 
 def _programs(

@@ -5,25 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.nn import functional as F
 
 from ...formats import Parts
 from ...spec import QuantSpec
-from ..checks import expect_product, expect_same_device
-from ..rotation import rotate
-from . import kept_launch
+from . import kept_launch, product
 from .crossover import KEPT_FROM
 from .device import device_index, shared_limit, unavailable
-from .kept_launch import TOKENS, KeptProduct, longest_row, rows_bytes, tokens_at_once
+from .kept_launch import TOKENS, longest_row, rows_bytes, tokens_at_once
 from .kept_layout import OCTET, KeptVariant, KeptWeight, prepare, row_width
-from .launch import launch, refusal
-from .layout import CODE_BITS
-from .packed import ELEMENTS, X_STEP, rotates
-from .program import Program
-from .resources import WORKSPACE_COUNTERS, aligned, capability, device_limits, unpacked_buffer, workspace
-from .unpacked import differentiable, multiply_unpacked
+from .launch import refusal
+from .packed import Device, Product, Workspace
+from .product import Layout, element_checks, fake_product, refuse_first
+from .program import Launch, Program
+from .resources import WORKSPACE_COUNTERS
 
-BFLOAT_FROM = 80  # compute capability
 MOST_ROWS = WORKSPACE_COUNTERS * OCTET
 
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
@@ -50,14 +45,11 @@ class CudaKept:
         limit = shared_limit(index)
         longest = longest_row(variant, limit)
         checks = [
-            (dtype in ELEMENTS, f"runs in float16 and bfloat16, not in {str(dtype)[6:]}"),
-            (dtype != torch.bfloat16 or capability(index) >= BFLOAT_FROM, "needs compute capability 8.0 for bfloat16"),
-            (spec.bits in CODE_BITS, f"has codes of {', '.join(map(str, CODE_BITS))} bits, not {spec.bits}"),
-            (k % X_STEP == 0, f"needs inputs in steps of {X_STEP}, not {k}"),
+            *element_checks(spec.bits, k, index, dtype),
             (k <= longest, f"needs rows of up to {longest} inputs in groups of {spec.group_size}, not {k}"),
             (n <= MOST_ROWS, f"needs up to {MOST_ROWS} output channels, not {n}"),
         ]
-        reason = next((reason for holds, reason in checks if not holds), None)
+        reason = refuse_first(checks)
         if reason is not None:
             return reason
         needed = _programs(variant, spec.hadamard > 0, dtype, row_width(k, spec.group_size), limit)
@@ -108,58 +100,31 @@ def _cuda_kept_matmul(
 @torch.library.register_fake("quantc::cuda_kept_matmul", lib=LIBRARY)
 def _fake_cuda_kept_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tensor:
     bias, n, k = weight_and_bias[8:11]
-    assert isinstance(n, int)
-    assert isinstance(k, int)
-    *leading, _ = expect_product(x, n, k, bias if isinstance(bias, torch.Tensor) else None, ELEMENTS)
-    return x.new_empty(*leading, n)
+    return fake_product(x, n, k, bias)
 
 
 def multiply(x: torch.Tensor, weight: KeptWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it.
-
-    Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that is not in ELEMENTS.
-    """
-    expect_product(x, *weight.shape, bias, ELEMENTS)
-    expect_same_device(x.device, weight.codes.device)
-    if x.requires_grad and torch.is_grad_enabled():
-        own = torch.empty(weight.shape, dtype=x.dtype, device=x.device)  # backward reads it later
-        return differentiable(x, _unpack(weight, own), weight, bias)
-    n, k = weight.shape
-    fused = rotates(weight, x.numel() // k)
-    rows = aligned((rotate(x, weight.hadamard) if weight.hadamard and not fused else x).reshape(-1, k))
-    y = x.new_empty(*x.shape[:-1], n)
-    if y.numel() == 0:
-        return y
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    index = device_index(x.device)
-    stream = torch.cuda.current_stream(index).cuda_stream
-    if rows.shape[0] >= KEPT_FROM:
-        whole = _unpack(weight, unpacked_buffer(index, stream, rows.dtype, weight.shape))
-        multiply_unpacked(rows, whole, weight, bias, y.view(-1, n))
-        return y
-    low_rank_t = None
-    if weight.low_rank_a is not None:
-        low_rank_t = F.linear(rows, weight.low_rank_a.to(rows.dtype)).float()
-    product = KeptProduct(rows, y.view(-1, n), weight, bias, low_rank_t, unrotated=fused)
-    for part in _portions(product, tokens_at_once(weight.width, device_limits(index).shared_limit)):
-        launch(kept_launch.decode_launch(part, device_limits(index), workspace(index, stream)))
-    return y
+    """Return y (..., N) for x (..., K); see product.py."""
+    return product.multiply(LAYOUT, x, weight, bias)
 
 
-def _portions(product: KeptProduct, tokens: int) -> list[KeptProduct]:
-    """The product, at most so many tokens at once."""
-    portions = []
-    for start in range(0, product.x.shape[0], tokens):
-        x, y = (tensor[start : start + tokens] for tensor in (product.x, product.y))
-        low_rank_t = None if product.low_rank_t is None else product.low_rank_t[start : start + tokens]
-        portions.append(replace(product, x=x, y=y, low_rank_t=low_rank_t))
-    return portions
+def _launches(wanted: Product[KeptWeight], device: Device, workspace: Workspace) -> list[Launch]:
+    """One for every few rows, as shared memory holds rows of x."""
+    tokens = tokens_at_once(wanted.weight.width, device.shared_limit)
+    launches = []
+    for start in range(0, wanted.x.shape[0], tokens):
+        x, y = (tensor[start : start + tokens] for tensor in (wanted.x, wanted.y))
+        low_rank_t = None if wanted.low_rank_t is None else wanted.low_rank_t[start : start + tokens]
+        part = replace(wanted, x=x, y=y, low_rank_t=low_rank_t)
+        launches.append(kept_launch.decode_launch(part, device, workspace))
+    return launches
 
 
-def _unpack(weight: KeptWeight, whole: torch.Tensor) -> torch.Tensor:
-    """The weight in whole (N, K), which it returns."""
-    launch(kept_launch.dequantize_launch(weight, whole.zero_()))
-    return whole
+def _unpack(weight: KeptWeight, whole: torch.Tensor) -> Launch:
+    return kept_launch.dequantize_launch(weight, whole.zero_())  # it writes the groups that are kept
+
+
+LAYOUT = Layout(_unpack, _launches, lambda _: KEPT_FROM)
 
 
 def _programs(

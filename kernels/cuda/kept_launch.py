@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 
 import torch
 
 from .kept_layout import OCTET, KeptVariant, KeptWeight, most_groups
-from .packed import BLOCKS_PER_MULTIPROCESSOR, ELEMENTS, Device, Workspace, rotation_arguments
+from .packed import BLOCKS_PER_MULTIPROCESSOR, ELEMENTS, Device, Product, Workspace, rotation_arguments
 from .program import Budget, Launch, Program
 
 WARPS = 8
@@ -16,19 +15,7 @@ TOKENS = (1, 8)
 ELEMENT_BYTES = 2
 
 
-@dataclass(frozen=True)
-class KeptProduct:
-    """y (M, N) = x (M, K) W^T + bias + low_rank_t low_rank_b^T; low_rank_t float32 (M, R), others of one dtype."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-    weight: KeptWeight
-    bias: torch.Tensor | None = None
-    low_rank_t: torch.Tensor | None = None
-    unrotated: bool = False  # x (1, K) is still to be rotated as the weight says
-
-
-def decode_launch(product: KeptProduct, device: Device, workspace: Workspace) -> Launch:
+def decode_launch(product: Product[KeptWeight], device: Device, workspace: Workspace) -> Launch:
     """y for at most tokens_at_once tokens."""
     m, weight = product.x.shape[0], product.weight
     tokens = next(count for count in TOKENS if m <= count)

@@ -50,6 +50,10 @@ class KeptWeight:
     low_rank_b: torch.Tensor | None
     hadamard: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def __post_init__(self) -> None:
         """Raise ValueError for tensors that are not as above: a kernel computes from the sizes where it reads."""
         steps, octets = len(self.owners), ceil(self.shape[0] / OCTET)

@@ -49,6 +49,10 @@ class CudaWeight:
     low_rank_b: torch.Tensor | None
     hadamard: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.tiles.device
+
     def __post_init__(self) -> None:
         """Raise ValueError for tensors that are not as above: a kernel computes from the sizes where it reads."""
         (n, k), bits, along = self.shape, self.variant.bits, self.shape[0 if self.variant.per_ic else 1]

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from .kept_layout import KeptWeight
 from .layout import TILE, CudaWeight, Variant
 from .program import Budget, Launch, Program
 
+Weight = TypeVar("Weight", CudaWeight, KeptWeight)
 ELEMENTS = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
 
 X_STEP = 8  # inputs: a row of x is read 16 bytes at a time
@@ -48,18 +49,18 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Product:
+class Product(Generic[Weight]):
     """y (M, N) = x (M, K) W^T + bias + low_rank_t low_rank_b^T; low_rank_t float32 (M, R), others of one dtype."""
 
     x: torch.Tensor
     y: torch.Tensor
-    weight: CudaWeight
+    weight: Weight
     bias: torch.Tensor | None = None
     low_rank_t: torch.Tensor | None = None
-    unrotated: bool = False  # x is still to be rotated as the weight says; decode_launch can do that
+    unrotated: bool = False  # x is still to be rotated as the weight says; the launches for one row can do that
 
 
-def decode_launch(product: Product, device: Device, workspace: Workspace) -> Launch:
+def decode_launch(product: Product[CudaWeight], device: Device, workspace: Workspace) -> Launch:
     """y for at most 16 tokens."""
     m = product.x.shape[0]
     tokens = next(count for count in DECODE_TOKENS if m <= count)
@@ -82,7 +83,7 @@ def rotates(weight: CudaWeight | KeptWeight, m: int) -> bool:
     return m <= FUSED_TOKENS and k <= FUSED_INPUTS and weight.low_rank_a is None
 
 
-def matmul_launch(product: Product, device: Device, workspace: Workspace) -> Launch:
+def matmul_launch(product: Product[CudaWeight], device: Device, workspace: Workspace) -> Launch:
     """y for any number of tokens."""
     m, variant = product.x.shape[0], product.weight.variant
     tokens = next((count for count in MATMUL_TOKENS if m <= count), MATMUL_TOKENS[-1])
@@ -177,7 +178,7 @@ def rotation_arguments(order: int, k: int, device: torch.device) -> tuple[Any, .
     return (*hadamard.tables(k, base, device), base, (order // base).bit_length() - 1, order**-0.5)
 
 
-def _arguments(product: Product, workspace: Workspace) -> tuple[Any, ...]:
+def _arguments(product: Product[CudaWeight], workspace: Workspace) -> tuple[Any, ...]:
     """Of decode and matmul."""
     weight = product.weight
     (n, k), m, rank = weight.shape, product.x.shape[0], 0

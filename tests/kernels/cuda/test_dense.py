@@ -9,6 +9,7 @@ import torch
 
 from quantc.formats import DENSE
 from quantc.kernels.cuda import dense, packed, resources
+from quantc.kernels.cuda import product as product_module
 from quantc.kernels.cuda.dense import CUDA_PACKED
 from quantc.kernels.cuda.layout import prepare
 from quantc.kernels.cuda.packed import Device, Workspace
@@ -39,15 +40,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         started.append(launch)
         run(launch)
 
-    monkeypatch.setattr(dense, "launch", start)
-    monkeypatch.setattr(dense, "device_index", lambda _: 0)
+    monkeypatch.setattr(product_module, "launch", start)
+    monkeypatch.setattr(product_module, "device_index", lambda _: 0)
     monkeypatch.setattr(dense, "capability", lambda _: 80)
-    monkeypatch.setattr(dense, "device_limits", lambda _: Device(2, 99 * 1024))
+    monkeypatch.setattr(product_module, "device_limits", lambda _: Device(2, 99 * 1024))
     workspace = Workspace(torch.full((1 << 18,), float("nan")), torch.zeros(64, dtype=torch.int32))
-    monkeypatch.setattr(dense, "workspace", lambda *_: workspace)
+    monkeypatch.setattr(product_module, "workspace", lambda *_: workspace)
     buffers: dict[tuple[int, ...], torch.Tensor] = {}
     monkeypatch.setattr(
-        dense,
+        product_module,
         "unpacked_buffer",
         lambda _, __, dtype, shape: buffers.setdefault(shape, torch.empty(shape, dtype=dtype)),
     )

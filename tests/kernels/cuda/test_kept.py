@@ -10,6 +10,7 @@ import torch
 
 from quantc.formats import GROUP_SPARSE
 from quantc.kernels.cuda import kept, resources
+from quantc.kernels.cuda import product as product_module
 from quantc.kernels.cuda.kept import CUDA_KEPT
 from quantc.kernels.cuda.packed import Device, Workspace
 from quantc.kernels.cuda.program import Launch
@@ -41,13 +42,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         started.append(launch)
         run(launch)
 
-    monkeypatch.setattr(kept, "launch", start)
-    monkeypatch.setattr(kept, "device_index", lambda _: 0)
-    monkeypatch.setattr(kept, "device_limits", lambda _: Device(2, 99 * 1024))
+    monkeypatch.setattr(product_module, "launch", start)
+    monkeypatch.setattr(product_module, "device_index", lambda _: 0)
+    monkeypatch.setattr(product_module, "device_limits", lambda _: Device(2, 99 * 1024))
     workspace = Workspace(torch.full((1 << 18,), float("nan")), torch.zeros(64, dtype=torch.int32))
-    monkeypatch.setattr(kept, "workspace", lambda *_: workspace)
+    monkeypatch.setattr(product_module, "workspace", lambda *_: workspace)
     # As if another weight had been there before.
-    monkeypatch.setattr(kept, "unpacked_buffer", lambda _, __, dtype, shape: torch.full(shape, torch.nan, dtype=dtype))
+    monkeypatch.setattr(
+        product_module, "unpacked_buffer", lambda _, __, dtype, shape: torch.full(shape, torch.nan, dtype=dtype)
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     return started
 
@@ -86,7 +89,7 @@ def test_rows_too_long_for_eight_tokens_take_more_launches(
     tensor = random_kept(SPEC, (16, 520))
     x = torch.randn(5, 520, generator=torch.Generator().manual_seed(0)).bfloat16()
     for limit, count in ((4 * 2 * 544, 3), (2 * 544, 5)):
-        monkeypatch.setattr(kept, "device_limits", lambda _, limit=limit: Device(2, limit))
+        monkeypatch.setattr(product_module, "device_limits", lambda _, limit=limit: Device(2, limit))
         launches.clear()
         check_product(product(tensor, x), x, tensor.dequantize(torch.float64))
         assert len(launches) == count

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from quantc.kernels.cuda import kept_launch
-from quantc.kernels.cuda.kept_launch import KeptProduct, longest_row, tokens_at_once
-from quantc.kernels.cuda.kept_layout import KeptVariant
+from quantc.kernels.cuda.kept_launch import longest_row, tokens_at_once
+from quantc.kernels.cuda.kept_layout import KeptVariant, KeptWeight
 from quantc.kernels.cuda.layout import CODE_BITS
-from quantc.kernels.cuda.packed import Device, Workspace
+from quantc.kernels.cuda.packed import Device, Product, Workspace
 from quantc.kernels.cuda.program import Launch
 from quantc.numerics.hadamard import rotate
 from quantc.numerics.qtensor import QTensor
@@ -53,15 +53,15 @@ def workspace(floats: int = 1 << 18) -> Workspace:
     return Workspace(torch.full((floats,), float("nan")), torch.zeros(256, dtype=torch.int32))
 
 
-def product_of(tensor: QTensor, m: int, dtype: torch.dtype) -> KeptProduct:
+def product_of(tensor: QTensor, m: int, dtype: torch.dtype) -> Product[KeptWeight]:
     generator = torch.Generator().manual_seed(m)
     n, k = tensor.shape
     x, bias = torch.randn(m, k, generator=generator).to(dtype), torch.randn(n, generator=generator).to(dtype)
     low_rank_t = None if tensor.low_rank_a is None else x.float() @ tensor.low_rank_a.float().T
-    return KeptProduct(x, torch.full((m, n), float("nan"), dtype=dtype), prepare(tensor), bias, low_rank_t)
+    return Product(x, torch.full((m, n), float("nan"), dtype=dtype), prepare(tensor), bias, low_rank_t)
 
 
-def check(tensor: QTensor, product: KeptProduct) -> None:
+def check(tensor: QTensor, product: Product[KeptWeight]) -> None:
     """Weights are rounded to the dtype at most once, and so is the result."""
     matrix, x, bias = tensor.effective_weight().double(), product.x.double(), product.bias
     assert bias is not None

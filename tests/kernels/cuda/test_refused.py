@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantc.kernels.cuda import dense, kept, kept_layout, layout
+from quantc.kernels.cuda import dense, kept, kept_layout, layout, product
 from quantc.spec import QuantSpec
 from tests.kernels.weights import K, N, stored
 
@@ -32,7 +32,7 @@ def on_meta(weight: Any) -> Any:
 @every_operator
 def test_what_a_linear_refuses(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is launched, and as a compiler asks for shapes."""
-    monkeypatch.setattr(module, "launch", lambda _: pytest.fail("something was launched"))
+    monkeypatch.setattr(product, "launch", lambda _: pytest.fail("something was launched"))
     linear = nn.Linear(K, N, bias=False, dtype=torch.float16)
     weight, shapes_only = prepared(module), on_meta(prepared(module))
     for shape in [(1, 2 * K), (1, 4096 * K), (4096, 2 * K), (0, 2 * K), (K - 1,), (2, 3, K + 8), (0,), ()]:
