@@ -14,10 +14,9 @@ from typing import Any
 import yaml
 
 from . import passes  # noqa: F401  registers every pass
-from .calibration.tokens import CalibrationConfig
+from .calibration.tokens import LARGEST, CalibrationConfig
 from .errors import UsageError
 from .files.untrusted import describe, fits, nearest, read_yaml
-from .numerics.lowrank import LARGEST
 from .pipeline.base import REGISTRY, Pass
 
 VERSION = 1
@@ -86,7 +85,7 @@ class Recipe:
             raise UsageError(f"the recipe has version {mapping.get('version')!r}, but `version: {VERSION}` is needed.")
         entries = mapping.get("passes", [])
         if not isinstance(entries, list) or not entries:
-            raise UsageError("the recipe has no list `passes`, but at least allocate and quantize are needed.")
+            raise UsageError("the recipe has no list `passes`; write one with at least allocate and quantize.")
         return cls(
             from_mapping(CalibrationConfig, mapping.get("calibration", {}), "calibration"),
             tuple(_read_pass(entry) for entry in entries),
@@ -149,7 +148,7 @@ def _describe_change(item: Pass, other: Pass | None) -> str:
 
 def _mapping(content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise UsageError(f"{where} is {content!r}, but a mapping of keys to values is needed.")
+        raise UsageError(f"{where} is {content!r}; a mapping of keys to values is needed.")
     return content
 
 
@@ -189,5 +188,7 @@ def preset(name: str) -> Recipe:
     """The recipe of this name; raises UsageError with the nearest known name."""
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-        raise UsageError(f"there is no preset {name!r}; did you mean {near[0]!r}? Known are {', '.join(PRESETS)}.")
+        raise UsageError(
+            f"--preset {name!r} is unknown; choose one of {', '.join(PRESETS)} (did you mean {near[0]!r}?)."
+        )
     return PRESETS[name]
