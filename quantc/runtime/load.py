@@ -169,7 +169,7 @@ def load(
         keep_half(model, stored_dtype(reader.config))
     model.eval().to(place)
     if compile:
-        from .runtime.compiled import compile_decoding
+        from .compiled import compile_decoding
 
         compile_decoding(model, progress)
     return model

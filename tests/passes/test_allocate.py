@@ -84,7 +84,7 @@ def test_a_plan_from_the_command_line_is_built_as_it_stands(saved: Path) -> None
     specs = read_plan(plan).specs
     assert len({spec.bits for spec in specs.values() if spec}) > 1
     quantize_saved(saved, plan=plan, force=True)
-    built = api.CheckpointReader(saved / "packed").entries
+    built = CheckpointReader(saved / "packed").entries
     assert {name: entry.spec for name, entry in built.items()} == specs
 
 

@@ -10,7 +10,7 @@ import pytest
 
 COUNT = """
 import ctypes, tempfile, threading
-from quantc.memory import FreeMemory
+from quantc.machine.memory import FreeMemory
 if {limited}:
     FreeMemory()
 libc = ctypes.CDLL(None)

@@ -294,7 +294,7 @@ def test_a_quality_target_keeps_the_builds_that_were_measured(tmp_path: Path, mo
 
 RUNNER = """
 import os, sys
-from quantc.checkpoint_writer import CheckpointWriter
+from quantc.checkpoint.writer import CheckpointWriter
 from quantc.cli import main
 add, tensor, number = CheckpointWriter.add, sys.argv[1], int(sys.argv[2])
 def stop(self, name, value):

@@ -194,10 +194,10 @@ def test_eval_computes_both_models_in_one_dtype(
 @pytest.mark.usefixtures("slow")
 def test_models_in_different_dtypes_are_compared_in_one(built: Path, tmp_path: Path) -> None:
     save_in(torch.float16, tmp_path / "float16")
-    models = [built / "packed", open_model(tmp_path / "float16")]
-    assert models.choose_common(models[:1], CPU) == Choice(torch.float32, "this processor has no bfloat16 products")
-    assert models.choose_common(models, CPU) == Choice(torch.float32)
-    assert models.choose_common(models[:1], torch.device("cuda")) == Choice(torch.bfloat16)
+    both = [built / "packed", open_model(tmp_path / "float16")]
+    assert models.choose_common(both[:1], CPU) == Choice(torch.float32, "this processor has no bfloat16 products")
+    assert models.choose_common(both, CPU) == Choice(torch.float32)
+    assert models.choose_common(both[:1], torch.device("cuda")) == Choice(torch.bfloat16)
 
 
 @pytest.mark.usefixtures("slow")
@@ -223,13 +223,13 @@ def test_a_config_without_a_dtype_takes_that_of_the_weights(built: Path) -> None
 
 
 def test_a_model_writes_its_own_calibration_text_in_what_is_fast(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = SimpleNamespace(source=open_model(built / "original"))
+    source = open_model(built / "original")
     for fast, total, expected in (
         (True, 1 << 40, torch.bfloat16), (False, 1 << 40, torch.float32), (False, 1 << 10, torch.bfloat16)
     ):  # fmt: skip
         monkeypatch.setattr("quantc.calibration.tokens.has_fast_bfloat16", lambda _, fast=fast: fast)
         monkeypatch.setattr("psutil.virtual_memory", lambda total=total: SimpleNamespace(total=total))
-        assert _writing_dtype(run) == expected
+        assert _writing_dtype(source) == expected
 
 
 def test_slowness_is_measured_once() -> None:
