@@ -19,8 +19,8 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/n
 
 demo: $(VENV)/.ready
 	$(BIN)/quantc quantize demo:smollm2 --bits 4 --samples 32 --out demo-out/SmolLM2-135M-w4 --force
-	$(BIN)/quantc eval demo-out/SmolLM2-135M-w4 --against demo:smollm2 --text benchmarks/texts/demo.txt --context 256
-	$(BIN)/python -m benchmarks.say demo-out/SmolLM2-135M-w4 "Why does a harbour fill up with mud?"
+	$(BIN)/quantc eval demo-out/SmolLM2-135M-w4 --against demo:smollm2 --text examples/demo.txt --context 256
+	$(BIN)/python examples/say.py demo-out/SmolLM2-135M-w4 "Why does a harbour fill up with mud?"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

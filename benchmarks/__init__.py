@@ -1,1 +1,1 @@
-"""Scripts that measure; each prints ratios against something timed in the same run."""
+"""Scripts that measure: quality, speed and cost. Each prints ratios against something measured in the same run."""

@@ -20,7 +20,7 @@ from quantc.progress import LogProgress
 from quantc.runtime.modules import unpack
 
 MODEL = "demo:smollm2"
-TEXT = Path(__file__).parents[2] / "benchmarks/texts/demo.txt"
+TEXT = Path(__file__).parents[2] / "examples/demo.txt"
 CONTEXT = 256
 
 

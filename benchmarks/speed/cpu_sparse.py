@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import describe, machine, markdown, write_json
+from benchmarks.speed.cpu_matmul import measure, native
 from quantc.formats import GROUP_SPARSE, format_of
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
@@ -20,9 +22,6 @@ from quantc.machine.compute_dtype import name_of
 from quantc.numerics.qtensor import QTensor
 from quantc.runtime.kernel_speed import Call, copies, random_weight
 from quantc.spec import QuantSpec
-
-from .common import describe, machine, markdown, write_json
-from .cpu_matmul import measure, native
 
 SHAPES = [(576, 1536), (4096, 4096), (4096, 11008)]
 GROUP, PEERS = 16, (64, 16)

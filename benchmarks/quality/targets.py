@@ -13,7 +13,7 @@ from typing import Any
 
 import quantc
 from benchmarks.common import describe, machine, markdown, quantize, write_json
-from benchmarks.results_table import named_path
+from benchmarks.quality.results_table import named_path
 
 
 def measure(name: str, path: str, target: float, args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import describe, machine, markdown, quantize, write_json
-from benchmarks.results_table import Scorer, settings_of
+from benchmarks.quality.results_table import Scorer, settings_of
 from quantc import api
 from quantc.plan import Plan
 from quantc.planning.budget import stored_bits

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import describe, markdown, write_json
-from benchmarks.results_table import IDENTITY, Scorer, measure, named_path, settings_of
+from benchmarks.quality.results_table import IDENTITY, Scorer, measure, named_path, settings_of
 
 AVERAGES = (2.25, 2.5, 3.0, 3.25, 3.5, 4.0)
 UNIFORM = ((2, 128), (2, 64), (3, 64), (4, 64))  # bits, group size

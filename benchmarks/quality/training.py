@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks.common import describe, machine, markdown, quantize, write_json
-from benchmarks.results_table import Scorer, named_path
+from benchmarks.quality.results_table import Scorer, named_path
 
 # What a row adds to the recipe: pass -> settings; `tune` takes --steps besides.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

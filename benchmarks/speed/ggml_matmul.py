@@ -1,6 +1,6 @@
-"""Times ggml's matmul, as llama.cpp uses it, on the shapes of benchmarks.cpu_matmul.
+"""Times ggml's matmul, as llama.cpp uses it, on the shapes of benchmarks.speed.cpu_matmul.
 
-    python benchmarks/ggml_matmul.py LIBRARY... --shape 4096 4096 --tokens 1 4 16
+    python benchmarks/speed/ggml_matmul.py LIBRARY... --shape 4096 4096 --tokens 1 4 16
 
 LIBRARY: libggml-base.so and libggml-cpu.so of a llama.cpp, or any library that exports ggml, such as that of xllamacpp.
 Weights lie in ggml's own orders (repacked, or AMX tiles) where it has one for the type, as llama.cpp loads them, and

@@ -5,7 +5,7 @@ contestant is a process of its own, which waits while another has its turn; the 
 the machine slows all of them. What is printed is the median over the rounds of the ratio to the original, and the
 median time of a token. QUANTC_CPU_LEVEL, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA set the instructions.
 
-    python -m benchmarks.cpu_decode path/to/model checkpoint [checkpoint ...]
+    python -m benchmarks.speed.cpu_decode path/to/model checkpoint [checkpoint ...]
         --openvino PYTHON MODEL    an interpreter with optimum-intel, and a folder that it has exported
         --llama-cpp PYTHON FILE    an interpreter with xllamacpp, and a .gguf file
 """
@@ -19,10 +19,9 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.common import describe, machine, markdown, write_json
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import INT8_VARIABLE
-
-from .common import describe, machine, markdown, write_json
 
 WARM_UP = 3
 

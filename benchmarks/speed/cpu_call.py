@@ -19,14 +19,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.common import describe, machine, markdown, write_json
 from quantc.formats import DENSE
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE
 from quantc.runtime.kernel_speed import random_weight
 from quantc.runtime.modules import QuantLinear
 from quantc.spec import QuantSpec
-
-from .common import describe, machine, markdown, write_json
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536)]
 

@@ -1,4 +1,4 @@
-"""Times the CUDA kernels of weights with dropped groups beside the dense ones of as many bits, for benchmarks/gpu.py.
+"""Times the CUDA kernels of weights with dropped groups beside the dense ones of as many bits, for `benchmarks.gpu`.
 
 Groups of 16, half of them dropped at random or all of half of the rows, against dense groups of 128. Operands take
 turns, so that no cache serves them.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_timing import copies_for, seconds
+from benchmarks.speed.gpu_timing import copies_for, seconds
 
 GROUP, SPARSITY = 16, 0.5
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 64)

@@ -43,7 +43,7 @@ def run_forward(path: str, calib: str, samples: int, seq_len: int) -> dict[str, 
 def measure(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     """One row: the forward passes, then the command, on so many windows."""
     amount = [str(samples), str(args.seq_len)]
-    child = [sys.executable, "-m", "benchmarks.quantize_time", "--forward", args.model, args.calib, *amount]
+    child = [sys.executable, "-m", "benchmarks.cost.quantize_time", "--forward", args.model, args.calib, *amount]
     forward = json.loads(run_measured(child, args.threads).output.splitlines()[-1])
     with tempfile.TemporaryDirectory(prefix="quantize-time-") as scratch:
         options = {"bits": args.bits, "group_size": args.group_size, "calib": args.calib, "method": "gptq"}

@@ -1,4 +1,4 @@
-"""Lets a packed checkpoint write a short text: `python -m benchmarks.say CHECKPOINT "PROMPT"`."""
+"""Lets a packed checkpoint write a short text: `python examples/say.py CHECKPOINT "PROMPT"`."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from benchmarks.common import describe, machine, markdown, write_json
 from quantc.formats import DENSE
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
@@ -39,8 +40,6 @@ from quantc.numerics.hadamard import block_order, rotate
 from quantc.numerics.qtensor import QTensor
 from quantc.runtime.kernel_speed import Call, copies, random_weight, read_bandwidth
 from quantc.spec import QuantSpec
-
-from .common import describe, machine, markdown, write_json
 
 SHAPES = {
     "135M": [(576, 576), (1536, 576), (576, 1536)],

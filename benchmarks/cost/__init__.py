@@ -1,0 +1,1 @@
+"""What quantizing costs: time and memory."""

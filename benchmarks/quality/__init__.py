@@ -1,0 +1,1 @@
+"""How well models come out: KL divergence and perplexity of presets, recipes, plans and other tools."""
