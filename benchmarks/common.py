@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows of equal keys as a markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def uniform_at(bits: float, rows: list[dict[str, Any]]) -> float:
+    """Return the divergence of uniform quantization at these bits a weight, on straight lines of its logarithm."""
+    points = sorted((row["bits_per_weight"], math.log(row["mean_kl"])) for row in rows if row["group_size"])
+    sides = [(left, right) for left, right in pairwise(points) if bits <= right[0]] or [(points[-2], points[-1])]
+    (low, first), (high, second) = sides[0]
+    return math.exp(first + (second - first) * (bits - low) / (high - low))
 
 
 def _main(command: list[str]) -> int:

@@ -20,7 +20,7 @@ at 2. Scaled inputs have fewer outliers, so `scale` belongs before this pass: 0.
 
 Weights that are rounded to nearest are never rotated, folded or not. The errors of a rotated weight are independent
 of the inputs' strong common directions (a few eigenvalues of the Gram matrix hold most of its trace), and only error
-feedback steers around them; see docs/results.md.
+feedback steers around them; see benchmarks/notebook/rotations-and-scaling.md.
 
 Sources: QuIP# (Tseng et al. 2024, arXiv:2402.04396), QuaRot (Ashkboos et al. 2024, arXiv:2404.00456), SpinQuant (Liu
 et al. 2024, arXiv:2405.16406) for rotations with the gains folded.

@@ -18,7 +18,7 @@ from ..pipeline.run import Run
 from ..spec import QuantSpec
 
 TWO_OF_FOUR = "2:4"
-# docs/results.md has the figures.
+# benchmarks/notebook/grouping-and-sparsity.md has the figures.
 RECOMMENDED = (
     "sparsify drops weights: at the same size fewer bits for all of them lost less wherever that was measured, so "
     "fewer bits and no sparsity are recommended, or else a sparsity of 0.2"

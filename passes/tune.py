@@ -34,7 +34,7 @@ from ..training.reconstruction import ParameterGroup, Reconstruction, Trainable,
 from ..training.step_budget import Pace
 from ..units import duration
 
-# Of Adam's first step, falling to 0: in codes, and as a share of a scale. See docs/results.md for others.
+# Of Adam's first step, falling to 0: in codes, and as a share of a scale. benchmarks/notebook/training.md has others.
 OFFSET_RATE, SCALE_RATE = 0.002, 0.004
 # Rates are halved where a block gets no better, so often for one block; the blocks behind it start there. SmolLM2-135M
 # wants a half to a quarter, stories15M all of it. Looks at the error under way cannot tell: it is higher than at first

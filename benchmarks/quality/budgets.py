@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import describe, markdown, write_json
+from benchmarks.common import describe, markdown, uniform_at, write_json
 from benchmarks.quality.results_table import IDENTITY, Scorer, measure, named_path, settings_of
 
 AVERAGES = (2.25, 2.5, 3.0, 3.25, 3.5, 4.0)
@@ -31,14 +29,6 @@ def wanted(args: argparse.Namespace, name: str) -> list[Row]:
     formats = [*UNIFORM, *((float(average), None) for average in args.averages)]
     same = {"model": name, "method": args.preset, "settings": settings_of(args)}
     return [{**same, "bits": bits, "group_size": group} for bits, group in formats]
-
-
-def uniform_at(bits: float, rows: list[Row]) -> float:
-    """The divergence of uniform quantization at so many bits a weight: a straight line of its logarithm."""
-    points = sorted((row["bits_per_weight"], math.log(row["mean_kl"])) for row in rows if row["group_size"])
-    sides = [(left, right) for left, right in pairwise(points) if bits <= right[0]] or [(points[-2], points[-1])]
-    (low, first), (high, second) = sides[0]
-    return math.exp(first + (second - first) * (bits - low) / (high - low))
 
 
 def table(rows: list[Row]) -> str:

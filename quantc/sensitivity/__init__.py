@@ -1,7 +1,7 @@
 """What storing a linear in fewer bits would cost the model: a loss for every linear and every candidate.
 
 Estimators answer the same question at different prices: `fisher` by gradients, `gram` by output errors alone, `kl` by
-measuring. See docs/results.md for how well each ranks and predicts.
+measuring. See benchmarks/notebook/budgets.md for how well each ranks and predicts.
 """
 
 from __future__ import annotations
