@@ -14,6 +14,11 @@ log = logging.getLogger(__name__)
 
 OLDEST = 75  # Turing: the first with the matrix instruction that the kernels build on
 
+CUPY_PACKAGES = {  # by torch's CUDA
+    "12": "'cupy-cuda12x>=14' nvidia-cuda-nvrtc-cu12",
+    "13": "'cupy-cuda13x>=14' 'nvidia-cuda-nvrtc>=13,<14'",
+}
+
 _failures: dict[int, str] = {}  # by index of the device
 
 
@@ -59,10 +64,10 @@ def shared_limit(index: int) -> int:
     return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index))
 
 
-def cupy_extra() -> str:
-    """What to pip install for the CUDA version that torch is built for."""
+def cupy_packages() -> str:
+    """Return what to pip install for the CUDA version that torch is built for."""
     major = (torch.version.cuda or "").split(".")[0]
-    return f"'quantc[cuda{major}]'" if major in ("12", "13") else "'quantc[cuda12]' or 'quantc[cuda13]'"
+    return CUPY_PACKAGES.get(major, " or, for CUDA 13, ".join(CUPY_PACKAGES.values()))
 
 
 def first_line(error: Exception) -> str:
@@ -82,7 +87,7 @@ def _without_driver() -> str | None:
 @functools.cache
 def _without_compiler() -> str | None:
     if find_spec("cupy") is None:
-        return f"needs CuPy, which is not installed: pip install {cupy_extra()}"
+        return f"needs CuPy, which is not installed: pip install {cupy_packages()}"
     try:
         from cupy.cuda import driver, runtime
     except Exception as error:  # a broken installation raises anything from ImportError to OSError
@@ -96,7 +101,7 @@ def _without_compiler() -> str | None:
     if newest // 1000 < version[0]:
         return (
             f"is compiled by NVRTC {_dotted(version)}, and the driver runs CUDA {newest // 1000}.{newest % 1000 // 10} "
-            f"at most: update the driver, or uninstall CuPy and pip install {cupy_extra()}"
+            f"at most: update the driver, or uninstall CuPy and pip install {cupy_packages()}"
         )
     return None
 

@@ -99,8 +99,8 @@ def _load_split(name: str, split: HubText) -> str:
         from datasets import load_dataset
     except ImportError as error:
         raise CalibrationError(
-            f"Evaluation data set {name!r} is read through the library 'datasets', which is not installed; "
-            f"run `pip install quantc[data]`, or pass `--text FILE`."
+            f"the data set {name!r} needs the package datasets, which is not installed; "
+            f"run `pip install datasets`, or pass --text FILE."
         ) from error
     try:
         rows = load_dataset(split.repo, split.config, split=split.split, streaming=split.limit is not None)

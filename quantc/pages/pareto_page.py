@@ -14,7 +14,7 @@ from . import plots
 from .report_page import PAGE, STYLE, is_page
 
 PAGE_FILE, PLOT_FILE = "pareto.html", "pareto.png"
-NO_PLOT = "no plot was drawn, as matplotlib is not installed; run `pip install quantc[plot]` for one."
+NO_PLOT = "no plot was drawn, as matplotlib is not installed; run `pip install matplotlib` for one."
 # The plot in the page's colours, which are others in the dark.
 THEMED = {plots.INK: "ink", plots.DIM: "dim", plots.LINE: "line", plots.MIXED: "bar", plots.VERIFIED: "worst"}
 PLOT_STYLE = "svg { border: 0; max-width: 860px; margin: 1.4rem auto 0; font-family: system-ui, sans-serif; }\n"

@@ -149,10 +149,10 @@ def describe_cuda() -> str:
 
 def describe_cupy() -> str:
     """One sentence on CuPy, which compiles the CUDA kernels."""
-    from ..kernels.cuda.device import cupy_extra
+    from ..kernels.cuda.device import cupy_packages
 
     if find_spec("cupy") is None:
-        return f"CuPy is not installed; CUDA kernels need it: pip install {cupy_extra()}."
+        return f"CuPy is not installed; CUDA kernels need it: pip install {cupy_packages()}."
     try:
         import cupy
     except Exception as error:  # a broken CUDA installation raises anything from ImportError to OSError

@@ -105,9 +105,13 @@ def new_gpu(machine: FakeMachine) -> None:
 CAUSES = [
     (torch_without_cuda, "needs CUDA, and this torch (2.13.0+cpu) is built without it"),
     (no_gpu, "needs a GPU, and torch finds none that it can use; check the driver with nvidia-smi"),
-    (no_cupy, "needs CuPy, which is not installed: pip install 'quantc[cuda13]'"),
-    (no_cupy_for_12, "needs CuPy, which is not installed: pip install 'quantc[cuda12]'"),
-    (no_cupy_for_14, "needs CuPy, which is not installed: pip install 'quantc[cuda12]' or 'quantc[cuda13]'"),
+    (no_cupy, "needs CuPy, which is not installed: pip install 'cupy-cuda13x>=14' 'nvidia-cuda-nvrtc>=13,<14'"),
+    (no_cupy_for_12, "needs CuPy, which is not installed: pip install 'cupy-cuda12x>=14' nvidia-cuda-nvrtc-cu12"),
+    (
+        no_cupy_for_14,
+        "needs CuPy, which is not installed: pip install 'cupy-cuda12x>=14' nvidia-cuda-nvrtc-cu12 or, for CUDA 13, "
+        "'cupy-cuda13x>=14' 'nvidia-cuda-nvrtc>=13,<14'",
+    ),
     (
         broken_cupy,
         "needs CuPy, which is installed but cannot be imported: libcudart.so.13: cannot open shared object file",
@@ -125,7 +129,7 @@ CAUSES = [
     (
         old_driver,
         "is compiled by NVRTC 13.5, and the driver runs CUDA 12.8 at most: update the driver, or uninstall CuPy and "
-        "pip install 'quantc[cuda12]'",
+        "pip install 'cupy-cuda12x>=14' nvidia-cuda-nvrtc-cu12",
     ),
     (old_gpu, "needs compute capability 7.5 or later, and Tesla V100 has 7.0"),
     (new_gpu, "is compiled by NVRTC 13.5, which knows no such GPU (NVIDIA X100 has 15.0): update it and CuPy"),

@@ -121,4 +121,4 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_library_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "run `pip install quantc[data]`, or pass `--text FILE`" in message_of(CalibrationError, "c4")
+    assert "run `pip install datasets`, or pass --text FILE" in message_of(CalibrationError, "c4")

