@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import CheckpointError, UsageError
@@ -69,18 +69,16 @@ def describe_quantization(
     entries: dict[str, PackedEntry], default: QuantSpec, residual: ResidualRotation | None = None
 ) -> dict[str, Any]:
     """`quantization_config` for config.json: the default spec, and per weight its shape and what differs."""
-    common = replace(default, wide_rows=0, sparsity=0.0, two_of_four=False).to_dict()
+    common = default.dense()
     modules = {}
     for name, entry in entries.items():
-        differs = {key: value for key, value in entry.spec.to_dict().items() if value != common.get(key)}
-        modules[name] = {"shape": [*entry.leading, *entry.shape], **differs}
+        modules[name] = {"shape": [*entry.leading, *entry.shape], **entry.spec.difference(common)}
         if entry.transposed:
             modules[name]["transposed"] = True
-    described = {"quant_method": METHOD, "version": VERSION, "default": common, "modules": modules}
+    version = max([VERSION if residual is None else TURNED_VERSION, *(entry.spec.since for entry in entries.values())])
+    described = {"quant_method": METHOD, "version": version, "default": common.to_dict(), "modules": modules}
     if residual is not None:
-        described |= {"version": TURNED_VERSION, "residual_rotation": asdict(residual)}
-    if any(entry.spec.wide_rows or entry.spec.sparse for entry in entries.values()):
-        described["version"] = UNEVEN_VERSION
+        described["residual_rotation"] = asdict(residual)
     return {**described, "sha256": _checksum_of_settings(described)}
 
 
@@ -165,7 +163,7 @@ def _is_size(value: object) -> bool:
 def _check_uneven(entries: dict[str, PackedEntry], version: int) -> None:
     for name, entry in entries.items():
         n, wide = entry.shape[0], entry.spec.wide_rows
-        if wide >= n or (wide and version != UNEVEN_VERSION):
+        if wide >= n or (wide and version < entry.spec.since):
             raise ValueError(f"{name} has {wide} of {n} rows in one bit more, in version {version}")
-        if entry.spec.sparse and version != UNEVEN_VERSION:
+        if entry.spec.sparse and version < entry.spec.since:
             raise ValueError(f"{name} has dropped weights, in version {version}")

@@ -1,4 +1,4 @@
-"""Storage formats, one file each: layout, pack, unpack. `FORMATS` is the one list of them."""
+"""Storage formats, one file for each pattern of weights: layout, pack, unpack. `FORMATS` is the one list of them."""
 
 from ..spec import QuantSpec
 from .base import Format, Part, Parts
@@ -11,12 +11,8 @@ FORMATS: dict[str, Format] = {storage.name: storage for storage in (DENSE, TWO_W
 
 
 def format_of(spec: QuantSpec) -> Format:
-    """The format that a weight of this spec is stored in."""
-    if spec.sparsity:
-        return GROUP_SPARSE
-    if spec.two_of_four:
-        return TWO_OF_FOUR
-    return TWO_WIDTHS if spec.wide_rows else DENSE
+    """Return the format that a weight of this spec is stored in: the one with the name of its pattern."""
+    return FORMATS[spec.pattern.name]
 
 
 __all__ = ["DENSE", "FORMATS", "GROUP_SPARSE", "TWO_OF_FOUR", "TWO_WIDTHS", "Format", "Part", "Parts", "format_of"]

@@ -1,0 +1,34 @@
+"""How one weight is stored: a grid, groups, a pattern and what wraps it; QuantSpec is the record that names them."""
+
+from .counts import LARGEST_COUNT, SCALE_BITS, packed_bytes
+from .grids import GRIDS, MAX_BITS, MIN_BITS, Grid, Uniform
+from .groups import WHOLE_ROW, Groups
+from .patterns import PATTERNS, PLACE_BITS, SPARSE_GROUPS, Dense, GroupSparse, Pattern, TwoOfFour, TwoWidths, places
+from .quant_spec import QuantSpec
+from .record import Grouping
+from .wrapping import Wrapping
+
+__all__ = [
+    "GRIDS",
+    "LARGEST_COUNT",
+    "MAX_BITS",
+    "MIN_BITS",
+    "PATTERNS",
+    "PLACE_BITS",
+    "SCALE_BITS",
+    "SPARSE_GROUPS",
+    "WHOLE_ROW",
+    "Dense",
+    "Grid",
+    "GroupSparse",
+    "Grouping",
+    "Groups",
+    "Pattern",
+    "QuantSpec",
+    "TwoOfFour",
+    "TwoWidths",
+    "Uniform",
+    "Wrapping",
+    "packed_bytes",
+    "places",
+]

@@ -1,0 +1,87 @@
+"""What a grid is, without its arithmetic: what values a code can stand for, and what codes and scales cost.
+
+The arithmetic is in numerics/grids/, under the same name: importing a spec imports no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+from ...errors import UsageError
+from ..groups import Groups
+from ..record import Record
+
+Trained = Literal["codes", "scales"]
+
+
+@dataclass(frozen=True)
+class Grid(ABC):
+    """One grid with its settings; each grid is a subclass in a file of its own, made known by `register`.
+
+    bits: code width.
+
+    name: the `code` of a spec. most_bits: the largest width. trainable: what training may move, codes to a neighbour or
+    scales by a factor; then a weight is what its code stands for times the scale of its group. holds_zero: whether a
+    code stands for exactly 0 at any scale, without which no weight can be dropped. rows_together: output channels that
+    are coded together. since: first version of the file format that has the grid.
+    """
+
+    bits: int
+
+    name: ClassVar[str]
+    most_bits: ClassVar[int]
+    trainable: ClassVar[frozenset[Trained]] = frozenset()
+    holds_zero: ClassVar[bool] = False
+    rows_together: ClassVar[int] = 1
+    since: ClassVar[int] = 1
+
+    @classmethod
+    @abstractmethod
+    def of(cls, record: Record) -> Self:
+        """Return the grid that a record asks for; raises UsageError for settings that it does not have."""
+
+    def check_groups(self, groups: Groups) -> None:
+        """Raise UsageError for groups that the grid cannot have; it can have any."""
+        return
+
+    def wider(self) -> Self | None:
+        """Return the grid of one bit more; None where there is none."""
+        return replace(self, bits=self.bits + 1) if self.bits < self.most_bits else None
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    @abstractmethod
+    def code_bits(self, n: int, k: int) -> int:
+        """Return the stored bits of the codes of n rows of k weights."""
+
+    @abstractmethod
+    def parameter_bits(self, rows: int, columns: int) -> int:
+        """Return the stored bits of the parameters of rows x columns groups."""
+
+    def stored_bits(self, groups: Groups, shape: tuple[int, int]) -> int:
+        """Return the stored bits of a weight (N, K) all of which is stored."""
+        return self.code_bits(*shape) + self.parameter_bits(*groups.counts(shape))
+
+    def label(self, size: str) -> str:
+        """Return the start of a spec's label; size: that of its groups, such as g64."""
+        return f"{self.name}{size}"
+
+
+GRIDS: dict[str, type[Grid]] = {}
+
+
+def register(grid: type[Grid]) -> type[Grid]:
+    """Make a grid known under its name; a class decorator."""
+    GRIDS[grid.name] = grid
+    return grid
+
+
+def grid_of(record: Record) -> Grid:
+    """Return the grid that a record asks for; raises UsageError where there is none of that name."""
+    if not isinstance(record.code, str) or record.code not in GRIDS:
+        raise UsageError(f"code is {record.code!r}, but only {', '.join(GRIDS)} can be chosen; take that.")
+    return GRIDS[record.code].of(record)
