@@ -10,6 +10,7 @@ import torch
 from ..errors import CalibrationError, ModelError, UsageError
 from ..graph.model_graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
+from ..numerics.grids import Parameters
 from ..numerics.lowrank import compensate
 from ..numerics.offsets import common_row, pays_off
 from ..numerics.qtensor import QTensor
@@ -255,13 +256,12 @@ def _stack(tensors: list[QTensor]) -> QTensor:
         found = [part for part in parts if part is not None]
         return torch.stack(found) if found else None
 
-    return QTensor(
+    return QTensor.of(
         tensors[0].spec,
         torch.stack([tensor.codes for tensor in tensors]),
-        torch.stack([tensor.scales for tensor in tensors]),
-        stacked([tensor.zeros for tensor in tensors]),
-        stacked([tensor.low_rank_a for tensor in tensors]),
-        stacked([tensor.low_rank_b for tensor in tensors]),
-        stacked([tensor.wide for tensor in tensors]),
-        stacked([tensor.kept for tensor in tensors]),
+        Parameters.merged([tensor.parameters for tensor in tensors], lambda each: torch.stack(list(each))),
+        low_rank_a=stacked([tensor.low_rank_a for tensor in tensors]),
+        low_rank_b=stacked([tensor.low_rank_b for tensor in tensors]),
+        wide=stacked([tensor.wide for tensor in tensors]),
+        kept=stacked([tensor.kept for tensor in tensors]),
     )

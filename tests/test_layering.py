@@ -100,8 +100,8 @@ def test_the_files_were_found() -> None:
         assert module in FILES
     assert parts_imported("quantc.passes.quantize") >= {"errors", "numerics", "pipeline"}
     assert parts_imported("quantc.kernels.cpu.torch_int4") == {"formats", "spec"}
-    assert "quantc.numerics.packing.pack_bits" in set(imports_of("quantc.formats.dense"))
-    assert modules_imported("quantc.formats.dense") >= {"quantc.formats.base", "quantc.numerics.packing"}
+    assert "quantc.numerics.packing.pack_bits" in set(imports_of("quantc.formats.group_sparse"))
+    assert modules_imported("quantc.formats.group_sparse") >= {"quantc.formats.base", "quantc.numerics.packing"}
 
 
 def test_every_part_has_a_floor() -> None:

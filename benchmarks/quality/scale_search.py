@@ -24,7 +24,7 @@ from quantc.evaluation.text import read_text
 from quantc.evaluation.windows import make_windows
 from quantc.frontend import open_model
 from quantc.graph.model_graph import Activation, Linear
-from quantc.numerics import grids
+from quantc.numerics.grids import clipping, fit_grid
 from quantc.numerics.qtensor import QTensor
 from quantc.numerics.rounding import round_to_nearest
 from quantc.numerics.statistics import Gram, output_energy
@@ -72,11 +72,11 @@ class PublishedScale(Scale):
         spec, weight = work.run.plan.specs[linear.name], work.weight(linear)
         assert spec is not None
         scaled = weight * scales.to(weight)
-        clip, grids.CLIP_RATIOS = grids.CLIP_RATIOS, (1.0,)
+        clip, clipping.CLIP_RATIOS = clipping.CLIP_RATIOS, (1.0,)
         try:
-            grid = grids.fit_grid(scaled, spec)
+            grid = fit_grid(scaled, spec)
         finally:
-            grids.CLIP_RATIOS = clip
+            clipping.CLIP_RATIOS = clip
         rounded = QTensor(spec, round_to_nearest(scaled, grid, spec), grid.scales, grid.zeros).dequantize()
         return output_energy(rounded / scales.to(weight) - weight, gram)
 

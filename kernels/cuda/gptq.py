@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...numerics.rounding import Sweep
+from ...numerics.grids import UniformColumns
+from ...numerics.rounding import COLUMN_BY_COLUMN, Sweep
 from .launch import launch, refusal
 from .program import Budget, Launch, Program
 
@@ -21,8 +22,11 @@ class CudaPanel:
     columns = BEST_COLUMNS
 
     def round(self, sweep: Sweep, low: int, high: int) -> None:
-        """See Panel in numerics/rounding.py."""
-        launch(panel_launch(sweep, low, high))
+        """See Panel in numerics/rounding.py; the kernel rounds to uniform grids, and torch to others."""
+        if type(sweep.columns) is UniformColumns:
+            launch(panel_launch(sweep, low, high))
+        else:
+            COLUMN_BY_COLUMN.round(sweep, low, high)
 
 
 def panel_for(device: torch.device) -> CudaPanel | None:
@@ -43,18 +47,18 @@ def panel_launch(sweep: Sweep, low: int, high: int) -> Launch:
     Raises ValueError for a panel that is empty, outside the weight, or wider than the largest of PANELS, and for
     tensors that the kernel would read or write wrongly.
     """
-    _check(sweep)
+    found = _checked(sweep)
     k, n = sweep.left.shape
     if not 0 <= low < high <= min(k, low + PANELS[-1]):
         raise ValueError(f"a panel has 1 to {PANELS[-1]} of {k} columns, not [{low}, {high})")
     size = next(size for size in PANELS if high - low <= size)
-    tensors = (sweep.left, sweep.upper, sweep.scales, sweep.zeros, sweep.rows, sweep.codes, sweep.errors)
+    tensors = tuple(found.values())
     return Launch(
         program=_program(size),
         grid=(-(-n // THREADS), 1, 1),
         block=(THREADS, 1, 1),
         shared=_shared(size),
-        arguments=(*tensors, n, *sweep.upper.stride(), low, high - low, float(sweep.top)),
+        arguments=(*tensors, n, *sweep.upper.stride(), low, high - low, float(_uniform(sweep).top)),
     )
 
 
@@ -67,9 +71,15 @@ def _shared(size: int) -> int:
     return size * size * 4
 
 
-def _check(sweep: Sweep) -> None:
-    k, n = sweep.left.shape
-    r = sweep.scales.shape[0]
+def _uniform(sweep: Sweep) -> UniformColumns:
+    assert isinstance(sweep.columns, UniformColumns)
+    return sweep.columns
+
+
+def _checked(sweep: Sweep) -> dict[str, torch.Tensor]:
+    """The kernel's tensors in the order of its arguments."""
+    (k, n), columns = sweep.left.shape, _uniform(sweep)
+    r = columns.scales.shape[0]
     needed = {
         "left": ((k, n), torch.float32),
         "upper": ((k, k), torch.float32),
@@ -79,9 +89,11 @@ def _check(sweep: Sweep) -> None:
         "codes": ((k, n), torch.uint8),
         "errors": ((k, n), torch.float32),
     }
+    found = {name: getattr(columns if name in ("scales", "zeros", "rows") else sweep, name) for name in needed}
     for name, (shape, dtype) in needed.items():
-        tensor = getattr(sweep, name)
+        tensor = found[name]
         strided = name != "upper" and not tensor.is_contiguous()
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or strided:
-            found = f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
-            raise ValueError(f"{name} must be contiguous {shape} {dtype}, and is {found}")
+            actual = f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
+            raise ValueError(f"{name} must be contiguous {shape} {dtype}, and is {actual}")
+    return found

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
+from ..numerics.parts import Part, Parts
 from ..numerics.qtensor import QTensor
 from ..spec import QuantSpec
 
-Parts = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One stored tensor of a quantized weight."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+__all__ = ["Format", "Part", "Parts"]
 
 
 class Format(Protocol):
-    """A storage format. `leading` is () for a linear and (E,) for a stack of E experts."""
+    """The storage format of a pattern, under its name: which rows of codes and of parameters a grid has to store.
+
+    `leading` is () for a linear and (E,) for a stack of E experts.
+    """
 
     name: str
 

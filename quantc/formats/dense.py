@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..numerics.packing import pack_bits, unpack_bits
+from ..numerics.grids import arithmetic_of
 from ..numerics.qtensor import QTensor
-from ..spec import QuantSpec, packed_bytes
+from ..spec import QuantSpec
 from .base import Part, Parts
+from .low_rank import layout_low_rank, pack_low_rank, unpack_low_rank
 
 
 class DenseFormat:
-    """Parts: qweight, scales, zeros unless symmetric, and the low-rank factors where there is a rank."""
+    """Parts: codes and parameters as the grid has them, and the low-rank factors where there is a rank."""
 
     name = "dense"
 
     def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:
-        n, k = shape
-        rows, columns = spec.scales_shape(shape)
-        parts = {
-            "qweight": Part(torch.uint8, (*leading, n, packed_bytes(k, spec.bits))),
-            "scales": Part(torch.float16, (*leading, rows, columns)),
+        arithmetic = arithmetic_of(spec.grid)
+        return {
+            **arithmetic.layout_codes((*leading, *shape)),
+            **arithmetic.layout_parameters((*leading, *spec.scales_shape(shape))),
+            **layout_low_rank(spec, shape, leading),
         }
-        if not spec.symmetric:
-            parts["zeros"] = Part(torch.uint8, (*leading, rows, packed_bytes(columns, spec.bits)))
-        if spec.rank:
-            parts["low_rank_a"] = Part(torch.float16, (*leading, spec.rank, k))
-            parts["low_rank_b"] = Part(torch.float16, (*leading, n, spec.rank))
-        return parts
 
     def pack(self, tensor: QTensor) -> Parts:
-        spec = tensor.spec
-        parts = {"qweight": pack_bits(tensor.codes, spec.bits), "scales": tensor.scales}
-        if tensor.zeros is not None:
-            parts["zeros"] = pack_bits(tensor.zeros, spec.bits)
-        if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
-            parts |= {"low_rank_a": tensor.low_rank_a, "low_rank_b": tensor.low_rank_b}
-        return parts
+        arithmetic = arithmetic_of(tensor.spec.grid)
+        return {
+            **arithmetic.pack_codes(tensor.codes),
+            **arithmetic.pack_parameters(tensor.parameters),
+            **pack_low_rank(tensor),
+        }
 
     def unpack(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
-        _, columns = spec.scales_shape(shape)
-        zeros = None if spec.symmetric else unpack_bits(parts["zeros"], spec.bits, columns)
-        return QTensor(
-            spec,
-            unpack_bits(parts["qweight"], spec.bits, shape[1]),
-            parts["scales"],
-            zeros,
-            parts.get("low_rank_a"),
-            parts.get("low_rank_b"),
-        )
+        arithmetic = arithmetic_of(spec.grid)
+        codes = arithmetic.unpack_codes(parts, shape[1])
+        parameters = arithmetic.unpack_parameters(parts, spec.scales_shape(shape)[1])
+        return QTensor.of(spec, codes, parameters, **unpack_low_rank(parts))
 
 
 DENSE = DenseFormat()

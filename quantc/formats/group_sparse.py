@@ -8,15 +8,17 @@ from __future__ import annotations
 import torch
 
 from ..errors import CheckpointError
+from ..numerics.grids import Arithmetic, Parameters, arithmetic_of
 from ..numerics.packing import pack_bits, unpack_bits
 from ..numerics.qtensor import QTensor
 from ..numerics.row_widths import leading_count
 from ..spec import QuantSpec, packed_bytes
 from .base import Part, Parts
+from .low_rank import layout_low_rank, pack_low_rank, unpack_low_rank
 
 
 class GroupSparseFormat:
-    """Parts: `kept`, a bit for each group, and qweight, scales and zeros of the groups kept, row by row.
+    """Parts: `kept`, a bit for each group, and codes and parameters of the groups kept, row by row.
 
     Every kept group starts at a byte; a short last group of a row is filled up with zeros. Low-rank factors are as in
     the dense format.
@@ -25,51 +27,46 @@ class GroupSparseFormat:
     name = "group-sparse"
 
     def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:
-        n, k = shape
         count, columns = spec.kept_groups(shape), spec.scales_shape(shape)[1]
-        parts = {
-            "kept": Part(torch.uint8, (*leading, n, packed_bytes(columns, 1))),
-            "qweight": Part(torch.uint8, (*leading, count, packed_bytes(spec.group_length(shape), spec.bits))),
-            "scales": Part(torch.float16, (*leading, count)),
+        arithmetic = arithmetic_of(spec.grid)
+        return {
+            "kept": Part(torch.uint8, (*leading, shape[0], packed_bytes(columns, 1))),
+            **arithmetic.layout_codes((*leading, count, spec.group_length(shape))),
+            **arithmetic.layout_parameters((*leading, count)),
+            **layout_low_rank(spec, shape, leading),
         }
-        if not spec.symmetric:
-            parts["zeros"] = Part(torch.uint8, (*leading, packed_bytes(count, spec.bits)))
-        if spec.rank:
-            parts["low_rank_a"] = Part(torch.float16, (*leading, spec.rank, k))
-            parts["low_rank_b"] = Part(torch.float16, (*leading, n, spec.rank))
-        return parts
 
     def pack(self, tensor: QTensor) -> Parts:
         assert tensor.kept is not None
-        spec, kept = tensor.spec, tensor.kept
+        spec, kept, arithmetic = tensor.spec, tensor.kept, arithmetic_of(tensor.spec.grid)
         leading, count = kept.shape[:-2], spec.kept_groups(tensor.shape)
         g = spec.group_length(tensor.shape)
         short = kept.shape[-1] * g - tensor.shape[1]
         codes = torch.nn.functional.pad(tensor.codes, (0, short)).unflatten(-1, (-1, g))[kept]
-        parts = {
+        parameters = tensor.parameters.mapped(lambda values: values[kept].reshape(*leading, count))
+        return {
             "kept": pack_bits(kept.to(torch.uint8), 1),
-            "qweight": pack_bits(codes.reshape(*leading, count, g), spec.bits),
-            "scales": tensor.scales[kept].reshape(*leading, count),
+            **arithmetic.pack_codes(codes.reshape(*leading, count, g)),
+            **arithmetic.pack_parameters(parameters),
+            **pack_low_rank(tensor),
         }
-        if tensor.zeros is not None:
-            parts["zeros"] = pack_bits(tensor.zeros[kept].reshape(*leading, count), spec.bits)
-        if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
-            parts |= {"low_rank_a": tensor.low_rank_a, "low_rank_b": tensor.low_rank_b}
-        return parts
 
     def unpack(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
-        kept = kept_groups(parts, spec, shape)
-        g, count = spec.group_length(shape), spec.kept_groups(shape)
-        codes = torch.full((*kept.shape, g), spec.mid if spec.symmetric else 0, dtype=torch.uint8, device=kept.device)
-        codes[kept] = unpack_bits(parts["qweight"], spec.bits, g).reshape(-1, g)
-        scales = torch.ones(kept.shape, dtype=torch.float16, device=kept.device)
-        scales[kept] = parts["scales"].flatten()
-        zeros = None
-        if not spec.symmetric:
-            zeros = torch.zeros(kept.shape, dtype=torch.uint8, device=kept.device)
-            zeros[kept] = unpack_bits(parts["zeros"], spec.bits, count).flatten()
-        a, b = parts.get("low_rank_a"), parts.get("low_rank_b")
-        return QTensor(spec, codes.flatten(-2)[..., : shape[1]].contiguous(), scales, zeros, a, b, kept=kept)
+        kept, arithmetic = kept_groups(parts, spec, shape), arithmetic_of(spec.grid)
+        g, idle = spec.group_length(shape), arithmetic.idle(kept.shape, kept.device)
+        codes = _zero_codes(arithmetic, idle, spec, g)
+        codes[kept] = arithmetic.unpack_codes(parts, g).reshape(-1, g)
+        stored = arithmetic.unpack_parameters(parts, spec.kept_groups(shape))
+        parameters = Parameters.merged([idle, stored], lambda pair: pair[0].index_put((kept,), pair[1].flatten()))
+        codes = codes.flatten(-2)[..., : shape[1]].contiguous()
+        return QTensor.of(spec, codes, parameters, kept=kept, **unpack_low_rank(parts))
+
+
+def _zero_codes(arithmetic: Arithmetic, idle: Parameters, spec: QuantSpec, g: int) -> torch.Tensor:
+    """uint8 (..., N, G, g): the codes of dropped groups."""
+    *leading, n, count = idle.scales.shape
+    zeros = arithmetic.zero_points(idle, spec.groups, (n, count * g)).to(torch.uint8)
+    return zeros.expand(*leading, n, count * g).unflatten(-1, (count, g)).clone(memory_format=torch.contiguous_format)
 
 
 def kept_groups(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:

@@ -7,11 +7,13 @@ from dataclasses import replace
 import torch
 
 from ..errors import CheckpointError
+from ..numerics.grids import arithmetic_of
 from ..numerics.packing import pack_bits, unpack_bits
-from ..numerics.qtensor import QTensor, spread_groups
+from ..numerics.qtensor import QTensor
 from ..spec import PLACE_BITS, QuantSpec, packed_bytes, places
 from .base import Part, Parts
 from .dense import DENSE
+from .low_rank import unpack_low_rank
 
 
 class TwoOfFourFormat:
@@ -21,11 +23,10 @@ class TwoOfFourFormat:
     name = "two-of-four"
 
     def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:
-        n, k = shape
-        count = places(k)
+        n, count = shape[0], places(shape[1])
         return {
-            **DENSE.layout(replace(spec, two_of_four=False), shape, leading),
-            "qweight": Part(torch.uint8, (*leading, n, packed_bytes(count, spec.bits))),
+            **DENSE.layout(spec.dense(), shape, leading),
+            **arithmetic_of(spec.grid).layout_codes((*leading, n, count)),
             "places": Part(torch.uint8, (*leading, n, packed_bytes(count, PLACE_BITS))),
         }
 
@@ -34,7 +35,7 @@ class TwoOfFourFormat:
         kept, codes = _fours(tensor.kept.to(torch.uint8)), _fours(tensor.codes)
         at = kept.argsort(dim=-1, descending=True, stable=True)[..., :2]
         parts = DENSE.pack(replace(tensor, codes=codes.gather(-1, at).flatten(-2)))
-        return {**parts, "qweight": parts["qweight"], "places": pack_bits(at.to(torch.uint8).flatten(-2), PLACE_BITS)}
+        return {**parts, "places": pack_bits(at.to(torch.uint8).flatten(-2), PLACE_BITS)}
 
     def unpack(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
         k = shape[1]
@@ -44,15 +45,14 @@ class TwoOfFourFormat:
                 f"the places of a weight {shape} do not rise within their four, but each of them names an input of its "
                 "own; copy the checkpoint again."
             )
-        columns = spec.scales_shape(shape)[1]
-        zeros = None if spec.symmetric else unpack_bits(parts["zeros"], spec.bits, columns)
-        codes = torch.full((*at.shape[:-2], k), spec.mid, dtype=torch.uint8, device=at.device)
-        codes = codes if zeros is None else spread_groups(zeros, spec, shape)
-        stored = unpack_bits(parts["qweight"], spec.bits, places(k)).unflatten(-1, (-1, 2))
+        arithmetic = arithmetic_of(spec.grid)
+        parameters = arithmetic.unpack_parameters(parts, spec.scales_shape(shape)[1])
+        codes = arithmetic.zero_points(parameters, spec.groups, shape).to(torch.uint8).expand(*at.shape[:-2], k)
+        stored = arithmetic.unpack_codes(parts, places(k)).unflatten(-1, (-1, 2))
         codes = _fours(codes).scatter(-1, at, stored).flatten(-2)[..., :k].contiguous()
         kept = torch.zeros(*at.shape[:-1], 4, dtype=torch.bool, device=at.device).scatter_(-1, at, True)
-        a, b = parts.get("low_rank_a"), parts.get("low_rank_b")
-        return QTensor(spec, codes, parts["scales"], zeros, a, b, kept=kept.flatten(-2)[..., :k].contiguous())
+        kept = kept.flatten(-2)[..., :k].contiguous()
+        return QTensor.of(spec, codes, parameters, kept=kept, **unpack_low_rank(parts))
 
 
 def _fours(values: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ from ..numerics.row_widths import join, leading_count, split, take_rows
 from ..spec import QuantSpec, packed_bytes
 from .base import Part, Parts
 from .dense import DENSE
+from .low_rank import LOW_RANK, layout_low_rank, pack_low_rank, unpack_low_rank
 
 PREFIX = "wide_"  # of the parts of the rows in one bit more
-LOW_RANK = ("low_rank_a", "low_rank_b")
 
 
 class TwoWidthsFormat:
@@ -26,29 +26,24 @@ class TwoWidthsFormat:
 
     def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:
         narrow, wide = (DENSE.layout(half, part, leading) for half, part in replace(spec, rank=0).halves(shape))
-        whole = DENSE.layout(replace(spec, wide_rows=0), shape, leading)
         return {
             "wide": Part(torch.uint8, (*leading, packed_bytes(shape[0], 1))),
             **narrow,
             **{PREFIX + name: part for name, part in wide.items()},
-            **{name: whole[name] for name in LOW_RANK if name in whole},
+            **layout_low_rank(spec, shape, leading),
         }
 
     def pack(self, tensor: QTensor) -> Parts:
         assert tensor.wide is not None
         narrow, wide = (DENSE.pack(half) for half in split(tensor))
         parts = {"wide": pack_bits(tensor.wide.to(torch.uint8), 1), **narrow}
-        parts |= {PREFIX + name: part for name, part in wide.items()}
-        if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
-            parts |= {"low_rank_a": tensor.low_rank_a, "low_rank_b": tensor.low_rank_b}
-        return parts
+        return {**parts, **{PREFIX + name: part for name, part in wide.items()}, **pack_low_rank(tensor)}
 
     def unpack(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
         halves = zip((_narrow(parts), _wide(parts)), replace(spec, rank=0).halves(shape), strict=True)
         narrow, wide = (DENSE.unpack(own, half, part) for own, (half, part) in halves)
         tensor = join(spec, wide_rows(parts, spec, shape), narrow, wide)
-        tensor.low_rank_a, tensor.low_rank_b = parts.get("low_rank_a"), parts.get("low_rank_b")
-        return tensor
+        return QTensor.of(spec, tensor.codes, tensor.parameters, wide=tensor.wide, **unpack_low_rank(parts))
 
     def dense_halves(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Parts, Parts]:
         """Parts of the two dense weights, each with its rows of the low-rank addition, as `spec.halves` has them."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from ..spec import QuantSpec
 from . import sparsity
-from .grids import Grid, fit_grid, settle_zeros
+from .grids import Parameters, arithmetic_of, fit_grid
+from .groups import spread_groups
 from .hadamard import BAND, rotate, rotate_gram
-from .qtensor import QTensor, spread_groups
+from .qtensor import QTensor
 from .refine import refine, refit
 from .rounding import Factor, factorize, gptq_each, round_to_nearest
 from .row_widths import join
@@ -144,7 +145,7 @@ class Basis:
         starts = self._starts(weight, specs)
         held = [_held(start, spec) for start, spec in zip(starts, specs, strict=True)]
         codes = gptq_each(
-            [start.weight for start in starts], self.factor, [grid for grid, _ in held], [spec for _, spec in held]
+            [start.weight for start in starts], self.factor, [fitted for fitted, _ in held], [spec for _, spec in held]
         )
         return [
             self._finished(weight, found, start, spec, rounds)
@@ -160,7 +161,7 @@ class Basis:
             if not spec.sparse:
                 starts.append(_Start(weight, fit_grid(weight, spec, self.gram.diagonal())))
                 continue
-            pattern = (spec.two_of_four, spec.sparsity, spec.sparsity and spec.group_size)
+            pattern = spec.pattern.support(spec.groups)
             if pattern not in fitted:
                 fitted[pattern] = self._fitted(weight, spec)
             support, stays = fitted[pattern]
@@ -179,20 +180,20 @@ class Basis:
     ) -> QTensor:
         """Refined; where weights are dropped, scales are fitted to the codes at least.
 
-        Where two of four are, refinement has no rounds: a descent would have to leave single codes out.
+        Where single weights are, refinement has no rounds: a descent would have to leave single codes out.
         """
-        grid, stays = start.grid, start.stays
+        parameters, stays = start.parameters, start.stays
         if stays is None:
             if rounds:
-                codes, grid = refine(weight, codes, grid, spec, self.damped, rounds)
-            return _dense_qtensor(spec, codes, grid)
-        if rounds and not spec.two_of_four:
+                codes, parameters = refine(weight, codes, parameters, spec, self.damped, rounds)
+            return _dense_qtensor(spec, codes, parameters)
+        if rounds and spec.pattern.drops == "groups":
             length = spec.group_length((weight.shape[0], weight.shape[1]))
-            groups = Grid(grid.scales.float().masked_fill(~stays[:, ::length], HELD), grid.zeros)
-            codes, grid = refine(weight, codes, groups, spec, self.damped, rounds)
+            held = _held_at(parameters, stays[:, ::length])
+            codes, parameters = refine(weight, codes, held, spec, self.damped, rounds)
         else:
-            grid = refit(weight, codes, grid, spec, self.damped)
-        return _sparse_qtensor(spec, codes, grid, stays)
+            parameters = refit(weight, codes, parameters, spec, self.damped)
+        return _sparse_qtensor(spec, codes, parameters, stays)
 
 
 @dataclass(frozen=True)
@@ -200,40 +201,43 @@ class _Start:
     """What a sweep begins with. weight: float32 (N, K). stays: bool (N, K), None where nothing is dropped."""
 
     weight: torch.Tensor
-    grid: Grid
+    parameters: Parameters
     stays: torch.Tensor | None = None
 
 
 def _to_nearest(weight: torch.Tensor, spec: QuantSpec) -> QTensor:
     """Without a factor; the largest weights or groups stay as they are."""
     if not spec.sparse:
-        grid = fit_grid(weight, spec)
-        return _dense_qtensor(spec, round_to_nearest(weight, grid, spec), grid)
+        parameters = fit_grid(weight, spec)
+        return _dense_qtensor(spec, round_to_nearest(weight, parameters, spec), parameters)
     stays = sparsity.by_magnitude(weight, spec)
-    grid = fit_grid(weight * stays, spec)
-    return _sparse_qtensor(spec, round_to_nearest(weight * stays, grid, spec), grid, stays)
+    parameters = fit_grid(weight * stays, spec)
+    return _sparse_qtensor(spec, round_to_nearest(weight * stays, parameters, spec), parameters, stays)
 
 
-def _held(start: _Start, spec: QuantSpec) -> tuple[Grid, QuantSpec]:
-    """The grid that is swept over, and its spec: where weights are dropped each has a scale, HELD where it is."""
-    grid, stays = start.grid, start.stays
+def _held(start: _Start, spec: QuantSpec) -> tuple[Parameters, QuantSpec]:
+    """What is swept over, and its spec: where weights are dropped each has a scale, HELD where it is."""
+    stays = start.stays
     if stays is None:
-        return grid, spec
+        return start.parameters, spec
     shape = (stays.shape[0], stays.shape[1])
-    scales = spread_groups(grid.scales.float(), spec, shape).masked_fill(~stays, HELD)
-    zeros = None if grid.zeros is None else spread_groups(grid.zeros, spec, shape)
-    return Grid(scales, zeros), QuantSpec(spec.bits, 1, symmetric=spec.symmetric)
+    single = start.parameters.mapped(lambda values: spread_groups(values, spec.groups, shape))
+    return _held_at(single, stays), replace(spec.dense(), group_size=1)
 
 
-def _dense_qtensor(spec: QuantSpec, codes: torch.Tensor, grid: Grid) -> QTensor:
-    grid = settle_zeros(codes, grid, spec)
-    return QTensor(spec, codes, grid.scales, grid.zeros)
+def _held_at(parameters: Parameters, stays: torch.Tensor) -> Parameters:
+    """With the scale HELD where stays, bool and shaped as the scales, is not."""
+    return replace(parameters, scales=parameters.scales.float().masked_fill(~stays, HELD))
 
 
-def _sparse_qtensor(spec: QuantSpec, codes: torch.Tensor, grid: Grid, stays: torch.Tensor) -> QTensor:
+def _dense_qtensor(spec: QuantSpec, codes: torch.Tensor, parameters: Parameters) -> QTensor:
+    return QTensor.of(spec, codes, arithmetic_of(spec.grid).settle(codes, parameters, spec.groups))
+
+
+def _sparse_qtensor(spec: QuantSpec, codes: torch.Tensor, parameters: Parameters, stays: torch.Tensor) -> QTensor:
     """Of codes (N, K) that are zero points where stays (N, K) is not; a group that is dropped gets scale 1."""
-    grid = settle_zeros(codes, grid, spec)
-    if spec.two_of_four:
-        return QTensor(spec, codes, grid.scales, grid.zeros, kept=stays)
+    parameters = arithmetic_of(spec.grid).settle(codes, parameters, spec.groups)
+    if spec.pattern.drops == "weights":
+        return QTensor.of(spec, codes, parameters, kept=stays)
     kept = stays[:, :: spec.group_length((codes.shape[0], codes.shape[1]))]
-    return QTensor(spec, codes, grid.scales.masked_fill(~kept, 1), grid.zeros, kept=kept)
+    return QTensor.of(spec, codes, replace(parameters, scales=parameters.scales.masked_fill(~kept, 1)), kept=kept)

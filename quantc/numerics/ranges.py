@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..spec import QuantSpec
-from .grids import LARGEST_SCALE, fit_grid, to_groups
+from .grids import LARGEST_SCALE, arithmetic_of, fit_grid
+from .groups import to_groups
 from .qtensor import QTensor
 from .rounding import round_to_nearest
 
@@ -24,10 +25,9 @@ COARSE_SCALE = 2.0**-20  # scales below it have fewer than five bits
 
 def wanted_scales(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """float32, shaped as spec.scales_shape: magnitudes of the scales that would cover the range of each group."""
-    low, high = (end.float() for end in to_groups(weight, spec).aminmax(dim=2))
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scales = torch.maximum(-low, high) / spec.mid if spec.symmetric else (high - low) / (spec.levels - 1)
-    return scales if spec.grouping == "per_oc" else scales.T
+    low, high = (end.float() for end in to_groups(weight, spec.groups).aminmax(dim=2))
+    scales = arithmetic_of(spec.grid).wanted_scales(low.clamp(max=0), high.clamp(min=0))
+    return scales if spec.groups.per_oc else scales.T
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def range_loss(weight: torch.Tensor, spec: QuantSpec) -> RangeLoss:
 
 def _errors(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """float64 (N, G): the squared error of every group of weight (N, K), rounded to nearest."""
-    grid = fit_grid(weight, spec)
-    rounded = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros).dequantize(torch.float64)
-    return to_groups((rounded - weight).square(), spec).sum(2)
+    parameters = fit_grid(weight, spec)
+    rounded = QTensor.of(spec, round_to_nearest(weight, parameters, spec), parameters).dequantize(torch.float64)
+    return to_groups((rounded - weight).square(), spec.groups).sum(2)
 
 
 def far_size(weight: torch.Tensor) -> float:

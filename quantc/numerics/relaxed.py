@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .grids import arithmetic_of
+from .groups import by_group, spread_groups, sums_of_groups
 from .hadamard import rotate_back
-from .qtensor import QTensor, by_group, group_sums, spread_groups
+from .qtensor import QTensor
 
 INSIDE = 0.49  # how far from its code a weight may start: rounding then gives that code
 REACH = 1.49  # how far it may go: to a neighbour
@@ -36,12 +38,14 @@ class RelaxedWeight(nn.Module):
         super().__init__()
         self.tensor = tensor
         self.factors = nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32))
-        zeros, self._top = tensor.zero_points(), tensor.largest_codes()
+        arithmetic, levels = arithmetic_of(tensor.spec.grid), tensor.levels()
+        zeros = arithmetic.zero_points(tensor.parameters, tensor.spec.groups, tensor.shape, levels)
+        self._top = levels - 1
         self._bottom = torch.zeros_like(self._top)
         stays = tensor.stays()
         if stays is not None:  # what is dropped stays at its zero point
             self._top, self._bottom = (torch.where(stays, end, zeros) for end in (self._top, self._bottom))
-        scales = spread_groups(tensor.scales.float(), tensor.spec, tensor.shape)
+        scales = spread_groups(tensor.scales.float(), tensor.spec.groups, tensor.shape)
         exact = (turned / scales).add_(zeros)
         self.offsets = nn.Parameter(exact.sub_(tensor.codes).clamp_(-INSIDE, INSIDE))
 
@@ -67,15 +71,15 @@ class RelaxedWeight(nn.Module):
         return (self.tensor.codes + offsets).round_()
 
     def steps(self, offsets: torch.Tensor) -> torch.Tensor:
-        """Codes less zero points, float32 (..., N, K)."""
-        return _less_zeros(self.codes(offsets), self.tensor)
+        """Return what scales multiply, float32 (..., N, K)."""
+        return _steps(self.codes(offsets), self.tensor)
 
     def scales(self, factors: torch.Tensor) -> torch.Tensor:
         return _stored(self.tensor, factors)
 
     def times_scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """`values` (..., N, K), multiplied in place by the scales of their groups."""
-        return by_group(values, self.scales(factors), self.tensor.spec, torch.Tensor.mul_)
+        return by_group(values, self.scales(factors), self.tensor.spec.groups, torch.Tensor.mul_)
 
 
 class _Dequantized(torch.autograd.Function):
@@ -95,16 +99,9 @@ class _Dequantized(torch.autograd.Function):
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         weight: RelaxedWeight = ctx.weight
         (offsets, factors), (slope,) = ctx.saved_tensors, slopes
-        by_scale = _sums_of_groups(weight.steps(offsets).mul_(slope), weight.tensor) * weight.tensor.scales.float()
+        sums = sums_of_groups(weight.steps(offsets).mul_(slope), weight.tensor.spec.groups)
+        by_scale = sums * weight.tensor.scales.float()
         return None, weight.times_scales(slope.clone(memory_format=torch.contiguous_format), factors), by_scale
-
-
-def _sums_of_groups(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:
-    """Sums of values (..., N, K) over the weights of each group, shaped as the scales: spread_groups the other way."""
-    g = tensor.spec.group_length(tensor.shape)
-    if tensor.spec.grouping == "per_oc":
-        return group_sums(values, g)
-    return group_sums(values.transpose(-1, -2), g).transpose(-1, -2)
 
 
 class _Rescaled(torch.autograd.Function):
@@ -113,14 +110,14 @@ class _Rescaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
         ctx.tensor = tensor
-        steps = _less_zeros(tensor.codes.float(), tensor)
-        return by_group(steps, _stored(tensor, factors), tensor.spec, torch.Tensor.mul_)
+        steps = _steps(tensor.codes.float(), tensor)
+        return by_group(steps, _stored(tensor, factors), tensor.spec.groups, torch.Tensor.mul_)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor]:
         tensor: QTensor = ctx.tensor
-        steps = _less_zeros(tensor.codes.float(), tensor)
-        return None, _sums_of_groups(steps.mul_(slopes[0]), tensor) * tensor.scales.float()
+        steps = _steps(tensor.codes.float(), tensor)
+        return None, sums_of_groups(steps.mul_(slopes[0]), tensor.spec.groups) * tensor.scales.float()
 
 
 def rescaled(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
@@ -138,11 +135,9 @@ def _stored(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
     return (tensor.scales.float() * (1 + factors)).to(torch.float16).float()
 
 
-def _less_zeros(codes: torch.Tensor, tensor: QTensor) -> torch.Tensor:
-    """float32 codes (..., N, K), less their zero points, in place."""
-    if tensor.zeros is None:
-        return codes.sub_(tensor.zero_points())
-    return by_group(codes, tensor.zeros.float(), tensor.spec, torch.Tensor.sub_)
+def _steps(codes: torch.Tensor, tensor: QTensor) -> torch.Tensor:
+    """Turn float32 codes (..., N, K) into what their scales multiply, in place."""
+    return arithmetic_of(tensor.spec.grid).steps_(codes, tensor.parameters, tensor.spec.groups, tensor.levels())
 
 
 def _completed(tensor: QTensor, weight: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from ..spec import QuantSpec
-from .grids import Grid
+from .grids import Columns, Parameters, arithmetic_of, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +42,9 @@ class Factor:
     dead: int
 
 
-def round_to_nearest(weight: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
-    """Codes uint8 (N, K) of weight (N, K): each weight goes to the nearest point of its group's grid."""
-    from .qtensor import spread_groups
-
-    shape = (weight.shape[0], weight.shape[1])
-    scales = spread_groups(grid.scales.float(), spec, shape)
-    zeros = spec.mid if grid.zeros is None else spread_groups(grid.zeros.float(), spec, shape)
-    codes = weight.float().div(scales).round_().add_(zeros)
-    return codes.clamp_(0, spec.levels - 1).to(torch.uint8)
+def round_to_nearest(weight: torch.Tensor, parameters: Parameters, spec: QuantSpec) -> torch.Tensor:
+    """Return codes uint8 (N, K) of weight (N, K): each weight goes to the nearest point of its group's grid."""
+    return arithmetic_of(spec.grid).nearest(weight, parameters, spec.groups)
 
 
 def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) -> Factor:
@@ -118,24 +112,24 @@ def _invert_lower_(lower: torch.Tensor) -> None:
     corner.copy_((bottom @ corner).neg_() @ top)
 
 
-def gptq(weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
+def gptq(weight: torch.Tensor, factor: Factor, parameters: Parameters, spec: QuantSpec) -> torch.Tensor:
     """Codes uint8 (N, K) of weight (N, K) on a static grid, with error feedback over the columns.
 
     The grid stays fixed, so the rounding order is free (act order) and leaves no permutation to inference.
     """
-    sweep = Sweep(weight, factor, grid, spec)
+    sweep = Sweep(weight, factor, parameters, spec)
     _round_columns(sweep, _panel.get() or COLUMN_BY_COLUMN, 0, weight.shape[1])
     return _in_order(sweep.codes, factor)
 
 
 def gptq_each(
-    weights: Sequence[torch.Tensor], factor: Factor, grids: Sequence[Grid], specs: Sequence[QuantSpec]
+    weights: Sequence[torch.Tensor], factor: Factor, parameters: Sequence[Parameters], specs: Sequence[QuantSpec]
 ) -> list[torch.Tensor]:
     """`gptq` of weights (N, K), one on each grid, in one sweep where the columns are what takes the time."""
-    each = list(zip(weights, grids, specs, strict=True))
+    each = list(zip(weights, parameters, specs, strict=True))
     if _panel.get() is not None or len(each) == 1:
-        return [gptq(weight, factor, grid, spec) for weight, grid, spec in each]
-    joined = JoinedSweep([Sweep(weight, factor, grid, spec) for weight, grid, spec in each])
+        return [gptq(weight, factor, fitted, spec) for weight, fitted, spec in each]
+    joined = JoinedSweep([Sweep(weight, factor, fitted, spec) for weight, fitted, spec in each])
     _round_columns(joined, COLUMN_BY_COLUMN, 0, weights[0].shape[1])
     return [_in_order(codes, factor) for codes in joined.codes.split(weights[0].shape[0], dim=1)]
 
@@ -151,28 +145,18 @@ class Sweep:
     """State of one GPTQ sweep; rows are input channels in rounding order, so that a column of W is contiguous.
 
     left: float32 (K, N), what is still to be rounded. upper: float32 (K, K), that of the Factor, of any strides.
-    scales, zeros: float32 (R, N), and row_of, for each column the row of them it uses; rows is row_of as an int32
-    tensor (K,). top: the largest code. codes: uint8 (K, N) and errors: float32 (K, N), over their pivots upper[k, k],
-    are filled in.
+    columns: the grid, which says what a column is rounded to. codes: uint8 (K, N) and errors: float32 (K, N), over
+    their pivots upper[k, k], are filled in.
     """
 
-    def __init__(self, weight: torch.Tensor, factor: Factor, grid: Grid, spec: QuantSpec):
+    def __init__(self, weight: torch.Tensor, factor: Factor, parameters: Parameters, spec: QuantSpec):
         n, k = weight.shape
         self.upper = factor.upper
         self.left = weight.float().T[factor.order].contiguous()
         self.errors = torch.empty_like(self.left)
         self.codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
-        self.top = spec.levels - 1
-        self.scales, self.zeros, rows = grid_rows(grid, spec, (n, k))
-        self.row_of = [rows[column] for column in factor.order.tolist()]
-
-    def clamp_(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes float32 (N,) of a column, those that the grid does not have moved to its ends."""
-        return codes.clamp_(0, self.top)
-
-    @cached_property
-    def rows(self) -> torch.Tensor:
-        return torch.tensor(self.row_of, dtype=torch.int32, device=self.left.device)
+        arithmetic = arithmetic_of(spec.grid)
+        self.columns: Columns = arithmetic.columns(parameters, spec.groups, (n, k), factor.order.tolist())
 
     @cached_property
     def pivots(self) -> list[float]:
@@ -180,22 +164,14 @@ class Sweep:
 
 
 class JoinedSweep(Sweep):
-    """Several sweeps of one factor side by side, with scales and zeros for every column."""
+    """Several sweeps of one factor side by side."""
 
     def __init__(self, sweeps: Sequence[Sweep]):
         self.upper = sweeps[0].upper
         self.left = torch.cat([sweep.left for sweep in sweeps], 1)
         self.errors = torch.empty_like(self.left)
         self.codes = torch.empty_like(self.left, dtype=torch.uint8)
-        self._tops = torch.cat([torch.full_like(sweep.left[0], sweep.top) for sweep in sweeps])
-        self._bottom = torch.zeros_like(self._tops)
-        self.scales = torch.cat([sweep.scales[sweep.row_of] for sweep in sweeps], 1)
-        self.zeros = torch.cat([sweep.zeros[sweep.row_of] for sweep in sweeps], 1)
-        self.row_of = list(range(len(self.left)))
-
-    def clamp_(self, codes: torch.Tensor) -> torch.Tensor:
-        """See Sweep."""
-        return codes.clamp_(self._bottom, self._tops)
+        self.columns = side_by_side([sweep.columns for sweep in sweeps], [sweep.left.shape[1] for sweep in sweeps])
 
 
 class Panel(Protocol):
@@ -215,13 +191,9 @@ class ColumnByColumn:
     def round(self, sweep: Sweep, low: int, high: int) -> None:
         """See Panel."""
         for column in range(low, high):
-            row = sweep.row_of[column]
-            scale, zero = sweep.scales[row], sweep.zeros[row]
-            value, error = sweep.left[column], sweep.errors[column]
-            code = sweep.clamp_(value.div(scale).round_().add_(zero))
-            sweep.codes[column] = code
-            torch.sub(value, code.sub_(zero).mul_(scale), out=error)
-            error.div_(sweep.pivots[column])
+            values, error = sweep.left[column], sweep.errors[column]
+            sweep.codes[column], stored = sweep.columns.round(values, column)
+            torch.sub(values, stored, out=error).div_(sweep.pivots[column])
             if column + 1 < high:
                 sweep.left[column + 1 : high].addr_(sweep.upper[column, column + 1 : high], error, alpha=-1)
 
@@ -249,15 +221,3 @@ def _round_columns(sweep: Sweep, panel: Panel, low: int, high: int) -> None:
     _round_columns(sweep, panel, low, middle)
     sweep.left[middle:high].addmm_(sweep.upper[low:middle, middle:high].T, sweep.errors[low:middle], alpha=-1)
     _round_columns(sweep, panel, middle, high)
-
-
-def grid_rows(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """(scales, zeros) float32 (R, N), and for every input channel the row of them it uses."""
-    n, k = shape
-    g = spec.group_length(shape)
-    scales = grid.scales.float()
-    zeros = torch.full_like(scales, spec.mid) if grid.zeros is None else grid.zeros.float()
-    if spec.grouping == "per_oc":
-        return scales.T.contiguous(), zeros.T.contiguous(), [channel // g for channel in range(k)]
-    spread = [values.T.repeat_interleave(g, dim=1)[:, :n].contiguous() for values in (scales, zeros)]
-    return spread[0], spread[1], list(range(k))

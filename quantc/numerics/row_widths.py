@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..spec import QuantSpec
+from .grids import Parameters
 from .packing import pack_bits, unpack_bits
 from .qtensor import QTensor
 
@@ -38,15 +39,14 @@ def split(tensor: QTensor) -> tuple[QTensor, QTensor]:
 
 
 def _half(tensor: QTensor, spec: QuantSpec, rows: torch.Tensor) -> QTensor:
-    zeros = None if tensor.zeros is None else take_rows(tensor.zeros, rows)
-    return QTensor(spec, take_rows(tensor.codes, rows), take_rows(tensor.scales, rows), zeros)
+    parameters = tensor.parameters.mapped(lambda values: take_rows(values, rows))
+    return QTensor.of(spec, take_rows(tensor.codes, rows), parameters)
 
 
 def join(spec: QuantSpec, wide: torch.Tensor, narrow: QTensor, more: QTensor) -> QTensor:
     """Inverse of `split`. wide: bool (..., N), where the rows of `more` belong."""
-    zeros = None if more.zeros is None or narrow.zeros is None else put_rows(wide, more.zeros, narrow.zeros)
-    codes, scales = put_rows(wide, more.codes, narrow.codes), put_rows(wide, more.scales, narrow.scales)
-    return QTensor(spec, codes, scales, zeros, wide=wide)
+    parameters = Parameters.merged([more.parameters, narrow.parameters], lambda pair: put_rows(wide, *pair))
+    return QTensor.of(spec, put_rows(wide, more.codes, narrow.codes), parameters, wide=wide)
 
 
 def mark_salient(salience: torch.Tensor, count: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ def lost_energies(sample: torch.Tensor, basis: Basis, spec: QuantSpec, rounds: i
 def lost_energy(weight: torch.Tensor, basis: Basis, spec: QuantSpec, least: int) -> float:
     """tr(D G D^T) of a weight (N, K), turned and rounded, estimated on `least` of its output channels or more."""
     n, k = weight.shape
-    rows = sample_rows(n, spec.group_length((n, k)) if spec.grouping == "per_ic" else 1, least)
+    rows = sample_rows(n, spec.rows_together((n, k)), least)
     lost = lost_energies(basis.turn(weight[rows.to(weight.device)]), basis, spec)
     return float(lost.sum()) * n / len(rows)
 
@@ -34,7 +34,7 @@ def output_change(weight: torch.Tensor, basis: Basis, spec: QuantSpec, gram: tor
     Estimated on `least` output channels or more, like `lost_energy`, but comparable between bases.
     """
     n, k = weight.shape
-    rows = sample_rows(n, spec.group_length((n, k)) if spec.grouping == "per_ic" else 1, least)
+    rows = sample_rows(n, spec.rows_together((n, k)), least)
     sample = weight[rows.to(weight.device)]
     tensor = basis.round(basis.turn(sample), replace(spec, wide_rows=0, hadamard=basis.block))
     return float(channel_energies(tensor.effective_weight() - sample, gram).sum()) * n / len(rows)

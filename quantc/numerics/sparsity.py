@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ..spec import QuantSpec
-from .qtensor import spread_groups
+from .groups import spread_groups
 
 PENALTY = 0.1  # first of ADMM, for an H of unit diagonal
 ADMM_STEPS = 10  # 30 lose as much
@@ -51,17 +51,27 @@ class Spectrum:
 
 def by_magnitude(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """bool (N, K): the weights that stay of weight (N, K), those of least squares dropped in the spec's pattern."""
-    n, k = weight.shape
-    g = 4 if spec.two_of_four else spec.group_length((n, k))
-    columns = -(-k // g)
-    filler = -1.0 if spec.two_of_four else 0.0  # what is missing of the last four never takes a weight's place
-    squares = torch.nn.functional.pad(weight.float().square(), (0, columns * g - k), value=filler).view(n, columns, g)
-    if spec.two_of_four:
-        kept = torch.zeros_like(squares, dtype=torch.bool).scatter_(2, squares.topk(2, dim=2).indices, True)
-        return kept.view(n, -1)[:, :k]
-    groups = torch.zeros(n * columns, dtype=torch.bool, device=weight.device)
-    groups[squares.sum(2).flatten().topk(spec.kept_groups((n, k))).indices] = True
-    return spread_groups(groups.view(n, columns), spec, (n, k))
+    return _two_of_four(weight) if spec.pattern.drops == "weights" else _largest_groups(weight, spec)
+
+
+def _two_of_four(weight: torch.Tensor) -> torch.Tensor:
+    squares = _padded_squares(weight, 4, -1.0)  # what is missing of the last four never takes a weight's place
+    kept = torch.zeros_like(squares, dtype=torch.bool).scatter_(2, squares.topk(2, dim=2).indices, True)
+    return kept.view(len(weight), -1)[:, : weight.shape[1]]
+
+
+def _largest_groups(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    shape = (weight.shape[0], weight.shape[1])
+    squares = _padded_squares(weight, spec.group_length(shape), 0.0)
+    groups = torch.zeros(squares.shape[0] * squares.shape[1], dtype=torch.bool, device=weight.device)
+    groups[squares.sum(2).flatten().topk(spec.kept_groups(shape)).indices] = True
+    return spread_groups(groups.view(squares.shape[:2]), spec.groups, shape)
+
+
+def _padded_squares(weight: torch.Tensor, g: int, filler: float) -> torch.Tensor:
+    """Return squares (N, ceil(K/g), g) of weight (N, K)."""
+    squares = torch.nn.functional.pad(weight.float().square(), (0, -weight.shape[1] % g), value=filler)
+    return squares.view(len(weight), -1, g)
 
 
 def by_admm(weight: torch.Tensor, spectrum: Spectrum, spec: QuantSpec) -> torch.Tensor:

@@ -13,8 +13,8 @@ import torch
 
 from ..graph.model_graph import Activation, Linear
 from ..graph.rewrite import Refusal, whole_gain
-from ..numerics.grids import LARGEST_SCALE
-from ..numerics.qtensor import spread_groups
+from ..numerics.grids import LARGEST_SCALE, arithmetic_of
+from ..numerics.groups import spread_groups
 from ..numerics.ranges import COARSE_SCALE, suited_exponents, wanted_scales
 from ..spec import QuantSpec
 from .work import BlockWork
@@ -124,8 +124,9 @@ def _of_columns(weight: torch.Tensor, spec: QuantSpec) -> _Limits:
     shape = (weight.shape[0], weight.shape[1])
     scales = wanted_scales(weight, spec).amax(0, keepdim=spec.grouping == "per_oc")
     if spec.grouping == "per_oc":
-        scales = spread_groups(scales, spec, shape)[0]
-    own = weight.abs().amax(0) / (spec.mid if spec.symmetric else spec.levels - 1)
+        scales = spread_groups(scales, spec.groups, shape)[0]
+    largest = weight.abs().amax(0)
+    own = arithmetic_of(spec.grid).wanted_scales(torch.zeros_like(largest), largest)
     small, large = (scales < COARSE_SCALE) & (own > 0), own > LARGEST_SCALE
     low = torch.where(small, LEAST - scales.log2(), -torch.inf)
     high = GREATEST - own.log2()
@@ -136,7 +137,7 @@ def _of_rows(weight: torch.Tensor, spec: QuantSpec) -> _Limits:
     """Of a writer (N, K), whose rows are divided; exponents (N,)."""
     scales = wanted_scales(weight, spec)
     if spec.grouping == "per_ic":
-        scales = spread_groups(scales, spec, (weight.shape[0], weight.shape[1]))
+        scales = spread_groups(scales, spec.groups, (weight.shape[0], weight.shape[1]))
     largest = scales.amax(1)
     small, large = (largest < COARSE_SCALE) & (largest > 0), largest > LARGEST_SCALE
     low, high = largest.log2() - GREATEST, torch.where(largest > 0, largest.log2() - LEAST, torch.inf)

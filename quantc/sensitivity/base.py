@@ -61,7 +61,7 @@ def planned_activations(run: Run, block: Block) -> list[Activation]:
 def sampled_channels(linear: Linear, specs: list[QuantSpec]) -> torch.Tensor:
     """int64 (M,): output channels on which all of these candidates can be tried."""
     least = max(8, SAMPLED_OF_STACK // linear.experts) if linear.experts else SAMPLED_CHANNELS
-    along = max(spec.group_length(linear.shape) if spec.grouping == "per_ic" else 1 for spec in specs)
+    along = max(spec.rows_together(linear.shape) for spec in specs)
     return sample_rows(linear.shape[0], along, least)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantc.kernels.cuda.gptq import PANELS, panel_for, panel_launch, programs
-from quantc.numerics.grids import Grid, fit_grid
+from quantc.numerics.grids import Parameters, UniformColumns, fit_grid
 from quantc.numerics.rounding import Factor, Sweep, factorize, gptq, using_panel
 from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.simt.harness import run
@@ -27,7 +27,7 @@ class SimtPanel:
         self.rounded.append((low, high))
 
 
-def random_problem(n: int, k: int, spec: QuantSpec) -> tuple[torch.Tensor, Factor, Grid]:
+def random_problem(n: int, k: int, spec: QuantSpec) -> tuple[torch.Tensor, Factor, Parameters]:
     """A weight (N, K), and the Factor of inputs that depend on each other, in act order."""
     generator = torch.Generator().manual_seed(n * k)
     inputs = torch.randn(2 * k, k, generator=generator) + torch.randn(2 * k, 1, generator=generator)
@@ -44,15 +44,20 @@ def random_sweep(n: int, k: int, spec: QuantSpec = W4) -> Sweep:
     return sweep
 
 
+def uniform(sweep: Sweep) -> UniformColumns:
+    assert isinstance(sweep.columns, UniformColumns)
+    return sweep.columns
+
+
 def textbook(sweep: Sweep, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """In float64 (high - low, N): codes, errors, and how far what was rounded lay from a tie, in codes."""
-    left, upper = sweep.left.double(), sweep.upper.double()
+    left, upper, columns = sweep.left.double(), sweep.upper.double(), uniform(sweep)
     codes, errors, margins = [], [], []
     for column in range(low, high):
-        row = sweep.row_of[column]
-        scale, zero = sweep.scales[row].double(), sweep.zeros[row].double()
+        row = columns.row_of[column]
+        scale, zero = columns.scales[row].double(), columns.zeros[row].double()
         place = left[column] / scale
-        code = (place.round() + zero).clamp(0, sweep.top)
+        code = (place.round() + zero).clamp(0, columns.top)
         error = (left[column] - (code - zero) * scale) / upper[column, column]
         left[column + 1 : high] -= upper[column, column + 1 : high, None] * error
         codes.append(code)
@@ -78,7 +83,7 @@ def test_codes_and_errors_are_those_of_the_sweep(n: int, k: int, low: int, high:
 
     codes, errors, margins = textbook(sweep, low, high)
     # A value near a tie may go either way, and takes all later columns of its channel along.
-    clear = (margins > 1e-5 * sweep.top).all(0)
+    clear = (margins > 1e-5 * uniform(sweep).top).all(0)
     assert clear.float().mean() >= 0.5
     assert torch.equal(sweep.codes[low:high][:, clear].double(), codes[:, clear])
     # Each column adds a rounding of values up to their largest; every error is over a pivot.

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quantc.formats import FORMATS, format_of
-from quantc.numerics.qtensor import QTensor, spread_groups
+from quantc.numerics.groups import spread_groups
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 SPECS = [
@@ -104,5 +105,5 @@ def test_low_rank_is_part_of_the_effective_weight_only() -> None:
 
 def test_groups_spread_to_the_odd_end() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0]])
-    assert spread_groups(values, QuantSpec(4, 2), (1, 5)).tolist() == [[1, 1, 2, 2, 3]]
-    assert spread_groups(values.T, QuantSpec(4, 2, "per_ic"), (5, 1)).tolist() == [[1], [1], [2], [2], [3]]
+    assert spread_groups(values, QuantSpec(4, 2).groups, (1, 5)).tolist() == [[1, 1, 2, 2, 3]]
+    assert spread_groups(values.T, QuantSpec(4, 2, "per_ic").groups, (5, 1)).tolist() == [[1], [1], [2], [2], [3]]

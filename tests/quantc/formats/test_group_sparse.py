@@ -12,7 +12,8 @@ from quantc.kernels.cpu import library
 from quantc.kernels.cpu.torch_int4 import TORCH_INT4
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import KERNELS, choose
-from quantc.numerics.qtensor import QTensor, spread_groups
+from quantc.numerics.groups import spread_groups
+from quantc.numerics.qtensor import QTensor
 from quantc.spec import SPARSE_GROUPS, QuantSpec, packed_bytes
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def random_qtensor(spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, 
 
     return QTensor(
         spec,
-        codes(*shape).masked_fill(~spread_groups(kept, spec, shape), spec.mid if spec.symmetric else 0),
+        codes(*shape).masked_fill(~spread_groups(kept, spec.groups, shape), spec.mid if spec.symmetric else 0),
         halves(*groups).masked_fill(~kept, 1),
         None if spec.symmetric else codes(*groups).masked_fill(~kept, 0),
         halves(spec.rank, shape[1]) if spec.rank else None,
@@ -74,7 +75,7 @@ def test_pack_follows_the_layout_and_unpacks_exactly(spec: QuantSpec, leading: t
         for field in ("codes", "scales", "zeros", "low_rank_a", "low_rank_b", "kept"):
             before, after = getattr(tensor, field), getattr(again, field)
             assert (before is None and after is None) or torch.equal(before, after), (spec, field)
-        assert not again.dequantize()[~spread_groups(again.kept, spec, shape)].any()
+        assert not again.dequantize()[~spread_groups(again.kept, spec.groups, shape)].any()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)

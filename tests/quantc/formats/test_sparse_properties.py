@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from quantc.formats import format_of
 from quantc.kernels.reference import REFERENCE
-from quantc.numerics.qtensor import QTensor, spread_groups
+from quantc.numerics.groups import spread_groups
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.sparsity import by_magnitude
 from quantc.spec import SPARSE_GROUPS, WHOLE_ROW, QuantSpec
 
@@ -42,7 +43,7 @@ def weights(draw: st.DrawFn) -> QTensor:
     scales = torch.randn(groups, generator=generator).half()
     if spec.sparsity:
         zeros, scales = zeros.masked_fill(~kept, 0), scales.masked_fill(~kept, 1)
-    middles = spread_groups(torch.full_like(zeros, spec.mid) if spec.symmetric else zeros, spec, shape)
+    middles = spread_groups(torch.full_like(zeros, spec.mid) if spec.symmetric else zeros, spec.groups, shape)
     codes = torch.randint(0, spec.levels, shape, dtype=torch.uint8, generator=generator)
     return QTensor(spec, torch.where(stays, codes, middles), scales, None if spec.symmetric else zeros, kept=kept)
 

@@ -9,7 +9,8 @@ from quantc.errors import CheckpointError, UsageError
 from quantc.formats import DENSE, FORMATS, TWO_OF_FOUR, format_of
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
-from quantc.numerics.qtensor import QTensor, spread_groups
+from quantc.numerics.groups import spread_groups
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.sparsity import by_magnitude
 from quantc.spec import WHOLE_ROW, QuantSpec
 
@@ -36,7 +37,7 @@ def random_qtensor(spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, 
     kept = by_magnitude(torch.randn(torch.Size(leading).numel() * n, k, generator=generator), spec)
     kept = kept.reshape(*leading, n, k)
     zeros = None if spec.symmetric else codes(*groups)
-    middle = torch.tensor(spec.mid, dtype=torch.uint8) if zeros is None else spread_groups(zeros, spec, shape)
+    middle = torch.tensor(spec.mid, dtype=torch.uint8) if zeros is None else spread_groups(zeros, spec.groups, shape)
     return QTensor(
         spec,
         torch.where(kept, codes(*leading, n, k), middle),

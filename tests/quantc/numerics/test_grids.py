@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from quantc.numerics.basis import Basis
-from quantc.numerics.grids import SMALLEST_NORMAL, SMALLEST_SCALE, Grid, fit_grid
+from quantc.numerics.grids import SMALLEST_NORMAL, SMALLEST_SCALE, Parameters, fit_grid
 from quantc.numerics.qtensor import QTensor
 from quantc.numerics.ranges import range_loss, wanted_scales
 from quantc.numerics.rounding import round_to_nearest
@@ -69,12 +69,12 @@ def weights(draw: st.DrawFn) -> torch.Tensor:
     return weight.abs() + 1 if kind == "positive" else weight
 
 
-def dequantized(weight: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
+def dequantized(weight: torch.Tensor, grid: Parameters, spec: QuantSpec) -> torch.Tensor:
     codes = round_to_nearest(weight, grid, spec)
     return QTensor(spec, codes, grid.scales, grid.zeros).dequantize(torch.float64)
 
 
-def errors_of(weight: torch.Tensor, grid: Grid, spec: QuantSpec, importance: torch.Tensor) -> torch.Tensor:
+def errors_of(weight: torch.Tensor, grid: Parameters, spec: QuantSpec, importance: torch.Tensor) -> torch.Tensor:
     """float64 (rows, G): the weighted squared error of every group."""
     residual = (dequantized(weight, grid, spec) - weight.double()).square() * importance.double()
     along = residual if spec.grouping == "per_oc" else residual.T
@@ -83,7 +83,7 @@ def errors_of(weight: torch.Tensor, grid: Grid, spec: QuantSpec, importance: tor
     )
 
 
-def unclipped(weight: torch.Tensor, spec: QuantSpec) -> Grid:
+def unclipped(weight: torch.Tensor, spec: QuantSpec) -> Parameters:
     """The grid over the whole range of every group, worked out group by group."""
     along = weight.double() if spec.grouping == "per_oc" else weight.double().T
     g = spec.group_length((weight.shape[0], weight.shape[1]))
@@ -103,7 +103,7 @@ def unclipped(weight: torch.Tensor, spec: QuantSpec) -> Grid:
     if spec.grouping == "per_ic":
         scale, zero = scale.T, zero.T
     stored_zero = None if spec.symmetric else zero.to(torch.uint8).contiguous()
-    return Grid(scale.to(torch.float16).contiguous(), stored_zero)
+    return Parameters(scale.to(torch.float16).contiguous(), stored_zero)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
@@ -208,7 +208,7 @@ def test_error_falls_with_the_bits() -> None:
 def test_chunked_search_is_that_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, spec, importance = WEIGHTS["normal"], QuantSpec(3, 5), torch.rand(K) + 0.01
     whole = fit_grid(weight, spec, importance)
-    monkeypatch.setattr("quantc.numerics.grids.CHUNK_WEIGHTS", 35)  # 7 groups of 5, where a row has 5
+    monkeypatch.setattr("quantc.numerics.grids.clipping.CHUNK_WEIGHTS", 35)  # 7 groups of 5, where a row has 5
     parts = fit_grid(weight, spec, importance)
     assert torch.equal(whole.scales, parts.scales)
     assert torch.equal(whole.zeros, parts.zeros)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantc.numerics import refine as refine_module
-from quantc.numerics.grids import Grid, fit_grid
-from quantc.numerics.qtensor import QTensor, spread_groups
+from quantc.numerics.grids import Parameters, fit_grid
+from quantc.numerics.groups import spread_groups
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.refine import BLOCK_CHANNELS, SHORTFALL, descend, refine, refit
 from quantc.numerics.rounding import factorize, gptq, round_to_nearest
 from quantc.spec import WHOLE_ROW, QuantSpec
@@ -30,7 +31,7 @@ NOISE = 1e-6  # share of f that float32 may lose; 1200 random steps lost none
 class Case(NamedTuple):
     weight: torch.Tensor
     codes: torch.Tensor
-    grid: Grid
+    grid: Parameters
     spec: QuantSpec
     gram: torch.Tensor
 
@@ -68,21 +69,21 @@ def make_case(
     return Case(weight, codes, grid, spec, gram)
 
 
-def dequantized(codes: torch.Tensor, grid: Grid, spec: QuantSpec) -> torch.Tensor:
+def dequantized(codes: torch.Tensor, grid: Parameters, spec: QuantSpec) -> torch.Tensor:
     return QTensor(spec, codes, grid.scales, grid.zeros).dequantize(torch.float64)
 
 
-def objective(case: Case, codes: torch.Tensor, grid: Grid) -> float:
+def objective(case: Case, codes: torch.Tensor, grid: Parameters) -> float:
     difference = dequantized(codes, grid, case.spec) - case.weight.double()
     return float((difference @ case.gram.double() * difference).sum())
 
 
-def spread(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def spread(grid: Parameters, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 (N, K): the scale and the zero of every weight."""
-    scales = spread_groups(grid.scales.double(), spec, shape)
+    scales = spread_groups(grid.scales.double(), spec.groups, shape)
     if grid.zeros is None:
         return scales, torch.full_like(scales, spec.mid)
-    return scales, spread_groups(grid.zeros.double(), spec, shape)
+    return scales, spread_groups(grid.zeros.double(), spec.groups, shape)
 
 
 def channel_order(gram: torch.Tensor) -> list[int]:
@@ -120,7 +121,7 @@ def groups_in_order(case: Case) -> list[tuple[tuple[int, int], torch.Tensor]]:
     return found
 
 
-def textbook_refit(case: Case) -> Grid:
+def textbook_refit(case: Case) -> Parameters:
     """Group after group: a dense least squares problem, and f itself says whether the new scale stays."""
     root = torch.linalg.cholesky(case.gram.double())
     shape = (case.weight.shape[0], case.weight.shape[1])
@@ -128,17 +129,17 @@ def textbook_refit(case: Case) -> Grid:
     for index, mask in groups_in_order(case):
         _, zeros = spread(case.grid, case.spec, shape)
         design = ((case.codes.double() - zeros) * mask @ root).reshape(-1, 1)
-        others = dequantized(case.codes, Grid(scales, case.grid.zeros), case.spec) * ~mask
+        others = dequantized(case.codes, Parameters(scales, case.grid.zeros), case.spec) * ~mask
         wanted = ((case.weight.double() - others) @ root).reshape(-1, 1)
         trial = scales.clone()
         trial[index] = torch.linalg.lstsq(design, wanted, driver="gelsd").solution.to(torch.float16)[0, 0]
         if trial[index] == 0 or not torch.isfinite(trial[index]):
             continue
-        if objective(case, case.codes, Grid(trial, case.grid.zeros)) < objective(
-            case, case.codes, Grid(scales, case.grid.zeros)
+        if objective(case, case.codes, Parameters(trial, case.grid.zeros)) < objective(
+            case, case.codes, Parameters(scales, case.grid.zeros)
         ):
             scales = trial
-    return Grid(scales, case.grid.zeros)
+    return Parameters(scales, case.grid.zeros)
 
 
 @st.composite
@@ -162,7 +163,7 @@ def check_codes(codes: torch.Tensor, case: Case) -> None:
     assert int(codes.max()) < case.spec.levels
 
 
-def check_grid(grid: Grid, case: Case) -> None:
+def check_grid(grid: Parameters, case: Case) -> None:
     assert grid.scales.dtype == torch.float16
     assert grid.scales.shape == case.grid.scales.shape
     assert grid.scales.is_contiguous()
@@ -202,7 +203,7 @@ def test_descent_is_the_textbook_algorithm(shape: tuple[int, int], start: str) -
 def test_refit_is_dense_least_squares_group_by_group(shape: tuple[int, int]) -> None:
     for spec in SPECS[::3] if shape == (7, 23) else SPECS:
         case = make_case(spec, shape, "nearest")
-        case = case._replace(grid=Grid(case.grid.scales * 1.2, case.grid.zeros))
+        case = case._replace(grid=Parameters(case.grid.scales * 1.2, case.grid.zeros))
         # The nearest float16 may fall to either side in float32.
         torch.testing.assert_close(refit(*case).scales, textbook_refit(case).scales, rtol=1e-3, atol=0)
 
@@ -250,7 +251,7 @@ def test_one_round_is_refit_then_descent_where_one_block_holds_all(spec: QuantSp
 
 def test_codes_halfway_between_two_points_stay() -> None:
     spec = QuantSpec(3, 4)
-    grid = Grid(torch.full((3, 3), 0.25, dtype=torch.float16), torch.full((3, 3), 3, dtype=torch.uint8))
+    grid = Parameters(torch.full((3, 3), 0.25, dtype=torch.float16), torch.full((3, 3), 3, dtype=torch.uint8))
     lower = torch.randint(7, (3, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     weight = (lower.float() + 0.5 - 3) * 0.25
     for codes in (lower, lower + 1):
@@ -288,7 +289,7 @@ def test_scales_are_found_where_the_codes_are_right(spec: QuantSpec) -> None:
     case = make_case(spec, (8, 20), "random")
     weight = dequantized(case.codes, case.grid, spec).float()
     factors = torch.linspace(0.8, 1.25, case.grid.scales.numel()).reshape_as(case.grid.scales).half()
-    wrong = Grid(case.grid.scales * factors, case.grid.zeros)
+    wrong = Parameters(case.grid.scales * factors, case.grid.zeros)
     case = case._replace(weight=weight)
     start, grid = objective(case, case.codes, wrong), wrong
     for _ in range(60):

@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
-from quantc.numerics.grids import Grid, fit_grid
-from quantc.numerics.qtensor import QTensor, spread_groups
+from quantc.numerics.grids import Parameters, fit_grid
+from quantc.numerics.groups import spread_groups
+from quantc.numerics.qtensor import QTensor
 from quantc.numerics.rounding import LEAF_COLUMNS, factorize, gptq, gptq_each, round_to_nearest
 from quantc.spec import WHOLE_ROW, QuantSpec
 
@@ -35,16 +36,16 @@ def correlated_rows(rows: int, k: int, seed: int = 1) -> torch.Tensor:
     return (torch.randn(rows, k, generator=generator) * sizes) @ mix * scale
 
 
-def spread(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def spread(grid: Parameters, spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 (N, K): the scale and the zero of every weight."""
-    scales = spread_groups(grid.scales.double(), spec, shape)
+    scales = spread_groups(grid.scales.double(), spec.groups, shape)
     if grid.zeros is None:
         return scales, torch.full_like(scales, spec.mid)
-    return scales, spread_groups(grid.zeros.double(), spec, shape)
+    return scales, spread_groups(grid.zeros.double(), spec.groups, shape)
 
 
 def textbook_gptq(
-    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, spec: QuantSpec, act_order: bool
+    weight: torch.Tensor, gram: torch.Tensor, grid: Parameters, spec: QuantSpec, act_order: bool
 ) -> torch.Tensor:
     """OBQ column by column: round, move what is left by the inverse Hessian, eliminate the column from it."""
     shape = (weight.shape[0], weight.shape[1])
@@ -62,7 +63,9 @@ def textbook_gptq(
     return codes
 
 
-def output_error(weight: torch.Tensor, codes: torch.Tensor, grid: Grid, spec: QuantSpec, gram: torch.Tensor) -> float:
+def output_error(
+    weight: torch.Tensor, codes: torch.Tensor, grid: Parameters, spec: QuantSpec, gram: torch.Tensor
+) -> float:
     """tr(D G D^T) with D = W' - W, in float64."""
     difference = QTensor(spec, codes, grid.scales, grid.zeros).dequantize(torch.float64) - weight.double()
     return float((difference @ gram.double() * difference).sum())

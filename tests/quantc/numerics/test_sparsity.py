@@ -9,7 +9,7 @@ import torch
 
 from quantc.formats import format_of
 from quantc.numerics.basis import Basis, Rounding
-from quantc.numerics.qtensor import spread_groups
+from quantc.numerics.groups import spread_groups
 from quantc.numerics.relaxed import RelaxedWeight
 from quantc.numerics.sparsity import Spectrum, by_admm, by_magnitude, fit_support
 from quantc.spec import QuantSpec
@@ -93,7 +93,7 @@ def test_rounding_leaves_dropped_groups_at_zero(k: int, sparsity: float, rounds:
     assert tensor.kept is not None
     assert int(tensor.kept.sum()) == spec.kept_groups((24, k))
     assert bool(torch.isfinite(tensor.scales).all())
-    dropped = ~spread_groups(tensor.kept, spec, (24, k))
+    dropped = ~spread_groups(tensor.kept, spec.groups, (24, k))
     assert bool((tensor.codes[dropped] == (spec.mid if symmetric else 0)).all())
     assert not tensor.dequantize()[dropped].any()
     assert bool((tensor.scales[~tensor.kept] == 1).all())
