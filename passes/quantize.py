@@ -105,16 +105,16 @@ class Quantize(Pass):
 
     def _round(self, work: BlockWork, item: Activation, grams: list[Gram], drift: Drift | None = None) -> None:
         """Round every linear that reads one activation."""
-        specs = work.run.plan.specs
+        specs, rounding = work.run.plan.specs, replace(self.rounding, panel=work.rounding.panel)
         outcomes = [
-            Outcome(linear, spec, self.rounding, work.run.plan.wide_rows(linear.name), linear.name in self._far)
+            Outcome(linear, spec, rounding, work.run.plan.wide_rows(linear.name), linear.name in self._far)
             for linear in work.readers(item)
             if (spec := specs[linear.name])
         ]
         for expert in range(work.experts(item)):
             rows = grams[expert].rows if grams else 0
             gram = grams[expert].matrix if rows else None
-            bases = self._bases(gram, rows, outcomes, item.label)
+            bases = _bases(rounding, gram, rows, outcomes, item.label)
             guided = any(basis.factor for basis in bases.values())
             correction = drift.correction(gram, self.config.damp) if drift and guided and gram is not None else None
             for outcome in outcomes:
@@ -144,14 +144,6 @@ class Quantize(Pass):
         if pays_off(weight, spec):
             work.run.report.notes.append(f"{name}: {FAR_FROM_ZERO}keep it")
         work.quantized[name] = Basis.unguided(None, 0, 0).round(weight, spec)
-
-    def _bases(self, gram: torch.Tensor | None, rows: int, outcomes: list[Outcome], label: str) -> dict[int, Basis]:
-        try:
-            return self.rounding.bases(gram, rows, [outcome.spec for outcome in outcomes])
-        except ArithmeticError as error:
-            raise CalibrationError(
-                f"{label}: {error}; its calibration rows are not finite, so check the model and the text."
-            ) from error
 
 
 class Outcome:
@@ -219,6 +211,17 @@ class Outcome:
             why=why.get(self.linear.name, ""),
             lost_rows=self._lost_rows,
         )
+
+
+def _bases(
+    rounding: Rounding, gram: torch.Tensor | None, rows: int, outcomes: list[Outcome], label: str
+) -> dict[int, Basis]:
+    try:
+        return rounding.bases(gram, rows, [outcome.spec for outcome in outcomes])
+    except ArithmeticError as error:
+        raise CalibrationError(
+            f"{label}: {error}; its calibration rows are not finite, so check the model and the text."
+        ) from error
 
 
 def _far_from_zero(work: BlockWork) -> set[str]:

@@ -13,7 +13,7 @@ from .checkpoint.journal import has_journal, read_journal
 from .checkpoint.ownership import check_place
 from .checkpoint.writer import unfinished
 from .driver.builds import pursue
-from .driver.job import Job, TooLarge, kernels_of
+from .driver.job import Job, TooLarge
 from .driver.quality import Target
 from .driver.settings import Settings, allocation, as_bytes, default_name
 from .errors import UsageError
@@ -153,7 +153,7 @@ def plan(
     run = job.open(job.source(model), "")
     tokens = job.tokens(run)
     assert tokens is not None, "a budget needs calibration text, and allocate has refused to do without"
-    with tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder, kernels_of(run.device):
+    with tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder:
         sweep.analyse(run, [item for item in job.passes if item.name == "allocate"], tokens, Path(folder))
     run.report.count_costs(started, cpu_started)
     return run

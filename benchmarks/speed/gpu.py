@@ -161,7 +161,7 @@ def time_quantizing() -> list[dict[str, Any]]:
     from quantc.kernels.cuda.gptq import panel_for
     from quantc.kernels.cuda.gram import add_gram
     from quantc.numerics.grids import fit_grid
-    from quantc.numerics.rounding import factorize, gptq, using_panel
+    from quantc.numerics.rounding import factorize, gptq
     from quantc.spec import QuantSpec
 
     rows = []
@@ -175,8 +175,7 @@ def time_quantizing() -> list[dict[str, Any]]:
         factor, grid = factorize(x.float().T @ x.float()), fit_grid(weight, spec)
         times = []
         for panel in (panel_for(torch.device("cuda", torch.cuda.current_device())), None):
-            with using_panel(panel):
-                times.append(wall_seconds(lambda w=weight, f=factor, g=grid, s=spec: gptq(w, f, g, s)))
+            times.append(wall_seconds(lambda w=weight, f=factor, g=grid, s=spec, p=panel: gptq(w, f, g, s, p)))
         rows.append({"what": f"GPTQ sweep, {n} x {k}", "ms": times[0] * 1e3, "torch_ms": times[1] * 1e3})
     return rows
 

@@ -30,7 +30,7 @@ class CudaPanel:
 
 
 def panel_for(device: torch.device) -> CudaPanel | None:
-    """What `using_panel` takes for weights on a device: None where it has no kernels, and torch does it all."""
+    """Return the panel for weights on a device: None where it has no kernels, and torch does it all."""
     if device.type != "cuda" or any(refusal(_program(size), device, _shared(size)) for size in PANELS[:2]):
         return None
     return CudaPanel()

@@ -73,7 +73,7 @@ class Bfloat16Products:
     """
 
     def __call__(self, rows: torch.Tensor, upper: torch.Tensor) -> bool:
-        """See AddProducts in quantc/stats.py."""
+        """See AddProducts in quantc/numerics/statistics.py."""
         if rows.shape[1] % MULTIPLE:
             return False
         add_gram(rows.to(torch.bfloat16).contiguous(), upper)
@@ -81,7 +81,7 @@ class Bfloat16Products:
 
 
 def products_for(device: torch.device) -> Bfloat16Products | None:
-    """What `using_products` takes on a device: None where it has no such kernel, and torch does it in float32."""
+    """Return what Gram matrices on a device take: None where it has no such kernel, and torch does it in float32."""
     if device.type != "cuda" or any(refusal(_program(torch.bfloat16, tile), device, _shared(tile)) for tile in TILES):
         return None
     arch = int(architecture(device_index(device)).removeprefix("sm_"))

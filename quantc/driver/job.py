@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +19,6 @@ from ..graph.derive import derive
 from ..kernels.cuda.gptq import panel_for
 from ..kernels.cuda.gram import products_for
 from ..numerics.basis import Rounding
-from ..numerics.rounding import using_panel
-from ..numerics.statistics import using_products
 from ..passes.allocate import Allocate
 from ..pipeline import sweep
 from ..pipeline.base import Pass, check_order
@@ -109,7 +105,9 @@ class Job:
         report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
         rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
         plan = self.plan.copy()  # a job may be built again
-        run = Run(source, graph, plan, report, self.progress, _device(self.device), rounding)
+        device = _device(self.device)
+        rounding = replace(rounding, panel=panel_for(device))
+        run = Run(source, graph, plan, report, self.progress, device, rounding, products_for(device))
         config = allocation(self.passes)
         run.target = config and config.target
         report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
@@ -143,8 +141,7 @@ class Job:
             if saved is not None:
                 writer.restore(saved["tensors"], partial(check_tensors, saved, run))
             write_companions(run, writer)  # what is wrong with these is found before hours of work
-            with kernels_of(run.device):
-                sweep.build(run, self.passes, tokens, writer, saved)
+            sweep.build(run, self.passes, tokens, writer, saved)
             writer.add_text(PLAN_FILE, run.plan.to_yaml())
             _finish_report(run, writer, started, cpu_started)
             if at_most is not None and writer.weights_bytes > at_most:
@@ -184,8 +181,7 @@ class Job:
     def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
         """What the linears could be stored as. folder: for temporary files."""
         (allocate,) = (item for item in self.passes if isinstance(item, Allocate))
-        with kernels_of(run.device):
-            return allocate.budget(run, tokens, folder)
+        return allocate.budget(run, tokens, folder)
 
     def tokens(self, run: Run) -> torch.Tensor | None:
         """The calibration set, where a pass asks for one."""
@@ -207,13 +203,6 @@ class TooLarge(Exception):
     def __init__(self, excess: int):
         super().__init__(f"{excess} bytes too many")
         self.excess = excess
-
-
-@contextmanager
-def kernels_of(device: torch.device) -> Iterator[None]:
-    """Inside, rounding and statistics use the kernels made for the device."""
-    with using_panel(panel_for(device)), using_products(products_for(device)):
-        yield
 
 
 def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_started: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from .groups import spread_groups
 from .hadamard import BAND, rotate, rotate_gram
 from .qtensor import QTensor
 from .refine import refine, refit
-from .rounding import Factor, factorize, gptq_each, round_to_nearest
+from .rounding import Factor, Panel, factorize, gptq_each, round_to_nearest
 from .row_widths import join
 
 # An expert that saw fewer rows than this share of its inputs has a Gram matrix that mostly says "zero".
@@ -33,7 +34,7 @@ class Rounding:
 
     damp, act_order: see `factorize`. rounds: of refinement after error feedback. shrink: the share by which what is
     beside the Gram matrix' diagonal is taken back (Ledoit and Wolf 2004): correlations of the calibration text that
-    other text does not have.
+    other text does not have. panel: see `gptq`; it decides how fast weights are rounded.
     """
 
     feedback: bool = True
@@ -41,6 +42,11 @@ class Rounding:
     act_order: bool = True
     rounds: int = 0
     shrink: float = 0.0
+    panel: Panel | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that a recipe says about rounding, by name."""
+        return {name: value for name, value in vars(self).items() if name != "panel"}
 
     def basis(self, gram: torch.Tensor | None, rows: int, block: int, bits: int) -> Basis:
         """One activation's rows, ready for rounding; raises ArithmeticError when they cannot be factorised.
@@ -51,7 +57,7 @@ class Rounding:
             return Basis.unguided(gram, rows, block)
         if gram is not None and (block or bits >= SHRUNK_FROM_BITS):
             gram = self.shrunk(gram)
-        return Basis.of(gram, rows, block, self.damp, self.act_order)
+        return Basis.of(gram, rows, block, self.damp, self.act_order, self.panel)
 
     def shrunk(self, gram: torch.Tensor) -> torch.Tensor:
         """(K, K): what is trusted of a Gram matrix."""
@@ -74,13 +80,14 @@ class Basis:
     """What the calibration rows of one activation say to the weights that read it, after its rotation.
 
     rows: how many there were. block: order of the rotation's blocks, 0 for none. gram: float32 (K, K), None without
-    calibration. factor: None where weights are rounded to nearest.
+    calibration. factor: None where weights are rounded to nearest. panel: see `gptq`.
     """
 
     rows: int
     block: int
     gram: torch.Tensor | None = None
     factor: Factor | None = None
+    panel: Panel | None = None
 
     @classmethod
     def unguided(cls, gram: torch.Tensor | None, rows: int, block: int) -> Basis:
@@ -88,14 +95,22 @@ class Basis:
         return cls(rows, block, rotate_gram(gram, block) if block and gram is not None else gram)
 
     @classmethod
-    def of(cls, gram: torch.Tensor | None, rows: int, block: int, damp: float, act_order: bool) -> Basis:
+    def of(
+        cls,
+        gram: torch.Tensor | None,
+        rows: int,
+        block: int,
+        damp: float,
+        act_order: bool,
+        panel: Panel | None = None,
+    ) -> Basis:
         """Rotate and factor a Gram matrix; with too few rows to guide anything there is no factor.
 
         Raises ArithmeticError when the matrix cannot be factorised.
         """
         basis = cls.unguided(gram, rows, block)
         if basis.gram is not None and rows >= len(basis.gram) * FEWEST_ROWS_SHARE:
-            basis.factor = factorize(basis.gram, damp, act_order)
+            basis.factor, basis.panel = factorize(basis.gram, damp, act_order), panel
         return basis
 
     def turn(self, weight: torch.Tensor) -> torch.Tensor:
@@ -145,7 +160,11 @@ class Basis:
         starts = self._starts(weight, specs)
         held = [_held(start, spec) for start, spec in zip(starts, specs, strict=True)]
         codes = gptq_each(
-            [start.weight for start in starts], self.factor, [fitted for fitted, _ in held], [spec for _, spec in held]
+            [start.weight for start in starts],
+            self.factor,
+            [fitted for fitted, _ in held],
+            [spec for _, spec in held],
+            self.panel,
         )
         return [
             self._finished(weight, found, start, spec, rounds)

@@ -7,9 +7,7 @@ are still to be rounded, through the Gram matrix of the inputs (GPTQ, Frantar et
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -112,23 +110,30 @@ def _invert_lower_(lower: torch.Tensor) -> None:
     corner.copy_((bottom @ corner).neg_() @ top)
 
 
-def gptq(weight: torch.Tensor, factor: Factor, parameters: Parameters, spec: QuantSpec) -> torch.Tensor:
+def gptq(
+    weight: torch.Tensor, factor: Factor, parameters: Parameters, spec: QuantSpec, panel: Panel | None = None
+) -> torch.Tensor:
     """Codes uint8 (N, K) of weight (N, K) on a static grid, with error feedback over the columns.
 
     The grid stays fixed, so the rounding order is free (act order) and leaves no permutation to inference.
+    panel: made for the device of the weights; None rounds by torch.
     """
     sweep = Sweep(weight, factor, parameters, spec)
-    _round_columns(sweep, _panel.get() or COLUMN_BY_COLUMN, 0, weight.shape[1])
+    _round_columns(sweep, panel or COLUMN_BY_COLUMN, 0, weight.shape[1])
     return _in_order(sweep.codes, factor)
 
 
 def gptq_each(
-    weights: Sequence[torch.Tensor], factor: Factor, parameters: Sequence[Parameters], specs: Sequence[QuantSpec]
+    weights: Sequence[torch.Tensor],
+    factor: Factor,
+    parameters: Sequence[Parameters],
+    specs: Sequence[QuantSpec],
+    panel: Panel | None = None,
 ) -> list[torch.Tensor]:
     """`gptq` of weights (N, K), one on each grid, in one sweep where the columns are what takes the time."""
     each = list(zip(weights, parameters, specs, strict=True))
-    if _panel.get() is not None or len(each) == 1:
-        return [gptq(weight, factor, fitted, spec) for weight, fitted, spec in each]
+    if panel is not None or len(each) == 1:
+        return [gptq(weight, factor, fitted, spec, panel) for weight, fitted, spec in each]
     joined = JoinedSweep([Sweep(weight, factor, fitted, spec) for weight, fitted, spec in each])
     _round_columns(joined, COLUMN_BY_COLUMN, 0, weights[0].shape[1])
     return [_in_order(codes, factor) for codes in joined.codes.split(weights[0].shape[0], dim=1)]
@@ -199,17 +204,6 @@ class ColumnByColumn:
 
 
 COLUMN_BY_COLUMN = ColumnByColumn()
-_panel: ContextVar[Panel | None] = ContextVar("panel", default=None)
-
-
-@contextmanager
-def using_panel(panel: Panel | None) -> Iterator[None]:
-    """Inside, `gptq` rounds by a panel made for the device of its weights; None changes nothing."""
-    token = _panel.set(panel or _panel.get())
-    try:
-        yield
-    finally:
-        _panel.reset(token)
 
 
 def _round_columns(sweep: Sweep, panel: Panel, low: int, high: int) -> None:

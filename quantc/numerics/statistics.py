@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Protocol
 
 import torch
@@ -22,24 +19,15 @@ class AddProducts(Protocol):
     def __call__(self, rows: torch.Tensor, upper: torch.Tensor) -> bool: ...
 
 
-_add_products: ContextVar[AddProducts | None] = ContextVar("add_products", default=None)
-
-
-@contextmanager
-def using_products(add_products: AddProducts | None) -> Iterator[None]:
-    """Inside, Gram matrices add rows this way where it takes them; None changes nothing."""
-    token = _add_products.set(add_products or _add_products.get())
-    try:
-        yield
-    finally:
-        _add_products.reset(token)
-
-
 class Gram:
-    """G = X^T X over calibration rows X (M, K), in float32, and M = `rows`; `bad_rows` were left out."""
+    """G = X^T X over calibration rows X (M, K), in float32, and M = `rows`; `bad_rows` were left out.
 
-    def __init__(self, width: int, device: torch.device | str = "cpu"):
+    add_products: made for the device, asked first to add rows; None adds them by torch.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu", add_products: AddProducts | None = None):
         self.width, self.rows, self.bad_rows = width, 0, 0
+        self._add_products = add_products
         self._upper = torch.zeros(width, width, device=device)
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -51,8 +39,7 @@ class Gram:
             finite = torch.isfinite(rows).all(1)
             self.bad_rows += int((~finite).sum())
             rows = rows[finite]
-        add_products = _add_products.get()
-        if add_products is None or not add_products(rows, self._upper):
+        if self._add_products is None or not self._add_products(rows, self._upper):
             _add_by_bands(rows, self._upper)
         self.rows += rows.shape[0]
 

@@ -15,6 +15,7 @@ from ..graph.decoder import outside_names
 from ..graph.model_graph import Block, ModelGraph
 from ..machine.memory import FreeMemory
 from ..numerics.basis import Rounding
+from ..numerics.statistics import AddProducts, Gram
 from ..plan import Plan
 from ..progress import Progress
 from ..report import Report
@@ -31,10 +32,15 @@ class Run:
     progress: Progress
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rounding: Rounding = field(default_factory=Rounding)  # what will be done to the weights
+    add_products: AddProducts | None = None  # made for the device, see Gram
     free_memory: FreeMemory = field(default_factory=FreeMemory)
     residual: ResidualRotation | None = None  # that a pass has proven and folds into the blocks
     edited: set[str] = field(default_factory=set)  # tensors that are no longer the source's
     target: str | None = None  # a runtime that has to load the result, so that passes keep to the plan's formats
+
+    def gram(self, width: int) -> Gram:
+        """Return an empty Gram matrix on the device."""
+        return Gram(width, self.device, self.add_products)
 
     def shared(self, block: Block, names: Iterable[str]) -> bool:
         """Whether another part of the model shares one of a block's parameters."""

@@ -191,8 +191,7 @@ class BlockWork:
         return max(1, self.block.readers(item)[0].experts)
 
     def _new_grams(self, items: list[Activation]) -> dict[str, list[Gram]]:
-        device = self.run.device
-        return {item.label: [Gram(item.width, device) for _ in range(self.experts(item))] for item in items}
+        return {item.label: [self.run.gram(item.width) for _ in range(self.experts(item))] for item in items}
 
     @contextmanager
     def unrounded(self) -> Iterator[None]:

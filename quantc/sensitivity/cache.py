@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def key_of(run: Run, tokens: torch.Tensor, **question: Any) -> str:
         "contents": run.source.contents(),
         "model": run.source.model.config.to_json_string(),
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        "rounding": asdict(run.rounding),
+        "rounding": run.rounding.settings(),
         "device": run.device.type,
         **question,
     }

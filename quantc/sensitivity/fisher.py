@@ -92,7 +92,7 @@ class _Fisher(Reader):
         items = planned_activations(self.run, block)
         for item in items:
             experts = max(1, block.readers(item)[0].experts)
-            self._grams.setdefault(item.label, [Gram(item.width, self.run.device) for _ in range(experts)])
+            self._grams.setdefault(item.label, [self.run.gram(item.width) for _ in range(experts)])
 
         def add(label: str, expert: int, rows: torch.Tensor) -> None:
             with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 
 from quantc.kernels.cuda.gptq import PANELS, panel_for, panel_launch, programs
 from quantc.numerics.grids import Parameters, UniformColumns, fit_grid
-from quantc.numerics.rounding import Factor, Sweep, factorize, gptq, using_panel
+from quantc.numerics.rounding import Factor, Sweep, factorize, gptq
 from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.simt.harness import run
 
@@ -95,8 +95,7 @@ def test_codes_and_errors_are_those_of_the_sweep(n: int, k: int, low: int, high:
 def test_a_whole_sweep_gives_the_codes_of_torch(spec: QuantSpec) -> None:
     problem = random_problem(20, 70, spec)
     panel = SimtPanel()
-    with using_panel(panel):
-        codes = gptq(*problem, spec)
+    codes = gptq(*problem, spec, panel)
     assert torch.equal(codes, gptq(*problem, spec))
     assert panel.rounded == [(0, 17), (17, 35), (35, 52), (52, 70)]
 

@@ -9,7 +9,7 @@ import torch
 
 from quantc.kernels.cuda import gram
 from quantc.kernels.cuda.gram import WIDE, gram_launch, programs, supports
-from quantc.numerics.statistics import Gram, using_products
+from quantc.numerics.statistics import Gram
 from tests.simt.harness import run
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -72,9 +72,8 @@ def test_turing_copies_at_once_and_gives_the_same_sums() -> None:
 def test_calibration_gets_the_products_of_rounded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "launch", run)
     x = random_rows(70, 136, torch.float32)
-    kernel, torch_alone = Gram(136), Gram(136)
-    with using_products(gram.Bfloat16Products()):
-        kernel.add(x)
+    kernel, torch_alone = Gram(136, add_products=gram.Bfloat16Products()), Gram(136)
+    kernel.add(x)
     torch_alone.add(x.bfloat16())
     torch.testing.assert_close(kernel.matrix, torch_alone.matrix, rtol=1e-5, atol=1e-4)
     assert kernel.rows == 70

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantc.numerics.statistics import BAND, Drift, Gram, channel_energies, output_energy, using_products
+from quantc.numerics.statistics import BAND, Drift, Gram, channel_energies, output_energy
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -200,10 +200,10 @@ def test_another_way_to_add_products_is_asked_first(takes: bool) -> None:
 
     x = rows(20, 150)
     x[3, 4] = torch.nan
-    gram = Gram(150)
-    with using_products(add_products), using_products(None):
-        gram.add(x, torch.full((20,), 4.0))
-    gram.add(x)
+    gram, torch_alone = Gram(150, add_products=add_products), Gram(150)
+    gram.add(x, torch.full((20,), 4.0))
+    torch_alone.add(x)
+    gram.merge(torch_alone)
 
     finite = x[torch.isfinite(x).all(1)]
     (given,) = asked
