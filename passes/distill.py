@@ -16,7 +16,6 @@ import torch
 from ..calibration.hidden_states import HiddenStates
 from ..calibration.stream import CalibrationRun
 from ..errors import UsageError
-from ..frontend import to_meta
 from ..pipeline.base import Fact, Pass, register
 from ..pipeline.run import Run
 from ..pipeline.work import FinishWork
@@ -57,11 +56,8 @@ class Distill(Pass):
         """Keep what the original's last block puts out."""
         run.progress.stage("Original predictions", len(run.graph.blocks))
         for block in run.graph.blocks:
-            run.source.load(block.name)
-            module = run.source.model.get_submodule(block.name).to(run.device)
-            calibration.advance(block)
-            to_meta(module)
-            run.progress.step(block.name)
+            with run.loaded(block):
+                calibration.advance(block)
         self._tokens = tokens
         self._teacher = calibration.snapshot()
         run.progress.done()

@@ -37,7 +37,6 @@ import torch
 from ..calibration.stream import CalibrationRun
 from ..checkpoint.config import ResidualRotation
 from ..errors import UsageError
-from ..frontend import to_meta
 from ..graph.model_graph import Activation, Block, Linear
 from ..graph.residual_rewrite import BlockTurn, prove_turn
 from ..graph.rewrite import Refusal, rotate_heads, weight_name
@@ -136,16 +135,11 @@ class Rotate(Pass):
         if order < SMALLEST_BLOCK:
             raise Refusal(f"no Hadamard matrix mixes {hidden.shape[-1]} channels")
         for block in run.graph.blocks:
-            run.source.load(block.name)
-            module = run.source.model.get_submodule(block.name).to(run.device)
-            try:
+            with run.loaded(block) as module:
                 if run.shared(block, (name for name, _ in module.named_parameters())):
                     raise Refusal(f"another block shares weights of {block.name}")
                 call = calibration.probe(block).with_hidden(hidden)
                 turns[block.name], hidden = prove_turn(block, module, call, order, writers)
-            finally:
-                to_meta(module)
-            run.progress.step(block.name)
         return turns
 
     def state(self) -> Any:

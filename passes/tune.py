@@ -12,7 +12,7 @@ gradient is noise as far as any other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..frontend import to_meta
 from ..frontend.source import cast_parameter
 from ..graph.model_graph import Block, Linear
 from ..graph.rewrite import weight_name
@@ -123,15 +122,12 @@ class Tune(Pass):
         """
         run, first = work.run, work.block.index + 1
         blocks = run.graph.blocks[first : first + self.config.window - 1] if run.residual is None else []
-        modules = []
-        for block in blocks:
-            run.source.load(block.name)
-            modules.append(run.source.model.get_submodule(block.name).to(run.device))
-            for linear in block.quantized:
-                cast_parameter(modules[-1], weight_name(block, linear), dtype)
-        yield list(zip(blocks, modules, strict=True))
-        for module in modules:
-            to_meta(module)
+        with ExitStack() as loaded:
+            modules = [loaded.enter_context(run.loaded(block, step=False)) for block in blocks]
+            for block, module in zip(blocks, modules, strict=True):
+                for linear in block.quantized:
+                    cast_parameter(module, weight_name(block, linear), dtype)
+            yield list(zip(blocks, modules, strict=True))
 
     def _tune(self, work: BlockWork, target: Reconstruction) -> None:
         found = self._train(work, target)

@@ -56,7 +56,7 @@ def _hook(module: nn.Module, block: Block, item: Activation, handle: RowHandler,
         if last:
             raise EnoughSeen
 
-    reader = module.get_submodule(item.readers[0].removeprefix(block.name + "."))
+    reader = module.get_submodule(block.inside(item.readers[0]))
     return reader.register_forward_pre_hook(before_forward)
 
 
@@ -66,7 +66,7 @@ class StackObserver(TorchFunctionMode):
     def __init__(self, module: nn.Module, block: Block, stacks: list[Linear], handle: RowHandler):
         super().__init__()
         self._table = StackTable(module)
-        self._stacks = {linear.name.removeprefix(block.name + "."): linear for linear in stacks}
+        self._stacks = {block.inside(linear.name): linear for linear in stacks}
         self._handle = handle
 
     def __torch_function__(

@@ -99,6 +99,10 @@ class Block:
     def quantized(self) -> tuple[Linear, ...]:
         return tuple(linear for linear in self.linears if not linear.keep)
 
+    def inside(self, name: str) -> str:
+        """Return the name inside the block of something in the block."""
+        return name.removeprefix(f"{self.name}.")
+
     def readers(self, activation: Activation) -> list[Linear]:
         """The linears that read an activation and are to be quantized."""
         return [linear for linear in self.quantized if linear.reads == activation.label]

@@ -108,7 +108,7 @@ def prove_turn(
     proof = Proof(block, module, call)
     _check_reached(block, proof, module)
     width = call.hidden.shape[-1]
-    norms = tuple(_inside(block, norm.name) for norm in block.norms if norm.of_residual)
+    norms = tuple(block.inside(norm.name) for norm in block.norms if norm.of_residual)
     reads = _readers(block, norms)
     kind = type(module), tuple((name, parameter.shape) for name, parameter in module.named_parameters())
     for search in (False, True) if kind in known else (True,):
@@ -144,7 +144,7 @@ def find_writers(block: Block, module: nn.Module, proof: Proof, width: int) -> d
 def _candidates(block: Block, module: nn.Module, width: int) -> dict[str, int]:
     """Parameters that are as wide as the stream, and the dimension along which they are."""
     weights = {weight_name(block, linear): linear for linear in block.linears}
-    norms = tuple(_inside(block, norm.name) + "." for norm in block.norms)
+    norms = tuple(block.inside(norm.name) + "." for norm in block.norms)
     found: dict[str, int] = {}
     for name, parameter in module.named_parameters():
         dim = weights[name].rows if name in weights else -1
@@ -179,7 +179,7 @@ def _readers(block: Block, norms: tuple[str, ...]) -> dict[str, tuple[int, str]]
     """Weight -> (dimension, norm), of all linears that read the residual stream, by itself or through a norm of it."""
     found: dict[str, tuple[int, str]] = {}
     for item in block.activations:
-        norm = _inside(block, item.writers[0]) if item.kind in ("normed", "rows") and item.writers else ""
+        norm = block.inside(item.writers[0]) if item.kind in ("normed", "rows") and item.writers else ""
         if item.kind == "residual" or norm in norms:
             readers = [linear for linear in block.linears if linear.reads == item.label]
             found |= {weight_name(block, linear): (linear.columns, norm) for linear in readers}
@@ -196,7 +196,3 @@ def _values_of(norm: nn.Module, width: int) -> _NormValues:
     whole = offset + parameters[gain]
     shift = next((name for name in parameters if name != gain), "")
     return _NormValues(whole, parameters[shift] if shift else torch.zeros_like(whole), gain, shift, offset)
-
-
-def _inside(block: Block, name: str) -> str:
-    return name.removeprefix(block.name + ".")

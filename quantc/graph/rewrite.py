@@ -61,7 +61,7 @@ def divide_writer(
 
 def weight_name(block: Block, linear: Linear) -> str:
     """Name of a linear's weight inside the block."""
-    return linear.weight_name.removeprefix(block.name + ".")
+    return block.inside(linear.weight_name)
 
 
 def bias_name(weight: str) -> str:
@@ -77,7 +77,7 @@ def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
 def _divide_norm(
     block: Block, module: nn.Module, item: Activation, scales: torch.Tensor, stored: torch.dtype
 ) -> tuple[Edits, torch.Tensor]:
-    name = item.writers[0].removeprefix(block.name + ".")
+    name = block.inside(item.writers[0])
     parameters, gain, offset = _plain_norm(module.get_submodule(name), item.width)
     others = [key for key in parameters if key != gain]
     if others:  # a bias is stored in few bits too: then only powers of two divide it exactly
@@ -95,7 +95,7 @@ def _divide_norm(
 
 def whole_gain(block: Block, module: nn.Module, item: Activation) -> torch.Tensor:
     """float64 (K,): what the norm that writes an activation multiplies its channels by. Raises Refusal."""
-    norm = module.get_submodule(item.writers[0].removeprefix(block.name + "."))
+    norm = module.get_submodule(block.inside(item.writers[0]))
     parameters, gain, offset = _plain_norm(norm, item.width)
     return offset + parameters[gain]
 

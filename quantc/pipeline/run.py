@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..checkpoint.config import ResidualRotation
-from ..frontend import Source
+from ..frontend import Source, to_meta
 from ..graph.blocks import blocks_replaced
 from ..graph.decoder import outside_names
 from ..graph.model_graph import Block, ModelGraph
@@ -41,6 +42,32 @@ class Run:
     def gram(self, width: int) -> Gram:
         """Return an empty Gram matrix on the device."""
         return Gram(width, self.device, self.add_products)
+
+    @contextmanager
+    def loaded(self, block: Block, step: bool = True) -> Iterator[nn.Module]:
+        """Yield a block's module with its weights loaded onto the device; they are freed behind the context.
+
+        step: whether that is a step of the progress.
+        """
+        self.source.load(block.name)
+        module = self.source.model.get_submodule(block.name).to(self.device)
+        weights = sum(parameter.nbytes for parameter in module.parameters())
+        try:
+            yield module
+        finally:
+            to_meta(module)
+            self.free_memory.release(weights)
+        if step:
+            self.progress.step(block.name)
+
+    @contextmanager
+    def outside_loaded(self) -> Iterator[None]:
+        """Load all that lies outside the blocks, but for what tokens do not reach; the whole model is freed behind."""
+        load_outside(self)
+        try:
+            yield
+        finally:
+            to_meta(self.source.model)
 
     def shared(self, block: Block, names: Iterable[str]) -> bool:
         """Whether another part of the model shares one of a block's parameters."""

@@ -129,51 +129,42 @@ class _Sweep:
             _build_block(run, passes, block, calibration, self.writer)
             self.done += 1
             self.save()
-            run.progress.step(block.name)
         run.progress.done()
 
 
 def _build_block(
     run: Run, passes: list[Pass], block: Block, calibration: CalibrationRun | None, writer: CheckpointWriter
 ) -> None:
-    run.source.load(block.name)
-    module = run.source.model.get_submodule(block.name).to(run.device)
-    work = BlockWork(run, block, module, calibration)
-    weights = sum(parameter.nbytes for parameter in module.parameters())
-    for item in passes:
-        item.rewrite(work)
-    for number, item in enumerate(passes, start=1):
-        work.keep_statistics = any(later.reads_statistics for later in passes[number:])
-        item.build(work)
-    _write(run, block.name, work.quantized, writer)
-    if calibration is not None and block is not run.graph.blocks[-1]:
-        work.replace_weights(run.graph.linears[name] for name in work.quantized)
-        calibration.advance(block)
-        if block.name in calibration.bad_rows:
-            rows = calibration.bad_rows[block.name]
-            run.report.notes.append(f"{block.name} put out {rows} non-finite calibration rows; they were left out")
-    to_meta(module)
-    run.free_memory.release(weights)
+    with run.loaded(block) as module:
+        work = BlockWork(run, block, module, calibration)
+        for item in passes:
+            item.rewrite(work)
+        for number, item in enumerate(passes, start=1):
+            work.keep_statistics = any(later.reads_statistics for later in passes[number:])
+            item.build(work)
+        _write(run, block.name, work.quantized, writer)
+        if calibration is not None and block is not run.graph.blocks[-1]:
+            work.replace_weights(run.graph.linears[name] for name in work.quantized)
+            calibration.advance(block)
+            if block.name in calibration.bad_rows:
+                rows = calibration.bad_rows[block.name]
+                run.report.notes.append(f"{block.name} put out {rows} non-finite calibration rows; they were left out")
 
 
 def _run_again(run: Run, blocks: Sequence[Block], calibration: CalibrationRun, writer: CheckpointWriter) -> None:
     """Bring the calibration set behind blocks that have been written, by running these."""
     run.progress.stage("Finished blocks", len(blocks))
     for block in blocks:
-        run.source.load(block.name)
-        module = run.source.model.get_submodule(block.name).to(run.device)
-        rounded = FinishWork(run, calibration, writer).qtensors(block)
-        work = BlockWork(run, block, module, calibration, {linear.name: tensor for linear, tensor in rounded.items()})
-        for name, tensor in tensors_under(run.source.model, block.name):
-            if name in writer.tensors:  # what passes have changed; all else stays where it lies in memory
-                stored = writer.read(name).to(tensor.device, tensor.dtype, copy=True)
-                tensor.data = tensor.data if torch.equal(tensor, stored) else stored
-        work.replace_weights(rounded)
-        weights = sum(parameter.nbytes for parameter in module.parameters())
-        calibration.advance(block)
-        to_meta(module)
-        run.free_memory.release(weights)
-        run.progress.step(block.name)
+        with run.loaded(block) as module:
+            rounded = FinishWork(run, calibration, writer).qtensors(block)
+            tensors = {linear.name: tensor for linear, tensor in rounded.items()}
+            work = BlockWork(run, block, module, calibration, tensors)
+            for name, tensor in tensors_under(run.source.model, block.name):
+                if name in writer.tensors:  # what passes have changed; all else stays where it lies in memory
+                    stored = writer.read(name).to(tensor.device, tensor.dtype, copy=True)
+                    tensor.data = tensor.data if torch.equal(tensor, stored) else stored
+            work.replace_weights(rounded)
+            calibration.advance(block)
     run.progress.done()
 
 

@@ -235,7 +235,7 @@ class FinishWork:
         packed = {linear.weight_name for linear in self._rounded(block)}
         names = [name for name, _ in tensors_under(self.run.source.model, block.name) if name not in packed]
         tied = self.run.source.tied  # written once, under the name that they are tied to
-        return {name.removeprefix(block.name + "."): self.writer.read(tied.get(name, name)).float() for name in names}
+        return {block.inside(name): self.writer.read(tied.get(name, name)).float() for name in names}
 
     def qtensors(self, block: Block) -> dict[Linear, QTensor]:
         """The block's rounded weights."""

@@ -21,10 +21,9 @@ from torch.func import functional_call
 
 from ..calibration.hidden_states import StateFile
 from ..calibration.stream import CalibrationRun
-from ..frontend import to_meta
 from ..graph.model_graph import Block
 from ..graph.rewrite import weight_name
-from ..pipeline.run import Run, load_outside, output_logits
+from ..pipeline.run import Run, output_logits
 from ..sensitivity.kl import divergence
 from ..spec import QuantSpec
 from .rounded_weights import RoundedWeights
@@ -51,12 +50,11 @@ class Meter:
         """KL(original || plan) of each, in nats per token; infinite where predictions are not finite."""
         states, slots = self._run(plans)
         totals = dict.fromkeys(slots, 0.0)
-        load_outside(self.run)
-        for sample in range(len(self.tokens)):
-            expected = self._logits(self._original, sample, 0)
-            for slot in totals:
-                totals[slot] += divergence(expected, self._logits(states, sample, slot))
-        to_meta(self.run.source.model)
+        with self.run.outside_loaded():
+            for sample in range(len(self.tokens)):
+                expected = self._logits(self._original, sample, 0)
+                for slot in totals:
+                    totals[slot] += divergence(expected, self._logits(states, sample, slot))
         states.close()
         means = [totals[slot] / self.tokens.numel() for slot in slots]
         return [mean if math.isfinite(mean) else math.inf for mean in means]
@@ -65,16 +63,14 @@ class Meter:
         """What the last block puts out, and for every plan the slot of it that is its own."""
         states, slots = self._first(), [0] * len(plans)
         for block in self.run.graph.blocks:
-            self.run.source.load(block.name)
-            module = self.run.source.model.get_submodule(block.name).to(self.run.device)
             ways = [(slot, _ways(block, plan)) for slot, plan in zip(slots, plans, strict=True)]
             distinct = {way: at for at, way in enumerate(dict.fromkeys(ways))}
             after = self._new_file()
             weight = cache(partial(self._weight, block))
-            for (source, specs), target in distinct.items():
-                weights = dict(weight(*chosen) for chosen in specs)
-                self._advance(block, module, weights, (states, source), (after, target))
-            to_meta(module)
+            with self.run.loaded(block, step=False) as module:
+                for (source, specs), target in distinct.items():
+                    weights = dict(weight(*chosen) for chosen in specs)
+                    self._advance(block, module, weights, (states, source), (after, target))
             states.close()
             states, slots = after, [distinct[way] for way in ways]
         return states, slots

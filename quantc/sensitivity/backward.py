@@ -20,11 +20,10 @@ from torch import nn
 from ..calibration.hidden_states import StateFile
 from ..calibration.precision import fast_matmul
 from ..calibration.stream import Batch, CalibrationRun
-from ..frontend import to_meta
 from ..graph.blocks import BlockCall
 from ..graph.model_graph import Block, Linear
 from ..graph.rewrite import weight_name
-from ..pipeline.run import Run, load_outside, output_logits
+from ..pipeline.run import Run, output_logits
 
 
 class Reader:
@@ -60,7 +59,6 @@ class BackwardSweep:
 
     def __init__(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path, reader: Reader):
         self.run, self.calibration, self.tokens, self.folder, self.reader = run, calibration, tokens, folder, reader
-        self.model = run.source.model
         self.files = ExitStack()
         self.inputs: list[StateFile] = []  # before every block
         self.gradients: StateFile  # at what the block in work puts out
@@ -75,28 +73,25 @@ class BackwardSweep:
         """Through all blocks, what each receives kept."""
         for block in self.run.graph.blocks:
             self.inputs.append(self._snapshot())
-            module = self._load(block.name)
-            self.calibration.advance(block)
-            to_meta(module)
-            self.run.progress.step(block.name)
+            with self.run.loaded(block):
+                self.calibration.advance(block)
 
     def backward(self, seed: int) -> None:
         """From tokens drawn from the model, to the first block, whose inputs' gradients stand then in `gradients`."""
         self._start_backward(seed)
         for block in reversed(self.run.graph.blocks):
-            self._backward(block)
-            self.run.progress.step(block.name)
+            with self.run.loaded(block) as module:
+                self._backward(block, module)
 
     def _start_backward(self, seed: int) -> None:
         """Gradients of the log-likelihood of the drawn tokens, at what the last block puts out."""
         generator = torch.Generator(self.run.device).manual_seed(seed)
-        load_outside(self.run)
         self.gradients = self._snapshot()  # each sample's states give way to its gradient
-        for sample in range(len(self.tokens)):
-            hidden = self.gradients.read(sample, 1, self.run.device)
-            self.reader.end(self.tokens[sample : sample + 1], hidden)
-            self.gradients.write(sample, self._output_gradient(sample, hidden, generator))
-        to_meta(self.model)
+        with self.run.outside_loaded():
+            for sample in range(len(self.tokens)):
+                hidden = self.gradients.read(sample, 1, self.run.device)
+                self.reader.end(self.tokens[sample : sample + 1], hidden)
+                self.gradients.write(sample, self._output_gradient(sample, hidden, generator))
 
     def _output_gradient(self, sample: int, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         leaf = hidden.requires_grad_()
@@ -108,9 +103,8 @@ class BackwardSweep:
         (gradient,) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
         return gradient
 
-    def _backward(self, block: Block) -> None:
+    def _backward(self, block: Block, module: nn.Module) -> None:
         """Run a block again with gradients: those of its linears are shown, that of its input is handed on."""
-        module = self._load(block.name)
         inputs = self.inputs.pop()
         stacks = [linear for linear in block.quantized if linear.kind == "stack" and self.reader.reads_stacks]
         weights = [module.get_parameter(weight_name(block, linear)) for linear in stacks]
@@ -126,7 +120,6 @@ class BackwardSweep:
                         self.reader.stack_gradient(linear, found.mT if linear.transposed else found)
         inputs.close()
         self.reader.done(block, module)
-        to_meta(module)
 
     def _run_watched(self, block: Block, module: nn.Module, batch: Batch, call: BlockCall) -> torch.Tensor:
         with ExitStack() as hooks, torch.enable_grad(), fast_matmul(self.run.device):
@@ -142,7 +135,7 @@ class BackwardSweep:
                 rows = inputs[0].detach()
                 output.register_hook(lambda gradient: self.reader.gradient(linear, batch, rows, gradient.detach()))
 
-        return module.get_submodule(linear.name.removeprefix(block.name + ".")).register_forward_hook(notice)
+        return module.get_submodule(block.inside(linear.name)).register_forward_hook(notice)
 
     def _snapshot(self) -> StateFile:
         states = None
@@ -153,10 +146,6 @@ class BackwardSweep:
             states.write(start, hidden)
         assert states is not None
         return states
-
-    def _load(self, block: str) -> nn.Module:
-        self.run.source.load(block)
-        return self.model.get_submodule(block).to(self.run.device)
 
 
 @contextmanager

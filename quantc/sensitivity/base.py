@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from ..calibration.stream import CalibrationRun
-from ..frontend import to_meta
 from ..graph.model_graph import Activation, Block, Linear
 from ..numerics.qtensor import QTensor
 from ..numerics.ranges import far_size
@@ -44,12 +43,9 @@ class Losses(dict[str, list[Candidate]]):
 def original_blocks(run: Run, calibration: CalibrationRun) -> Iterator[BlockWork]:
     """Every block with its weights loaded and the calibration set before it, as the original model has both."""
     for block in run.graph.blocks:
-        run.source.load(block.name)
-        module = run.source.model.get_submodule(block.name).to(run.device)
-        yield BlockWork(run, block, module, calibration)
-        calibration.advance(block)
-        to_meta(module)
-        run.progress.step(block.name)
+        with run.loaded(block) as module:
+            yield BlockWork(run, block, module, calibration)
+            calibration.advance(block)
 
 
 def planned_activations(run: Run, block: Block) -> list[Activation]:

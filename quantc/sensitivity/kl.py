@@ -24,11 +24,10 @@ from torch.func import functional_call
 from ..calibration.hidden_states import StateFile
 from ..calibration.stream import CalibrationRun
 from ..errors import CalibrationError
-from ..frontend import to_meta
 from ..graph.model_graph import Linear
 from ..graph.rewrite import weight_name
 from ..numerics.statistics import Gram
-from ..pipeline.run import Run, load_outside, output_logits
+from ..pipeline.run import Run, output_logits
 from ..pipeline.work import BlockWork
 from ..spec import QuantSpec
 from .base import Candidate, Candidates, Losses, errors, original_blocks
@@ -137,14 +136,13 @@ class _Variants:
 
     def _divergences(self) -> list[float]:
         """Of every variant from the original, in nats per token."""
-        load_outside(self.run)
         totals = [0.0] * len(self._made)
-        for sample in range(len(self.tokens)):
-            expected = self._logits(sample, ORIGINAL)
-            for at, variant in enumerate(self._made):
-                totals[at] += _finite(divergence(expected, self._logits(sample, FIRST + at)), *variant)
-            self.run.progress.step(f"sample {sample + 1}")
-        to_meta(self.run.source.model)
+        with self.run.outside_loaded():
+            for sample in range(len(self.tokens)):
+                expected = self._logits(sample, ORIGINAL)
+                for at, variant in enumerate(self._made):
+                    totals[at] += _finite(divergence(expected, self._logits(sample, FIRST + at)), *variant)
+                self.run.progress.step(f"sample {sample + 1}")
         return [total / self.tokens.numel() for total in totals]
 
     def _logits(self, sample: int, slot: int) -> torch.Tensor:

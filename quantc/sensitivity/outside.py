@@ -21,9 +21,8 @@ from torch import nn
 
 from ..calibration.hidden_states import StateFile
 from ..calibration.stream import CalibrationRun
-from ..frontend import to_meta
 from ..numerics.basis import Basis
-from ..pipeline.run import Run, load_outside, output_logits
+from ..pipeline.run import Run, output_logits
 from ..spec import QuantSpec
 from .base import Candidate
 from .kl import divergence
@@ -54,15 +53,12 @@ class Tables:
         """
         if not self.candidates:
             return {}
-        load_outside(self.run)
-        with torch.no_grad():
+        with self.run.outside_loaded(), torch.no_grad():
             starts = self._starts()
-            found = {
+            return {
                 name: [Candidate(spec, self._loss(name, spec, starts, gradients, beyond)) for spec in specs]
                 for name, specs in self.candidates.items()
             }
-        to_meta(self.run.source.model)
-        return found
 
     def _loss(self, name: str, spec: QuantSpec, starts: States, gradients: StateFile, beyond: float) -> float:
         table = self.run.source.model.get_parameter(name)
