@@ -107,7 +107,6 @@ class Tune(Pass):
             self._pace = Pace(self.config.steps, self.config.budget, _trained_blocks(work.run))
         if work.quantized:
             self._pace.begin()
-            assert work.calibration is not None
             with self._behind(work, work.calibration.product_dtype) as ahead, work.unrounded():
                 self._tune(work, Reconstruction(work.calibration, work.block, work.module, ahead))
             self._pace.end()

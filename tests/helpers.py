@@ -15,8 +15,8 @@ import quantc
 from quantc.calibration.stream import CalibrationRun
 from quantc.frontend import open_model, to_meta
 from quantc.graph.derive import derive
+from quantc.pipeline.calibrated_work import CalibratedWork
 from quantc.pipeline.run import Run
-from quantc.pipeline.work import BlockWork
 from quantc.plan import Plan
 from quantc.progress import LogProgress
 from quantc.report import Report
@@ -68,8 +68,8 @@ def in_memory_run(model: PreTrainedModel, stored: torch.dtype = torch.float32, *
     return Run(source, graph, plan, Report("tiny", "nowhere"), LogProgress())
 
 
-def block_works(run: Run, tokens: torch.Tensor) -> Iterator[BlockWork]:
+def block_works(run: Run, tokens: torch.Tensor) -> Iterator[CalibratedWork]:
     """The blocks of such a run, each on the hidden states before the first one."""
     calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device)
     for block in run.graph.blocks:
-        yield BlockWork(run, block, run.source.model.get_submodule(block.name), calibration)
+        yield CalibratedWork(run, block, run.source.model.get_submodule(block.name), calibration)

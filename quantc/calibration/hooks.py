@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..graph.blocks import BlockCall
 from ..graph.model_graph import Activation, Block, Linear
 from ..graph.modules import StackTable
 from ..graph.tracer import MATRIX_PRODUCTS
@@ -95,11 +94,3 @@ class StackObserver(TorchFunctionMode):
 
 class EnoughSeen(Exception):
     """Raised by an observer that needs nothing more of this forward pass."""
-
-
-def run_or_stop(module: nn.Module, call: BlockCall) -> Any:
-    """The block's output, or None when an observer ended the pass early."""
-    try:
-        return call.run(module)
-    except EnoughSeen:
-        return None

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
@@ -21,7 +20,7 @@ from ..graph.model_graph import Block, ModelGraph
 from ..numerics.statistics import BAD_ROWS_LIMIT
 from .calls import _moved, _narrowed, _sample_axes, _shared
 from .hidden_states import HiddenStates
-from .hooks import run_or_stop
+from .hooks import EnoughSeen
 from .precision import fast_matmul, product_dtype
 
 BATCH_TOKENS = 2048  # tokens a block runs on at once: enough for full matrix speed, small beside a block
@@ -62,18 +61,16 @@ class CalibrationRun:
         self.current: Batch | None = None  # in `runs`: what the block is running on
         self._model = model
         self._batches: list[Batch] = []
-        self._states: HiddenStates | None = None
         size = max(1, BATCH_TOKENS // self.seq_len)
         self._probe, _ = self._calls(tokens[:1, :PROBE_TOKENS])
-        one, two = (self._calls(tokens[:1].expand(count, -1))[0] for count in (1, 2))
+        (one, hidden), (two, _) = (self._calls(tokens[:1].expand(count, -1)) for count in (1, 2))
         self._axes = [_sample_axes(*calls) for calls in zip(one, two, strict=True)]
+        self._states = HiddenStates((self.samples, *hidden.shape[1:]), folder)
         for start in range(0, self.samples, size):
-            self._capture(start, tokens[start : start + size], folder)
+            self._capture(start, tokens[start : start + size])
 
-    def _capture(self, start: int, tokens: torch.Tensor, folder: Path | None) -> None:
+    def _capture(self, start: int, tokens: torch.Tensor) -> None:
         calls, hidden = self._calls(tokens)
-        if self._states is None:
-            self._states = HiddenStates((self.samples, *hidden.shape[1:]), folder)
         self._states.write(start, hidden)
         if self._batches:
             calls = [_shared(call, known) for call, known in zip(calls, self._batches[0].calls, strict=True)]
@@ -97,29 +94,24 @@ class CalibrationRun:
 
     def probe(self, block: Block) -> BlockCall:
         """A call of the block with the first tokens of the first sample, on their way to the block."""
-        assert self._states is not None
         hidden = self._states.read(0, 1)[:, :PROBE_TOKENS].clone()
         return _moved(self._probe[block.index].with_hidden(hidden), self.device)
 
     def states(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(first sample, hidden states as they stand) of every batch."""
-        assert self._states is not None
         for batch in self._batches:
             yield batch.start, self._states.read(batch.start, batch.count)
 
     def snapshot(self) -> HiddenStates:
         """A copy of the hidden states as they stand."""
-        assert self._states is not None
         return self._states.copy()
 
     def restart(self, states: HiddenStates) -> None:
         """Put the hidden states of a snapshot back in place."""
-        assert self._states is not None
         self._states.fill(states)
 
     def map_states(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every batch's hidden states by a function of them."""
-        assert self._states is not None
         for start, hidden in self.states():
             self._states.write(start, change(hidden))
 
@@ -149,12 +141,10 @@ class CalibrationRun:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """A copy of the hidden states of a batch, on the device of the run."""
-        assert self._states is not None
         return self._states.read(batch.start, batch.count).to(self.device, copy=True)
 
     def empty_states(self) -> HiddenStates:
         """Room for as many hidden states as there are, in a file where these are in one."""
-        assert self._states is not None
         return self._states.empty()
 
     @property
@@ -185,29 +175,32 @@ class CalibrationRun:
 
     def runs(self, block: Block) -> Iterator[Callable[[], torch.Tensor | None]]:
         """For every batch of the set, what runs the block on it: None where an observer has seen enough."""
-        assert self._states is not None
-        module = self._model.get_submodule(block.name)
         for batch in self._batches:
-            hidden = self._states.read(batch.start, batch.count)
             self.current = batch
-            yield partial(self._run, module, block, _moved(batch.calls[block.index].with_hidden(hidden), self.device))
+            yield partial(self._run, block, batch)
 
-    def _run(self, module: nn.Module, block: Block, call: BlockCall) -> torch.Tensor | None:
+    def _run(self, block: Block, batch: Batch) -> torch.Tensor | None:
+        try:
+            return self._output(block, batch)
+        except EnoughSeen:
+            return None
+
+    def _output(self, block: Block, batch: Batch) -> torch.Tensor:
+        hidden = self._states.read(batch.start, batch.count)
+        call = _moved(batch.calls[block.index].with_hidden(hidden), self.device)
         with torch.no_grad(), self.products():
-            output = run_or_stop(module, call)
-        return None if output is None else block.returns.unwrap(output, call)
+            output = call.run(self._model.get_submodule(block.name))
+        return block.returns.unwrap(output, call)
 
     def advance(self, block: Block) -> None:
         """Run the block and let its outputs be the hidden states. Non-finite rows are zeroed and counted.
 
         Raises CalibrationError when more than a tenth of the rows are not finite.
         """
-        assert self._states is not None
         bad = 0
-        for run in self.runs(block):
-            output, batch = run(), self.current
-            assert output is not None
-            assert batch is not None
+        for batch in self._batches:
+            self.current = batch
+            output = self._output(block, batch)
             finite = torch.isfinite(output).flatten(2).all(-1)
             bad += int((~finite).sum())
             self._states.write(batch.start, torch.where(finite.reshape(*finite.shape, 1), output, 0.0))

@@ -1,50 +1,46 @@
-"""A run before its model: settings become a recipe, passes, a plan; with a model they become a checkpoint."""
+"""One run on a page: `Job.build` takes a model from its settings to a checkpoint, a step a line."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from ..calibration.tokens import NO_TEXT, calibration_tokens
-from ..checkpoint.shards import writing
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import ModelError, UsageError
 from ..frontend import Source, open_model, to_meta
 from ..frontend.source import PathLike
 from ..graph.derive import derive
+from ..graph.model_graph import ModelGraph
 from ..kernels.cuda.gptq import panel_for
 from ..kernels.cuda.gram import products_for
 from ..numerics.basis import Rounding
 from ..passes.allocate import Allocate
-from ..pipeline import sweep
 from ..pipeline.base import Pass, check_order
 from ..pipeline.run import Run
-from ..pipeline.snapshot import check_tensors, checked
+from ..pipeline.sweep import sweep_of
 from ..plan import Plan
-from ..planning.budget import Budget
+from ..planning.budget import Budget, Shared
 from ..planning.sizes import weights_bytes
 from ..progress import LogProgress, Progress
 from ..recipe import Recipe
 from ..report import Report
-from .identity import identity
-from .metadata import PLAN_FILE, config_json, manifest_json, write_card, write_companions
+from .metadata import PLAN_FILE, finish_weights, write_companions, write_metadata
+from .resume import finished_blocks, identity
 from .settings import (
     ANY_SIZE,
     BUDGETS,
     Settings,
-    _allocation,
-    _build_passes,
-    _check_combination,
-    _device,
-    _given_plan,
-    _resolve_recipe,
-    _sparsified,
-    _trained,
     allocation,
+    check_combination,
+    chosen_recipe,
+    given_plan,
+    named_recipe,
+    parse_device,
+    running_passes,
 )
 
 
@@ -60,60 +56,48 @@ class Job:
     progress: Progress
     given: tuple[torch.Tensor, str] | None = None  # the calibration set, and what it is
     trusted: bool = False  # whether code that the model brings may be run
+    predicted: Shared = field(default_factory=lambda: Shared({}, {}, 0))  # what planning says of a plan it has made
 
     @classmethod
     def of(cls, settings: Settings, plan: PathLike | None, device: str, progress: Progress | None) -> Job:
-        unknown = sorted(set(settings) - set(Settings.__annotations__))
-        if unknown:
-            raise UsageError(f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}.")
-        method, allocate = settings.get("method"), _allocation(settings)
-        kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
-        chosen = _resolve_recipe(settings.get("recipe"), settings.get("preset"))
-        if any(settings.get(name) is not None for name in ("bits", *BUDGETS)):  # what the recipe says is overridden
-            chosen = chosen.without("allocate", *BUDGETS)
-        chosen = _trained(_sparsified(chosen, settings), settings).with_settings(
-            allocate=allocate,
-            quantize={"method": method},
-            calibration={"source": settings.get("calib"), **kept},
-        )
-        given_plan = _given_plan(plan, {**allocate, "sparsity": settings.get("sparsity")})
-        passes, notes = _build_passes(chosen, method)
+        """Return the job that settings ask for; raises UsageError or PassError for what cannot be had together."""
+        recipe = chosen_recipe(settings)
+        specs = given_plan(plan, settings)
+        passes, notes = running_passes(recipe, settings.get("method"))
         check_order(passes, planned=plan is not None)
-        _check_combination(passes)
+        check_combination(passes)
         trusted = settings.get("trust_remote_code", False)
-        return cls(chosen, passes, given_plan, notes, device, progress or LogProgress(), trusted=trusted)
+        return cls(recipe, passes, specs, notes, device, progress or LogProgress(), trusted=trusted)
 
     @classmethod
-    def generous(cls, settings: Settings, device: str, progress: Progress | None) -> Job:
-        """With a budget that holds any plan, in place of the recipe's; raises UsageError where settings have one."""
+    def of_any_size(cls, settings: Settings, device: str, progress: Progress | None) -> Job:
+        """Return one with a budget that holds any plan, not the recipe's; raises UsageError where settings have one."""
         given = next((name for name in ("bits", *BUDGETS) if settings.get(name) is not None), None)
         if given is not None:
             raise UsageError(f"{given} says how small the model is to be, but all sizes are looked at; leave it out.")
-        recipe = _resolve_recipe(settings.get("recipe"), settings.get("preset")).without("allocate", *BUDGETS, "search")
+        recipe = named_recipe(settings).without("allocate", *BUDGETS, "search")
         return cls.of({**settings, "recipe": recipe, "preset": None, "size": ANY_SIZE}, None, device, progress)
 
+    def within(self, size: int) -> Job:
+        """Return the same with another size as its budget."""
+        recipe = self.recipe.with_settings(allocate={"size": size})
+        return replace(self, recipe=recipe, passes=recipe.build_passes())
+
+    def planned(self, plan: Plan, tokens: torch.Tensor, calibration: str) -> Job:
+        """Return the same with the specs of a plan and no budget, and this calibration set (samples, T)."""
+        recipe = self.recipe.without("allocate", *BUDGETS)
+        plan = Plan(plan.specs, shared_out=True, salience=plan.salience)
+        return replace(self, recipe=recipe, passes=recipe.build_passes(), plan=plan, given=(tokens, calibration))
+
     def source(self, model: PathLike) -> Source:
-        """The model, opened."""
+        """Return the model, opened."""
         return open_model(model, self.trusted)
 
     def open(self, source: Source, output: str) -> Run:
-        """The run on a model, planned as far as numbers say."""
+        """Return the run on a model as far as its plan: the first steps of `build`."""
         graph = derive(source.model, source.load, to_meta)
-        for note in source.notes:
-            self.progress.note(note)
-        report = Report(model=source.name, output=output, notes=[*self.notes, *source.notes])
-        report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
-        rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
-        plan = self.plan.copy()  # a job may be built again
-        device = _device(self.device)
-        rounding = replace(rounding, panel=panel_for(device))
-        run = Run(source, graph, plan, report, self.progress, device, rounding, products_for(device))
-        config = allocation(self.passes)
-        run.target = config and config.target
-        report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
-        for item in self.passes:
-            item.plan(run)
-        run.plan.check(graph, set(graph.outside_weights))
+        run = self._run(source, graph, output)
+        self._plan(run)
         return run
 
     def build(
@@ -126,37 +110,64 @@ class Job:
         output: str = "",
         at_most: int | None = None,
     ) -> Report:
-        """Write the checkpoint.
+        """Write the checkpoint, from the opened model to the folder's last name.
 
         resume: continue an interrupted build, if there is one. resumable: whether this one leaves what that needs.
-        output: where the checkpoint will lie in the end. at_most: bytes, or TooLarge is raised.
+        output: where the checkpoint will be in the end. at_most: bytes of the weight files; where they are more, as
+        the report says then, no checkpoint is left.
         """
-        started, cpu_started = time.perf_counter(), time.process_time()
+        started = time.perf_counter(), time.process_time()
         with CheckpointWriter(folder, force, resume, resumable) as writer:
-            run = self.open(source, output or str(folder))
+            graph = derive(source.model, source.load, to_meta)  # runs one block of each kind
+            run = self._run(source, graph, output or str(folder))
+            self._plan(run)  # by numbers alone: nothing heavy has happened before a plan is refused
             self._check_tokenizer(run)
             writer.require_space(weights_bytes(run, run.plan.specs))
-            tokens = self.tokens(run)
-            saved = checked(writer.begin(identity(run, self.recipe, tokens, size=at_most)), run, self.passes)
-            if saved is not None:
-                writer.restore(saved["tensors"], partial(check_tensors, saved, run))
+            tokens = self.tokens(run) if self.needs_tokens else None
+            facts = identity(run, self.recipe, tokens, size=at_most)
+            saved = finished_blocks(writer, run, self.passes, facts)
             write_companions(run, writer)  # what is wrong with these is found before hours of work
-            sweep.build(run, self.passes, tokens, writer, saved)
+            sweep = sweep_of(run, self.passes, tokens, writer, saved)  # the original model's states at the first block
+            sweep.analyse()  # every pass sees the original model, before any block is changed
+            sweep.take_up()  # after analyse, whose plan finished blocks may have changed
+            sweep.build_outside()
+            sweep.build_blocks()
+            sweep.finish()  # on the whole model, as it was written
             writer.add_text(PLAN_FILE, run.plan.to_yaml())
-            _finish_report(run, writer, started, cpu_started)
-            if at_most is not None and writer.weights_bytes > at_most:
-                writer.discard()
-                raise TooLarge(writer.weights_bytes - at_most)
-            write_card(run, writer)
-            config = config_json(run)
-            with run.source.unchanged:
-                manifest = manifest_json(run, self.recipe, tokens, writer.folder, config)
-            writer.commit(config, manifest)
+            finish_weights(run, writer, started)
+            if at_most is None or run.report.weights_bytes <= at_most:
+                config, manifest = write_metadata(run, self.recipe, tokens, writer)
+                writer.commit(config, manifest)
         return run.report
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a build runs the model on a calibration set."""
+        return self.given is not None or self._calibrated
 
     @property
     def _calibrated(self) -> bool:
         return any(item.calibrated for item in self.passes)
+
+    def _run(self, source: Source, graph: ModelGraph, output: str) -> Run:
+        for note in source.notes:
+            self.progress.note(note)
+        report = Report(model=source.name, output=output, notes=[*self.notes, *source.notes])
+        report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
+        report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
+        device = parse_device(self.device)
+        rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
+        rounding = replace(rounding, panel=panel_for(device))
+        plan = self.plan.copy()  # a job may be built again
+        run = Run(source, graph, plan, report, self.progress, device, rounding, products_for(device))
+        config = allocation(self.passes)
+        run.target = config and config.target
+        return run
+
+    def _plan(self, run: Run) -> None:
+        for item in self.passes:
+            item.plan(run)
+        run.plan.check(run.graph, set(run.graph.outside_weights))
 
     def _check_tokenizer(self, run: Run) -> None:
         """Find a missing one before hours of work; what needs no text does without."""
@@ -167,48 +178,18 @@ class Job:
                 raise
             run.report.notes.append(f"the checkpoint has no tokenizer: {error}".removesuffix("."))
 
-    def within(self, size: int) -> Job:
-        """The same with another size as its budget."""
-        recipe = self.recipe.with_settings(allocate={"size": size})
-        return replace(self, recipe=recipe, passes=recipe.build_passes())
-
-    def planned(self, plan: Plan, tokens: torch.Tensor, calibration: str) -> Job:
-        """The same with the specs of a plan and no budget, and this calibration set (samples, T)."""
-        recipe = self.recipe.without("allocate", *BUDGETS)
-        plan = Plan(plan.specs, shared_out=True, salience=plan.salience)
-        return replace(self, recipe=recipe, passes=recipe.build_passes(), plan=plan, given=(tokens, calibration))
-
     def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
-        """What the linears could be stored as. folder: for temporary files."""
+        """Return what the linears could be stored as. folder: for temporary files."""
         (allocate,) = (item for item in self.passes if isinstance(item, Allocate))
         return allocate.budget(run, tokens, folder)
 
-    def tokens(self, run: Run) -> torch.Tensor | None:
-        """The calibration set, where a pass asks for one."""
+    def tokens(self, run: Run) -> torch.Tensor:
+        """Return the calibration set (samples, T), and say in the report what it is."""
         if self.given is not None:
             tokens, run.report.calibration = self.given
             return tokens
-        if not self._calibrated:
-            return None
         drawn = calibration_tokens(run.source, self.recipe.calibration)
         run.report.calibration = drawn.described
         run.report.notes += drawn.notes
         run.source.check_values(self.progress)
         return drawn.tokens
-
-
-class TooLarge(Exception):
-    """A build takes so many bytes more than it may."""
-
-    def __init__(self, excess: int):
-        super().__init__(f"{excess} bytes too many")
-        self.excess = excess
-
-
-def _finish_report(run: Run, writer: CheckpointWriter, started: float, cpu_started: float) -> None:
-    report = run.report
-    report.weights_bytes = writer.finish_weights(run.progress)
-    report.source_bytes = sum(file.stat().st_size for file in run.source.weight_files())
-    report.count_costs(started, cpu_started)
-    with writing(writer.folder):
-        report.write(writer.folder)

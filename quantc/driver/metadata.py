@@ -13,6 +13,7 @@ import transformers
 
 from ..checkpoint import integrity
 from ..checkpoint.config import PackedEntry, describe_quantization
+from ..checkpoint.shards import writing
 from ..checkpoint.writer import CheckpointWriter
 from ..frontend import Source, model_files
 from ..pipeline.run import Run
@@ -56,6 +57,26 @@ def model_dtype(source: Source) -> torch.dtype:
     """The dtype the model's config asks for; float32 where it says nothing."""
     dtype = source.model.config.dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def finish_weights(run: Run, writer: CheckpointWriter, started: tuple[float, float]) -> None:
+    """Write the weight files and the report. started: wall and CPU seconds, see `Report.count_costs`."""
+    report = run.report
+    report.weights_bytes = writer.finish_weights(run.progress)
+    report.source_bytes = sum(file.stat().st_size for file in run.source.weight_files())
+    report.count_costs(*started)
+    with writing(writer.folder):
+        report.write(writer.folder)
+
+
+def write_metadata(
+    run: Run, recipe: Recipe, tokens: torch.Tensor | None, writer: CheckpointWriter
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the model card, and return what config.json and quantc.json will hold; the weight files are finished."""
+    write_card(run, writer)
+    config = config_json(run)
+    with run.source.unchanged:
+        return config, manifest_json(run, recipe, tokens, writer.folder, config)
 
 
 def manifest_json(

@@ -7,7 +7,7 @@ builds on either side of the target are a bracket, which further builds make nar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import exp, log
 from typing import TYPE_CHECKING
@@ -105,15 +105,11 @@ class Round:
         return self.shared.bits
 
 
-def meet(target: Target, budget: Budget, build: Callable[[Shared], float]) -> list[Round]:
-    """Build and measure plans until one meets the target closely; return the builds, the best one last.
+def best_last(target: Target, rounds: list[Round]) -> list[Round]:
+    """Return the builds with the smallest last that met the target; raises UsageError where none did.
 
-    build: builds a plan and measures it, in the unit of `Target.found`. The best one is the smallest of those that were
-    measured to meet the target; of at most BUILDS. Raises UsageError where none does, the largest plan included.
+    The largest plan is among those that missed then.
     """
-    rounds: list[Round] = []
-    while len(rounds) < BUILDS and (shared := _next(target.limit, budget, rounds)) is not None:
-        rounds.append(Round(shared, build(shared)))
     best, _ = bracket(rounds, target.limit)
     if best is None:
         raise target.refuse(min(item.found for item in rounds))
@@ -133,8 +129,10 @@ def is_wide(limit: float, met: Round, missed: Round | None) -> bool:
     return met.found < WASTED * limit and not near
 
 
-def _next(limit: float, budget: Budget, rounds: list[Round]) -> Shared | None:
-    """The plan to build after these, None where no other is worth it."""
+def next_plan(limit: float, budget: Budget, rounds: list[Round]) -> Shared | None:
+    """Return the plan to build and measure after these, None where no other is worth it; of at most BUILDS."""
+    if len(rounds) >= BUILDS:
+        return None
     met, missed = bracket(rounds, limit)
     if met is not None and not is_wide(limit, met, missed):
         return None

@@ -65,6 +65,23 @@ class Settings(TypedDict, total=False):
     trust_remote_code: bool
 
 
+def chosen_recipe(settings: Settings) -> Recipe:
+    """Return the recipe that settings name, with what else they say; raises UsageError for a setting there is not."""
+    unknown = sorted(set(settings) - set(Settings.__annotations__))
+    if unknown:
+        raise UsageError(f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}.")
+    allocate = _allocation(settings)
+    kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
+    recipe = named_recipe(settings)
+    if any(settings.get(name) is not None for name in ("bits", *BUDGETS)):  # what the recipe says is overridden
+        recipe = recipe.without("allocate", *BUDGETS)
+    return _trained(_sparsified(recipe, settings), settings).with_settings(
+        allocate=allocate,
+        quantize={"method": settings.get("method")},
+        calibration={"source": settings.get("calib"), **kept},
+    )
+
+
 def _allocation(settings: Settings) -> dict[str, Any]:
     """The settings of allocate; None leaves what the recipe says."""
     limit, formats, bits = settings.get("size"), settings.get("formats"), settings.get("bits")
@@ -95,7 +112,9 @@ def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
     return {"bits": None, "avg_bits": bits}
 
 
-def _resolve_recipe(recipe: Recipe | PathLike | None, preset: str | None) -> Recipe:
+def named_recipe(settings: Settings) -> Recipe:
+    """Return the recipe or preset that settings name, as it is."""
+    recipe, preset = settings.get("recipe"), settings.get("preset")
     if preset is not None:
         if recipe is not None:
             raise UsageError("a preset is a recipe, so both cannot be given; leave one of them out.")
@@ -126,8 +145,8 @@ def _trained(recipe: Recipe, settings: Settings) -> Recipe:
     return recipe.including(Tune.name).with_settings(tune={"steps": steps, "budget": seconds})
 
 
-def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[str]]:
-    """The passes that run, and notes on those that do not, or not as the recipe says."""
+def running_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[str]]:
+    """Return the passes that run, and notes on those that do not, or not as the recipe says."""
     passes = recipe.build_passes()
     if recipe.calibration.source != NO_TEXT:
         return passes, []
@@ -136,7 +155,7 @@ def _build_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list[
     return without_text(passes)
 
 
-def _check_combination(passes: list[Pass]) -> None:
+def check_combination(passes: list[Pass]) -> None:
     """Raise UsageError where passes ask for what cannot be had together, or what a target does not load."""
     config = allocation(passes)
     target = config and config.target
@@ -156,10 +175,12 @@ def _check_combination(passes: list[Pass]) -> None:
         )
 
 
-def _given_plan(plan: PathLike | None, settings: dict[str, Any]) -> Plan:
+def given_plan(plan: PathLike | None, settings: Settings) -> Plan:
+    """Return the plan of a file, or an empty one; raises UsageError where settings say how linears are stored too."""
     if plan is None:
         return Plan()
-    given = [name for name, value in settings.items() if value is not None]
+    says = {**_allocation(settings), "sparsity": settings.get("sparsity")}
+    given = [name for name, value in says.items() if value is not None]
     if given:
         raise UsageError(
             f"a plan says how every linear is stored, so {' and '.join(given)} cannot be given with it; edit the plan."
@@ -167,7 +188,8 @@ def _given_plan(plan: PathLike | None, settings: dict[str, Any]) -> Plan:
     return read_plan(Path(plan))
 
 
-def _device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
+    """Return a device that works here; raises UsageError for others."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

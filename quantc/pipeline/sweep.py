@@ -1,18 +1,20 @@
 """The build sweep: runs the passes over the blocks, and writes what they make.
 
-It holds one block's weights, its statistics and the hidden states of the calibration set, never the model.
+It holds one block's weights, its statistics and the hidden states of the calibration set, never the model. The page
+(driver/job.py) has its steps in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..calibration.hidden_states import HiddenStates
 from ..calibration.stream import CalibrationRun
 from ..checkpoint.writer import CheckpointWriter
 from ..formats import format_of
@@ -25,6 +27,7 @@ from ..numerics.qtensor import QTensor
 from ..numerics.residual import turn
 from ..units import plural
 from .base import Pass
+from .calibrated_work import CalibratedWork
 from .run import Run
 from .snapshot import put_back, take
 from .work import BlockWork, FinishWork, OutsideWork
@@ -32,47 +35,31 @@ from .work import BlockWork, FinishWork, OutsideWork
 FINE_BITS = 8
 
 
-def build(
-    run: Run,
-    passes: list[Pass],
-    tokens: torch.Tensor | None,
-    writer: CheckpointWriter,
-    saved: dict[str, Any] | None = None,
-) -> None:
-    """The build sweep: every block is loaded, worked on by the passes in order, written and freed.
+def sweep_of(
+    run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: CheckpointWriter, saved: dict[str, Any] | None
+) -> Sweep:
+    """Return the sweep over the blocks; with calibration text it stands before the first one.
 
-    tokens: calibration set (samples, T), or None when no pass asks for statistics. Later blocks are calibrated on
-    the outputs of the earlier ones as they were rounded. saved: what an interrupted run of the same kind has saved with
-    the writer last; its blocks, which the writer has again, are taken as they are.
+    tokens: calibration set (samples, T), or None when no pass asks for statistics. saved: what an interrupted run of
+    the same kind has saved with the writer last; its blocks, which the writer has again, are taken as they are.
     """
-    finishing = [item for item in passes if item.calibrated and type(item).finish is not Pass.finish]
-    sweep = _Sweep(run, passes, writer, 0 if saved is None else saved["blocks"])
-    finished = 0 if saved is None else saved["finished"]
-    nothing_left = sweep.whole and finished == len(finishing)
-    calibration = None if tokens is None or nothing_left else analyse(run, passes, tokens, writer.folder)
-    if saved is not None:
-        sweep.take_up(saved["run"])
-    first = calibration.snapshot() if calibration is not None and finishing else None
-    if calibration is not None and run.residual is not None:
-        calibration.map_states(partial(turn, block=run.residual.order))
-    sweep.build(calibration)
-    if calibration is not None and first is not None:
-        for number, item in enumerate(finishing[finished:], start=finished + 1):
-            calibration.restart(first)
-            item.finish(FinishWork(run, calibration, writer))
-            sweep.save(finished=number)
+    uncalibrated = Sweep(run, passes, writer, saved)
+    if tokens is None or (uncalibrated.whole and uncalibrated.finished == len(finishing(passes))):
+        return uncalibrated
+    return CalibratedSweep(run, passes, writer, saved, tokens)
 
 
-def analyse(run: Run, passes: list[Pass], tokens: torch.Tensor, folder: Path) -> CalibrationRun:
-    """What comes before the build: the calibration set (samples, T) at the first block, and what passes make of it.
+def finishing(passes: list[Pass]) -> list[Pass]:
+    """Return the passes that finish the model once all blocks are written."""
+    return [item for item in passes if item.calibrated and type(item).finish is not Pass.finish]
 
-    folder: for temporary files.
-    """
+
+def original_states(run: Run, tokens: torch.Tensor, folder: Path) -> CalibrationRun:
+    """Return the calibration set (samples, T) at the first block. folder: for temporary files."""
     run.progress.stage("Calibration inputs", 1)
     calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device, folder, _is_fine(run))
     run.progress.step(f"{tokens.shape[0]} x {tokens.shape[1]} tokens")
     run.progress.done()
-    _analyse(run, passes, calibration, tokens, folder)
     return calibration
 
 
@@ -82,7 +69,11 @@ def _is_fine(run: Run) -> bool:
     return min(widths, default=0) >= FINE_BITS
 
 
-def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
+def analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
+    """Let passes look at the original model, each in sweeps of its own from the first block on.
+
+    folder: for temporary files.
+    """
     analysing = [item for item in passes if item.calibrated and item.analyses]
     if not analysing:
         return
@@ -92,79 +83,152 @@ def _analyse(run: Run, passes: list[Pass], calibration: CalibrationRun, tokens: 
         calibration.restart(before)
 
 
-@dataclass
-class _Sweep:
-    """The blocks one after the other; so many are done."""
+class Sweep:
+    """The blocks one after the other, without calibration text. done, finished: blocks, and passes at the end."""
 
-    run: Run
-    passes: list[Pass]
-    writer: CheckpointWriter
-    done: int
+    def __init__(self, run: Run, passes: list[Pass], writer: CheckpointWriter, saved: dict[str, Any] | None):
+        self.run, self.passes, self.writer, self.saved = run, passes, writer, saved
+        self.done: int = 0 if saved is None else saved["blocks"]
+        self.finished: int = 0 if saved is None else saved["finished"]
 
     @property
     def whole(self) -> bool:
+        """Whether all blocks are done."""
         return self.done == len(self.run.graph.blocks)
 
-    def save(self, finished: int = 0) -> None:
-        """An interrupted run will continue from here. finished: how many passes have finished the model."""
-        state = {"blocks": self.done, "finished": finished, "run": take(self.run, self.passes)}
-        done = f"{self.done} of {plural(len(self.run.graph.blocks), 'block')}"
-        self.writer.save(done, state | {"tensors": self.writer.state()})
+    def analyse(self) -> None:
+        """Let passes look at the original model: there is nothing to see without text."""
 
-    def take_up(self, taken: dict[str, Any]) -> None:
-        """Be where an interrupted run was; taken: what `take` said there."""
-        put_back(self.run, self.passes, taken)
+    def take_up(self) -> None:
+        """Be where an interrupted run was, if one was."""
+        if self.saved is None:
+            return
+        put_back(self.run, self.passes, self.saved["run"])
         note = f"{self.done} of {plural(len(self.run.graph.blocks), 'block')} are from an interrupted run"
         self.run.progress.note(note)
         self.run.report.notes.append(f"{note}; times are of the last run alone")
 
-    def build(self, calibration: CalibrationRun | None) -> None:
-        run, passes, blocks = self.run, self.passes, self.run.graph.blocks
+    def build_outside(self) -> None:
+        """Write what lies outside the blocks, unless an interrupted run has."""
         if not self.done:
-            _build_outside(run, passes, [block.name for block in blocks], self.writer)
-        elif calibration is not None and not self.whole:
-            _run_again(run, blocks[: self.done], calibration, self.writer)
+            _build_outside(self.run, self.passes, [block.name for block in self.run.graph.blocks], self.writer)
+
+    def build_blocks(self) -> None:
+        """Load, work on, write and free every block that is left."""
+        run, blocks = self.run, self.run.graph.blocks
         run.progress.stage("Quantizing", len(blocks) - self.done)
         for block in blocks[self.done :]:
-            _build_block(run, passes, block, calibration, self.writer)
+            _build_block(self, block)
             self.done += 1
             self.save()
         run.progress.done()
 
+    def finish(self) -> None:
+        """Let passes work on the whole model: none does without text."""
 
-def _build_block(
-    run: Run, passes: list[Pass], block: Block, calibration: CalibrationRun | None, writer: CheckpointWriter
-) -> None:
-    with run.loaded(block) as module:
-        work = BlockWork(run, block, module, calibration)
+    def work_on(self, block: Block, module: nn.Module) -> BlockWork:
+        """Return what passes are handed for a block that is loaded."""
+        return BlockWork(self.run, block, module)
+
+    def advance(self, work: BlockWork) -> None:
+        """Go on to the next block."""
+
+    def save(self) -> None:
+        """Let an interrupted run continue from here."""
+        state = {"blocks": self.done, "finished": self.finished, "run": take(self.run, self.passes)}
+        done = f"{self.done} of {plural(len(self.run.graph.blocks), 'block')}"
+        self.writer.save(done, state | {"tensors": self.writer.state()})
+
+
+class CalibratedSweep(Sweep):
+    """The blocks with the calibration set (samples, T) at each.
+
+    Later blocks are calibrated on the outputs of the earlier ones as they were rounded.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        passes: list[Pass],
+        writer: CheckpointWriter,
+        saved: dict[str, Any] | None,
+        tokens: torch.Tensor,
+    ):
+        super().__init__(run, passes, writer, saved)
+        self.tokens = tokens
+        self.calibration = original_states(run, tokens, writer.folder)
+        self._first: HiddenStates | None = None  # at the first block, for passes that finish the model
+
+    def analyse(self) -> None:
+        """Let passes look at the original model, before any block is changed."""
+        analyse(self.run, self.passes, self.calibration, self.tokens, self.writer.folder)
+
+    def take_up(self) -> None:
+        """Be where an interrupted run was, and rotate the hidden states where a pass has found that to be exact."""
+        super().take_up()
+        if finishing(self.passes):
+            self._first = self.calibration.snapshot()
+        if self.run.residual is not None:
+            self.calibration.map_states(partial(turn, block=self.run.residual.order))
+
+    def build_blocks(self) -> None:
+        """Run finished blocks again, so that the set is behind them; load, work on, write and free the others."""
+        if self.done and not self.whole:
+            _run_again(self, self.run.graph.blocks[: self.done])
+        super().build_blocks()
+
+    def finish(self) -> None:
+        """Let passes work on the whole model, with the set at the first block."""
+        for item in finishing(self.passes)[self.finished :]:
+            if self._first is not None:
+                self.calibration.restart(self._first)
+            item.finish(FinishWork(self.run, self.calibration, self.writer))
+            self.finished += 1
+            self.save()
+
+    def work_on(self, block: Block, module: nn.Module) -> BlockWork:
+        return CalibratedWork(self.run, block, module, self.calibration)
+
+    def advance(self, work: BlockWork) -> None:
+        """Take the set through a block as it was rounded."""
+        block, bad_rows = work.block, self.calibration.bad_rows
+        if block is self.run.graph.blocks[-1]:
+            return
+        work.replace_weights(self.run.graph.linears[name] for name in work.quantized)
+        self.calibration.advance(block)
+        if block.name in bad_rows:
+            note = f"{block.name} put out {bad_rows[block.name]} non-finite calibration rows; they were left out"
+            self.run.report.notes.append(note)
+
+
+def _build_block(sweep: Sweep, block: Block) -> None:
+    passes = sweep.passes
+    with sweep.run.loaded(block) as module:
+        work = sweep.work_on(block, module)
         for item in passes:
             item.rewrite(work)
         for number, item in enumerate(passes, start=1):
             work.keep_statistics = any(later.reads_statistics for later in passes[number:])
             item.build(work)
-        _write(run, block.name, work.quantized, writer)
-        if calibration is not None and block is not run.graph.blocks[-1]:
-            work.replace_weights(run.graph.linears[name] for name in work.quantized)
-            calibration.advance(block)
-            if block.name in calibration.bad_rows:
-                rows = calibration.bad_rows[block.name]
-                run.report.notes.append(f"{block.name} put out {rows} non-finite calibration rows; they were left out")
+        _write(sweep.run, block.name, work.quantized, sweep.writer)
+        sweep.advance(work)
 
 
-def _run_again(run: Run, blocks: Sequence[Block], calibration: CalibrationRun, writer: CheckpointWriter) -> None:
+def _run_again(sweep: CalibratedSweep, blocks: Sequence[Block]) -> None:
     """Bring the calibration set behind blocks that have been written, by running these."""
+    run, writer = sweep.run, sweep.writer
     run.progress.stage("Finished blocks", len(blocks))
     for block in blocks:
         with run.loaded(block) as module:
-            rounded = FinishWork(run, calibration, writer).qtensors(block)
-            tensors = {linear.name: tensor for linear, tensor in rounded.items()}
-            work = BlockWork(run, block, module, calibration, tensors)
+            rounded = FinishWork(run, sweep.calibration, writer).qtensors(block)
+            work = sweep.work_on(block, module)
+            work.quantized = {linear.name: tensor for linear, tensor in rounded.items()}
             for name, tensor in tensors_under(run.source.model, block.name):
                 if name in writer.tensors:  # what passes have changed; all else stays where it lies in memory
                     stored = writer.read(name).to(tensor.device, tensor.dtype, copy=True)
                     tensor.data = tensor.data if torch.equal(tensor, stored) else stored
             work.replace_weights(rounded)
-            calibration.advance(block)
+            sweep.calibration.advance(block)
     run.progress.done()
 
 

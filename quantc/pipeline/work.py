@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..calibration.gather import gather, gather_drifting, rounds, stages
 from ..calibration.stream import CalibrationRun
 from ..checkpoint.writer import CheckpointWriter
-from ..errors import CalibrationError
+from ..errors import PassError
 from ..formats import format_of
 from ..frontend.source import tensors_under, to_meta
 from ..graph.blocks import BlockCall
@@ -21,23 +20,37 @@ from ..graph.model_graph import Activation, Block, Linear
 from ..graph.rewrite import Edits, Proof, Refusal, divide_writer, fold_scales, weight_name
 from ..numerics.basis import Rounding
 from ..numerics.qtensor import QTensor
-from ..numerics.statistics import BAD_ROWS_LIMIT, Drift, Gram
+from ..numerics.statistics import Drift, Gram
+from ..spec import QuantSpec
 from .run import Run
+
+NO_SET = (
+    "a pass asked for calibration, and this run has no calibration text; pass a text, or let the pass say that it is "
+    "calibrated."
+)
 
 
 @dataclass
 class BlockWork:
-    """One block in the build sweep: its weights are loaded; what a pass rounds goes into `quantized`."""
+    """One block in the build sweep: its weights are loaded; what a pass rounds goes into `quantized`.
+
+    This is the block of a run without calibration text; see `CalibratedWork`.
+    """
 
     run: Run
     block: Block
     module: nn.Module
-    calibration: CalibrationRun | None
-    quantized: dict[str, QTensor] = field(default_factory=dict)
-    keep_statistics: bool = False  # for a pass that comes later
-    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # what rounded weights in the module replace
-    _kept: dict[str, list[Gram]] = field(default_factory=dict)
-    _proof: Proof | None = None
+    quantized: dict[str, QTensor] = field(default_factory=dict, kw_only=True)
+    keep_statistics: bool = field(default=False, kw_only=True)  # for a pass that comes later
+    # What rounded weights in the module replace.
+    originals: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
+    _kept: dict[str, list[Gram]] = field(default_factory=dict, kw_only=True)
+    _proof: Proof | None = field(default=None, kw_only=True)
+
+    @property
+    def calibration(self) -> CalibrationRun:
+        """Return the calibration set, before this block; raises PassError in a run without one."""
+        raise PassError(NO_SET)
 
     @property
     def rounding(self) -> Rounding:
@@ -63,58 +76,18 @@ class BlockWork:
         return [linear for linear in self.block.readers(activation) if planned[linear.name] is not None]
 
     def statistics(self) -> Iterator[tuple[Activation, list[Gram]]]:
-        """Every activation that quantized linears read, with its Gram matrices (one per expert of a stack).
+        """Yield every activation that quantized linears read, with its Gram matrices (one per expert of a stack).
 
-        Activations come in rounds that fit STATISTICS_BYTES; each round runs the block once on the whole set.
-        Without calibration the lists are empty. The forward passes run on the block's
-        weights before rounding. What an earlier pass asked for is kept for later ones where all of it fits.
+        Without calibration the lists are empty.
         """
-        wanted = [item for item in self.block.activations if self.readers(item)]
-        if self._kept:
-            yield from self._hand_out(wanted, self._kept)
-            return
-        if self.calibration is None:
-            for item in wanted:
+        for item in self.block.activations:
+            if self.readers(item):
                 yield item, []
                 self._release(item)
-            return
-        for items in rounds(wanted, self.experts):
-            grams = self._new_grams(items)
-            gather(self.calibration, self.block, self.module, items, grams)
-            self._check_rows(items, grams)
-            self._kept = grams if len(items) == len(wanted) and self.keep_statistics else {}
-            yield from self._hand_out(items, grams)
 
     def drifting_statistics(self) -> Iterator[tuple[Activation, list[Gram], Drift | None]]:
-        """Like `statistics`, but the rows are those of the block as far as it is rounded, with their drift.
-
-        The caller puts the rounded readers of what it got into `quantized` before it asks for more. There is no drift
-        where rows are still the original ones, and none for experts, whose rows change with the routing.
-        """
-        assert self.calibration is not None
-        wanted = [item for item in self.block.activations if self.readers(item)]
-        self._kept = {}
-        for items in [part for stage in stages(wanted) for part in rounds(stage, lambda item: 2 * self.experts(item))]:
-            grams = self._new_grams(items)
-            if self.originals:
-                drifts = gather_drifting(self.calibration, self.block, self.module, items, grams, self.originals)
-            else:
-                drifts = {}
-                gather(self.calibration, self.block, self.module, items, grams)
-            self._check_rows(items, grams)
-            for item in items:
-                yield item, grams.pop(item.label), drifts.pop(item.label, None)
-                self._release(item)
-            rounded = [reader for item in items for reader in self.readers(item)]
-            self.originals |= {weight_name(self.block, linear): self._parameter(linear).data for linear in rounded}
-            self.replace_weights(rounded)
-
-    def _hand_out(
-        self, items: list[Activation], grams: dict[str, list[Gram]]
-    ) -> Iterator[tuple[Activation, list[Gram]]]:
-        for item in items:
-            yield item, grams[item.label] if self.keep_statistics else grams.pop(item.label)
-            self._release(item)
+        """Yield what `CalibratedWork` has of it; raises PassError without calibration."""
+        raise PassError(NO_SET)
 
     def usable_scales(self, item: Activation, scales: torch.Tensor) -> torch.Tensor:
         """The scales near these (K,) by which `divide` would really divide, float64; raises Refusal."""
@@ -149,9 +122,7 @@ class BlockWork:
         return ""
 
     def _probe(self) -> BlockCall:
-        """A call of the block: of the calibration set, or where there is none of random tokens at the first block."""
-        if self.calibration is not None:
-            return self.calibration.probe(self.block)
+        """A call of the block on random tokens, at the first block."""
         model, blocks = self.run.source.model, [block.name for block in self.run.graph.blocks]
         load_outside(model, blocks, self.run.source.load, self.run.graph.idle)
         tokens = probe_tokens(model, (1, 24))
@@ -174,24 +145,9 @@ class BlockWork:
         weights = sum(self._parameter(linear).nbytes for linear in self.readers(item))
         self.run.free_memory.release(weights + Gram.bytes_for(item.width))
 
-    def _check_rows(self, items: list[Activation], grams: dict[str, list[Gram]]) -> None:
-        for item in items:
-            bad = sum(gram.bad_rows for gram in grams[item.label])
-            share = bad / max(1, bad + sum(gram.rows for gram in grams[item.label]))
-            if share > BAD_ROWS_LIMIT:
-                raise CalibrationError(
-                    f"{share:.0%} of the rows that {item.readers[0]} receives are NaN or infinite, and past "
-                    f"{BAD_ROWS_LIMIT:.0%} statistics mean nothing; check that the model runs in float32 on this text."
-                )
-            if bad:
-                self.run.report.notes.append(f"{item.readers[0]} received {bad} non-finite calibration rows; left out")
-
     def experts(self, item: Activation) -> int:
         """How many Gram matrices the activation has: one per expert of a stack, else one."""
         return max(1, self.block.readers(item)[0].experts)
-
-    def _new_grams(self, items: list[Activation]) -> dict[str, list[Gram]]:
-        return {item.label: [self.run.gram(item.width) for _ in range(self.experts(item))] for item in items}
 
     @contextmanager
     def unrounded(self) -> Iterator[None]:
@@ -239,19 +195,18 @@ class FinishWork:
 
     def qtensors(self, block: Block) -> dict[Linear, QTensor]:
         """The block's rounded weights."""
-        return {linear: self._unpacked(linear) for linear in self._rounded(block)}
+        return {linear: self._unpacked(linear, spec) for linear, spec in self._rounded(block).items()}
 
     def replace(self, linear: Linear, tensor: QTensor) -> None:
         """Write a rounded weight of the same spec instead."""
         for part, stored in format_of(tensor.spec).pack(tensor).items():
             self.writer.replace(f"{linear.name}.{part}", stored.cpu())
 
-    def _rounded(self, block: Block) -> list[Linear]:
-        return [linear for linear in block.quantized if self.run.plan.specs[linear.name] is not None]
+    def _rounded(self, block: Block) -> dict[Linear, QuantSpec]:
+        specs = self.run.plan.specs
+        return {linear: spec for linear in block.quantized if (spec := specs[linear.name]) is not None}
 
-    def _unpacked(self, linear: Linear) -> QTensor:
-        spec = self.run.plan.specs[linear.name]
-        assert spec is not None
+    def _unpacked(self, linear: Linear, spec: QuantSpec) -> QTensor:
         storage, leading = format_of(spec), (linear.experts,) if linear.kind == "stack" else ()
         parts = storage.layout(spec, linear.shape, leading)
         stored = {part: self.writer.read(f"{linear.name}.{part}").to(self.run.device) for part in parts}

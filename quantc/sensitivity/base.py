@@ -14,6 +14,7 @@ from ..numerics.ranges import far_size
 from ..numerics.row_widths import mark_salient
 from ..numerics.sampled_error import sample_rows
 from ..numerics.statistics import Gram
+from ..pipeline.calibrated_work import CalibratedWork
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork
 from ..spec import QuantSpec
@@ -40,11 +41,11 @@ class Losses(dict[str, list[Candidate]]):
         self.salience = dict(salience or {})
 
 
-def original_blocks(run: Run, calibration: CalibrationRun) -> Iterator[BlockWork]:
+def original_blocks(run: Run, calibration: CalibrationRun) -> Iterator[CalibratedWork]:
     """Every block with its weights loaded and the calibration set before it, as the original model has both."""
     for block in run.graph.blocks:
         with run.loaded(block) as module:
-            yield BlockWork(run, block, module, calibration)
+            yield CalibratedWork(run, block, module, calibration)
             calibration.advance(block)
 
 

@@ -36,6 +36,7 @@ from ..calibration.hooks import observed
 from ..calibration.stream import Batch, CalibrationRun
 from ..graph.model_graph import Block, Linear
 from ..numerics.statistics import Gram
+from ..pipeline.calibrated_work import CalibratedWork
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork
 from ..spec import QuantSpec
@@ -125,7 +126,7 @@ class _Fisher(Reader):
 
     def done(self, block: Block, module: nn.Module) -> None:
         """See Reader."""
-        work = BlockWork(self.run, block, module, self.calibration)
+        work = CalibratedWork(self.run, block, module, self.calibration)
         for item in planned_activations(self.run, block):
             for linear in work.readers(item):
                 grams = self._grams[item.label]

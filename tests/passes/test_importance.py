@@ -14,7 +14,7 @@ from quantc.calibration import hidden_states, precision, stream
 from quantc.calibration.stream import CalibrationRun
 from quantc.graph.model_graph import ModelGraph
 from quantc.passes.importance import LARGEST_WEIGHT, TEMPER, Importance, ImportanceConfig, _tempered
-from quantc.pipeline.sweep import _analyse
+from quantc.pipeline.sweep import analyse
 from quantc.sensitivity import backward
 from tests.families import VOCAB, build
 from tests.helpers import opened_run
@@ -50,7 +50,7 @@ def analysed(folder: Path, seed: int = 0) -> CalibrationRun:
     """The calibration run of a saved model after the analysis, its states put back as in a real run."""
     run = opened_run(folder)
     states = CalibrationRun(run.source.model, run.graph, TOKENS, run.device)
-    _analyse(run, [Importance(ImportanceConfig(seed))], states, TOKENS, folder)
+    analyse(run, [Importance(ImportanceConfig(seed))], states, TOKENS, folder)
     return states
 
 
@@ -132,7 +132,7 @@ def test_rows_of_a_part_of_the_tokens_are_not_weighed(tmp_path: Path, exact: Non
     whole = type(part).forward
     part.forward = lambda states: torch.cat([whole(part, states[:, :-1]), states[:, -1:]], 1)
     states = CalibrationRun(run.source.model, run.graph, TOKENS, run.device)
-    _analyse(run, [Importance(ImportanceConfig())], states, TOKENS, tmp_path)
+    analyse(run, [Importance(ImportanceConfig())], states, TOKENS, tmp_path)
     labels = {item.label for block in run.graph.blocks for item in block.activations}
     unweighed = {label for label in labels if "layers.0.mlp" in label}
     assert len(unweighed) == 2
@@ -190,7 +190,7 @@ def test_the_run_goes_on_from_the_states_before_the_first_block(
             super().analyse(*args)
             seen.extend(hidden.clone() for _, hidden in states.states())
 
-    _analyse(run, [Looking(ImportanceConfig())], states, TOKENS, tmp_path)
+    analyse(run, [Looking(ImportanceConfig())], states, TOKENS, tmp_path)
     after = list(states.states())
     assert [start for start, _ in after] == [start for start, _ in before]
     assert all(torch.equal(old, new) for (_, old), (_, new) in zip(before, after, strict=True))

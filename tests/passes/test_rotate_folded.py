@@ -22,8 +22,8 @@ from quantc.graph.derive import derive
 from quantc.numerics.hadamard import rotate, rotation
 from quantc.passes import rotate as rotate_pass
 from quantc.pipeline import sweep
+from quantc.pipeline.calibrated_work import CalibratedWork
 from quantc.pipeline.run import Run
-from quantc.pipeline.work import BlockWork
 from quantc.plan import Plan
 from quantc.progress import LogProgress
 from quantc.recipe import Recipe
@@ -81,10 +81,10 @@ def rewrite(folder: Path, **settings: str) -> Rewritten:
         item.plan(run)
     tokens = torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(2))
     calibration = CalibrationRun(source.model, graph, tokens, run.device, folder)
-    sweep._analyse(run, passes, calibration, tokens, folder)
+    sweep.analyse(run, passes, calibration, tokens, folder)
     for block in graph.blocks:
         source.load(block.name)
-        work = BlockWork(run, block, source.model.get_submodule(block.name), calibration)
+        work = CalibratedWork(run, block, source.model.get_submodule(block.name), calibration)
         for item in passes:
             item.rewrite(work)
         calibration.advance(block)

@@ -11,6 +11,7 @@ from quantc.numerics.basis import Basis
 from quantc.numerics.statistics import Gram, output_energy
 from quantc.passes import scale
 from quantc.passes.scale import LEAST_GAIN, Scale, ScaleConfig, best_scales
+from quantc.pipeline.calibrated_work import CalibratedWork
 from quantc.pipeline.work import BlockWork
 from tests.families import VOCAB, build
 from tests.helpers import block_works, in_memory_run, thinned
@@ -149,7 +150,7 @@ def test_statistics_kept_for_later_passes_are_those_of_the_divided_activations()
     Scale(ScaleConfig()).build(work)
     assert work.run.report.rewrites["scale"]
     kept = {item.label: grams[0].matrix for item, grams in work.statistics()}
-    fresh = BlockWork(work.run, work.block, work.module, work.calibration)
+    fresh = CalibratedWork(work.run, work.block, work.module, work.calibration)
     changed = 0
     for item, grams in fresh.statistics():
         measured = grams[0].matrix

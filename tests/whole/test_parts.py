@@ -16,7 +16,6 @@ TOKENS = torch.randint(0, VOCAB, (SAMPLES, LENGTH), generator=torch.Generator().
 
 
 def output(work: BlockWork, batch: Batch) -> torch.Tensor:
-    assert work.calibration is not None
     call = work.calibration.call(work.block, batch).with_hidden(work.calibration.hidden(batch))
     with torch.no_grad():
         return work.block.returns.unwrap(call.run(work.module), call)
@@ -26,7 +25,6 @@ def output(work: BlockWork, batch: Batch) -> torch.Tensor:
 def test_parts_of_a_batch_give_what_the_batch_gives(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_fast_bfloat16", lambda _: False)
     for work in block_works(in_memory_run(build(family), bits=8, group_size=32), TOKENS):
-        assert work.calibration is not None
         (whole,) = [output(work, batch) for batch in work.calibration.batches]
         parts = list(work.calibration.parts(2 * LENGTH))
         assert [(part.start, part.count) for part in parts] == [(0, 2), (2, 2), (4, 1)]
@@ -35,5 +33,4 @@ def test_parts_of_a_batch_give_what_the_batch_gives(family: str, monkeypatch: py
 
 def test_a_part_has_one_sample_at_least() -> None:
     work = next(iter(block_works(in_memory_run(build("llama"), bits=8, group_size=32), TOKENS)))
-    assert work.calibration is not None
     assert [part.count for part in work.calibration.parts(7)] == [1] * SAMPLES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,14 +37,14 @@ def test_an_eighth_of_the_windows_is_kept_aside(samples: int) -> None:
 
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
-    """The builds of the pursuits of a test."""
+    """The builds of a quality target of a test, the best one last."""
     found: list[Round] = []
 
-    def meet(*arguments: Any) -> list[Round]:
-        found[:] = quality.meet(*arguments)
+    def best_last(*arguments: Any) -> list[Round]:
+        found[:] = quality.best_last(*arguments)
         return found
 
-    monkeypatch.setattr("quantc.driver.builds.meet", meet)
+    monkeypatch.setattr("quantc.driver.builds.best_last", best_last)
     return found
 
 
@@ -86,10 +87,13 @@ def test_of_the_builds_only_the_best_stays_and_none_is_made_again(
 ) -> None:
     monkeypatch.setattr("quantc.driver.builds._is_whole", Path.exists)
     losses = [0.3, 0.001, 0.5, 0.02, 0.2]  # missed and met in turn
-    plans = [Shared({"a": QuantSpec(4), f"{bits}": None}, {}, bits) for bits in (30, 60, 40, 50, 45)]
+    plans: list[Any] = [
+        SimpleNamespace(predicted=Shared({"a": QuantSpec(4), f"{bits}": None}, {}, bits))
+        for bits in (30, 60, 40, 50, 45)
+    ]
     written: list[Path] = []
 
-    def write(shared: Shared, folder: Path) -> Report:
+    def write(_: object, folder: Path) -> Report:
         assert len(list(tmp_path.iterdir())) <= 2  # the best one so far, and one that was interrupted while removed
         folder.mkdir()
         (folder / "config.json").write_text('{"quantization_config": {"quant_method": "quantc"}}', encoding="utf-8")

@@ -24,11 +24,13 @@ from quantc.checkpoint import writer
 from quantc.checkpoint.journal import JOURNAL, DamagedRun, read_journal
 from quantc.checkpoint.reader import verify
 from quantc.checkpoint.shards import ShardWriter
+from quantc.checkpoint.workplace import Workplace
 from quantc.checkpoint.writer import CheckpointWriter
 from quantc.driver import builds, job
 from quantc.errors import CalibrationError, CheckpointError, ModelError, UsageError
 from quantc.frontend import open_model
 from quantc.pipeline.base import Pass
+from quantc.pipeline.run import Run
 from quantc.pipeline.snapshot import checked, measured_builds, put_back, take
 from quantc.pipeline.work import BlockWork
 from quantc.progress import LogProgress
@@ -192,13 +194,19 @@ def test_a_plan_that_was_handed_in(model: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_size_that_took_a_second_build(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = job.Job.build
+    finish_weights, plan = job.finish_weights, job.Job._plan
+    budgets: list[int] = []
 
-    def build_with_less(self: job.Job, *args: Any, at_most: int, **options: Any) -> Any:
-        first = job.allocation(self.passes).size == at_most  # type: ignore[union-attr]
-        return original(self, *args, at_most=at_most - 3000 if first else at_most, **options)
+    def note_budget(self: job.Job, run: Run) -> None:
+        budgets.append(job.allocation(self.passes).size)  # type: ignore[union-attr, arg-type]
+        plan(self, run)
 
-    monkeypatch.setattr(job.Job, "build", build_with_less)
+    def finish_larger(run: Run, *arguments: Any) -> None:
+        finish_weights(run, *arguments)
+        run.report.weights_bytes += 3000 * (budgets[-1] == 200_000)
+
+    monkeypatch.setattr(job.Job, "_plan", note_budget)
+    monkeypatch.setattr(job, "finish_weights", finish_larger)
     settings: dict[str, Any] = {"size": 200_000}
     quantize(model, tmp_path / "whole", **settings)
     run = partial(quantize, model, tmp_path / "out", True, **settings)
@@ -280,7 +288,7 @@ def test_a_quality_target_keeps_the_builds_that_were_measured(tmp_path: Path, mo
     with pytest.raises(UsageError, match="passes|model|target"):
         quantize(TINY, tmp_path / "out", True, **{**settings, "max_kl": 0.04})
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "adopt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Workplace, "adopt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run()
     done = len(built)

@@ -54,7 +54,6 @@ def rows_of(work: BlockWork, items: list[Activation]) -> dict[tuple[str, int], t
     def keep(label: str, expert: int, rows: torch.Tensor) -> None:
         seen.setdefault((label, expert), []).append(rows.clone())
 
-    assert work.calibration is not None
     with observed(work.module, work.block, items, keep):
         for run in work.calibration.runs(work.block):
             run()
@@ -183,14 +182,12 @@ def rounded_attention(work: BlockWork) -> dict[str, torch.Tensor]:
 
 def gathered(work: BlockWork, items: list[Activation], originals: dict[str, torch.Tensor]) -> Any:
     """(Gram matrices, drifts) of the activations."""
-    assert work.calibration is not None
     grams = {item.label: [Gram(item.width) for _ in range(work.experts(item))] for item in items}
     return grams, gather_drifting(work.calibration, work.block, work.module, items, grams, originals)
 
 
 def inputs_of(module: nn.Module, work: BlockWork, linear: str) -> torch.Tensor:
     """float64 (M, K): what a linear of a copy of the block multiplies, over the whole set."""
-    assert work.calibration is not None
     rows: list[torch.Tensor] = []
     hook = module.get_submodule(linear).register_forward_pre_hook(lambda _, args: rows.append(args[0].clone()))
     with torch.no_grad():
@@ -204,7 +201,6 @@ def inputs_of(module: nn.Module, work: BlockWork, linear: str) -> torch.Tensor:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_statistics_are_those_of_two_copies_of_the_block(weighted: bool) -> None:
     work = works(build("llama"))[0]
-    assert work.calibration is not None
     items = [item for item in wanted(work) if "mlp" in item.label]
     counts = torch.ones(TOKENS.numel(), 1, dtype=torch.float64)
     if weighted:
@@ -236,7 +232,6 @@ def test_statistics_are_those_of_two_copies_of_the_block(weighted: bool) -> None
 def test_rows_that_are_not_finite_are_left_out_of_both() -> None:
     """One sample that overflows changes nothing for the others."""
     work = works(build("llama"))[0]
-    assert work.calibration is not None
     items = [item for item in wanted(work) if "mlp" in item.label]
     originals = rounded_attention(work)
     kept = torch.ones(len(TOKENS), dtype=torch.bool)
@@ -340,7 +335,6 @@ def test_weights_from_before_rounding_come_back_for_a_while(family: str) -> None
 
 def test_nothing_of_a_batch_is_held_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
     work = works(build("llama"))[0]
-    assert work.calibration is not None
     originals = rounded_attention(work)
     seen: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []

@@ -96,7 +96,7 @@ def test_a_link_a_file_a_mount_and_another_users_folder(tmp_path: Path, monkeypa
     place.unlink()
     write(out)
     with monkeypatch.context() as patch:
-        patch.setattr("quantc.checkpoint.writer.own_user", lambda _: False)
+        patch.setattr("quantc.checkpoint.workplace.own_user", lambda _: False)
         refused(tmp_path, f"{out} belongs to another user, {REPLACED}", out, force=True)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "is_mount", lambda self: self == out)
@@ -105,7 +105,7 @@ def test_a_link_a_file_a_mount_and_another_users_folder(tmp_path: Path, monkeypa
     def read_only(_: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("quantc.checkpoint.writer.own_user", read_only)
+    monkeypatch.setattr("quantc.checkpoint.workplace.own_user", read_only)
     refused(tmp_path, f"{out} cannot be written to (Permission denied), {REPLACED}", out, force=True)
 
 
@@ -162,7 +162,7 @@ def die_at_the_second_rename(patch: pytest.MonkeyPatch) -> None:
 
 
 def die_before_the_old_one_is_removed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("quantc.checkpoint.writer._remove_or_warn", die)
+    patch.setattr("quantc.checkpoint.workplace._remove_or_warn", die)
 
 
 @pytest.mark.parametrize("dies", [die_at_the_second_rename, die_before_the_old_one_is_removed])

@@ -220,7 +220,7 @@ def test_what_cannot_be_written_beside_the_weights_is_found_before_the_first_blo
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", no_space)
-    monkeypatch.setattr("quantc.pipeline.sweep.build", lambda *_: pytest.fail("blocks were built"))
+    monkeypatch.setattr("quantc.pipeline.sweep.Sweep.build_outside", lambda *_: pytest.fail("blocks were built"))
     with pytest.raises(CheckpointError, match=r"out.unfinished could not be written \(No space left on device\); free"):
         quantc.quantize(source, bits=4, method="rtn", out=tmp_path / "out")
     assert only(tmp_path)

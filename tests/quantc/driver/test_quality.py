@@ -10,10 +10,11 @@ import random
 from collections.abc import Callable
 from itertools import pairwise
 from math import exp, log
+from typing import Any
 
 import pytest
 
-from quantc.driver.quality import BUILDS, NARROW, WASTED, Round, Target, bracket, is_wide, meet
+from quantc.driver.quality import BUILDS, NARROW, WASTED, Round, Target, best_last, bracket, is_wide, next_plan
 from quantc.errors import UsageError
 from quantc.numerics.allocation import Infeasible
 from quantc.planning.budget import Shared
@@ -54,15 +55,13 @@ def pursue(
     measured: Measure, target: Target | None = None, step: int = 1, predicted: Measure = four_times_a_bit
 ) -> list[Round]:
     """The builds in their order, but for the best one, which is the last."""
-    built: list[Shared] = []
-
-    def build(shared: Shared) -> float:
-        built.append(shared)
-        return measured(shared.bits)
-
-    rounds = meet(target or Target(max_kl=LIMIT), Plans(step, predicted), build)  # type: ignore[arg-type]
+    target, built = target or Target(max_kl=LIMIT), list[Round]()
+    budget: Any = Plans(step, predicted)
+    while (shared := next_plan(target.limit, budget, built)) is not None:
+        built.append(Round(shared, measured(shared.bits)))
+    rounds = best_last(target, built)
     assert len({item.bits for item in rounds}) == len(rounds) == len(built) <= BUILDS
-    assert {item.shared.bits for item in rounds} == {shared.bits for shared in built}
+    assert {item.shared.bits for item in rounds} == {item.bits for item in built}
     return rounds
 
 

@@ -50,7 +50,6 @@ def test_gradients_go_back_through_what_is_handed_on(name: str) -> None:
     run = in_memory_run(build(name))
     works = list(block_works(run, TOKENS))
     states = works[0].calibration
-    assert states is not None
     (batch,) = states.batches
 
     def step(index: int, state: torch.Tensor) -> torch.Tensor:

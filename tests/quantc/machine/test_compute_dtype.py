@@ -13,10 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 import quantc
-from quantc import api
 from quantc.calibration.tokens import _writing_dtype
 from quantc.checkpoint.reader import CheckpointReader
-from quantc.evaluation import models
+from quantc.evaluation import evaluate, models
 from quantc.frontend import open_model
 from quantc.machine import compute_dtype, memory
 from quantc.machine.compute_dtype import Choice, choose_dtype, describe_dtypes, has_fast_bfloat16, slowness
@@ -178,10 +177,10 @@ def test_eval_computes_both_models_in_one_dtype(
     built: Path, named: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[PreTrainedModel] = []
-    monkeypatch.setattr(api, "load_any", lambda *args: loaded.append(models.load_any(*args)) or loaded[-1])
+    monkeypatch.setattr(evaluate, "load_any", lambda *args: loaded.append(models.load_any(*args)) or loaded[-1])
     monkeypatch.setattr("quantc.evaluation.scores.measure_decode_speed", lambda *_: 1.0)
     (built / "text.txt").write_text("the cat sat on the mat and the dog ran to the house " * 8, encoding="utf-8")
-    result = api.evaluate(
+    result = quantc.evaluate(
         built / "packed", text=str(built / "text.txt"), against=built / "original", context=16, windows=1, dtype=named
     )
     expected = named or "float32"
@@ -208,10 +207,10 @@ def test_memory_of_both_models_counts_and_is_noted(built: Path, monkeypatch: pyt
     progress = LogProgress()
     monkeypatch.setattr(progress, "note", notes.append)
     monkeypatch.setattr(compute_dtype, "available_bytes", lambda: 5 * sum(values))
-    assert api._chosen(models, "cpu", progress).dtype == torch.float32
+    assert evaluate.common_dtype(models, "cpu", progress).dtype == torch.float32
     monkeypatch.setattr(compute_dtype, "available_bytes", lambda: 5 * sum(values) - 5)
-    assert api._chosen(models, "cpu", progress).dtype == torch.bfloat16
-    assert api._chosen(models[:1], "cpu", progress).dtype == torch.float32
+    assert evaluate.common_dtype(models, "cpu", progress).dtype == torch.bfloat16
+    assert evaluate.common_dtype(models[:1], "cpu", progress).dtype == torch.float32
     assert len(notes) == 1
     assert notes[0].startswith("computed in bfloat16: this processor has no bfloat16 products, but float32 needs ")
 

@@ -15,7 +15,7 @@ from quantc.calibration import gather, hidden_states, precision
 from quantc.checkpoint.reader import CheckpointReader
 from quantc.errors import CalibrationError, PassError
 from quantc.graph.model_graph import Activation
-from quantc.pipeline import sweep, work
+from quantc.pipeline import calibrated_work, sweep
 from quantc.pipeline.base import REGISTRY, Fact, Pass, check_order
 from quantc.recipe import DEFAULT, Recipe
 from quantc.report import Report
@@ -109,7 +109,7 @@ def test_a_seed_makes_a_run_repeat(models: Path, tmp_path: Path, name: str) -> N
 def test_rounds_of_statistics_do_not_change_the_bytes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    passes_over_a_block = count_calls(monkeypatch, work, "gather")
+    passes_over_a_block = count_calls(monkeypatch, calibrated_work, "gather")
     run(models / name, tmp_path / "one")
     once = len(passes_over_a_block)
     monkeypatch.setattr(gather, "STATISTICS_BYTES", 1)

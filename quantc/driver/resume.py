@@ -1,20 +1,58 @@
-"""What decides the bytes of a checkpoint. Only a run that is the same in all of it continues an interrupted one."""
+"""Continuing an interrupted run: only one that is the same in all that decides the bytes of a checkpoint may."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoint.journal import has_journal, read_journal
+from ..checkpoint.ownership import check_place
+from ..checkpoint.workplace import unfinished
+from ..checkpoint.writer import CheckpointWriter
+from ..frontend import Source
 from ..frontend.unchanged import written_at
 from ..machine.compute_dtype import has_fast_bfloat16
+from ..pipeline.base import Pass
 from ..pipeline.run import Run
+from ..pipeline.snapshot import check_tensors, checked
+from ..progress import Progress
 from ..recipe import Recipe
 from .metadata import libraries
+
+
+def check_start(out: Path, source: Source, resume: bool, progress: Progress) -> None:
+    """Refuse an output that is the model itself, and say so where there is nothing to resume."""
+    check_place(out, source.path)
+    if resume and not has_journal(unfinished(out)):
+        progress.note(f"there is no interrupted run of {out} to resume; this one starts anew")
+
+
+def interrupted_size(out: Path, wanted: int) -> int:
+    """Return the budget of the round in which an interrupted run was, or the wanted one where there is none."""
+    journal = read_journal(unfinished(out))
+    allocate = journal and journal.identity.get("allocate")
+    size = allocate.get("size") if isinstance(allocate, dict) else None
+    return min(wanted, size) if isinstance(size, int) else wanted
+
+
+def finished_blocks(
+    writer: CheckpointWriter, run: Run, passes: list[Pass], facts: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Return what an interrupted run of the same facts has saved last, its tensors given back to the writer.
+
+    None where this run starts anew. passes: in the state in which `plan` leaves them. Raises UsageError for other
+    facts, DamagedRun for what no such run saves.
+    """
+    saved = checked(writer.begin(facts), run, passes)
+    if saved is not None:
+        writer.restore(saved["tensors"], partial(check_tensors, saved, run))
+    return saved
 
 
 def identity(run: Run, recipe: Recipe, tokens: torch.Tensor | None, **more: Any) -> dict[str, Any]:

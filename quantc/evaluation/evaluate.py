@@ -1,0 +1,75 @@
+"""Models measured: one on a text, or one beside its original, each opened, loaded and scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import UsageError
+from ..frontend import Source
+from ..frontend.source import PathLike, read_tokenizer
+from ..frontend.token_ids import check_ids
+from ..machine.compute_dtype import Choice, name_of
+from ..progress import Progress
+from .models import Opened, choose_common, default_context, load_any, open_any, stored_size
+from .scores import Evaluation, Scores, score, summarize
+from .text import read_text
+from .windows import Window, make_windows
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def evaluate(
+    model: PathLike,
+    text: str,
+    against: PathLike | None,
+    context: int | None,
+    stride: int | None,
+    windows: int | None,
+    dtype: str | None,
+    device: str,
+    progress: Progress,
+    trusted: bool,
+) -> Evaluation:
+    """Return the perplexity of a model on a text, and its divergence from the original `against`; see api.evaluate."""
+    wanted, notes = _dtype(dtype), list[str]()
+    opened = open_any(model, trusted, progress)
+    other = None if against is None else open_any(against, trusted, progress)
+    tokenizer = opened.tokenizer if isinstance(opened, Source) else read_tokenizer(Path(opened), trusted)
+    documents = read_text(text, notes)
+    for note in notes:
+        progress.note(note)
+    chosen = Choice(wanted) if wanted else common_dtype([opened, *([] if other is None else [other])], device, progress)
+    subject = load_any(opened, chosen.dtype, trusted, torch.device(device))
+    cut = make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
+    check_ids(subject, tokenizer, (window.tokens for window in cut))
+    original = None if other is None else load_any(other, chosen.dtype, trusted, torch.device(device))
+    if original is not None:
+        check_ids(original, tokenizer, (window.tokens for window in cut))
+    scores = score(subject, original, cut, progress)
+    return summarize(scores, subject, tokenizer, chosen, **stored_size(opened))
+
+
+def compare(
+    checkpoint: Path, model: PathLike, windows: list[Window], trusted: bool, device: str, progress: Progress
+) -> Scores:
+    """Return the scores of a checkpoint beside those of its original on windows."""
+    models = [checkpoint, open_any(model, trusted)]
+    dtype = common_dtype(models, device, progress).dtype
+    subject, original = (load_any(each, dtype, trusted, torch.device(device)) for each in models)
+    return score(subject, original, windows, progress)
+
+
+def common_dtype(models: list[Opened], device: str, progress: Progress) -> Choice:
+    """Return the dtype to compare models in, with a note where memory is too short for the fast one."""
+    chosen = choose_common(models, torch.device(device))
+    if chosen.short:
+        progress.note(f"computed in {name_of(chosen.dtype)}: {chosen.why}")
+    return chosen
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise UsageError(f"the dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    return None if name is None else DTYPES[name]
