@@ -13,23 +13,20 @@ from ..units import plural, size, to_printable
 from ..version import __version__
 from . import console
 from .failures import Commands
+from .headings import option
 from .options import (
-    BUDGET_OPTIONS,
-    CALIBRATION_OPTIONS,
     CHECKPOINT,
-    COUNT,
     DEVICE_OPTION,
-    DTYPES,
     ENOUGH,
+    EVALUATE_OPTIONS,
     JSON_OPTION,
-    OUTPUT_OPTIONS,
+    PARETO_OPTIONS,
+    PLANNING_OPTIONS,
     PRESETS,
     QUANTIZE_OPTIONS,
-    STORAGE_OPTIONS,
-    TRUST_OPTION,
-    option,
+    dtype_option,
 )
-from .parameters import Whole, as_words
+from .parameters import as_words
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -60,7 +57,8 @@ def main(context: click.Context) -> None:
 def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
     """Quantize MODEL into a packed checkpoint.
 
-    MODEL is a transformers folder, a .gguf file, a hub id (owner/name), or demo:smollm2.
+    MODEL is a transformers folder, a .gguf file, a hub id (owner/name), or demo:smollm2. Say how small with --bits,
+    --size, --avg-bits, --max-kl or --max-ppl-increase, or pass a --recipe or --plan that says it.
 
     \b
     Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
@@ -88,17 +86,11 @@ def _show_summary(model: str, report: Report, trust: list[str]) -> None:
 
 @main.command()
 @click.argument("model")
-@option("--out", "-o", default="plan.yaml", type=click.Path(path_type=Path), help="The plan. [default: plan.yaml]")
-@BUDGET_OPTIONS
-@CALIBRATION_OPTIONS
-@DEVICE_OPTION
-@TRUST_OPTION
-@option("--force", is_flag=True, help="Replace the plan if it exists.")
-@OUTPUT_OPTIONS
+@PLANNING_OPTIONS
 def plan(model: str, out: Path, force: bool, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
-    """Share out bits among the linears of MODEL, and write the plan.
+    """Choose bits for every layer of MODEL, and write the plan.
 
-    The plan can be read, edited, and built by `quantc quantize MODEL --plan`.
+    The plan can be read, edited, and built with `quantc quantize MODEL --plan`.
 
     \b
     Example: quantc plan Qwen/Qwen3-0.6B --avg-bits 3.25 -o plan.yaml
@@ -128,32 +120,17 @@ AGAIN = ("preset", "recipe", "calib", "samples", "seq_len", "seed", "trust_remot
 
 
 def _again(settings: dict[str, Any]) -> list[str]:
-    """The options of a plan that its build needs too: the recipe's other passes and the calibration text."""
+    """Return the options of a plan that its build needs too: those of the other passes and the calibration text."""
     return as_words({name: settings[name] for name in AGAIN})
 
 
 @main.command()
 @click.argument("model")
-@option(
-    "--out",
-    "-o",
-    default=".",
-    metavar="FOLDER",
-    type=click.Path(path_type=Path),
-    help="Where to write pareto.html and pareto.png. [default: the current folder]",
-)
-@option("--verify", type=Whole(0), default=0, metavar="N", help="Build and measure N of the points. [default: none]")
-@option("--text", metavar="SOURCE", help="What to measure them on, as for `quantc eval`.")
-@STORAGE_OPTIONS
-@CALIBRATION_OPTIONS
-@DEVICE_OPTION
-@TRUST_OPTION
-@option("--force", is_flag=True, help="Replace these two files if they exist.")
-@OUTPUT_OPTIONS
+@PARETO_OPTIONS
 def pareto(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
-    """Plot quality against size for MODEL, as predicted.
+    """Plot predicted quality against size for MODEL.
 
-    One measurement serves every size; every point says how `quantc quantize` builds it.
+    One measurement serves every size; every point names the command that builds it.
 
     \b
     Example: quantc pareto Qwen/Qwen3-0.6B --verify 3 --text book.txt
@@ -191,20 +168,7 @@ def recipe(action: str, name: str) -> None:
 
 @main.command("eval")
 @click.argument("model")
-@option(
-    "--text",
-    required=True,
-    metavar="SOURCE",
-    help="A .txt, .jsonl or .parquet file, or a data set such as wikitext2.",
-)
-@option("--against", metavar="MODEL", help="The original, to compare with. [default: none]")
-@option("--context", type=Whole(2), help="Tokens per window. [default: 512, or the model's limit]")
-@option("--stride", type=COUNT, help="Tokens between windows. [default: the context]")
-@option("--windows", type=COUNT, help="Only the first so many windows. [default: all]")
-@option("--dtype", type=DTYPES, help="Type of the activations. [default: the model's own, or float32 where faster]")
-@DEVICE_OPTION
-@TRUST_OPTION
-@OUTPUT_OPTIONS
+@EVALUATE_OPTIONS
 def evaluate(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
     """Measure perplexity, divergence and speed of MODEL.
 
@@ -229,9 +193,9 @@ def evaluate(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
 @CHECKPOINT
 @JSON_OPTION
 def inspect(checkpoint: Path, as_json: bool) -> None:
-    """List the linears of CHECKPOINT with their errors.
+    """List the layers of CHECKPOINT with their errors.
 
-    Per linear: spec, shape, bits per weight, error and method; then the totals.
+    For every layer: spec, shape, bits per weight, error and method; then the totals.
 
     \b
     Example: quantc inspect qwen3-w4
@@ -273,14 +237,14 @@ def verify(checkpoint: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
-@option("--dtype", type=DTYPES, help="Type of the activations. [default: as it would be loaded]")
+@dtype_option("as it would be loaded")
 @DEVICE_OPTION
-@option("--measure", is_flag=True, help="Also time the CPU kernels for one row, which takes a few seconds.")
+@option("--measure", is_flag=True, help="Also time the CPU kernels, which takes a few seconds.")
 @JSON_OPTION
 def doctor(checkpoint: Path | None, as_json: bool, **settings: Any) -> None:
-    """Describe this machine, and the kernels for CHECKPOINT.
+    """Describe this machine, and the kernels that run CHECKPOINT on it.
 
-    For every linear of CHECKPOINT: which kernel runs it here, and why the others refused.
+    For every layer of CHECKPOINT: the kernel that runs it here, and why the others refused.
 
     \b
     Example: quantc doctor qwen3-w4 --measure
@@ -302,7 +266,7 @@ def doctor(checkpoint: Path | None, as_json: bool, **settings: Any) -> None:
 @main.command()
 @CHECKPOINT
 @option("--out", "-o", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="The page to write. [default: CHECKPOINT/report.html]")  # fmt: skip
+        help="File to write. [default: CHECKPOINT/report.html]")  # fmt: skip
 @JSON_OPTION
 def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
     """Write the report of CHECKPOINT as an HTML page.

@@ -21,6 +21,7 @@ import click
 
 from ..errors import QuantcError, one_line
 from ..files import disk_cache
+from .headings import HeadedCommand
 
 INTERRUPTED = 130  # what shells return for a process that SIGINT ended
 BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -29,6 +30,8 @@ CRASHES = "crashes"  # subfolder of the cache
 
 class Commands(click.Group):
     """The group of all commands. Exit codes: 2 for wrong usage, 130 when interrupted, 70 for a bug, 1 for the rest."""
+
+    command_class = HeadedCommand
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of definition, which is that of use

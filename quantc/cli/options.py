@@ -1,90 +1,139 @@
-"""The options that commands share."""
+"""The options that commands share, by the heading that `--help` lists them under."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from .parameters import Above, Number, NumberOr, Pin, Share, Whole, WholeOr, Words, as_mapping, options
+from .headings import CALIBRATION, MEASURED, METHOD, OUTPUT, RUN, SIZE, STORAGE, Decorator, option, options
+from .parameters import Above, Number, NumberOr, Pin, Share, Whole, WholeOr, Words, as_mapping
 
-if TYPE_CHECKING:
-    pass
-
-option = click.option
-DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 COUNT = Whole(1)
 PRESETS = click.Choice(["fast", "balanced", "best"])
-OUTPUT_OPTIONS = options(
-    option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else on stderr."),
-    option("--quiet", "-q", is_flag=True, help="No progress and no log lines; errors only."),
-    option("--verbose", "-v", is_flag=True, help="Also log every linear."),
-)
-JSON_OPTION = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-DEVICE_OPTION = option("--device", default="cpu", help="Where to compute: cpu, cuda, cuda:1. [default: cpu]")
-TRUST_OPTION = option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings. [default: no]")
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 YAML_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-CALIBRATION_OPTIONS = options(
-    option("--calib", metavar="SOURCE", help="builtin, self, none, a data set, or a text file. [default: builtin]"),
-    option("--samples", type=COUNT, help="Windows of calibration text. [default: 64]"),
-    option("--seq-len", type=COUNT, help="Tokens per window. [default: 512]"),
-    option("--seed", type=Whole(0), help="Seed of everything random. [default: 0]"),
-    option(
-        "--preset",
-        type=PRESETS,
-        help="fast: gptq; balanced: also rotated; best: also scaled, corrected, trained. [default: fast]",
-    ),
-    option("--recipe", type=YAML_FILE, metavar="FILE", help="Take all settings from a recipe (YAML)."),
+
+measured, size, stored, rounded, calibration, output, run = (
+    partial(option, heading=heading) for heading in (MEASURED, SIZE, STORAGE, METHOD, CALIBRATION, OUTPUT, RUN)
 )
-STORAGE_OPTIONS = options(
-    option("--group-size", type=Whole(-1), help="Weights per scale; -1: a row. [default: 128 or near]"),
-    option("--symmetric/--asymmetric", default=None, help="Zero points: none, or stored. [default: asymmetric]"),
-    option("--sparsity", type=NumberOr(0, 1, "2:4", "auto"),
-           help="Share of the groups to drop, such as 0.2; or 2:4; auto shares out a budget. [default: none]"),
-    option("--head-bits", type=WholeOr("auto", 2, 8),
-           help="Quantize embedding and lm head too; auto shares out a size. [default: kept]"),
-    option("--pin", "pins", type=Pin(), multiple=True, callback=as_mapping, metavar="NAMES=BITS",
-           help="Bits of some linears, such as '*.0.*=8'; 16 keeps them."),
-    option("--formats", type=Words(), metavar="LABELS", help="Only these, such as w4g128,w8g128. [default: all]"),
-    option("--target", type=click.Choice(["vllm"]), help="Only what this runtime loads. [default: none]"),
-)  # fmt: skip
+
+
+def dtype_option(default: str) -> Decorator:
+    """Return the option --dtype of a command with this default."""
+    return run(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), metavar="TYPE",
+        help=f"Type of the activations: float32, bfloat16 or float16. [default: {default}]",
+    )  # fmt: skip
+
+
+BITS_OPTION = size(
+    "--bits", "-b", type=Number(2, 8), help="Bits per code, 2 to 8; 3.25 is the same as --avg-bits 3.25."
+)
 BUDGET_OPTIONS = options(
-    option("--avg-bits", type=Number(0, 16), help="Bits per weight on average, all counted, shared out by loss."),
-    option("--size", metavar="SIZE", help="How large the weight files may be, such as 300MiB; shared out by loss."),
-    option(
-        "--search",
-        type=Whole(0),
-        metavar="N",
-        help="Refine the plan by so many generations of search on measured divergence. [default: 0]",
-    ),
-    STORAGE_OPTIONS,
+    size("--size", metavar="SIZE",
+         help="Largest size of the weight files, such as 300MiB; each layer's bits are chosen by predicted loss."),
+    size("--avg-bits", type=Number(0, 16),
+         help="Average bits per weight, scales included; each layer's bits are chosen by predicted loss."),
+)  # fmt: skip
+QUALITY_OPTIONS = options(
+    size("--max-kl", type=Above(0),
+         help="Build the smallest model whose KL divergence from the original is at most this (nats per token)."),
+    size("--max-ppl-increase", type=Share(), metavar="PERCENT",
+         help="Build the smallest model whose perplexity rises by at most this, such as 2%."),
+    size("--text", metavar="SOURCE",
+         help="Text that --max-kl or --max-ppl-increase is measured on. [default: held-out calibration windows]"),
+)  # fmt: skip
+PLAN_OPTION = size("--plan", type=YAML_FILE, metavar="FILE", help="Build this plan (YAML) of `quantc plan`.")
+STORAGE_OPTIONS = options(
+    stored("--group-size", type=Whole(-1),
+           help="Weights that share a scale; -1 for a whole row. [default: 128 or near]"),
+    stored("--symmetric/--asymmetric", default=None,
+           help="Leave zero points out, or store them. [default: asymmetric]"),
+    stored("--head-bits", type=WholeOr("auto", 2, 8),
+           help="Bits of the embedding and the head; auto chooses them within --size. [default: as they are]"),
+    stored("--pin", "pins", type=Pin(), multiple=True, callback=as_mapping, metavar="NAMES=BITS",
+           help="Set the bits of some layers, such as '*.0.*=8'; 16 leaves them unquantized. May be repeated."),
+    stored("--sparsity", type=NumberOr(0, 1, "2:4", "auto"),
+           help="Share of the groups to drop, such as 0.2, or 2:4; auto chooses within a budget. [default: none]"),
+    stored("--formats", type=Words(), metavar="LABELS",
+           help="Allow only these formats, such as w4g128,w8g128. [default: all]"),
+    stored("--target", type=click.Choice(["vllm"]), help="Allow only what this runtime loads. [default: none]"),
+)  # fmt: skip
+RECIPE_OPTIONS = options(
+    rounded("--preset", type=PRESETS,
+            help="fast: GPTQ; balanced: also rotates; best: also scales, corrects and trains. [default: fast]"),
+    rounded("--recipe", type=YAML_FILE, metavar="FILE", help="Read the settings from a recipe (YAML)."),
+)  # fmt: skip
+METHOD_OPTION = rounded(
+    "--method", type=click.Choice(["gptq", "rtn"]),
+    help="Round with error feedback (gptq) or to nearest (rtn). [default: gptq]",
+)  # fmt: skip
+SEARCH_OPTION = rounded(
+    "--search", type=Whole(0), metavar="N",
+    help="Refine the plan by N generations of search on measured KL divergence. [default: 0]",
+)  # fmt: skip
+TRAINING_OPTIONS = options(
+    rounded("--tune-steps", type=COUNT, help="Train every block for N steps after rounding. [default: none]"),
+    rounded("--tune-budget", metavar="TIME",
+            help="Train for at most this long in total, such as 10min. [default: no limit]"),
+)  # fmt: skip
+CALIBRATION_OPTIONS = options(
+    calibration("--calib", metavar="SOURCE",
+                help="Calibration text: builtin, self, none, a data set or a text file. [default: builtin]"),
+    calibration("--samples", type=COUNT, help="Windows of calibration text. [default: 64]"),
+    calibration("--seq-len", type=COUNT, help="Tokens per window. [default: 512]"),
+    calibration("--seed", type=Whole(0), help="Seed of all random numbers. [default: 0]"),
+)  # fmt: skip
+OUTPUT_OPTIONS = options(
+    output("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, everything else on stderr."),
+    output("--quiet", "-q", is_flag=True, help="Print errors only."),
+    output("--verbose", "-v", is_flag=True, help="Log every layer."),
 )
-TARGET_OPTIONS = options(
-    option("--max-kl", type=Above(0), help="The smallest model that loses so many nats per token at most."),
-    option("--max-ppl-increase", type=Share(), metavar="PERCENT", help="The same for the perplexity, such as 2%."),
-    option("--text", metavar="SOURCE", help="Text to measure that on. [default: calibration windows kept aside]"),
-)
+JSON_OPTION = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+DEVICE_OPTION = run("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1. [default: cpu]")
+TRUST_OPTION = run("--trust-remote-code", is_flag=True, help="Run Python code that the model brings. [default: no]")
+MODEL_OPTIONS = options(DEVICE_OPTION, TRUST_OPTION)
+
 ENOUGH = ("bits", "avg_bits", "size", "max_kl", "max_ppl_increase")  # any of these says how small
 QUANTIZE_OPTIONS = options(
-    option(
-        "--bits",
-        "-b",
-        type=Number(2, 8),
-        help="Bits per code, 2 to 8; 3.25 is an average. Required without --recipe or --plan.",
-    ),
-    BUDGET_OPTIONS,
-    option("--tune-steps", type=COUNT, help="Train every block for so many steps after rounding. [default: none]"),
-    option("--tune-budget", metavar="TIME", help="Train for so long in all, such as 10min. [default: as steps take]"),
-    TARGET_OPTIONS,
-    option("--out", "-o", metavar="FOLDER", help="Where to write. [default: <model>-quantc-w4g128 or so]"),
-    option("--method", type=click.Choice(["gptq", "rtn"]), help="How weights are rounded. [default: gptq]"),
+    BITS_OPTION, BUDGET_OPTIONS, QUALITY_OPTIONS, PLAN_OPTION,
+    STORAGE_OPTIONS,
+    RECIPE_OPTIONS, METHOD_OPTION, SEARCH_OPTION, TRAINING_OPTIONS,
     CALIBRATION_OPTIONS,
-    option("--plan", type=YAML_FILE, metavar="FILE", help="Take the spec of every linear from a plan (YAML)."),
-    DEVICE_OPTION,
-    TRUST_OPTION,
-    option("--resume", is_flag=True, help="Continue an interrupted run with the same settings, if there is one."),
-    option("--force", is_flag=True, help="Replace the output, or what an interrupted run left without --resume."),
+    output("--out", "-o", metavar="FOLDER", help="Folder to write. [default: <model>-quantc-w4g128 or so]"),
+    output("--force", is_flag=True, help="Replace the output, or without --resume what an interrupted run left."),
     OUTPUT_OPTIONS,
-)
+    MODEL_OPTIONS,
+    run("--resume", is_flag=True, help="Continue an interrupted run that had the same settings, if there is one."),
+)  # fmt: skip
+PLANNING_OPTIONS = options(
+    BUDGET_OPTIONS, STORAGE_OPTIONS, RECIPE_OPTIONS, SEARCH_OPTION, CALIBRATION_OPTIONS,
+    output("--out", "-o", default="plan.yaml", type=click.Path(path_type=Path), metavar="FILE",
+           help="File to write. [default: plan.yaml]"),
+    output("--force", is_flag=True, help="Replace the plan if it exists."),
+    OUTPUT_OPTIONS,
+    MODEL_OPTIONS,
+)  # fmt: skip
+PARETO_OPTIONS = options(
+    measured("--verify", type=Whole(0), default=0, metavar="N", help="Build and measure N of the points. [default: 0]"),
+    measured("--text", metavar="SOURCE", help="Text to measure them on, as for `quantc eval`."),
+    STORAGE_OPTIONS, RECIPE_OPTIONS, CALIBRATION_OPTIONS,
+    output("--out", "-o", default=".", metavar="FOLDER", type=click.Path(path_type=Path),
+           help="Folder of pareto.html and pareto.png. [default: the current folder]"),
+    output("--force", is_flag=True, help="Replace these two files if they exist."),
+    OUTPUT_OPTIONS,
+    MODEL_OPTIONS,
+)  # fmt: skip
+EVALUATE_OPTIONS = options(
+    measured("--text", required=True, metavar="SOURCE",
+             help="A .txt, .jsonl or .parquet file, or a data set such as wikitext2."),
+    measured("--against", metavar="MODEL", help="Compare with this original. [default: none]"),
+    measured("--context", type=Whole(2), help="Tokens per window. [default: 512, or the model's limit]"),
+    measured("--windows", type=COUNT, help="Measure the first N windows only. [default: all]"),
+    measured("--stride", type=COUNT, help="Tokens between the starts of windows. [default: the context]"),
+    OUTPUT_OPTIONS,
+    dtype_option("the model's own, or float32 where faster"),
+    MODEL_OPTIONS,
+)  # fmt: skip

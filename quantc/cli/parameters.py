@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 LARGEST = 2**63 - 1  # what torch and the sizes of Python's own sequences go to
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Whole(click.ParamType):
@@ -148,14 +147,3 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
         elif value is not None and value is not False:
             words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
     return words
-
-
-def options(*decorators: Decorator) -> Decorator:
-    """Several option decorators as one, in the order in which the help lists them."""
-
-    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
