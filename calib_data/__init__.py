@@ -62,6 +62,6 @@ def _unknown_source(source: str, names: list[str]) -> str:
     hint = f"did you mean {nearest[0]!r}?" if nearest else "pass one of those."
     endings = ", ".join(FILE_READERS)
     return (
-        f"Calibration source {source!r} is neither a known name nor a file: "
+        f"calibration source {source!r} is neither a known name nor a file: "
         f"known are {', '.join(names)} and files ending in {endings}; {hint}"
     )

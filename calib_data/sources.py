@@ -72,7 +72,7 @@ def load_hub(name: str) -> list[Document]:
         from datasets import load_dataset
     except ImportError as error:
         raise CalibrationError(
-            f"Calibration data set {name!r} is read through the library 'datasets', which is not installed; "
+            f"calibration data set {name!r} is read through the library 'datasets', which is not installed; "
             f"run `pip install datasets`, or pass `--calib FILE` or `--calib builtin`."
         ) from error
     try:
@@ -80,7 +80,7 @@ def load_hub(name: str) -> list[Document]:
         documents = list(spec.regroup(row["text"] for row in islice(rows, spec.limit)))
     except Exception as error:  # requests, httpx, aiohttp and fsspec each raise kinds of their own
         raise CalibrationError(
-            f"Calibration data set {name!r} ({spec}) could not be read from the Hugging Face hub "
+            f"calibration data set {name!r} ({spec}) could not be read from the Hugging Face hub "
             f"({_in_short(error)}); a network connection or a cached copy is needed: "
             f"try again online, or pass `--calib FILE` or `--calib builtin`."
         ) from error
@@ -96,19 +96,19 @@ def load_file(path: Path, notes: list[str] | None = None) -> list[Document]:
     reader = FILE_READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(
-            f"Calibration file {path} ends in {path.suffix!r}, and {', '.join(FILE_READERS)} are understood; "
+            f"calibration file {path} ends in {path.suffix!r}, and {', '.join(FILE_READERS)} are understood; "
             f"convert it, or rename plain text to .txt."
         )
     try:
-        documents = sift(reader(path), f"Calibration file {path}", notes)
+        documents = sift(reader(path), f"calibration file {path}", notes)
     except FileNotFoundError as error:
         raise CalibrationError(
-            f"There is no calibration file {path}; check the path, which counts from {Path.cwd()}, "
+            f"there is no calibration file {path}; check the path, which counts from {Path.cwd()}, "
             f"or pass `--calib builtin`."
         ) from error
     except OSError as error:
         raise CalibrationError(
-            f"Calibration file {path} cannot be read ({_in_short(error)}); a readable file is needed: "
+            f"calibration file {path} cannot be read ({_in_short(error)}); a readable file is needed: "
             f"check its permissions, or pass `--calib builtin`."
         ) from error
     return _keep_non_empty(documents, f"file {path}")
@@ -163,7 +163,7 @@ def _read_parquet(path: Path) -> Rows:
         return _collect((f"row {number}", read_row(row)) for number, row in enumerate(rows, start=1))
     except ValueError as error:
         raise CalibrationError(
-            f'Calibration file {path} has no column "text" of strings but {_listed(columns)} (a row {error}); '
+            f'calibration file {path} has no column "text" of strings but {_listed(columns)} (a row {error}); '
             f'one is needed, or a column "messages" or another one that the README lists: rename yours.'
         ) from error
 
@@ -185,7 +185,7 @@ def _parquet_rows(stream: BinaryIO, path: Path) -> tuple[list[str], list[dict[st
         import pyarrow.parquet
     except ImportError as error:
         raise CalibrationError(
-            f"Calibration file {path} is read through the library 'pyarrow', which is not installed; "
+            f"calibration file {path} is read through the library 'pyarrow', which is not installed; "
             f"run `pip install pyarrow`, or convert the file to .jsonl."
         ) from error
     try:
@@ -195,7 +195,7 @@ def _parquet_rows(stream: BinaryIO, path: Path) -> tuple[list[str], list[dict[st
         return columns, file.read(wanted).to_pylist() if wanted else [dict.fromkeys(columns)]
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(
-            f"Calibration file {path} is not valid parquet ({_in_short(error)}); write or download the file again."
+            f"calibration file {path} is not valid parquet ({_in_short(error)}); write or download the file again."
         ) from error
 
 
@@ -211,7 +211,7 @@ def _read_utf8(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"Calibration file {path} is not UTF-8 ({error.reason} at byte {error.start}); "
+            f"calibration file {path} is not UTF-8 ({error.reason} at byte {error.start}); "
             f"UTF-8 text is needed: convert it, for example with `iconv -t UTF-8`."
         ) from error
 
@@ -220,7 +220,7 @@ def _keep_non_empty(documents: Iterable[Document], what: str) -> list[Document]:
     kept = [document for document in documents if not is_blank(document)]
     if not kept:
         raise CalibrationError(
-            f"Calibration {what} holds no text; at least one non-empty document is needed: "
+            f"calibration {what} holds no text; at least one non-empty document is needed: "
             f"pass another source, or `--calib builtin`."
         )
     return kept

@@ -79,28 +79,28 @@ class AllocateConfig:
         for pattern, bits in self.pins.items():
             if not (MIN_BITS <= bits <= MAX_BITS or bits == KEPT_BITS):
                 raise UsageError(
-                    f"the pin of {pattern!r} says {bits} bits, but {MIN_BITS} to {MAX_BITS} are possible, and "
-                    f"{KEPT_BITS}, which keeps what it names."
+                    f"--pin {pattern}={bits} is out of range; pass {MIN_BITS} to {MAX_BITS} bits, or {KEPT_BITS} for "
+                    "layers that stay as they are."
                 )
         if self.sparsity is not None and self.grouping != "per_oc":
             raise UsageError(
-                f"sparsity is auto, and weights are dropped in per_oc groups, not {self.grouping} ones; leave one of "
-                "the two out."
+                f"--sparsity auto drops weights in per_oc groups, and the recipe has {self.grouping} ones; remove one "
+                "of the two."
             )
         if self.target is not None and self.target not in RUNTIMES:
-            raise UsageError(f"the target {self.target!r} is unknown; choose {' or '.join(RUNTIMES)}, or leave it out.")
+            raise UsageError(f"--target {self.target!r} is unknown; choose {' or '.join(RUNTIMES)}, or remove it.")
 
     def _check_budget(self) -> None:
         if self.avg_bits is not None and self.size is not None:
-            raise UsageError("avg_bits and size are two budgets, and a plan has one; leave one of them out.")
+            raise UsageError("--avg-bits and --size are two budgets, and a plan has one; remove one of them.")
         if self.avg_bits is not None and not 0 < self.avg_bits <= KEPT_BITS:
             raise UsageError(
-                f"avg_bits is {self.avg_bits:g}, but an average is more than 0 and at most {KEPT_BITS}; 3.25 is usual."
+                f"--avg-bits is {self.avg_bits:g}, but averages are above 0 and at most {KEPT_BITS}; 3.25 is usual."
             )
         if self.search < 0:
-            raise UsageError(f"search is {self.search}, but a search has 0 generations (none) or more; 20 is usual.")
+            raise UsageError(f"--search is {self.search}, but a search has 0 generations (none) or more; 20 is usual.")
         if self.size is not None and self.size <= 0:
-            raise UsageError(f"the size is {self.size} bytes, but a file has more than 0; 300MiB is an example.")
+            raise UsageError(f"--size is {self.size} bytes, but a file has more than 0; 300MiB is an example.")
 
     @property
     def has_budget(self) -> bool:
@@ -127,8 +127,7 @@ class Allocate(Pass):
     def uncalibrated(self) -> Pass | None:
         if self.config.has_budget:
             raise UsageError(
-                "a budget is shared out by what calibration shows, and there is no calibration text; pass --bits, or a "
-                "text."
+                "a budget chooses bits by what calibration shows, and --calib is none; pass --bits, or another --calib."
             )
         return self
 
@@ -206,8 +205,8 @@ class Allocate(Pass):
         if unknown:
             near = get_close_matches(unknown[0], known, n=NEAREST, cutoff=0.0)
             raise UsageError(
-                f"no linear can be stored as {unknown[0]}; {', '.join(near)} are among the {len(known)} formats "
-                "that there are, which depend on the group size, on --symmetric and on --sparsity."
+                f"no layer can be stored as {unknown[0]}; choose from the {len(known)} formats that --group-size, "
+                f"--symmetric and --sparsity allow, such as {', '.join(near)}."
             )
 
     @staticmethod
@@ -270,11 +269,10 @@ class Allocate(Pass):
 
     def _refuse_without_budget(self) -> None:
         if self.config.search:
-            raise UsageError("a search refines how a budget is shared out, and none was given; pass --avg-bits.")
+            raise UsageError("--search refines the plan of a budget, and there is none; pass --avg-bits or --size.")
         if self.config.sparsity is not None:
             raise UsageError(
-                "sparsity is auto, which shares it out within a budget, and none was given; pass --avg-bits, or a "
-                "share such as 0.2."
+                "--sparsity auto chooses within a budget, and there is none; pass --avg-bits, or a share such as 0.2."
             )
 
     def _check_head(self) -> None:
@@ -282,15 +280,12 @@ class Allocate(Pass):
         if config.head_bits != "auto":
             return
         if config.size is None:
-            raise UsageError(
-                "head_bits is auto, which shares out a size (an average counts the blocks alone); pass --size, or a "
-                "width."
-            )
+            raise UsageError("--head-bits auto chooses within a size, and there is none; pass --size, or 2 to 8 bits.")
         if config.search:
-            raise UsageError("a search looks at the blocks alone, and head_bits is auto; leave one of them out.")
+            raise UsageError("--search looks at the blocks alone, and --head-bits is auto; remove one of them.")
         if config.estimator != "fisher":
             raise UsageError(
-                f"{config.estimator} rates no embeddings, and head_bits is auto; choose fisher or a width."
+                f"--head-bits auto needs the estimator fisher, and the recipe has {config.estimator}; pass 2 to 8 bits."
             )
 
     def _pin(self, run: Run) -> None:
@@ -342,7 +337,7 @@ def _tables(run: Run) -> dict[str, tuple[int, int]]:
     shapes = {name: tuple(run.source.model.get_parameter(name).shape) for name in run.graph.outside_weights}
     for name, shape in shapes.items():
         if len(shape) != 2:
-            raise UsageError(f"--head-bits cannot quantize {name} of shape {shape}; leave it out.")
+            raise UsageError(f"--head-bits cannot quantize {name} of shape {shape}; remove it.")
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 

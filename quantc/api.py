@@ -52,10 +52,12 @@ def quantize(
     job = Job.of(settings, plan, device, progress)
     if max_kl is None and max_ppl_increase is None:
         if text is not None:
-            raise UsageError("a text is what a quality target is measured on; pass --max-kl or --max-ppl-increase too.")
+            raise UsageError(
+                "--text is for measuring a quality target, and there is none; pass --max-kl or --max-ppl-increase too."
+            )
         return build_as_asked(job, model, out, settings.get("size"), force, resume)
     target = Target(max_kl, max_ppl_increase)
-    refuse_budget(plan, settings)
+    refuse_budget(target, plan, settings)
     job = Job.of_any_size(settings, device, progress)
     return build_to_quality(target, job, model, out, text, force, resume)
 

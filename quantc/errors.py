@@ -12,6 +12,11 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def as_option(setting: str) -> str:
+    """Return a setting's name as the command line writes it: `avg_bits` is --avg-bits."""
+    return f"--{setting.replace('_', '-')}"
+
+
 def one_line(text: str) -> str:
     """Return a message as one line that is safe to print, its middle left out where it is very long."""
     line = printable(" ".join(text.split()))

@@ -169,4 +169,4 @@ def describe() -> str:
 def _choose(library: Library, name: str) -> None:
     if not library.choose_level(name.encode()):
         known = library.levels().decode().replace(" ", ", ")
-        raise UsageError(f"the CPU level {name!r} is not to be had here; {LEVEL_VARIABLE} can be {known}.")
+        raise UsageError(f"this CPU does not support {LEVEL_VARIABLE}={name}; choose one of {known}.")

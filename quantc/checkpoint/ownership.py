@@ -190,7 +190,7 @@ def check_place(out: Path, source: Path | None = None) -> None:
         if place == model or place in model.parents:
             raise UsageError(f"{out} holds the model that is read; pass another --out.")
         if model in place.parents:
-            raise UsageError(f"{out} lies inside the model's own folder {source}; pass an --out outside of it.")
+            raise UsageError(f"{out} is inside the model's own folder {source}; pass an --out outside of it.")
 
 
 def _listed(file: Path) -> set[str] | None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from ..errors import CheckpointError
-from .journal import open_own
+from .journal import ANEW, DamagedRun, open_own
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,14 +88,14 @@ class ShardWriter:
         self.add(name, tensor)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that was added, from the disk; raises CheckpointError where its bytes are no longer there."""
+        """A tensor that was added, from the disk; raises DamagedRun where its bytes are no longer there."""
         entry = self._entries[name]
         start = entry.start if self.file is None else self._start_in_file(entry)
         with open(self.place, "rb", opener=open_own) as stream:
             stream.seek(start)
             content = bytearray(stream.read(entry.bytes))
         if len(content) < entry.bytes:
-            raise CheckpointError(f"{self.place} ends before {name} does")
+            raise DamagedRun(f"{self.place} ends before {name} does; {ANEW}.")
         return torch.frombuffer(content, dtype=entry.dtype).reshape(entry.shape) if content else _empty(entry)
 
     def _start_in_file(self, wanted: Entry) -> int:
@@ -130,20 +130,20 @@ class ShardWriter:
     def restored(cls, spool: Path, state: Any, file: Path) -> ShardWriter:
         """A shard as it was when `state` was asked for. Nothing on the disk changes: see `cut_off`.
 
-        file: the shard, if it was written already. Raises CheckpointError where the state is not one of this spool, or
+        file: the shard, if it was written already. Raises ValueError where the state is not one of this spool, or
         the file that has the tensors is not as long as that says.
         """
         shard = cls(spool)
         try:
             shard._take(state)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"what is said of {spool.name} cannot be read ({error})") from error
+            raise ValueError(f"the state of {spool.name} cannot be read ({error})") from error
         finished = not os.path.lexists(spool) and os.path.lexists(file)
         shard.file = file if finished else None
         if finished:
             shard._check_file()
         elif (found := _size(spool)) < shard._end:
-            raise CheckpointError(f"{spool} has {found} of {shard._end} bytes")
+            raise ValueError(f"{spool} has {found} of {shard._end} bytes")
         return shard
 
     def _take(self, state: Any) -> None:
@@ -163,7 +163,7 @@ class ShardWriter:
         found, size = _size(self.file), len(wanted) + self.bytes
         with open(self.file, "rb", opener=open_own) as stream:
             if found != size or stream.read(len(wanted)) != wanted:
-                raise CheckpointError(f"{self.file} has {found} of {size} bytes, or another header")
+                raise ValueError(f"{self.file} has {found} of {size} bytes, or another header")
 
     def cut_off(self) -> None:
         """Remove from the spool what was added after the state that it was restored to."""
@@ -179,11 +179,11 @@ def _count(value: object) -> int:
 
 
 def _size(file: Path) -> int:
-    """0 where there is no such file; raises CheckpointError for a link, a folder or the like."""
+    """0 where there is no such file; raises ValueError for a link, a folder or the like."""
     if not os.path.lexists(file):
         return 0
     if not stat.S_ISREG(file.lstat().st_mode):
-        raise CheckpointError(f"{file} is not a regular file")
+        raise ValueError(f"{file} is not a regular file")
     return file.lstat().st_size
 
 

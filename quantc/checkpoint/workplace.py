@@ -72,16 +72,16 @@ class Workplace:
             raise UsageError(
                 f"{out} exists and is no quantc checkpoint, so --force does not replace it; choose another --out."
             )
-        _check_replaceable(self.out, "so --force does not replace it; move that elsewhere, or choose another --out")
+        _check_replaceable(self.out, "--force does not replace that, so move it elsewhere, or choose another --out")
         if os.path.lexists(self._retired):
-            what = "and an old output has that name until the new one is whole; rename it, or choose another --out"
+            what = "an old output gets that name until the new one is whole, so rename it, or choose another --out"
             if marked(self._retired) is None:
-                raise UsageError(f"{self._retired} is not quantc's, {what}.")
+                raise UsageError(f"{self._retired} is not quantc's; {what}.")
             _check_replaceable(self._retired, what)
 
     def _check_folder(self) -> None:
         if os.path.lexists(self.folder):
-            what = "and the checkpoint is built there; move that elsewhere, or choose another --out"
+            what = "the checkpoint is built there, so move that elsewhere, or choose another --out"
             _check_replaceable(self.folder, what)
 
     def __enter__(self) -> Self:
@@ -213,18 +213,18 @@ def _is_ours(out: Path) -> bool:
 def _check_replaceable(folder: Path, what: str) -> None:
     """Raise UsageError unless all in a folder is quantc's, and can be removed; what: why that is needed."""
     if folder.is_symlink() or not folder.is_dir():
-        raise UsageError(f"{folder} is a {'symbolic link' if folder.is_symlink() else 'file'}, {what}.")
+        raise UsageError(f"{folder} is a {'symbolic link' if folder.is_symlink() else 'file'}; {what}.")
     if folder.is_mount():
-        raise UsageError(f"{folder} is a mount point, {what}.")
+        raise UsageError(f"{folder} is a mount point; {what}.")
     try:
         own = own_user(folder)
         found = survey(folder)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written to ({error.strerror}), {what}.") from error
+        raise UsageError(f"{folder} cannot be written to ({error.strerror}); {what}.") from error
     if not own:
-        raise UsageError(f"{folder} belongs to another user, {what}.")
+        raise UsageError(f"{folder} belongs to another user; {what}.")
     if found.foreign:
-        raise UsageError(f"{folder} holds {found.named(folder)} that quantc did not write, {what}.")
+        raise UsageError(f"{folder} holds {found.named(folder)} that quantc did not write; {what}.")
 
 
 def _remove_or_warn(folder: Path) -> None:

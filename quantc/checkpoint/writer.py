@@ -63,7 +63,7 @@ class CheckpointWriter(Workplace):
         """
         try:
             shards = self._read_shards(state)
-        except (CheckpointError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise DamagedRun(f"{self.folder} is damaged ({error}); {ANEW}.") from error
         check(self.tensors)
         for shard in shards:
@@ -81,7 +81,7 @@ class CheckpointWriter(Workplace):
             shards.append(shard)
             for name, entry in shard.described().items():
                 if checksum(shard.read(name)) != checksums.get(name):
-                    raise CheckpointError(f"{name} has another checksum")
+                    raise ValueError(f"{name} has another checksum")
                 self._shard_of[name] = shard
                 self.tensors[name] = entry | {"sha256": checksums[name]}
         return shards

@@ -64,7 +64,9 @@ def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
     Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
     """
     if all(settings[name] is None for name in (*ENOUGH, "recipe", "plan")):
-        raise UsageError("--bits is missing; pass 2 to 8 bits per code, --size, --max-kl, or a --recipe or --plan.")
+        raise UsageError(
+            "nothing says how small the model is to be; pass --bits 2 to 8, --size, --max-kl, --recipe or --plan."
+        )
     # Idle OpenMP threads then sleep. Spinning ones took 2.5 times the CPU seconds on a busy machine, for nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.session(quiet, verbose) as progress:
@@ -98,9 +100,7 @@ def plan(model: str, out: Path, force: bool, as_json: bool, quiet: bool, verbose
     if not out.parent.is_dir():
         raise UsageError(f"the folder {out.parent} of the plan does not exist; make it, or pass another --out.")
     if out.exists() and not force:
-        raise UsageError(
-            f"{out} exists, and somebody may have edited it; pass --force to replace it, or another --out."
-        )
+        raise UsageError(f"{out} exists and may have been edited; pass --force to replace it, or another --out.")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.session(quiet, verbose) as progress:
         from .. import api

@@ -26,7 +26,7 @@ class Whole(click.ParamType):
         if self.low <= number <= (LARGEST if self.high is None else self.high):
             return number
         needed = f"from {self.low} to {self.high}" if self.high is not None else f"of {self.low} or more"
-        raise click.UsageError(f"{_option(param)} is {value}, but must be a whole number {needed}.", ctx)
+        raise click.UsageError(f"{_option(param)} is {value}; it must be a whole number {needed}.", ctx)
 
 
 class WholeOr(Whole):
@@ -53,7 +53,7 @@ class Number(click.ParamType):
         if self.low <= number <= self.high:
             return int(number) if number == int(number) else number
         raise click.UsageError(
-            f"{_option(param)} is {value}, but must be a number from {self.low:g} to {self.high:g}.", ctx
+            f"{_option(param)} is {value}; it must be a number from {self.low:g} to {self.high:g}.", ctx
         )
 
 
@@ -80,7 +80,7 @@ class Above(click.ParamType):
         number = as_number(value)
         if number > self.low and number != float("inf"):
             return number
-        raise click.UsageError(f"{_option(param)} is {value}, but must be a number above {self.low:g}.", ctx)
+        raise click.UsageError(f"{_option(param)} is {value}; it must be a number above {self.low:g}.", ctx)
 
 
 class Share(click.ParamType):
@@ -92,7 +92,7 @@ class Share(click.ParamType):
         number = as_number(str(value).removesuffix("%"))
         if str(value).endswith("%") and 0 < number < float("inf"):
             return number / 100
-        raise click.UsageError(f"{_option(param)} is {value}, but must be a percentage above 0, such as 2%.", ctx)
+        raise click.UsageError(f"{_option(param)} is {value}; it must be a percentage above 0, such as 2%.", ctx)
 
 
 def as_number(value: Any) -> float:
@@ -115,7 +115,7 @@ class Pin(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
         pattern, _, bits = str(value).rpartition("=")
         if not pattern or not bits.isdecimal() or len(bits) > 2:
-            raise click.UsageError(f"--pin is {value}, but must be NAMES=BITS, such as '*.down_proj=4'.", ctx)
+            raise click.UsageError(f"--pin is {value}; it must be NAMES=BITS, such as '*.down_proj=4'.", ctx)
         return pattern, int(bits)
 
 

@@ -60,14 +60,16 @@ def draw_curve(
 def _refuse_automatic_head(job: Job) -> None:
     config = allocation(job.passes)
     if config is not None and config.head_bits == "auto":
-        raise UsageError("the curve is one of averages, which count the blocks alone; give the head a width, not auto.")
+        raise UsageError(
+            "the curve averages bits over the blocks alone, so --head-bits cannot be auto; pass 2 to 8 bits for it."
+        )
 
 
 def _check_verified(verify: int, text: str | None) -> None:
     if verify and text is None:
-        raise UsageError("verified points are measured on a text, and there is none; pass --text too.")
+        raise UsageError("--verify measures points on a text, and there is none; pass --text too.")
     if text is not None and not verify:
-        raise UsageError("a text is for verified points, and none are asked for; pass --verify too, such as 3.")
+        raise UsageError("--text is for points that --verify builds, and there are none; pass --verify too, such as 3.")
 
 
 def _windows(run: Run, text: str) -> list[Window]:

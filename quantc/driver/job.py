@@ -10,7 +10,7 @@ import torch
 
 from ..calibration.tokens import NO_TEXT, calibration_tokens
 from ..checkpoint.writer import CheckpointWriter
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UsageError, as_option
 from ..frontend import Source, open_model, to_meta
 from ..frontend.source import PathLike
 from ..graph.derive import derive
@@ -74,7 +74,7 @@ class Job:
         """Return one with a budget that holds any plan, not the recipe's; raises UsageError where settings have one."""
         given = next((name for name in ("bits", *BUDGETS) if settings.get(name) is not None), None)
         if given is not None:
-            raise UsageError(f"{given} says how small the model is to be, but all sizes are looked at; leave it out.")
+            raise UsageError(f"every size is looked at, so {as_option(given)} changes nothing; remove it.")
         recipe = named_recipe(settings).without("allocate", *BUDGETS, "search")
         return cls.of({**settings, "recipe": recipe, "preset": None, "size": ANY_SIZE}, None, device, progress)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, as_option
 from ..evaluation.windows import Window, make_windows
 from ..frontend.token_ids import check_ids
 from ..numerics.allocation import Infeasible
@@ -47,10 +47,10 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.max_kl is not None and self.max_ppl_increase is not None:
-            raise UsageError("max_kl and max_ppl_increase are two targets; leave one of them out.")
+            raise UsageError("--max-kl and --max-ppl-increase are two quality targets; remove one of them.")
         for name, value in vars(self).items():
             if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value:g}, but a target is more than 0; 0.05 is an example.")
+                raise UsageError(f"{as_option(name)} is {value:g}, but a target is more than 0; 0.05 is an example.")
 
     @property
     def limit(self) -> float:
@@ -211,7 +211,7 @@ def held_out(run: Run, tokens: torch.Tensor, text: str | None) -> tuple[torch.Te
         return tokens, windows
     if samples < HELD_OUT_SHARE:
         raise UsageError(
-            f"{samples} calibration samples are too few to keep some aside for measuring; pass {HELD_OUT_SHARE} or "
+            f"{samples} calibration samples are too few to hold some out for measuring; pass {HELD_OUT_SHARE} or "
             "more --samples, or --text."
         )
     aside = torch.arange(samples) % HELD_OUT_SHARE == HELD_OUT_SHARE // 2

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import UsageError, as_option
 from ..evaluation.evaluate import compare
 from ..frontend.source import PathLike
 from ..pipeline.run import Run
@@ -54,13 +54,12 @@ def build_to_quality(
         return build_until(goal)
 
 
-def refuse_budget(plan: PathLike | None, settings: Settings) -> None:
+def refuse_budget(target: Target, plan: PathLike | None, settings: Settings) -> None:
     """Raise UsageError where a plan or settings say how many bits there are, which a quality target decides."""
     given = [name for name in ("bits", "avg_bits", "size", "search") if settings.get(name) is not None]
     if plan is not None or given:
-        raise UsageError(
-            f"a quality target decides how many bits there are, so {(given or ['plan'])[0]} has no say; leave it out."
-        )
+        goal = "--max-kl" if target.max_kl is not None else "--max-ppl-increase"
+        raise UsageError(f"{goal} chooses the bits itself; remove {as_option((given or ['plan'])[0])}.")
 
 
 def plan_alone(model: PathLike, device: str, progress: Progress | None, settings: Settings) -> Run:
@@ -69,7 +68,7 @@ def plan_alone(model: PathLike, device: str, progress: Progress | None, settings
     job = Job.of(settings, None, device, progress)
     planning = [item for item in job.passes if item.name == "allocate"]
     if not any(item.analyses for item in planning):
-        raise UsageError("a plan shares out a budget, and none was given; pass --avg-bits or --size.")
+        raise UsageError("`quantc plan` chooses bits within a budget, and there is none; pass --avg-bits or --size.")
     run = job.open(job.source(model), "")
     tokens = job.tokens(run)
     with tempfile.TemporaryDirectory(prefix="quantc-plan-") as folder:

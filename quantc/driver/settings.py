@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from ..calibration.tokens import NO_TEXT
-from ..errors import UsageError
+from ..errors import UsageError, as_option
 from ..frontend.source import PathLike
 from ..passes.allocate import Allocate, AllocateConfig
 from ..passes.sparsify import Sparsify
@@ -88,7 +88,8 @@ def _allocation(settings: Settings) -> dict[str, Any]:
     for name in BUDGETS:
         if bits is not None and settings.get(name) is not None:
             raise UsageError(
-                f"bits is {bits:g}, and {name}, which is shared out, is {settings.get(name)}; leave one of them out."
+                f"--bits is {bits:g} and {as_option(name)} is {settings.get(name)}, but one of them decides; remove "
+                "the other."
             )
     kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target", "search")}
     kept["sparsity"] = AUTO if settings.get("sparsity") == AUTO else None
@@ -117,7 +118,7 @@ def named_recipe(settings: Settings) -> Recipe:
     recipe, preset = settings.get("recipe"), settings.get("preset")
     if preset is not None:
         if recipe is not None:
-            raise UsageError("a preset is a recipe, so both cannot be given; leave one of them out.")
+            raise UsageError("--preset is a recipe of its own; remove --preset or --recipe.")
         return named_preset(preset)
     if isinstance(recipe, Recipe):
         return recipe
@@ -151,7 +152,7 @@ def running_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list
     if recipe.calibration.source != NO_TEXT:
         return passes, []
     if method == "gptq":
-        raise UsageError("gptq needs calibration text, and there is none; leave the method out, or give a text.")
+        raise UsageError("--method gptq needs calibration text, and --calib is none; remove --method, or pass a text.")
     return without_text(passes)
 
 
@@ -163,15 +164,15 @@ def check_combination(passes: list[Pass]) -> None:
     automatic = config is not None and config.sparsity == AUTO
     if config is not None and sparse and (config.has_budget or automatic):
         raise UsageError(
-            "a budget is shared out linear by linear, and the pass sparsify drops weights of every linear alike; pass "
-            "--bits instead of a budget, or --sparsity auto instead of the pass."
+            "a budget chooses layer by layer, and the pass sparsify drops weights of every layer alike; pass --bits "
+            "instead of the budget, or --sparsity auto instead of the pass."
         )
     if target is not None and (sparse or automatic):
-        raise UsageError(f"{target} loads no linears of which weights are dropped; leave the sparsity out.")
+        raise UsageError(f"{target} cannot load layers with dropped weights; remove --sparsity.")
     if target is not None and any(item.name == "rotate" for item in passes):
         raise UsageError(
-            f"{target} rotates nothing at inference, and the recipe has the pass rotate; pass --preset fast, or a "
-            "recipe without it."
+            f"{target} cannot rotate inputs, and the recipe has the pass rotate; pass --preset fast, or a recipe "
+            "without it."
         )
 
 
@@ -183,7 +184,7 @@ def given_plan(plan: PathLike | None, settings: Settings) -> Plan:
     given = [name for name, value in says.items() if value is not None]
     if given:
         raise UsageError(
-            f"a plan says how every linear is stored, so {' and '.join(given)} cannot be given with it; edit the plan."
+            f"--plan says how every layer is stored; remove {' and '.join(map(as_option, given))}, or edit the plan."
         )
     return read_plan(Path(plan))
 
@@ -195,9 +196,7 @@ def parse_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"the device {name!r} cannot be used here ({reason}); choose cpu or another device."
-        ) from error
+        raise UsageError(f"--device {name!r} cannot be used here ({reason}); choose cpu or another device.") from error
     return device
 
 

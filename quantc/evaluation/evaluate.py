@@ -71,5 +71,5 @@ def common_dtype(models: list[Opened], device: str, progress: Progress) -> Choic
 
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
-        raise UsageError(f"the dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}.")
+        raise UsageError(f"--dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}.")
     return None if name is None else DTYPES[name]

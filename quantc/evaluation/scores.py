@@ -144,7 +144,7 @@ class _Tally:
         """Count the predictions of a window: logits and expected (T, V), targets (T,)."""
         if expected is not None and expected.shape != logits.shape:
             raise UsageError(
-                f"The model has {logits.shape[1]} logits a token, the original {expected.shape[1]}, but KL "
+                f"the model has {logits.shape[1]} logits per token and the original {expected.shape[1]}, but KL "
                 "divergence needs one vocabulary; compare with the model this one was made from."
             )
         rows = max(1, CHUNK_VALUES // logits.shape[1])
@@ -189,7 +189,7 @@ def _log_softmax(logits: Tensor, whose: str, where: str) -> Tensor:
     if not all_finite(logits):
         bad = int((~torch.isfinite(logits)).sum())
         raise CalibrationError(
-            f"In {where} of the evaluation text, logits of the {whose} are NaN or infinite "
+            f"the logits of the {whose} are NaN or infinite in {where} of the evaluation text "
             f"({bad} of {logits.numel()}), but perplexity needs finite ones; "
             "try --dtype float32, or repair the weights."
         )

@@ -52,7 +52,7 @@ def read_text(source: str, notes: list[str] | None = None) -> list[Document]:
     nearest = get_close_matches(source.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "pass one of those."
     raise UsageError(
-        f"Evaluation text {source!r} is neither a known name nor a file: known are {', '.join(names)} "
+        f"evaluation text {source!r} is neither a known name nor a file: known are {', '.join(names)} "
         f"and files ending in {', '.join(FILE_READERS)}; {hint}"
     )
 
@@ -61,22 +61,22 @@ def _read_file(path: Path, notes: list[str] | None) -> list[Document]:
     reader = _read_txt if path.suffix.lower() == ".txt" else FILE_READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(
-            f"Evaluation text {path} ends in {path.suffix!r}, and {', '.join(FILE_READERS)} are understood; "
+            f"evaluation text {path} ends in {path.suffix!r}, and {', '.join(FILE_READERS)} are understood; "
             f"convert it, or rename plain text to .txt."
         )
     try:
-        documents = sift(reader(path), f"Evaluation text {path}", notes)
+        documents = sift(reader(path), f"evaluation text {path}", notes)
     except FileNotFoundError as error:
         raise CalibrationError(
-            f"There is no evaluation text {path}; check the path, which counts from {Path.cwd()}."
+            f"there is no evaluation text {path}; check the path, which counts from {Path.cwd()}."
         ) from error
     except OSError as error:
         raise CalibrationError(
-            f"Evaluation text {path} cannot be read ({error.strerror or error}); check its permissions."
+            f"evaluation text {path} cannot be read ({error.strerror or error}); check its permissions."
         ) from error
     if not documents:
         raise CalibrationError(
-            f"Evaluation text {path} holds no text; at least one non-empty document is needed: pass another file."
+            f"evaluation text {path} holds no text; at least one non-empty document is needed: pass another file."
         )
     return documents
 
@@ -86,7 +86,7 @@ def _read_txt(path: Path) -> Rows:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"Evaluation text {path} is not UTF-8 ({error.reason} at byte {error.start}); "
+            f"evaluation text {path} is not UTF-8 ({error.reason} at byte {error.start}); "
             f"convert it, for example with `iconv -t UTF-8`."
         ) from error
     documents = split_documents(text)
@@ -108,6 +108,6 @@ def _load_split(name: str, split: HubText) -> str:
     except Exception as error:  # requests, httpx, aiohttp and fsspec each raise kinds of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CalibrationError(
-            f"Evaluation data set {name!r} ({split}) could not be read from the Hugging Face hub ({reason}); "
+            f"evaluation data set {name!r} ({split}) could not be read from the Hugging Face hub ({reason}); "
             f"a network connection or a cached copy is needed: try again online, or pass `--text FILE`."
         ) from error

@@ -60,7 +60,7 @@ def check_context(model: PreTrainedModel, context: int) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest:
         raise UsageError(
-            f"The context is {context} tokens, but the model has only {longest} positions; "
+            f"--context is {context} tokens, but the model has only {longest} positions; "
             f"pass --context {longest} or less."
         )
 
@@ -81,7 +81,7 @@ def _cut(tokens: list[int], bos: list[int], context: int, stride: int) -> Iterat
     body = context - len(bos)
     if len(tokens) < body:
         raise CalibrationError(
-            f"The evaluation text has {len(tokens)} tokens, but a single window of --context {context} needs "
+            f"the evaluation text has {len(tokens)} tokens, but a single window of --context {context} needs "
             f"{body} of them; pass a longer text or a smaller --context."
         )
     scored = context - 1
@@ -99,6 +99,6 @@ def _one_each(documents: Iterable[list[int]], bos: list[int], context: int) -> I
             yield Window(torch.tensor(tokens), len(tokens) - 1)
     if not found:
         raise CalibrationError(
-            "None of the evaluation documents has two tokens, but a prediction needs that many; "
+            "no document of the evaluation text has two tokens, but a prediction needs that many; "
             "pass a text with longer documents."
         )

@@ -223,7 +223,7 @@ def _parts(file: Path) -> list[Path]:
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise ModelError(
-            f"{file} is one of {count} parts, but not all lie beside it: {some(missing)} missing; fetch the rest."
+            f"{file} is one of {count} parts, but not all are beside it: {some(missing)} missing; fetch the rest."
         )
     return parts
 

@@ -79,7 +79,7 @@ def without_weights(folder: Path) -> ModelError:
     if pickles:
         return ModelError(
             f"{folder} has only pickled weights ({pickles[0]}), which quantc does not unpickle; safetensors are "
-            f"needed: {SAVE}."
+            f"needed, so {SAVE}."
         )
     known = _adapter(folder) or _matching(folder, WITHOUT_WEIGHTS) or _nested(folder)
     return known or ModelError(
@@ -141,7 +141,7 @@ def _hub_cache(folder: Path) -> ModelError | None:
     found = sorted((folder / "snapshots").glob("*/config.json"))
     if not found:
         return None
-    return ModelError(f"{folder} is a model's folder in the hub's cache; pass the snapshot inside: {found[-1].parent}")
+    return ModelError(f"{folder} is a model's folder in the hub's cache; pass the snapshot in it, {found[-1].parent}.")
 
 
 def _matching(folder: Path, table: tuple[tuple[str, str, str], ...]) -> ModelError | None:
@@ -157,4 +157,6 @@ def _nested(folder: Path) -> ModelError | None:
     found = [path.parent for path in sorted(folder.glob("*/config.json")) if any(path.parent.glob("*.safetensors"))]
     if not found:
         return None
-    return ModelError(f"{folder} holds no model itself, but {len(found)} folders with one; pass one: {found[0]}")
+    return ModelError(
+        f"{folder} holds no model itself, but {len(found)} folders with one; pass one of them, such as {found[0]}."
+    )

@@ -205,4 +205,6 @@ def describe_return(output: Any, hidden: torch.Tensor) -> Returns:
     for position, value in enumerate(output):
         if isinstance(value, torch.Tensor) and value.shape == hidden.shape:
             return Returns(position, tuple(None if index == position else v for index, v in enumerate(output)))
-    raise ModelError("a block returns no tensor of its hidden state's shape, so blocks cannot be run one by one.")
+    raise ModelError(
+        "a block returns no tensor of its hidden state's shape; quantc needs blocks that hand one to the next."
+    )

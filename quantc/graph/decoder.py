@@ -135,9 +135,7 @@ def embedding_of(model: Any) -> nn.Module:
     """Return the token embedding; raises ModelError when the model has none."""
     embedding: nn.Module | None = model.get_input_embeddings()
     if embedding is None:
-        raise ModelError(
-            f"{type(model).__name__} has no token embedding, so it is not a language model quantc can run."
-        )
+        raise ModelError(f"{type(model).__name__} has no token embedding; quantc quantizes decoder language models.")
     return embedding
 
 

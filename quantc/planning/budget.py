@@ -80,8 +80,7 @@ class Rules:
         for pattern in self.pins:
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise UsageError(
-                    f"the pattern {pattern!r} of a pin fits no linear; one is called {known[0]}, and * stands for "
-                    "anything."
+                    f"--pin {pattern!r} fits no layer; write a name such as {known[0]}, in which * matches anything."
                 )
 
 

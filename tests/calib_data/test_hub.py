@@ -63,7 +63,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, message_of: MessageOf
 
     put_datasets(monkeypatch, load_dataset)
     assert message_of(CalibrationError, "c4") == (
-        "Calibration data set 'c4' (allenai/c4 en, train, first 4000 documents) could not be read from the "
+        "calibration data set 'c4' (allenai/c4 en, train, first 4000 documents) could not be read from the "
         "Hugging Face hub (ConnectionError: no route to host); "
         "a network connection or a cached copy is needed: "
         "try again online, or pass `--calib FILE` or `--calib builtin`."
@@ -82,12 +82,12 @@ def test_hub_lost_on_the_way(monkeypatch: pytest.MonkeyPatch, message_of: Messag
 def test_hub_data_without_text(monkeypatch: pytest.MonkeyPatch, message_of: MessageOf) -> None:
     put_datasets(monkeypatch, lambda *_, **__: [{"text": ""}])
     text = message_of(CalibrationError, "pile")
-    assert text.startswith("Calibration data set 'pile' (NeelNanda/pile-10k, train) holds no text; ")
+    assert text.startswith("calibration data set 'pile' (NeelNanda/pile-10k, train) holds no text; ")
 
 
 def test_hub_without_the_library(monkeypatch: pytest.MonkeyPatch, message_of: MessageOf) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert message_of(CalibrationError, "wikitext2") == (
-        "Calibration data set 'wikitext2' is read through the library 'datasets', which is not installed; "
+        "calibration data set 'wikitext2' is read through the library 'datasets', which is not installed; "
         "run `pip install datasets`, or pass `--calib FILE` or `--calib builtin`."
     )

@@ -63,7 +63,7 @@ def test_parquet_gives_its_conversations(tmp_path: Path) -> None:
     path.write_text(json.dumps({"id": [1, 2], "messages": [talk, None], "system": ["w9", "w9"]}))
     wanted = Conversation(({"role": "system", "content": "w9"}, *talk))
     assert load_documents(str(path), notes=notes) == [wanted]
-    assert notes == [f"Calibration file {path}: row 2 says nothing; 1 of 2 rows were skipped for that"]
+    assert notes == [f"calibration file {path}: row 2 says nothing; 1 of 2 rows were skipped for that"]
 
 
 @pytest.mark.usefixtures("fake_pyarrow")
@@ -74,7 +74,7 @@ def test_parquet_without_a_text_column(tmp_path: Path, content: str, message_of:
     names = ", ".join(repr(name) for name in json.loads(content))
     why = 'has a "text" of type int' if "text" in content else f"has none of the fields that are read but {names}"
     assert message_of(CalibrationError, path) == (
-        f'Calibration file {path} has no column "text" of strings but {names} (a row {why}); one is needed, or a '
+        f'calibration file {path} has no column "text" of strings but {names} (a row {why}); one is needed, or a '
         'column "messages" or another one that the README lists: rename yours.'
     )
 
@@ -84,7 +84,7 @@ def test_damaged_parquet(tmp_path: Path, message_of: MessageOf) -> None:
     path = tmp_path / "a.parquet"
     path.write_text("PAR")
     assert message_of(CalibrationError, path) == (
-        f"Calibration file {path} is not valid parquet (FakeArrowException: no magic bytes); "
+        f"calibration file {path} is not valid parquet (FakeArrowException: no magic bytes); "
         f"write or download the file again."
     )
 
@@ -94,7 +94,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "a.parquet"
     path.touch()
     assert message_of(CalibrationError, path) == (
-        f"Calibration file {path} is read through the library 'pyarrow', which is not installed; "
+        f"calibration file {path} is read through the library 'pyarrow', which is not installed; "
         f"run `pip install pyarrow`, or convert the file to .jsonl."
     )
 

@@ -59,7 +59,7 @@ def test_missing_file(tmp_path: Path, ending: str, message_of: MessageOf) -> Non
     path = tmp_path / f"absent.{ending}"
     text = message_of(CalibrationError, path)
     assert text == (
-        f"There is no calibration file {path}; check the path, which counts from {Path.cwd()}, "
+        f"there is no calibration file {path}; check the path, which counts from {Path.cwd()}, "
         f"or pass `--calib builtin`."
     )
 
@@ -69,7 +69,7 @@ def test_unreadable_file(tmp_path: Path, ending: str, message_of: MessageOf) -> 
     path = tmp_path / f"folder.{ending}"
     path.mkdir()
     text = message_of(CalibrationError, path)
-    assert text.startswith(f"Calibration file {path} cannot be read (IsADirectoryError: ")
+    assert text.startswith(f"calibration file {path} cannot be read (IsADirectoryError: ")
     assert text.endswith("a readable file is needed: check its permissions, or pass `--calib builtin`.")
 
 
@@ -78,7 +78,7 @@ def test_empty_file(tmp_path: Path, content: str, message_of: MessageOf) -> None
     path = tmp_path / "a.txt"
     path.write_text(content)
     assert message_of(CalibrationError, path) == (
-        f"Calibration file {path} holds no text; at least one non-empty document is needed: "
+        f"calibration file {path} holds no text; at least one non-empty document is needed: "
         f"pass another source, or `--calib builtin`."
     )
 
@@ -88,7 +88,7 @@ def test_file_that_is_not_utf8(tmp_path: Path, ending: str, message_of: MessageO
     path = tmp_path / f"a.{ending}"
     path.write_bytes("für".encode("latin-1"))
     assert message_of(CalibrationError, path) == (
-        f"Calibration file {path} is not UTF-8 (invalid start byte at byte 1); "
+        f"calibration file {path} is not UTF-8 (invalid start byte at byte 1); "
         f"UTF-8 text is needed: convert it, for example with `iconv -t UTF-8`."
     )
 
@@ -97,7 +97,7 @@ def test_file_with_an_ending_nobody_reads(tmp_path: Path, message_of: MessageOf)
     path = tmp_path / "notes.md"
     path.write_text("text")
     assert message_of(UsageError, path) == (
-        f"Calibration file {path} ends in '.md', and .txt, .jsonl, .parquet are understood; "
+        f"calibration file {path} ends in '.md', and .txt, .jsonl, .parquet are understood; "
         f"convert it, or rename plain text to .txt."
     )
 
@@ -113,7 +113,7 @@ def test_file_with_an_ending_nobody_reads(tmp_path: Path, message_of: MessageOf)
 )
 def test_unknown_source_offers_the_nearest(source: str, hint: str, message_of: MessageOf) -> None:
     assert message_of(UsageError, source, also_known=("self", "none")) == (
-        f"Calibration source {source!r} is neither a known name nor a file: "
+        f"calibration source {source!r} is neither a known name nor a file: "
         f"known are builtin, wikitext2, c4, pile, self, none and files ending in "
         f".txt, .jsonl, .parquet; {hint}"
     )

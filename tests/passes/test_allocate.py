@@ -93,9 +93,9 @@ def test_what_cannot_be_met_is_refused_with_what_can(saved: Path) -> None:
         UsageError, match=r"an average of 2\.5 bits cannot be met: the smallest plan takes 3\.\d+ .*; ask for 3\."
     ):
         planned(saved, 2.5)
-    with pytest.raises(UsageError, match="there is no calibration text; pass --bits, or a text"):
+    with pytest.raises(UsageError, match="--calib is none; pass --bits, or another --calib"):
         quantc.quantize(saved / "model", avg_bits=4.0, calib="none", out=saved / "none")
-    with pytest.raises(UsageError, match="leave one of them out"):
+    with pytest.raises(UsageError, match="one of them decides; remove the other"):
         quantc.quantize(saved / "model", bits=3.5, avg_bits=4.0, out=saved / "none")
     assert not (saved / "none").exists()
     result = run_command("plan", str(saved / "model"), "--avg-bits", "4", "-o", str(saved / "nowhere/plan.yaml"))
@@ -138,14 +138,14 @@ def test_the_embedding_and_the_head_take_part_where_they_are_asked_to(saved: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"avg_bits": 4.0}, "head_bits is auto, which shares out a size"),
-        ({"size": "100kB", "search": 2}, "a search looks at the blocks alone"),
+        ({"avg_bits": 4.0}, "--head-bits auto chooses within a size"),
+        ({"size": "100kB", "search": 2}, "--search looks at the blocks alone"),
     ],
 )
 def test_an_automatic_head_needs_a_size_to_share_out(saved: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         planned(saved, head_bits="auto", **settings)
-    with pytest.raises(UsageError, match="the curve is one of averages"):
+    with pytest.raises(UsageError, match="the curve averages bits over the blocks alone"):
         api.pareto(saved / "model", head_bits="auto", calib=str(saved / "model/text.txt"))
 
 
@@ -173,7 +173,7 @@ def test_pins_and_formats_hold(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pins": {"*w_proj": 4}}, "the pattern '\\*w_proj' of a pin fits no linear"),
+        ({"pins": {"*w_proj": 4}}, "--pin '\\*w_proj' fits no layer"),
         (
             {"pins": {"*": 7}},
             "cannot have the 7 bits .* of the formats allowed there are 2, 3, 4, 5, 6, 8, and 16 to keep",
@@ -183,20 +183,23 @@ def test_pins_and_formats_hold(saved: Path) -> None:
             r"q_proj and what is fused with it \(3 linears, stored alike\) cannot have the 4 and 8 bits",
         ),
         ({"formats": ("w5g16",)}, "the smallest plan within the pins and formats given takes 6"),
-        ({"pins": {"*": 12}}, "says 12 bits, but 2 to 8 are possible, and 16"),
+        ({"pins": {"*": 12}}, "--pin \\*=12 is out of range; pass 2 to 8 bits, or 16 for"),
         (
             {"pins": {"*": 3}, "formats": ("w4g16",)},
             "q_proj cannot have the 3 bits that it is pinned to: of the formats allowed there are 4, and 16",
         ),
         ({"pins": {"*": 8}}, "an average of 4 bits cannot be met: the smallest plan within the pins .* takes 9"),
-        ({"formats": ("w4g16", "w4g17")}, "no linear can be stored as w4g17; .*w4g16.* are among the [0-9]+ formats"),
-        ({"target": "vllm", "preset": "balanced"}, "vllm rotates nothing at inference, and the recipe has the pass"),
-        ({"target": "ollama"}, "the target 'ollama' is unknown; choose vllm"),
+        (
+            {"formats": ("w4g16", "w4g17")},
+            "no layer can be stored as w4g17; choose from the [0-9]+ formats .*, such as .*w4g16",
+        ),
+        ({"target": "vllm", "preset": "balanced"}, "vllm cannot rotate inputs, and the recipe has the pass"),
+        ({"target": "ollama"}, "--target 'ollama' is unknown; choose vllm"),
         ({"target": "vllm", "formats": ("w3g16",)}, "vllm does not load w3g16; it loads w4g32"),
         ({"size": "12 parsecs"}, "'12 parsecs' is no size; 300MiB"),
-        ({"size": "1MB"}, "avg_bits and size are two budgets"),
-        ({"avg_bits": 17.0}, "an average is more than 0 and at most 16"),
-        ({"bits": 4}, "bits is 4, and avg_bits, which is shared out, is 4.0; leave one of them out"),
+        ({"size": "1MB"}, "--avg-bits and --size are two budgets"),
+        ({"avg_bits": 17.0}, "averages are above 0 and at most 16"),
+        ({"bits": 4}, "--bits is 4 and --avg-bits is 4.0, but one of them decides; remove the other"),
     ],
 )
 def test_contradictions_are_refused(saved: Path, settings: dict[str, Any], message: str) -> None:
@@ -212,7 +215,7 @@ def test_an_option_replaces_the_budget_of_the_recipe(tmp_path: Path) -> None:
         assert config is not None
         assert (config.avg_bits, config.size) == (setting.get("avg_bits"), 10**6 if "size" in setting else None)
         assert config.bits == 4
-    with pytest.raises(UsageError, match="bits is 4, and size, which is shared out, is 1MB; leave one of them out"):
+    with pytest.raises(UsageError, match="--bits is 4 and --size is 1MB, but one of them decides; remove the other"):
         Job.of({"bits": 4, "size": "1MB"}, None, "cpu", None)
 
 

@@ -91,7 +91,7 @@ def test_pins_have_all_of_their_weights_and_formats_may_name_what_drops_some(sav
     run = planned(saved, avg_bits=3.0, formats=("w2g32-s50", "w2g32"))
     assert {spec and spec.label() for spec in run.plan.specs.values()} <= {None, "w2g32-s50", "w2g32"}
     assert sparse(planned(saved, avg_bits=2.0, formats=("w2g32-s50", "w2g32")))
-    with pytest.raises(UsageError, match="no linear can be stored as w2g32-s40; .* and on --sparsity"):
+    with pytest.raises(UsageError, match="no layer can be stored as w2g32-s40; .* and --sparsity allow"):
         planned(saved, avg_bits=3.0, formats=("w2g32-s40",))
 
 
@@ -150,12 +150,12 @@ def test_losses_are_kept_on_disk(saved: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": "vllm"}, "vllm loads no linears of which weights are dropped; leave the sparsity out"),
-        ({"sparsity": 0.5}, "linear by linear, and the pass sparsify drops weights .* or --sparsity auto instead"),
-        ({"sparsity": "2:4"}, "linear by linear, and the pass sparsify drops weights"),
+        ({"target": "vllm"}, "vllm cannot load layers with dropped weights; remove --sparsity"),
+        ({"sparsity": 0.5}, "layer by layer, and the pass sparsify drops weights .* or --sparsity auto instead"),
+        ({"sparsity": "2:4"}, "layer by layer, and the pass sparsify drops weights"),
         (
             {"recipe": Recipe.from_dict({"version": 1, "passes": ["allocate", "sparsify", "quantize"]})},
-            "linear by linear, and the pass sparsify drops weights",
+            "layer by layer, and the pass sparsify drops weights",
         ),
     ],
 )
@@ -165,12 +165,12 @@ def test_what_cannot_be_had_together_is_refused(settings: dict[str, Any], messag
 
 
 def test_it_needs_a_budget_and_groups_along_the_inputs(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="sparsity is auto, which shares it out within a budget, and none was given"):
+    with pytest.raises(UsageError, match="--sparsity auto chooses within a budget, and there is none"):
         quantize_saved(saved, bits=4, sparsity="auto", force=True)
-    with pytest.raises(UsageError, match="sparsity is auto, and weights are dropped in per_oc groups, not per_ic ones"):
+    with pytest.raises(
+        UsageError, match="--sparsity auto drops weights in per_oc groups, and the recipe has per_ic ones"
+    ):
         Recipe.from_dict({"version": 1, "passes": [{"allocate": {"sparsity": "auto", "grouping": "per_ic"}}]})
     (tmp_path / "plan.yaml").write_text("version: 1\nlinears:\n  a: {bits: 3}\n")
-    with pytest.raises(
-        UsageError, match="how every linear is stored, so sparsity cannot be given with it; edit the plan"
-    ):
+    with pytest.raises(UsageError, match="how every layer is stored; remove --sparsity, or edit the plan"):
         Job.of({"sparsity": "auto"}, tmp_path / "plan.yaml", "cpu", None)

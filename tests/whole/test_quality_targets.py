@@ -135,10 +135,10 @@ def test_the_head_is_quantized_and_a_size_in_the_recipe_has_no_say(tmp_path: Pat
 
 def test_contradictions_are_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"max_kl": 0.1, "bits": 4}, "a quality target decides how many bits there are, so bits has no say"),
-        ({"max_kl": 0.1, "max_ppl_increase": 0.1}, "two targets; leave one of them out"),
+        ({"max_kl": 0.1, "bits": 4}, "--max-kl chooses the bits itself; remove --bits"),
+        ({"max_kl": 0.1, "max_ppl_increase": 0.1}, "two quality targets; remove one of them"),
         ({"max_kl": -1.0}, "a target is more than 0"),
-        ({"bits": 4, "text": "t.txt"}, "a text is what a quality target is measured on"),
+        ({"bits": 4, "text": "t.txt"}, "--text is for measuring a quality target"),
         ({"max_kl": 1e-9, "samples": 8, "seq_len": 32, "calib": str(TEXT)}, "cannot be met within 8 bits"),
         ({"max_kl": 0.1, "samples": 4, "seq_len": 32, "calib": str(TEXT)}, "4 calibration samples are too few"),
     ]

@@ -443,7 +443,7 @@ def test_a_journal_names_no_other_files(name: str, kept: Path, model: Path, tmp_
         place.write_text("irreplaceable")
     plant(kept, lambda state: shard_of(state).update(spool=name.format(tmp_path), end=0, tensors={}))
     before = files_of(kept)
-    with pytest.raises(CheckpointError, match=r"is damaged \(what is said of shard-00001.data cannot be read"):
+    with pytest.raises(CheckpointError, match=r"is damaged \(the state of shard-00001.data cannot be read"):
         quantize(model, tmp_path / "out", True, **FAST)
     assert files_of(kept) == before
     assert (tmp_path / "victim.txt").read_text(encoding="utf-8") == "irreplaceable"

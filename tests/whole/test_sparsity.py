@@ -128,8 +128,8 @@ def test_a_setting_replaces_what_the_recipe_says() -> None:
     [
         ({"bits": 4, "sparsity": 1}, "sparsity is 1, but a share above 0 and below 1 is dropped"),
         ({"bits": 4, "sparsity": 0.5, "group_size": 64}, "needs per_oc groups of 8, 16, 32, not per_oc ones of 64"),
-        ({"avg_bits": 3.5, "sparsity": 0.5}, "shared out linear by linear, and the pass sparsify drops weights"),
-        ({"bits": 4, "sparsity": 0.5, "target": "vllm"}, "vllm loads no linears of which weights are dropped"),
+        ({"avg_bits": 3.5, "sparsity": 0.5}, "layer by layer, and the pass sparsify drops weights"),
+        ({"bits": 4, "sparsity": 0.5, "target": "vllm"}, "vllm cannot load layers with dropped weights"),
     ],
 )
 def test_what_cannot_be_had_together_is_refused(settings: Any, message: str) -> None:
@@ -140,9 +140,7 @@ def test_what_cannot_be_had_together_is_refused(settings: Any, message: str) -> 
 def test_a_plan_that_is_handed_in_stays(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("version: 1\nlinears:\n  a: {bits: 3, group_size: 16, sparsity: 0.5}\n")
     assert read_plan(tmp_path / "plan.yaml").specs == {"a": QuantSpec(3, 16, sparsity=0.5)}
-    with pytest.raises(
-        UsageError, match="how every linear is stored, so sparsity cannot be given with it; edit the plan"
-    ):
+    with pytest.raises(UsageError, match="how every layer is stored; remove --sparsity, or edit the plan"):
         Job.of({"sparsity": 0.5}, tmp_path / "plan.yaml", "cpu", None)
 
 

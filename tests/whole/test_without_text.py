@@ -111,7 +111,7 @@ def test_a_method_that_needs_text_is_refused(model: Path, tmp_path: Path) -> Non
         result = run("quantize", str(model), "--method", "gptq", "--out", str(tmp_path / "out"), *words.split())
         assert result.exit_code == 2
         assert result.stderr == (
-            "Error: gptq needs calibration text, and there is none; leave the method out, or give a text.\n"
+            "Error: --method gptq needs calibration text, and --calib is none; remove --method, or pass a text.\n"
         )
     assert not (tmp_path / "out").exists()
 

@@ -254,6 +254,6 @@ def test_the_environment_sets_level_and_arithmetic() -> None:
 def test_an_unknown_level_is_refused_by_name() -> None:
     from quantc.errors import UsageError
 
-    wanted = "the CPU level 'mmx' is not to be had here; QUANTC_CPU_LEVEL can be scalar"
+    wanted = "this CPU does not support QUANTC_CPU_LEVEL=mmx; choose one of scalar"
     with pytest.raises(UsageError, match=wanted), library.forced("mmx"):
         pass

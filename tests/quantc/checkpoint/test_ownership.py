@@ -52,9 +52,9 @@ def refused(folder: Path, message: str, out: Path, **options: bool) -> None:
     assert everything(folder) == before
 
 
-BUILT = "and the checkpoint is built there; move that elsewhere, or choose another --out."
-REPLACED = "so --force does not replace it; move that elsewhere, or choose another --out."
-RETIRED = "and an old output has that name until the new one is whole; rename it, or choose another --out."
+BUILT = "the checkpoint is built there, so move that elsewhere, or choose another --out."
+REPLACED = "--force does not replace that, so move it elsewhere, or choose another --out."
+RETIRED = "an old output gets that name until the new one is whole, so rename it, or choose another --out."
 
 
 @pytest.mark.parametrize("options", [{}, {"force": True}, {"resume": True}], ids=str)
@@ -63,11 +63,11 @@ def test_somebodys_folder_where_the_checkpoint_is_built(options: dict[str, bool]
     place.mkdir()
     for name in ("chapter.txt", "config.json", "shard-00001.data"):
         (place / name).write_text("irreplaceable")
-    message = f"{place} holds 'chapter.txt' and 2 more that quantc did not write, {BUILT}"
+    message = f"{place} holds 'chapter.txt' and 2 more that quantc did not write; {BUILT}"
     refused(tmp_path, message, tmp_path / "m", **options)
     (place / "chapter.txt").unlink()
     place = place.rename(tmp_path / "build-1.unfinished")
-    message = f"{place} holds 'config.json' and 1 more that quantc did not write, {BUILT}"
+    message = f"{place} holds 'config.json' and 1 more that quantc did not write; {BUILT}"
     refused(tmp_path, message, tmp_path / "build-1", **options)
 
 
@@ -79,7 +79,7 @@ def test_somebodys_file_in_the_folder_of_a_run(options: dict[str, bool], tmp_pat
     mark(place, ["tokenizer.json"])
     for name in ("tokenizer.json", "shard-00001.data", "hidden-abcd0123", "plan.yaml"):
         (place / name).write_text("quantc's")
-    refused(tmp_path, f"{place} holds 'notes' that quantc did not write, {BUILT}", tmp_path / "m", **options)
+    refused(tmp_path, f"{place} holds 'notes' that quantc did not write; {BUILT}", tmp_path / "m", **options)
     (place / "notes").rename(tmp_path / "notes")
     write(tmp_path / "m")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "notes"]
@@ -89,24 +89,24 @@ def test_a_link_a_file_a_mount_and_another_users_folder(tmp_path: Path, monkeypa
     place, out = tmp_path / "m.unfinished", tmp_path / "m"
     (tmp_path / "elsewhere").mkdir()
     place.symlink_to(tmp_path / "elsewhere")
-    refused(tmp_path, f"{place} is a symbolic link, {BUILT}", out, force=True)
+    refused(tmp_path, f"{place} is a symbolic link; {BUILT}", out, force=True)
     place.unlink()
     place.write_text("irreplaceable")
-    refused(tmp_path, f"{place} is a file, {BUILT}", out, force=True)
+    refused(tmp_path, f"{place} is a file; {BUILT}", out, force=True)
     place.unlink()
     write(out)
     with monkeypatch.context() as patch:
         patch.setattr("quantc.checkpoint.workplace.own_user", lambda _: False)
-        refused(tmp_path, f"{out} belongs to another user, {REPLACED}", out, force=True)
+        refused(tmp_path, f"{out} belongs to another user; {REPLACED}", out, force=True)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "is_mount", lambda self: self == out)
-        refused(tmp_path, f"{out} is a mount point, {REPLACED}", out, force=True)
+        refused(tmp_path, f"{out} is a mount point; {REPLACED}", out, force=True)
 
     def read_only(_: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("quantc.checkpoint.workplace.own_user", read_only)
-    refused(tmp_path, f"{out} cannot be written to (Permission denied), {REPLACED}", out, force=True)
+    refused(tmp_path, f"{out} cannot be written to (Permission denied); {REPLACED}", out, force=True)
 
 
 def test_force_keeps_somebodys_files_in_an_old_checkpoint(tmp_path: Path) -> None:
@@ -114,12 +114,12 @@ def test_force_keeps_somebodys_files_in_an_old_checkpoint(tmp_path: Path) -> Non
     write(out, force=True)
     (out / "report.html").write_text("a page of `quantc report`")
     (out / "templates/mine.jinja").write_text("irreplaceable")
-    message = f"{out} holds 'templates/mine.jinja' that quantc did not write, {REPLACED}"
+    message = f"{out} holds 'templates/mine.jinja' that quantc did not write; {REPLACED}"
     refused(tmp_path, message, out, force=True)
     (out / "README.md").symlink_to(tmp_path / "elsewhere")
     (out / "model-00001-of-00001.safetensors").rename(tmp_path / "moved")
     (out / "model-00001-of-00001.safetensors").symlink_to(tmp_path / "moved")
-    message = f"{out} holds 'README.md' and 2 more that quantc did not write, {REPLACED}"
+    message = f"{out} holds 'README.md' and 2 more that quantc did not write; {REPLACED}"
     refused(tmp_path, message, out, force=True)
 
 
@@ -137,14 +137,14 @@ def test_somebodys_folder_that_has_the_name_of_a_replaced_one(tmp_path: Path) ->
     (tmp_path / "m.replaced/chapter.txt").write_text("irreplaceable")
     out = write(tmp_path / "m")
     assert (tmp_path / "m.replaced/chapter.txt").read_text() == "irreplaceable"
-    refused(tmp_path, f"{tmp_path / 'm.replaced'} is not quantc's, {RETIRED}", out, force=True)
+    refused(tmp_path, f"{tmp_path / 'm.replaced'} is not quantc's; {RETIRED}", out, force=True)
 
 
 def test_a_checkpoint_that_somebody_named_so_is_no_replaced_one(tmp_path: Path) -> None:
     backup = write(tmp_path / "m.replaced")
     out = write(tmp_path / "m")
     assert is_checkpoint(backup)
-    refused(tmp_path, f"{backup} is not quantc's, {RETIRED}", out, force=True)
+    refused(tmp_path, f"{backup} is not quantc's; {RETIRED}", out, force=True)
 
 
 def die(*_: object) -> None:
@@ -222,7 +222,7 @@ def test_builds_of_a_quality_target_are_removed_with_the_folder_they_are_in(tmp_
     mark(place / "build-2.unfinished")
     (place / "build-2.unfinished/shard-00001.data").write_bytes(b"half")
     (place / "build-1/chapter.txt").write_text("irreplaceable")
-    message = f"{place} holds 'build-1/chapter.txt' that quantc did not write, {BUILT}"
+    message = f"{place} holds 'build-1/chapter.txt' that quantc did not write; {BUILT}"
     refused(tmp_path, message, tmp_path / "m", force=True)
     (place / "build-1/chapter.txt").unlink()
     assert remove(place) == []
@@ -281,7 +281,7 @@ def test_places_where_no_checkpoint_is_written(tmp_path: Path, monkeypatch: pyte
         model: "holds the model that is read; pass another --out",
         link: "holds the model that is read; pass another --out",
         model.parent: "holds the model that is read; pass another --out",
-        model / "m": f"lies inside the model's own folder {model}; pass an --out outside of it",
+        model / "m": f"is inside the model's own folder {model}; pass an --out outside of it",
     }.items():
         with pytest.raises(UsageError) as caught:
             check_place(place, model)

@@ -211,13 +211,13 @@ def test_logits_that_are_not_finite(
         score(model, original, windows, LogProgress())
     hook.remove()
     assert str(caught.value) == (
-        f"In window 2 of 4 of the evaluation text, logits of the {whose} are NaN or infinite "
+        f"the logits of the {whose} are NaN or infinite in window 2 of 4 of the evaluation text "
         f"(1 of {31 * VOCAB}), but perplexity needs finite ones; try --dtype float32, or repair the weights."
     )
 
 
 def test_windows_longer_than_the_model_can_see(model: PreTrainedModel) -> None:
-    with pytest.raises(UsageError, match="The context is 129 tokens, but the model has only 128 positions"):
+    with pytest.raises(UsageError, match="--context is 129 tokens, but the model has only 128 positions"):
         score(model, None, [Window(torch.zeros(129, dtype=torch.int64), 128)], LogProgress())
 
 
@@ -226,7 +226,7 @@ def test_models_of_different_vocabularies(model: PreTrainedModel, windows: list[
     other.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     with pytest.raises(UsageError) as caught:
         score(model, other, windows, LogProgress())
-    assert "The model has 160 logits a token, the original 168, but KL divergence needs one" in str(caught.value)
+    assert "the model has 160 logits per token and the original 168, but KL divergence needs one" in str(caught.value)
 
 
 def test_hopeless_models_have_infinite_perplexity(windows: list[Window]) -> None:

@@ -48,7 +48,7 @@ def test_jsonl_holds_a_document_a_row(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     for name in ("gone.txt", "gone.jsonl", "gone.parquet"):
         assert message_of(CalibrationError, tmp_path / name).startswith(
-            f"There is no evaluation text {tmp_path / name}; check the path, which counts from {Path.cwd()}"
+            f"there is no evaluation text {tmp_path / name}; check the path, which counts from {Path.cwd()}"
         )
 
 
@@ -77,7 +77,7 @@ def test_other_ending(tmp_path: Path) -> None:
 
 def test_unknown_name() -> None:
     message = message_of(UsageError, "wikitext")
-    assert message.startswith("Evaluation text 'wikitext' is neither a known name nor a file: known are wikitext2, c4")
+    assert message.startswith("evaluation text 'wikitext' is neither a known name nor a file: known are wikitext2, c4")
     assert message.endswith("did you mean 'wikitext2'?")
     assert message_of(UsageError, "qqqqqqqq").endswith("pass one of those.")
 

@@ -119,7 +119,7 @@ def test_text_too_short(adds_bos: bool, needed: int) -> None:
     with pytest.raises(CalibrationError) as caught:
         make_windows(make_tokenizer(adds_bos=adds_bos), [to_text(TEXT)], context=128)
     assert str(caught.value) == (
-        f"The evaluation text has 100 tokens, but a single window of --context 128 needs {needed} of them; "
+        f"the evaluation text has 100 tokens, but a single window of --context 128 needs {needed} of them; "
         "pass a longer text or a smaller --context."
     )
 
@@ -127,7 +127,7 @@ def test_text_too_short(adds_bos: bool, needed: int) -> None:
 def test_stories_too_short() -> None:
     with pytest.raises(CalibrationError) as caught:
         make_windows(make_tokenizer(adds_bos=False), ["w5", "w6", ""], context=16)
-    assert str(caught.value).startswith("None of the evaluation documents has two tokens")
+    assert str(caught.value).startswith("no document of the evaluation text has two tokens")
 
 
 def test_context_beyond_the_models_positions() -> None:
@@ -136,7 +136,7 @@ def test_context_beyond_the_models_positions() -> None:
     with pytest.raises(UsageError) as caught:
         check_context(model, 129)
     assert str(caught.value) == (
-        "The context is 129 tokens, but the model has only 128 positions; pass --context 128 or less."
+        "--context is 129 tokens, but the model has only 128 positions; pass --context 128 or less."
     )
 
 

@@ -121,7 +121,7 @@ def test_a_row_that_says_nothing_is_skipped_and_counted(tmp_path: Path, row: Any
     notes: list[str] = []
     assert load(tmp_path, {"text": "w3"}, row, {"messages": TALK}, notes=notes) == ["w3", said(*TALK)]
     assert notes == [
-        f"Calibration file {tmp_path / 'rows.jsonl'}: line 2 says nothing; 1 of 3 rows were skipped for that"
+        f"calibration file {tmp_path / 'rows.jsonl'}: line 2 says nothing; 1 of 3 rows were skipped for that"
     ]
 
 

@@ -172,8 +172,8 @@ def test_weights_in_another_form(folder: Path, tmp_path: Path, file: str, said: 
         ("model.onnx", "is an ONNX model; use the model it was exported from."),
         ("saved_model.pb", "is a TensorFlow model; use the model's safetensors version."),
         ("tokenizer.json", "is a tokenizer without a model; pass the model's folder."),
-        ("checkpoint-20/config.json", "holds no model itself, but 1 folders with one; pass one: "),
-        ("snapshots/0123/config.json", "is a model's folder in the hub's cache; pass the snapshot inside: "),
+        ("checkpoint-20/config.json", "holds no model itself, but 1 folders with one; pass one of them, such as "),
+        ("snapshots/0123/config.json", "is a model's folder in the hub's cache; pass the snapshot in it, "),
         ("adapter_config.json", "is an adapter for owner/base, not a model; merge it first: PeftModel.from_pretrained"),
     ],
 )

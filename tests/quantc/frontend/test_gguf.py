@@ -77,7 +77,7 @@ def test_a_part_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         open_model(third)
     assert str(caught.value) == (
-        f"{third} is one of 3 parts, but not all lie beside it: split-00002-of-00003.gguf missing; fetch the rest."
+        f"{third} is one of 3 parts, but not all are beside it: split-00002-of-00003.gguf missing; fetch the rest."
     )
     first.rename(tmp_path / "renamed.gguf")
     with pytest.raises(ModelError) as caught:

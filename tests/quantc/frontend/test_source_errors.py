@@ -43,7 +43,7 @@ def folder(pristine: Path, tmp_path: Path) -> Path:
 def test_pickled_weights_only(folder: Path, tmp_path: Path, pickle: str) -> None:
     (folder / WEIGHTS).rename(folder / pickle)
     assert refusal(folder, tmp_path / "out") == (
-        f"{folder} has only pickled weights ({pickle}), which quantc does not unpickle; safetensors are needed: "
+        f"{folder} has only pickled weights ({pickle}), which quantc does not unpickle; safetensors are needed, so "
         "load the model with transformers and call save_pretrained, then use that folder."
     )
 

@@ -146,12 +146,12 @@ def test_what_is_measured_on_guides_no_rounding_where_there_is_enough(samples: i
 
 
 def test_a_search_without_a_budget_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a search refines how a budget is shared out, and none was given; pass --avg"):
+    with pytest.raises(UsageError, match="--search refines the plan of a budget, and there is none; pass --avg"):
         api.quantize(MODEL, bits=4, search=2, out=tmp_path / "out")
-    with pytest.raises(UsageError, match="search is -1, but a search has 0 generations"):
+    with pytest.raises(UsageError, match="--search is -1, but a search has 0 generations"):
         api.quantize(MODEL, avg_bits=4, search=-1, out=tmp_path / "out")
-    with pytest.raises(UsageError, match="so search has no say; leave it out"):
+    with pytest.raises(UsageError, match="--max-kl chooses the bits itself; remove --search"):
         api.quantize(MODEL, max_kl=0.1, search=2, out=tmp_path / "out")
     result = run_command("plan", str(MODEL), "--avg-bits", "4", "--search", "some", "-o", str(tmp_path / "plan.yaml"))
     assert result.exit_code == 2
-    assert "--search is some, but must be a whole number of 0 or more" in result.stderr
+    assert "--search is some; it must be a whole number of 0 or more" in result.stderr

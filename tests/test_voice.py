@@ -1,0 +1,104 @@
+"""How quantc speaks: the form of its error messages.
+
+A message is one sentence that says what was found, what is needed and what to do. Messages are read from the source:
+one walk over syntax trees finds hundreds that tests would have to provoke.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quantc import errors
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("quantc", "passes", "kernels", "calib_data")
+
+ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+BANNED = (
+    "shared? out", "shares? out", "sharing out", "kept aside", "keep some aside", "lies", "stands", "in work",
+    "so many", "in all", "has no say", "have no say", "to be had", "as JSON has it", "turned",
+)  # fmt: skip
+PLACEHOLDER = "\N{BLACK SQUARE}"
+
+
+def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    for folder in folders:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            yield str(file.relative_to(ROOT)), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def texts(node: ast.expr | None) -> list[str]:
+    """Return the texts an expression can have, with a square for each value that is put in; none if it is no text."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return [text]
+        case ast.JoinedStr(values=parts):
+            return ["".join(str(part.value) if isinstance(part, ast.Constant) else PLACEHOLDER for part in parts)]
+        case ast.IfExp(body=body, orelse=other):
+            return texts(body) + texts(other)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return [one + two for one in texts(left) or [PLACEHOLDER] for two in texts(right) or [PLACEHOLDER]]
+    return []
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Yield (place, text) of every message that a QuantcError is raised with, or that a function makes for one."""
+    trees = list(sources(*FOLDERS))
+    classes = [node for _, tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    kinds = ERRORS | {node.name for node in classes if any(called(base) in ERRORS for base in node.bases)}
+    for file, tree in trees:
+        makers = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args and called(node.func) in kinds:
+                first = node.args[0]
+                found = texts(first)
+                if isinstance(first, ast.Call) and called(first.func) in makers:
+                    returned = [item for item in ast.walk(makers[called(first.func)]) if isinstance(item, ast.Return)]
+                    found = [text for item in returned for text in texts(item.value)]
+                yield from ((f"{file}:{node.lineno}", text) for text in found)
+
+
+def called(function: ast.expr) -> str:
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def faults(message: str) -> list[str]:
+    """Return what is wrong with a message."""
+    found = []
+    if not re.match(rf"[a-z{PLACEHOLDER}'`~]|--?[a-z]|[A-Z]{{2,}}", message):
+        found.append("starts with a capital letter")
+    if not re.search(rf"([.?]|[;:] {PLACEHOLDER})$", message):
+        found.append("does not end as a sentence")
+    if re.search(rf"[.?!] +[A-Z{PLACEHOLDER}]", message):
+        found.append("is more than one sentence")
+    if not re.search(r"[;:]", message):
+        found.append("says nothing after what was found")
+    return found + [f"has the words {words!r}" for words in BANNED if re.search(rf"\b{words}\b", message)]
+
+
+def test_there_are_hundreds_of_messages() -> None:
+    assert len(list(messages())) > 250
+
+
+def test_messages_are_one_sentence_of_a_colleague() -> None:
+    wrong = [f"{place} {fault}: {text}" for place, text in messages() for fault in faults(text)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ("The file is no model; pass another.", "starts with a capital letter"),
+        ("the file is no model; pass another", "does not end as a sentence"),
+        ("the file is no model; pass another. It may be empty.", "is more than one sentence"),
+        ("the file is no model.", "says nothing after what was found"),
+        ("the level mmx is not to be had here; pass avx2.", "has the words 'to be had'"),
+    ],
+)
+def test_a_message_in_another_form_is_found(message: str, fault: str) -> None:
+    assert faults(message) == [fault]
