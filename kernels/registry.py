@@ -27,7 +27,7 @@ class Choice:
 
 
 def choose(spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Choice:
-    """The first kernel that supports a weight (N, K) on a device with activations of a dtype.
+    """Return the first kernel that supports a weight (N, K) on a device with activations of a dtype.
 
     Of a weight in two widths: the first for each.
     """

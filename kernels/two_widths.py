@@ -15,7 +15,7 @@ from .checks import expect_product
 
 @dataclass(frozen=True)
 class TwoProducts:
-    """What both kernels prepared; order: int64 (N,), where an output stands among those of the first and the second."""
+    """What both kernels prepared; order: int64 (N,), the place of each output in those of the first and the second."""
 
     shape: tuple[int, int]
     narrow: Prepared

@@ -1,7 +1,7 @@
-"""How quantc speaks: the form of its error messages.
+"""How quantc speaks: error messages everywhere, and docstrings in the folders that are held to their form.
 
 A message is one sentence that says what was found, what is needed and what to do. Messages are read from the source:
-one walk over syntax trees finds hundreds that tests would have to provoke.
+what a test would have to provoke, hundreds of times, is one walk over syntax trees.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ from quantc import errors
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("quantc", "passes", "kernels", "calib_data")
+# Docstrings of everything public in these start with a verb or, of classes and modules, with what the thing is.
+VERBS_FIRST = ("quantc/cli", "quantc/evaluation", "quantc/frontend", "quantc/checkpoint", "quantc/runtime",
+               "quantc/files", "quantc/machine", "quantc/pages", "kernels")  # fmt: skip
 
 ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+NO_VERBS = """
+    a an the this that these those it its their his her our your of for from in on at by to with without within
+    inside as if is are was whether how what which who where when why no none not nothing never every each all both
+    any some most only one two three same other others such more less so many much here there and but or
+"""
 BANNED = (
     "shared? out", "shares? out", "sharing out", "kept aside", "keep some aside", "lies", "stands", "in work",
     "so many", "in all", "has no say", "have no say", "to be had", "as JSON has it", "turned",
@@ -81,6 +89,17 @@ def faults(message: str) -> list[str]:
     return found + [f"has the words {words!r}" for words in BANNED if re.search(rf"\b{words}\b", message)]
 
 
+def documented(tree: ast.Module, file: str) -> Iterator[tuple[str, bool, str]]:
+    """Yield (place, whether it is a function, docstring) of what is public."""
+    yield file, False, ast.get_docstring(tree) or ""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            function = isinstance(node, ast.FunctionDef) and not any(
+                called(item) in ("property", "cached_property") for item in node.decorator_list
+            )
+            yield f"{file}:{node.lineno} {node.name}", function, ast.get_docstring(node) or ""
+
+
 def test_there_are_hundreds_of_messages() -> None:
     assert len(list(messages())) > 250
 
@@ -102,3 +121,15 @@ def test_messages_are_one_sentence_of_a_colleague() -> None:
 )
 def test_a_message_in_another_form_is_found(message: str, fault: str) -> None:
     assert faults(message) == [fault]
+
+
+@pytest.mark.parametrize("folder", VERBS_FIRST)
+def test_docstrings_say_what_a_function_does(folder: str) -> None:
+    wrong = []
+    for file, tree in sources(folder):
+        for place, function, text in documented(tree, file):
+            first = text.split(maxsplit=1)[0] if text else ""
+            if text and function and re.sub(r"\W", "", first).lower() in NO_VERBS.split():
+                wrong.append(f"{place}: {text.splitlines()[0]}")
+            wrong += [f"{place} has {words!r}" for words in BANNED if re.search(rf"\b{words}\b", text)]
+    assert not wrong, "\n".join(wrong)

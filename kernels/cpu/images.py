@@ -22,7 +22,7 @@ UNIT, LAST_PLACE, PLACES = 16, 65535, 8  # inputs side by side, and how far thei
 
 
 def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
-    """The codes, scales and zeros of a weight, dense or group-sparse, as an image: uint8 (bytes,)."""
+    """Pack the codes, scales and zeros of a weight, dense or group-sparse, as an image: uint8 (bytes,)."""
     return _pack_kept(parts, spec, shape) if spec.sparsity else _pack_dense(parts, spec, shape)
 
 
@@ -45,7 +45,7 @@ def in_strips(b: torch.Tensor) -> torch.Tensor:
 
 
 def longest_row(group: int) -> int:
-    """How many inputs a weight with dropped groups can have."""
+    """Return how many inputs a weight with dropped groups can have."""
     return LAST_PLACE // (PLACES * ceil(group / UNIT)) * group
 
 

@@ -107,7 +107,7 @@ class Library:
 
 @functools.cache
 def load() -> Library | str:
-    """The library, or why there is none as the end of a sentence that starts with a kernel's name.
+    """Return the library, or why there is none as the end of a sentence that starts with a kernel's name.
 
     Raises UsageError for a level in the environment that this processor or this build does not have.
     """
@@ -128,7 +128,7 @@ def load() -> Library | str:
 
 
 def loaded() -> Library:
-    """The library where it is known to be there."""
+    """Return the library where it is known to be there."""
     library = load()
     assert isinstance(library, Library), library
     return library
@@ -141,14 +141,14 @@ def levels() -> list[str]:
 
 
 def level() -> str:
-    """The instruction set in use."""
+    """Return the instruction set in use."""
     name: str = loaded().level().decode()
     return name
 
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    """A level in place of the best, for the whole process."""
+    """Use a level in place of the best, in the whole process."""
     before = level()
     _choose(loaded(), name)
     try:
@@ -158,7 +158,7 @@ def forced(name: str) -> Iterator[None]:
 
 
 def describe() -> str:
-    """One sentence for `quantc doctor`."""
+    """Return one sentence for `quantc doctor`."""
     library = load()
     if isinstance(library, str):
         return f"Not ready: the native CPU kernel {library}."

@@ -41,7 +41,7 @@ class Rotation:
 
 @functools.cache
 def rotation(width: int, block: int) -> Rotation:
-    """The tables of a width, a multiple of the block, kept for the life of the process as the library reads them."""
+    """Return the tables of a width, a multiple of the block; the library reads them, so the process keeps them."""
     made = Rotation(width, block)
     library.loaded().keep_rotation(made.address)
     return made

@@ -40,7 +40,7 @@ LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 
 @functools.cache
 def available() -> bool:
-    """Whether the operators are there: with the native library, and a torch that has the C interface."""
+    """Return whether the operators are there: with the native library, and a torch that has the C interface."""
     native = library.load()
     torch_itself = _torch_library()
     if isinstance(native, str) or torch_itself is None:

@@ -61,7 +61,7 @@ class Request:
 
 
 def compile_program(program: Program, architecture: str) -> Compiled:
-    """The cubin of a program for an architecture such as "sm_90", from the cache where it is there.
+    """Return the cubin of a program for an architecture such as "sm_90", from the cache where it is there.
 
     Raises KernelError if NVRTC refuses the source, or does not know the architecture.
     """
@@ -76,7 +76,7 @@ def compile_program(program: Program, architecture: str) -> Compiled:
 
 
 def read_request(program: Program, architecture: str) -> Request:
-    """The program's source, every header in include/, and the options."""
+    """Return the program's source, every header in include/, and the options."""
     headers = tuple(
         (path.name, path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "include").glob("*.cuh"))
     )
@@ -93,13 +93,13 @@ def load_nvrtc() -> Any:
 
 
 def nvrtc_version() -> tuple[int, int]:
-    """Such as (13, 5). Raises what CuPy raises if the library is missing."""
+    """Return a version such as (13, 5). Raises what CuPy raises if the library is missing."""
     major, minor = load_nvrtc().getVersion()
     return int(major), int(minor)
 
 
 def cupy_version() -> str:
-    """Such as "14.2.0"."""
+    """Return a version such as "14.2.0"."""
     import cupy
 
     return str(cupy.__version__)
@@ -121,7 +121,7 @@ def _compile(request: Request) -> Compiled:
 
 
 def whole_image(cubin: bytes) -> bytes:
-    """A cubin with its last byte, which CuPy (14.2) takes for the end of a string and leaves out.
+    """Return a cubin with its last byte, which CuPy (14.2) takes for the end of a string and leaves out.
 
     It is the highest byte of the last program header's alignment, a zero. CuPy itself loads images without it;
     NVIDIA's own tools call them invalid.
@@ -143,7 +143,7 @@ def _complaint(request: Request, error: Exception, log: str) -> str:
 
 
 def parse_resources(log: str, entry: str) -> Resources | None:
-    """What the lines of ptxas -v say of an entry point; functions it calls count towards its spills and stack."""
+    """Return what ptxas -v says of an entry point; functions it calls count towards its spills and stack."""
     sections = log.split("Compiling entry function ")[1:]
     section = next((text for text in sections if text.startswith(f"'{entry}'")), None)
     if section is None:

@@ -18,5 +18,5 @@ LAUNCHERS: tuple[Callable[[], dict[Program, Budget]], ...] = (
 
 
 def programs() -> dict[Program, Budget]:
-    """The variants of all launchers."""
+    """Return the variants of all launchers."""
     return {program: budget for variants in LAUNCHERS for program, budget in variants().items()}

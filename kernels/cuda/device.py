@@ -23,7 +23,7 @@ _failures: dict[int, str] = {}  # by index of the device
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
-    """None if CUDA kernels can be built and started on a device (None: the current one); else the reason why not.
+    """Return None if CUDA kernels can be built and started on a device (None: the current one); else why not.
 
     After record_failure the reason is what failed. Costs microseconds from the second call for a device on.
     """
@@ -37,7 +37,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def record_failure(device: torch.device, error: Exception) -> str:
-    """From now on CUDA kernels are unavailable on a device; warns the first time. Returns the reason."""
+    """Make CUDA kernels unavailable on a device from now on; warns the first time. Returns the reason."""
     index = device_index(device)
     if index not in _failures:
         _failures[index] = f"failed on cuda:{index}: {first_line(error).rstrip('.')}"
@@ -46,13 +46,13 @@ def record_failure(device: torch.device, error: Exception) -> str:
 
 
 def device_index(device: torch.device | None) -> int:
-    """The number of a CUDA device; without one, the current device's."""
+    """Return the number of a CUDA device; without one, the current device's."""
     return torch.cuda.current_device() if device is None or device.index is None else device.index
 
 
 @functools.cache
 def architecture(index: int) -> str:
-    """What to compile for, such as "sm_90": the newest that NVRTC knows and whose code the GPU runs."""
+    """Return what to compile for, such as "sm_90": the newest that NVRTC knows and whose code the GPU runs."""
     return f"sm_{_newest_known(_capability(index))}"
 
 
@@ -71,7 +71,7 @@ def cupy_packages() -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; the name of its class if it has none."""
+    """Return the first line of an error's message; the name of its class if it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 

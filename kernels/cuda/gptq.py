@@ -37,7 +37,7 @@ def panel_for(device: torch.device) -> CudaPanel | None:
 
 
 def programs() -> dict[Program, Budget]:
-    """Every variant that `panel_launch` can ask for."""
+    """Return every variant that `panel_launch` can ask for."""
     return {_program(size): Budget(REGISTERS[size], 0, everyday=size == BEST_COLUMNS) for size in PANELS}
 
 

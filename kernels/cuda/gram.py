@@ -21,7 +21,7 @@ MULTIPLE = 8  # of values: rows then are aligned too
 
 
 def supports(width: int, dtype: torch.dtype, arch: int) -> str | None:
-    """None, or why rows of a width and dtype are not taken; arch: such as 80 for sm_80."""
+    """Return None, or why rows of a width and dtype are not taken; arch: such as 80 for sm_80."""
     if dtype not in TYPES:
         return f"multiplies float16 and bfloat16, not {dtype}"
     if dtype == torch.bfloat16 and arch < 80:
@@ -32,7 +32,7 @@ def supports(width: int, dtype: torch.dtype, arch: int) -> str | None:
 
 
 def programs() -> dict[Program, Budget]:
-    """Every variant that `gram_launch` can ask for."""
+    """Return every variant that `gram_launch` can ask for."""
     return {
         _program(dtype, tile): Budget(
             registers=144 if tile == 128 else 112,

@@ -23,7 +23,7 @@ ALIGNMENT = 16  # bytes of one load
 
 
 def supports(width: int, block: int, dtype: torch.dtype, arch: int) -> str | None:
-    """None, or why rows of a width are not rotated in blocks of this order; arch: such as 80 for sm_80."""
+    """Return None, or why rows of a width are not rotated in blocks of this order; arch: such as 80 for sm_80."""
     base = base_order(block)
     if base is None or width % block:
         return f"rotates in blocks of a Hadamard order that divides the width, and {block} of {width} is none"
@@ -37,7 +37,7 @@ def supports(width: int, block: int, dtype: torch.dtype, arch: int) -> str | Non
 
 
 def programs() -> dict[Program, Budget]:
-    """Every variant that `hadamard_launch` can ask for."""
+    """Return every variant that `hadamard_launch` can ask for."""
     shapes = [(MOST, 1), (MOST, 2), (MOST, 4), (MOST, MOST), (1, MOST)]
     return {
         _program(dtype, values, outputs): Budget(
@@ -53,7 +53,7 @@ def programs() -> dict[Program, Budget]:
 
 @functools.cache
 def refused(width: int, block: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None once `rotate` can run on a device, else why not; compiles the kernel at the first call."""
+    """Return None once `rotate` can run on a device, else why not; compiles the kernel at the first call."""
     reason = unavailable(device)
     if reason is not None:
         return reason

@@ -1,4 +1,4 @@
-"""Launches for weights with dropped groups: which program, for how many tokens, and how steps are shared out."""
+"""Launches for weights with dropped groups: which program, for how many tokens, and how steps are divided."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def decode_launch(product: Product[KeptWeight], device: Device, workspace: Works
 
 
 def dequantize_launch(weight: KeptWeight, out: torch.Tensor) -> Launch:
-    """The kept groups as out's dtype, in their places in out (N, K); the others are left as they are."""
+    """Write the kept groups as out's dtype, in their places in out (N, K); the others are left as they are."""
     n, k = weight.shape
     steps = weight.owners.numel()
     tensors = (weight.codes, weight.groups, weight.zeros, weight.owners, weight.rows, out)
@@ -52,13 +52,13 @@ def rows_bytes(m: int, width: int) -> int:
 
 
 def tokens_at_once(width: int, shared_limit: int) -> int:
-    """For how many tokens a launch is: their rows in the shared memory of two blocks, an even number; or one row."""
+    """Return how many tokens a launch is for: their rows in two blocks' shared memory, an even number; or one row."""
     fit = shared_limit // BLOCKS_PER_MULTIPROCESSOR // (width * ELEMENT_BYTES)
     return max(1, min(TOKENS[-1], fit - fit % 2))
 
 
 def longest_row(variant: KeptVariant, shared_limit: int) -> int:
-    """How many inputs a weight can have: as many as shared memory holds with a group more, and as columns count."""
+    """Return how many inputs a weight can have, by shared memory (with a group more) and by the numbers of columns."""
     group = variant.group
     return min(most_groups(variant.bits), shared_limit // (group * ELEMENT_BYTES) - 1) * group
 

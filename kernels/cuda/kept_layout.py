@@ -95,12 +95,12 @@ def row_width(k: int, group: int) -> int:
 
 
 def most_groups(bits: int) -> int:
-    """How many groups a row can have: columns are numbered, and one more number is for empty groups."""
+    """Return how many groups a row can have: columns are numbered, and one more number is for empty groups."""
     return (1 << (16 - ZERO_BITS if bits <= ZERO_BITS else 15)) - 1
 
 
 def prepare(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> KeptWeight:
-    """The parts of the group-sparse format, rearranged on the device that they lie on.
+    """Rearrange the parts of the group-sparse format, on the device that they are on.
 
     spec: of a code width in layout.CODE_BITS and with at most most_groups groups in a row. Raises CheckpointError where
     the parts mark more or fewer groups than the spec keeps.
@@ -173,7 +173,7 @@ def _word(scale: torch.Tensor, column: torch.Tensor, zero: torch.Tensor, bits: i
 
 
 def vector_of(bits: int) -> int:
-    """How many words of codes a lane reads at once."""
+    """Return how many words of codes a lane reads at once."""
     return 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
 
 

@@ -39,7 +39,7 @@ _lock = threading.Lock()
 
 
 def refusal(program: Program, device: torch.device, shared: int = 0) -> str | None:
-    """None once a program is loaded on a device with the dynamic shared memory it asks for; else why it cannot run.
+    """Return None once a program is loaded on a device with the dynamic shared memory it needs; else why not.
 
     The reason is the end of a sentence that starts with the kernel's name. The first call for a program compiles it, so
     a kernel asks this last of all in `supports`. What fails then makes the device unavailable, with one warning.

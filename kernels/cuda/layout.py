@@ -72,7 +72,7 @@ class CudaWeight:
 
 
 def low_rank_shapes(a: torch.Tensor | None, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What expect_tensors needs of the factors of a weight (N, K), the first of which is a (R, K) or None."""
+    """Return what expect_tensors needs of the factors of a weight (N, K), the first of which is a (R, K) or None."""
     rank = 0 if a is None else a.shape[0]
     return {"low_rank_a": ((rank, k), torch.float16), "low_rank_b": ((n, rank), torch.float16)}
 
@@ -89,7 +89,7 @@ def sets_in_tile(spec: QuantSpec, shape: tuple[int, int]) -> int | None:
 
 
 def prepare(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> CudaWeight:
-    """The parts of the dense format, rearranged on the device that they lie on.
+    """Rearrange the parts of the dense format, on the device that they are on.
 
     spec: of a code width in CODE_BITS, and such that sets_in_tile knows an answer.
     """

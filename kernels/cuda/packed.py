@@ -76,7 +76,7 @@ def decode_launch(product: Product[CudaWeight], device: Device, workspace: Works
 
 
 def rotates(weight: CudaWeight | KeptWeight, m: int) -> bool:
-    """Whether decode_launch, here or in kept_launch.py, should rotate x (m, K) itself."""
+    """Return whether decode_launch, here or in kept_launch.py, should rotate x (m, K) itself."""
     order, k = weight.hadamard, weight.shape[1]
     if order == 0 or order % X_STEP or not fits(k, order):
         return False  # what does not fit would lead the kernel out of its memory: `rotate` refuses it
@@ -97,7 +97,7 @@ def matmul_launch(product: Product[CudaWeight], device: Device, workspace: Works
 
 
 def dequantize_launch(weight: CudaWeight, out: torch.Tensor) -> Launch:
-    """The weight (N, K) itself, as out's dtype."""
+    """Write the weight (N, K) itself, as out's dtype."""
     strips, tiles_k = weight.tiles.shape[:2]
     (n, k), group, groups = weight.shape, weight.group, weight.groups
     arguments = (weight.tiles, weight.scales, weight.zeros, out, n, k, tiles_k, group, groups)
@@ -133,7 +133,7 @@ def matmul_program(variant: Variant, dtype: torch.dtype, tokens: int, stages: in
 
 
 def matmul_program_for(variant: Variant, dtype: torch.dtype, tokens: int, shared_limit: int) -> tuple[Program, int]:
-    """With as many stages as fit, and the bytes of dynamic shared memory it takes."""
+    """Return the program with as many stages as fit, and the bytes of dynamic shared memory it takes."""
     stages = next((s for s in MATMUL_STAGES if _matmul_shared(variant, tokens, s) <= shared_limit), MATMUL_STAGES[-1])
     return matmul_program(variant, dtype, tokens, stages), _matmul_shared(variant, tokens, stages)
 
@@ -171,7 +171,7 @@ def _rotation_bytes(weight: CudaWeight, m: int, splits: int) -> int:
 
 
 def rotation_arguments(order: int, k: int, device: torch.device) -> tuple[Any, ...]:
-    """Of programs that rotate rows of K inputs themselves, after the others; order 0: of those that do not."""
+    """Return the last arguments of programs that rotate rows of K inputs themselves; order 0: of those that do not."""
     if order == 0:
         return (None, None, 0, 0, 0.0)
     base = base_order(order) or 1

@@ -21,14 +21,14 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def capability(index: int) -> int:
-    """Such as 90 for compute capability 9.0."""
+    """Return a number such as 90 for compute capability 9.0."""
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
 @functools.cache
 def device_limits(index: int) -> Device:
-    """What the shape of a launch depends on."""
+    """Return what the shape of a launch depends on."""
     return Device(torch.cuda.get_device_properties(index).multi_processor_count, shared_limit(index))
 
 

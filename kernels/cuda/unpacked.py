@@ -37,7 +37,7 @@ def multiply_unpacked(
 
 
 def differentiable(x: torch.Tensor, whole: torch.Tensor, weight: Extras, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same for x (..., K), not rotated yet, so that gradients reach x (adapters train on packed weights)."""
+    """Multiply x (..., K), not rotated yet, so that gradients reach x (adapters train on packed weights)."""
     x = rotate(x, weight.hadamard) if weight.hadamard else x
     y = F.linear(x, whole, None if bias is None else bias.to(x.dtype))
     if weight.low_rank_a is not None and weight.low_rank_b is not None:

@@ -89,7 +89,7 @@ def _checksum_of_settings(settings: dict[str, Any]) -> str:
 
 
 def read_residual_rotation(config: dict[str, Any]) -> ResidualRotation | None:
-    """How a config's `quantization_config` says that hidden states are rotated; raises CheckpointError."""
+    """Return how a `quantization_config` says that hidden states are rotated; raises CheckpointError."""
     settings = config.get("quantization_config") or {}
     entry: Any = settings.get("residual_rotation")
     if settings.get("version") != TURNED_VERSION and entry is None:

@@ -32,7 +32,7 @@ class DamagedRun(CheckpointError):
 class Journal:
     """identity: nested mappings of names to values. done: what is finished, in words; "" for nothing.
 
-    state: what else there is to know, as JSON has it.
+    state: what else there is to know, as a JSON value.
     """
 
     identity: dict[str, Any]
@@ -72,7 +72,7 @@ def open_own(file: str, flags: int) -> int:
 
 
 def read_journal(folder: Path) -> Journal | None:
-    """The journal in a folder, None where there is none; raises DamagedRun for one that cannot be used."""
+    """Return the journal in a folder, None where there is none; raises DamagedRun for one that cannot be used."""
     file = folder / JOURNAL
     if not os.path.lexists(file):
         return None
@@ -96,12 +96,12 @@ def _with_journal(folder: Path) -> list[Path]:
 
 
 def has_journal(folder: Path) -> bool:
-    """Whether a run left one, in the folder or in one inside it: a quality target builds there."""
+    """Return whether a run left one, in the folder or in one inside it: a quality target builds there."""
     return bool(_with_journal(folder))
 
 
 def kept_in(folder: Path, damaged: str = "") -> str:
-    """What interrupted runs in a folder had finished, in words; "" for nothing.
+    """Return what interrupted runs in a folder had finished, in words; "" for nothing.
 
     damaged: what to say of a journal that cannot be read, which another version of quantc may have written.
     """
@@ -118,7 +118,7 @@ def kept_in(folder: Path, damaged: str = "") -> str:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first thing in which two identities differ, in words; "" where they are the same."""
+    """Return the first thing in which two identities differ, in words; "" where they are the same."""
     old, new = dict(_leaves(before)), dict(_leaves(json.loads(json_text(now))))
     for name in {**new, **old}:
         if old.get(name) != new.get(name):

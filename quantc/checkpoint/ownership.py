@@ -46,7 +46,7 @@ class Contents:
     foreign: list[Path] = field(default_factory=list)
 
     def named(self, folder: Path) -> str:
-        """What is foreign, in words: the first entry, and how many others there are."""
+        """Return what is foreign, in words: the first entry, and how many others there are."""
         first, others = self.foreign[0].relative_to(folder), len(self.foreign) - 1
         return f"{str(first)!r}" + (f" and {others} more" if others else "")
 
@@ -71,7 +71,7 @@ def marked(folder: Path) -> set[str] | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run works or worked in the folder."""
+    """Return whether a run works or worked in the folder."""
     return marked(folder) is not None or _is_own_journal(folder / JOURNAL)
 
 
@@ -168,7 +168,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def own_user(folder: Path) -> bool:
-    """Whether a folder belongs to the user that files which are written there belong to."""
+    """Return whether a folder belongs to the user that files written there belong to."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         return os.fstat(probe.fileno()).st_uid == os.lstat(folder).st_uid
 

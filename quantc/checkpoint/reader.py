@@ -34,7 +34,7 @@ class Verified:
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether the folder's config.json says that quantc packed its weights (save_pretrained keeps that)."""
+    """Return whether the folder's config.json says that quantc packed its weights (save_pretrained keeps that)."""
     file = Path(path) / "config.json"
     try:
         settings = untrusted.read_json(file).get("quantization_config")
@@ -44,7 +44,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint; raises CheckpointError that names the file."""
+    """Return the object in a JSON file of a checkpoint; raises CheckpointError that names the file."""
     try:
         content = untrusted.read_json(file)
     except (OSError, ValueError) as error:
@@ -199,7 +199,7 @@ class CheckpointReader:
                 raise CheckpointError(f"{self.folder / name} changed while it was loaded; load it again.")
 
     def bits_per_weight(self) -> float:
-        """All that is stored for the linears inside the blocks over their weight count."""
+        """Return all that is stored for the linears inside the blocks over their weight count."""
         linears = [entry for name, entry in self.entries.items() if entry.leading or not name.endswith(".weight")]
         stored = sum(entry.spec.stored_bits(entry.shape) * math.prod(entry.leading) for entry in linears)
         return stored / max(1, sum(entry.weights for entry in linears))

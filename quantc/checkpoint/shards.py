@@ -88,7 +88,7 @@ class ShardWriter:
         self.add(name, tensor)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that was added, from the disk; raises DamagedRun where its bytes are no longer there."""
+        """Return a tensor that was added, from the disk; raises DamagedRun where its bytes are no longer there."""
         entry = self._entries[name]
         start = entry.start if self.file is None else self._start_in_file(entry)
         with open(self.place, "rb", opener=open_own) as stream:
@@ -103,7 +103,7 @@ class ShardWriter:
         return len(header(entries)) + sum(entry.bytes for entry in entries[: entries.index(wanted)])
 
     def sync(self) -> None:
-        """What was added survives a power cut from here on."""
+        """Make what was added survive a power cut from here on."""
         if self._synced < self._end:
             with writing(self._spool):
                 sync(self._spool)
@@ -121,14 +121,14 @@ class ShardWriter:
             self._spool.unlink()
 
     def state(self) -> dict[str, Any]:
-        """What `restored` needs, as JSON has it."""
+        """Return what `restored` needs, as a JSON value."""
         entries = self._entries.values()
         tensors = {entry.name: [DTYPE_NAMES[entry.dtype], entry.shape, entry.start, entry.bytes] for entry in entries}
         return {"spool": self._spool.name, "end": self._end, "tensors": tensors}
 
     @classmethod
     def restored(cls, spool: Path, state: Any, file: Path) -> ShardWriter:
-        """A shard as it was when `state` was asked for. Nothing on the disk changes: see `cut_off`.
+        """Return a shard as it was when `state` was asked for. Nothing on the disk changes: see `cut_off`.
 
         file: the shard, if it was written already. Raises ValueError where the state is not one of this spool, or
         the file that has the tensors is not as long as that says.
@@ -209,12 +209,12 @@ def _empty(entry: Entry) -> torch.Tensor:
 
 
 def in_order(entries: Iterable[Entry]) -> list[Entry]:
-    """As their data lie in the file."""
+    """Return entries in the order of their data in the file."""
     return sorted(entries, key=lambda entry: (_RANKS[entry.dtype], entry.name))
 
 
 def header(entries: Iterable[Entry]) -> bytes:
-    """What stands before the data of these tensors, which lie in the order that safetensors gives them."""
+    """Return the bytes before the data of these tensors, whose order is the one that safetensors gives them."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in in_order(entries):

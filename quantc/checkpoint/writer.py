@@ -51,7 +51,7 @@ class CheckpointWriter(Workplace):
         super().save(done, state)
 
     def state(self) -> dict[str, Any]:
-        """Of the tensors, as JSON has it."""
+        """Return the state of the tensors, as a JSON value."""
         checksums = {name: entry["sha256"] for name, entry in self.tensors.items()}
         return {"shards": [shard.state() for shard in self._shards], "checksums": checksums}
 
@@ -101,7 +101,7 @@ class CheckpointWriter(Workplace):
             )
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor into the shard in work."""
+        """Write a tensor into the current shard."""
         tensor = tensor.contiguous()
         entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": checksum(tensor)}
         self.tensors[name] = entry
@@ -111,7 +111,7 @@ class CheckpointWriter(Workplace):
         self._shard_of[name] = self._shards[-1]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that was added."""
+        """Return a tensor that was added."""
         return self._shard_of[name].read(name)
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:

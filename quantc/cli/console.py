@@ -48,7 +48,7 @@ class SilentProgress:
 
 @contextmanager
 def session(quiet: bool = False, verbose: bool = False) -> Iterator[Progress]:
-    """The time in which libraries work: their noise is kept away, log lines and progress go to stderr.
+    """Keep the noise of libraries away while they work, and send log lines and progress to stderr.
 
     Yields the progress to hand to the api: live in a terminal, log lines elsewhere, nothing when quiet.
     """
@@ -70,9 +70,9 @@ def session(quiet: bool = False, verbose: bool = False) -> Iterator[Progress]:
 
 
 def make_console(to_stderr: bool = False) -> Console:
-    """A rich console on stdout or stderr; wide when that is no terminal and COLUMNS says nothing.
+    """Return a rich console on stdout or stderr; wide when that is no terminal and COLUMNS is not set.
 
-    Brackets in a text are brackets, and no markup: names come from files.
+    Brackets in a text are not markup: names come from files.
     """
     from rich.console import Console
 

@@ -47,7 +47,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Run the command and exit; every failure is told in one line, a bug's traceback is in a file that it names."""
+        """Run the command and exit; report a failure in one line, which for a bug names the file of its traceback."""
         _never_fail_to_encode()
         try:
             with _terminated_as_interrupted():
@@ -63,7 +63,7 @@ class Commands(click.Group):
 
 
 def describe_failure(error: Exception) -> tuple[str, int]:
-    """One line and an exit code for an error; any but the user's or the machine's is a bug, and is kept in a file."""
+    """Return one line and an exit code for an error; a bug's traceback is written into a file that the line names."""
     if isinstance(error, click.Abort):
         return "interrupted.", INTERRUPTED
     if isinstance(error, click.UsageError):

@@ -1,4 +1,4 @@
-"""Progress drawn live in a terminal: a line per stage, and below them the linear in work."""
+"""Progress drawn live in a terminal: a line per stage, and below them the current linear."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class LiveProgress:
         self._live.console.print(printable(text), style="dim", markup=False)
 
     def done(self) -> None:
-        """Close the stage in work, if any; the time it took stays on the screen."""
+        """Close the current stage, if any; the time it took stays on the screen."""
         if self._task is None:
             return
         total = self._bars.tasks[self._task].total or max(1, self._count)

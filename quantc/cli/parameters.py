@@ -96,7 +96,7 @@ class Share(click.ParamType):
 
 
 def as_number(value: Any) -> float:
-    """NaN for what is no number."""
+    """Return a number, or NaN for what is none."""
     try:
         return float(value)
     except ValueError:
@@ -129,12 +129,12 @@ class Words(click.ParamType):
 
 
 def as_mapping(ctx: click.Context, param: click.Parameter, value: tuple[tuple[str, int], ...]) -> dict[str, int] | None:
-    """Callback of an option that may be repeated: its pairs as a mapping, None where there are none."""
+    """Return the pairs of a repeated option as a mapping, None where there are none; a callback of click."""
     return dict(value) or None
 
 
 def as_words(settings: Mapping[str, Any]) -> list[str]:
-    """The words of a command line that gives these settings; None is one that was not given."""
+    """Return the words of a command line that gives these settings; None is one that was not given."""
     words: list[str] = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"

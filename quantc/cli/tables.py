@@ -22,7 +22,7 @@ Facts = list[tuple[str, str, str]]  # name, figure, what it means
 
 
 def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType:
-    """The summary of a run: what was written, its true size, where it hurts, and what to type next."""
+    """Return the summary of a run: what was written, its true size, where it hurts, and what to type next."""
     parts: list[RenderableType] = [
         Text.assemble(("Wrote ", "bold green"), (report["output"], "bold")),
         _facts(_totals(report)),
@@ -36,7 +36,7 @@ def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType
 
 
 def widths(run: Run) -> list[dict[str, Any]]:
-    """What a plan gives to linears of one name in all blocks: how many, their average, smallest and largest bits.
+    """Return what a plan gives to linears of one name, over every block: count, average, smallest and largest bits.
 
     Those of codes: 0 for weights that are dropped, 16 for linears that are kept.
     """
@@ -61,7 +61,7 @@ def widths(run: Run) -> list[dict[str, Any]]:
 
 
 def planned(rows: list[dict[str, Any]], notes: list[str], next_command: list[str]) -> RenderableType:
-    """The widths that a plan gives to each kind of linear, and how to build it."""
+    """Return the widths that a plan gives to each kind of linear, and how to build it."""
     table = _table(
         ["linears", "count", "bits of a code", "from", "to"], numeric={"count", "bits of a code", "from", "to"}
     )
@@ -73,7 +73,7 @@ def planned(rows: list[dict[str, Any]], notes: list[str], next_command: list[str
 
 
 def swept(curve: Curve, next_command: list[str]) -> RenderableType:
-    """The points of a curve, uniform widths beside them, and how to build one of the points."""
+    """Return the points of a curve, uniform widths beside them, and how to build one of the points."""
     from ..planning.pareto import explained, table
 
     written = Text.assemble(("Wrote ", "bold green"), (" and ".join(str(file) for file in curve.files), "bold"))
@@ -85,7 +85,7 @@ def swept(curve: Curve, next_command: list[str]) -> RenderableType:
 
 
 def inspected(report: dict[str, Any]) -> RenderableType:
-    """The table of all linears, then the totals."""
+    """Return the table of all linears, then the totals."""
     stacks = any(linear["experts"] for linear in report["linears"])
     columns = ["linear", "spec", "shape", *(["experts"] if stacks else []), "bits/weight", "error", "method"]
     table = _table(columns, numeric={"shape", "experts", "bits/weight", "error"})
@@ -96,7 +96,7 @@ def inspected(report: dict[str, Any]) -> RenderableType:
 
 
 def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
-    """Perplexity, divergence, size and speed; the original's figures only where there is an original."""
+    """Return perplexity, divergence, size and speed; the original's figures only where there is an original."""
     original = "" if against is None else f"{against} has {number(result['perplexity_original'], 4)}"
     facts: Facts = [("perplexity", number(result["perplexity"], 4), original)]
     if against is not None:
@@ -120,7 +120,7 @@ def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
 
 
 def diagnosed(facts: dict[str, Any]) -> RenderableType:
-    """The machine and its libraries; for a checkpoint which kernel runs each linear, and why; the speed of kernels."""
+    """Return the machine and its libraries; for a checkpoint the kernel of each linear and why; the kernels' speed."""
     parts: list[RenderableType] = [_facts([(name, text, "") for name, text in facts["machine"].items()])]
     if "checkpoint" in facts:
         parts += _chosen_kernels(facts)
@@ -157,7 +157,7 @@ def _kernel_speed(measured: dict[str, Any] | str) -> list[RenderableType]:
 
 
 def label(spec: dict[str, Any]) -> str:
-    """Short name of a spec that was stored as a mapping, such as w4g128."""
+    """Return the short name of a spec that was stored as a mapping, such as w4g128."""
     return QuantSpec.from_dict(spec).label()
 
 

@@ -98,6 +98,6 @@ class WithinSize(OneBuild):
             return None
         if len(builds) == SIZE_ROUNDS:
             raise UsageError(
-                f"--size {self.limit} bytes was exceeded by what the passes store besides the plan; ask for a tenth more."
+                f"--size {self.limit} bytes was exceeded by what passes store besides the plan; ask for a tenth more."
             )
         return self.job.within(self._first - sum(excess))

@@ -47,7 +47,7 @@ class Scores:
 
     mean_kl, p99_kl: mean and 99th percentile over positions of KL(original || model), in nats.
     top1_agreement: share of positions where both find the same token likeliest.
-    positions: predictions scored, in so many windows.
+    positions: predictions scored. windows: that they are in.
     """
 
     perplexity: float
@@ -110,7 +110,7 @@ def summarize(
     bits_per_weight: float,
     weights_bytes: int,
 ) -> Evaluation:
-    """The scores of a model with its costs, of which decode speed and memory are measured here."""
+    """Return the scores of a model with its costs; decode speed and memory are measured here."""
     return Evaluation(
         **vars(scores),
         bits_per_weight=bits_per_weight,

@@ -15,7 +15,7 @@ from ..errors import CalibrationError, UsageError
 
 @dataclass(frozen=True)
 class HubText:
-    """A hub data set whose rows are joined to one text; `limit` streams so many rows, None loads all."""
+    """A hub data set whose rows are joined to one text; `limit`: rows that are streamed, None loads all."""
 
     repo: str
     config: str
@@ -35,7 +35,7 @@ HUB_TEXTS = {
 
 
 def read_text(source: str, notes: list[str] | None = None) -> list[Document]:
-    """The documents to evaluate on.
+    """Return the documents to evaluate on.
 
     source: a name from `HUB_TEXTS`, which gives one document, or the path of a .txt, .jsonl or .parquet
         file. A .txt file is one document to the last byte, unless lines `<|endoftext|>` part it into stories;

@@ -33,7 +33,7 @@ def make_windows(
     stride: int | None = None,
     limit: int | None = None,
 ) -> list[Window]:
-    """The windows of a text, by the standard perplexity protocol.
+    """Cut a text into windows, by the standard perplexity protocol.
 
     One document is tokenized whole without special tokens and cut into windows of exactly `context` tokens
     that start `stride` tokens apart (None: context, so that they do not overlap); what is left at the end is
@@ -41,7 +41,7 @@ def make_windows(
     twice. Several documents give one window each, of at most `context` tokens; `stride` plays no part then.
     Where the tokenizer puts BOS first by itself, every window starts with BOS, which counts in `context`.
 
-    limit: keep the first so many windows.
+    limit: how many windows to keep, from the first.
 
     Raises UsageError for settings out of range, CalibrationError for text too short for a single window.
     """

@@ -18,14 +18,14 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def folder(part: str) -> Path:
-    """Where entries lie: in $QUANTC_CACHE, else in quantc/ of $XDG_CACHE_HOME or ~/.cache; there a subfolder `part`."""
+    """Return the folder `part` of the cache: in $QUANTC_CACHE, else in quantc/ of $XDG_CACHE_HOME or ~/.cache."""
     own, shared = os.environ.get("QUANTC_CACHE"), os.environ.get("XDG_CACHE_HOME")
     base = Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "quantc"
     return base / part
 
 
 def load(part: str, key: str) -> bytes | None:
-    """What was stored under a key; None if nothing was, or if it cannot be read or its checksum is wrong."""
+    """Return what was stored under a key; None if nothing was, or if it cannot be read or its checksum is wrong."""
     try:
         data = (folder(part) / key).read_bytes()
     except OSError:

@@ -78,7 +78,7 @@ def read_text(file: Path) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name from a file can only be that of a file in the same folder."""
+    """Return whether a name from a file can only be that of a file in the same folder."""
     inside = name not in {"", ".", ".."} and Path(name).name == name and "\0" not in name
     return inside and len(name.encode()) <= LONGEST_NAME
 
@@ -89,7 +89,7 @@ def nearest(word: object, known: Iterable[str], cutoff: float = 0.0) -> str | No
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a file is of a type as annotated; true is no number, and no number is NaN or infinite."""
+    """Return whether a value from a file has an annotated type; true is no number, and no number is NaN or infinite."""
     if hint is Any:
         return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

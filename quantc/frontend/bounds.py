@@ -73,7 +73,7 @@ def check_sizes(config: Any, files: list[Path]) -> None:
 
 
 def layer_counts(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Those of the model and of the models inside it, such as a text and a vision one."""
+    """Yield the layer counts of the model and of the models inside it, such as a text and a vision one."""
     for name, value in settings.items():
         if name in LAYER_COUNTS and value is not None:
             yield name, value

@@ -36,7 +36,7 @@ def check_finite(file: Path, names: Collection[str]) -> None:
 
 
 def non_finite(path: Path, name: str, bad: int, values: int) -> ModelError:
-    """The error for a tensor of which so many values are no numbers."""
+    """Return the error for a tensor with values that are no numbers."""
     return ModelError(
         f"{path}: {bad} of {values} values of {name} are NaN or infinite; quantization needs finite weights, so repair "
         "or fetch the model again."

@@ -138,7 +138,7 @@ class GgufSource(Source):
         return content.view(part.data.dtype).reshape(part.data.shape)
 
     def spans(self, file: Path) -> list[Span]:
-        """Where the header and every tensor are."""
+        """Return where the header and every tensor are."""
         parts = [part for part in self._reader.tensors if self._file_of[part.name] == file]
         found = sorted((int(part.data_offset), int(part.n_bytes)) for part in parts)
         return [(0, min((start for start, _ in found), default=0)), *found]

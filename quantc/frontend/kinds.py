@@ -65,7 +65,7 @@ def refuse_fetched_code(folder: Path, config: Any) -> None:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise ModelError where an adapter lies beside a model: transformers applies it only where peft is installed."""
+    """Raise ModelError where an adapter is beside a model: transformers applies it only where peft is installed."""
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{folder} holds a model and an adapter for it (adapter_config.json), which would be left out; {MERGE}, or "
@@ -74,7 +74,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def without_weights(folder: Path) -> ModelError:
-    """The error for a folder with a config.json and none of the weights that are read."""
+    """Return the error for a folder with a config.json and none of the weights that are read."""
     pickles = [name for name in PICKLES if (folder / name).is_file()]
     if pickles:
         return ModelError(

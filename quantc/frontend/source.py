@@ -60,7 +60,7 @@ class Source(ABC):
 
     @abstractmethod
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which the source stores the tensor of this name."""
+        """Return the dtype in which the source stores the tensor of this name."""
 
     def stored_bits(self, name: str) -> float:
         """Bits per value with which the source stores the tensor of this name."""
@@ -68,7 +68,7 @@ class Source(ABC):
 
     @abstractmethod
     def weight_files(self) -> list[Path]:
-        """The files the weights are read from."""
+        """Return the files the weights are read from."""
 
     def check_values(self, progress: Progress) -> None:  # noqa: B027
         """Raise ModelError that names a tensor with NaN or infinity, where reading all of them is cheap; `load` does so
@@ -80,7 +80,7 @@ class Source(ABC):
         return Unchanged(self.weight_files())
 
     def spans(self, file: Path) -> list[Span]:
-        """Where a weight file's header and tensors are."""
+        """Return where a weight file's header and tensors are."""
         return safetensors_spans(file)
 
     def contents(self) -> dict[str, str]:
@@ -92,7 +92,7 @@ class Source(ABC):
 
     @abstractmethod
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
-        """The unquantized model in memory, for evaluation; dtype None keeps the model's own."""
+        """Return the unquantized model in memory, for evaluation; dtype None keeps the model's own."""
 
     @abstractmethod
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -121,12 +121,12 @@ class Source(ABC):
         return dict(self.model.all_tied_weights_keys)
 
     def wanted_under(self, prefix: str) -> set[str]:
-        """Names to read for a prefix: what lies under it, with shared tensors by the name that is stored."""
+        """Return the names to read for a prefix: those under it, with shared tensors by the name that is stored."""
         names = [name for name, _ in tensors_under(self.model, prefix)]
         return {self.tied.get(name, name) for name in names}
 
     def share_tied(self, prefix: str) -> None:
-        """Let tensors under prefix share the weights just read; what lies elsewhere goes back to meta."""
+        """Let tensors under prefix share the weights just read; what is elsewhere goes back to meta."""
         parameters = self.model.get_parameter
         for target, stored in self.tied.items():
             if not parameters(stored).is_meta and (is_under(target, prefix) or is_under(stored, prefix)):
@@ -163,14 +163,14 @@ def cast_parameter(model: nn.Module, name: str, dtype: torch.dtype) -> None:
 
 
 def tensors_under(model: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter and persistent buffer that is `prefix` or lies below it."""
+    """Return (name, tensor) of every parameter and persistent buffer that is `prefix` or is below it."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if is_under(name, prefix):
             yield name, tensor
 
 
 def is_under(name: str, prefix: str) -> bool:
-    """Whether a tensor name is the prefix or lies below it."""
+    """Return whether a tensor name is the prefix or is below it."""
     return name == prefix or name.startswith(prefix + ".")
 
 
@@ -190,7 +190,7 @@ def _configs(config: Any) -> list[Any]:
 
 
 def build_skeleton(config: Any, trusted: bool = False) -> PreTrainedModel:
-    """The model of a config with parameters on the meta device and real buffers (rotary tables and the like).
+    """Return the model of a config with parameters on the meta device and real buffers (rotary tables and the like).
 
     Its config keeps the dtypes that the files name, where transformers writes the one that it has built the model in.
     """
@@ -233,7 +233,7 @@ def _class_name(auto: Any, config: Any) -> str:
 
 
 def read_tokenizer(folder: Path, trusted: bool = False, **options: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; raises ModelError when there is none that transformers can read."""
+    """Return the tokenizer in a folder; raises ModelError when there is none that transformers can read."""
     try:
         with asking_in_words(folder):
             return AutoTokenizer.from_pretrained(utf8_path(folder), trust_remote_code=trusted, **options)
@@ -246,7 +246,7 @@ def read_tokenizer(folder: Path, trusted: bool = False, **options: str) -> PreTr
 
 @contextlib.contextmanager
 def asking_in_words(folder: Path | str) -> Iterator[None]:
-    """Inside, a refusal to run code that a folder brings is a ModelError that names the option which allows it.
+    """Turn a refusal to run code that a folder brings into a ModelError that names the option which allows it.
 
     transformers is always told whether it may: left alone it asks on the terminal, and waits.
     """
@@ -259,7 +259,7 @@ def asking_in_words(folder: Path | str) -> Iterator[None]:
 
 
 def needs_code(folder: Path | str) -> ModelError:
-    """The error for a model or tokenizer whose own code would have to be run."""
+    """Return the error for a model or tokenizer whose own code would have to be run."""
     return ModelError(
         f"{folder} needs code that it brings along (auto_map in its config), which is not run unasked; read that code, "
         "then pass --trust-remote-code (in Python trust_remote_code=True)."
@@ -267,7 +267,7 @@ def needs_code(folder: Path | str) -> ModelError:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of another library says, in one line."""
+    """Return what an exception of another library says, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -36,7 +36,7 @@ def without_first(tokens: list[int], first: list[int]) -> list[int]:
 
 
 def ends(tokenizer: PreTrainedTokenizerBase, document: Document, tokens: list[int]) -> bool:
-    """Whether a document's tokens end with EOS already, as conversations do by most templates."""
+    """Return whether a document's tokens end with EOS already, as conversations do by most templates."""
     return isinstance(document, Conversation) and tokenizer.eos_token_id in tokens[-ENDING:]
 
 
@@ -100,6 +100,6 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many token ids the model knows; its weights may be packed."""
+    """Return how many token ids the model knows; its weights may be packed."""
     embedding = model.get_input_embeddings()
     return getattr(embedding, "num_embeddings", None) or embedding.get_parameter("weight").shape[0]

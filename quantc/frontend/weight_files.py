@@ -1,4 +1,4 @@
-"""Which files of a folder hold its weights: the ones that transformers reads. What else lies there is told."""
+"""Which files of a folder hold its weights: the ones that transformers reads. Other files there are reported."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def open_shard(file: Path) -> safe_open:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of these names, and how many more there are."""
+    """Return the first few of these names, and how many more there are."""
     found = list(names)
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return ", ".join(found[:SHOWN]) + more

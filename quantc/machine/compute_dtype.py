@@ -62,13 +62,13 @@ def choose_dtype(stored: torch.dtype, device: torch.device, values: int) -> Choi
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of a dtype about as fast as those of float32, as torch is set up."""
+    """Return whether this processor multiplies matrices of a dtype about as fast as float32 ones in this torch."""
     return slowness(dtype) <= SLOWER
 
 
 @functools.cache
 def slowness(dtype: torch.dtype) -> float:
-    """How many times as long as in float32 a matmul takes in a dtype on one CPU thread; measured once, in 5 to 50 ms.
+    """Return a matmul's time in a dtype over its time in float32, on one CPU thread; measured once, in 5 to 50 ms.
 
     Measured and not read from the processor's flags, as ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA may forbid what the
     processor has, and torch may make no use of it.
@@ -87,7 +87,7 @@ def _product(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively, by what it says of itself.
+    """Return whether the device multiplies bfloat16 natively, by what it says of itself.
 
     Calibration asks this and does not measure: what it computes decides the bytes of a checkpoint, which must be the
     same every time.

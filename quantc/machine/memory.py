@@ -22,7 +22,7 @@ LIMITS = Path("/sys/fs/cgroup")
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held so far."""
+    """Return the most memory this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -12,7 +12,7 @@ import torch
 def best_in_turns(
     calls: Mapping[str, Sequence[Callable[[], object]]], seconds: float, rounds: int = 3, in_a_row: int = 3
 ) -> dict[str, float]:
-    """Return the least seconds that one call of each name took, over at least so many rounds and seconds.
+    """Return the least seconds that one call of each name took, over at least `rounds` rounds and `seconds` seconds.
 
     calls: by name, what is called one after the other: on weights of their own, where no cache is to hold them.
     in_a_row: calls of one name before the next one's turn, as the first finds in no cache what it does not bring.
@@ -33,7 +33,7 @@ def best_in_turns(
 
 @contextlib.contextmanager
 def at_most_threads(count: int) -> Iterator[None]:
-    """Inside, torch uses no more than `count` CPU threads in an operation."""
+    """Limit torch to `count` CPU threads in an operation."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(count, before))
     try:

@@ -39,7 +39,7 @@ def check(folder: Path, force: bool) -> None:
 
 
 def write(curve: Curve, folder: Path) -> None:
-    """The page and, where matplotlib is installed, the plot, noted in the curve's files; raises UsageError."""
+    """Write the page and, where matplotlib is installed, the plot, noted in the curve's files; raises UsageError."""
     drawn = plots.available()
     if not drawn:
         curve.notes.append(NO_PLOT)
@@ -58,7 +58,7 @@ def write(curve: Curve, folder: Path) -> None:
 
 
 def render(curve: Curve, svg: str) -> str:
-    """One self-contained page; svg: the plot, or nothing."""
+    """Return one self-contained page; svg: the plot, or nothing."""
     for colour, variable in THEMED.items():
         svg = svg.replace(colour, f"var(--{variable})")
     sections = [

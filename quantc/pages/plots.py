@@ -27,23 +27,23 @@ SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def pareto_png(curve: Curve) -> bytes:
-    """The curve as a PNG file on white."""
+    """Draw the curve as a PNG file on white."""
     return _saved(curve, "png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "quantc"})
 
 
 def is_plot(file: Path) -> bool:
-    """Whether a file is a PNG that quantc drew."""
+    """Return whether a file is a PNG that quantc drew."""
     with file.open("rb") as stream:
         return b"Software\0quantc" in stream.read(1000)
 
 
 def pareto_svg(curve: Curve) -> str:
-    """The curve as an <svg> element without a background, its text as text."""
+    """Draw the curve as an <svg> element without a background, its text as text."""
     text = _saved(curve, "svg", transparent=True, metadata=SVG_METADATA).decode()
     return text[text.index("<svg") :]
 

@@ -86,13 +86,13 @@ PAGE = """<!doctype html>
 
 
 def is_page(file: Path) -> bool:
-    """Whether a file is a page that quantc wrote."""
+    """Return whether a file is a page that quantc wrote."""
     with file.open("rb") as stream:
         return b'<meta name="generator" content="quantc">' in stream.read(1000)
 
 
 def render(report: dict[str, Any]) -> str:
-    """One self-contained page from a report as `quantc.report.read_report` returns it."""
+    """Return one self-contained page from a report as `quantc.report.read_report` returns it."""
     report = to_printable(report)
     sections = [
         _header(report),

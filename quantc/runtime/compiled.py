@@ -4,7 +4,7 @@ Prompts run as they are, in any length; the graph is that of one token for each 
 
 - native products become operators that torch calls without Python (kernels/cpu/steps.py), one for all weights that read
   the same tensor (q, k and v; gate and up), and so does everything between them;
-- attention of a single query becomes plain sums, which the compiler merges with what stands around them: torch's
+- attention of a single query becomes plain sums, which the compiler merges with what is around them: torch's
   attention is made for many queries. 14 us in place of 70 on 9 heads and 96 positions: another 11 %.
 
 Guards on the model's modules, which are most of what is checked before every token, give way to one look at them before
@@ -205,7 +205,7 @@ def _options() -> dict[str, Any]:
 
 
 def join_products(graph: fx.GraphModule) -> None:
-    """One operator for all native products of the same tensor, where it is computed first."""
+    """Make one operator of all native products of the same tensor, where it is computed first."""
     one = torch.ops.quantc.native_matmul
     readers: defaultdict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
     for node in graph.graph.nodes:
@@ -272,7 +272,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What torch's attention gives for query (..., H, 1, D), key and value (..., H, T, D): sums in float32 or wider."""
+    """Compute torch's attention for query (..., H, 1, D), key and value (..., H, T, D): sums in float32 or wider."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -30,7 +30,7 @@ FEATURES = (
 def examine(
     folder: Path | None, device: str = "cpu", dtype: str | None = None, measure: bool = False
 ) -> dict[str, Any]:
-    """All that `quantc doctor` tells; the kernels of a checkpoint where there is a folder, their speed on request."""
+    """Return all that `quantc doctor` tells; with a folder the kernels of its checkpoint, their speed on request."""
     facts: dict[str, Any] = {"machine": examine_machine()}
     if folder is not None:
         facts.update(examine_kernels(folder, device, dtype))
@@ -64,7 +64,7 @@ def examine_machine() -> dict[str, str]:
 
 
 def examine_kernels(folder: Path, device: str, dtype: str | None) -> dict[str, Any]:
-    """For every linear of a checkpoint, equal cases together: which kernel runs it, why others refused.
+    """Return which kernel runs each linear of a checkpoint and why others refused, equal cases together.
 
     dtype: that of the activations; None is the one that `quantc.load` would choose. Raises UsageError for an unknown
     device.
@@ -112,7 +112,7 @@ def usable_cores() -> int:
 
 
 def read_cpu() -> tuple[str, list[str]]:
-    """The processor's name, and those of FEATURES it has; none where /proc does not tell."""
+    """Return the processor's name, and those of FEATURES it has; none where /proc does not tell."""
     facts: dict[str, str] = {}
     if CPU_INFO.is_file():
         for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
@@ -124,7 +124,7 @@ def read_cpu() -> tuple[str, list[str]]:
 
 
 def describe_cpu_kernels() -> str:
-    """One or two sentences: which instructions the native kernels use or why there are none, and their arithmetic."""
+    """Say in one or two sentences which instructions the native kernels use or why there are none."""
     from ..kernels.cpu import library
     from ..kernels.cpu.native import INT8_VARIABLE, NATIVE
 
@@ -136,7 +136,7 @@ def describe_cpu_kernels() -> str:
 
 
 def describe_cuda() -> str:
-    """One sentence on the GPU that torch sees, or why it sees none."""
+    """Say in one sentence which GPU torch sees, or why it sees none."""
     built = torch.version.cuda
     if built is None:
         return f"This torch ({torch.__version__}) is built without CUDA, so everything runs on the CPU."
@@ -161,7 +161,7 @@ def describe_cupy() -> str:
 
 
 def describe_cuda_kernels() -> str:
-    """One sentence for each kind of GPU: the CUDA kernels are ready, or why they cannot run."""
+    """Say for each kind of GPU whether the CUDA kernels are ready, or why they cannot run."""
     places: list[torch.device | None] = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return " ".join(dict.fromkeys(map(_cuda_kernels_on, places or [None])))
 

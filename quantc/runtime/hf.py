@@ -67,7 +67,7 @@ class QuantcQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
-        """None: the checkpoint has the model's own names already."""
+        """Return nothing to convert: the checkpoint has the model's own names already."""
         return []
 
     def is_serializable(self) -> bool:

@@ -97,7 +97,7 @@ class _Weights:
         return choose(self.spec, self.shape, CPU, dtype).kernel
 
     def calls(self, dtype: torch.dtype, count: int) -> list[Callable[[], torch.Tensor]]:
-        """So many equal weights, each in memory of its own."""
+        """Return a call for each of `count` equal weights, each in memory of its own."""
         kernel, x = self.kernel(dtype), torch.randn(1, self.shape[1]).to(dtype)
         prepared = kernel.prepare(self.parts, self.spec, self.shape, dtype)
         return [partial(kernel.run, x, copy.deepcopy(prepared)) for _ in range(count)]

@@ -155,7 +155,7 @@ def load(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """A packed checkpoint as a transformers model that runs on packed weights.
+    """Load a packed checkpoint as a transformers model that runs on packed weights.
 
     dtype: of activations and of what is not quantized; None is the model's own, or float32 where the CPU has no
     products of it (compute_dtype.py). verify: also check every checksum.

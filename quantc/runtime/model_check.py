@@ -64,7 +64,7 @@ def _reader_beside(files: list[Path]) -> CheckpointReader:
 
 
 def check_entries(model: nn.Module, entries: dict[str, PackedEntry]) -> None:
-    """Raise CheckpointError for an entry that names no matrix or stack of a model, or lies inside another one."""
+    """Raise CheckpointError for an entry that names no matrix or stack of a model, or is inside another one."""
     tensors = model.state_dict(keep_vars=True)
     for name, entry in entries.items():
         parent, _, _ = name.rpartition(".")

@@ -35,7 +35,7 @@ class _PreparedWeight:
         self.versions = tuple(map(_VERSION, parts))
 
     def is_of(self, buffers: dict[str, torch.Tensor | None]) -> bool:
-        """Whether a module has the same parts still; takes 0.6 us, which every product pays."""
+        """Return whether a module has the same parts still; takes 0.6 us, which every product pays."""
         return all(map(is_, self.parts, buffers.values())) and tuple(map(_VERSION, self.parts)) == self.versions
 
 
@@ -109,7 +109,7 @@ class _Packed(nn.Module):
             return _PreparedWeight(kernel, kernel.prepare(parts, self.spec, self.matrix_shape, x.dtype), whole)
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
-        """The whole weight (or one expert's), unpacked."""
+        """Return the whole weight (or one expert's), unpacked."""
         tensor = format_of(self.spec).unpack(self.parts(expert), self.spec, self.matrix_shape)
         return tensor.effective_weight().to(dtype)
 
@@ -231,7 +231,7 @@ class PackedWeight(_Packed):
 
 
 class ExpertWeight:
-    """One expert of a stack: stands where the model indexes its stacked parameter."""
+    """One expert of a stack, in place of the stacked parameter that the model indexes."""
 
     def __init__(self, stack: PackedWeight, expert: int):
         self.stack, self.expert = stack, expert
@@ -293,7 +293,7 @@ def install(model: nn.Module, entries: dict[str, PackedEntry], residual: Residua
 
 
 def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with float weights of a dtype in place of every packed one; needs the memory of all of them."""
+    """Return the model with float weights of a dtype in place of every packed one; needs the memory of all of them."""
     for name, module in list(model.named_modules()):
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)

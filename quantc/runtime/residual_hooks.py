@@ -1,6 +1,6 @@
 """Rotates the hidden states of a loaded model before one block and back after another.
 
-The weights between the two were made for rotated hidden states; what lies outside, embeddings and head above all,
+The weights between the two were made for rotated hidden states; what is outside, embeddings and head above all,
 was not. A model's own record of hidden states (output_hidden_states) is of the rotated ones.
 
 torch.compile sees an operator: it cannot look into the making of Hadamard matrices.
