@@ -1,8 +1,4 @@
-"""The unfinished folder beside a checkpoint's final place: who may work in it, what stays of it, how it gets its name.
-
-A checkpoint appears whole or not at all: it is made in this folder, flushed, and renamed. Only what quantc wrote itself
-is removed on the way (ownership.py).
-"""
+"""The unfinished folder beside a checkpoint's final place: who may use it, what stays of it, how it gets its name."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def unfinished(out: Path) -> Path:
-    """Where a checkpoint lies until it is whole."""
+    """Return the folder of a checkpoint until it is whole."""
     resolved = out.resolve()
     return resolved.with_name(resolved.name + ".unfinished")
 
@@ -148,7 +144,7 @@ class Workplace:
             _remove_or_warn(self.folder)
 
     def begin(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The state that an interrupted run saved last, where this one is to continue it and is the same; else None.
+        """Return the state that an interrupted run saved last, if this one is to continue it and is the same; else None.
 
         identity: what decides the bytes of the run, as JSON has it. Raises UsageError that names what differs,
         DamagedRun for a journal that cannot be read.

@@ -148,7 +148,7 @@ def describe_cuda() -> str:
 
 
 def describe_cupy() -> str:
-    """One sentence on CuPy, which compiles the CUDA kernels."""
+    """Return a sentence on CuPy, which compiles the CUDA kernels."""
     from ..kernels.cuda.device import cupy_packages
 
     if find_spec("cupy") is None:
