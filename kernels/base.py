@@ -7,10 +7,15 @@ from typing import Any, Protocol
 import torch
 
 from ..formats import Parts
-from ..spec import QuantSpec
+from ..spec import QuantSpec, Uniform
 
 Prepared = Any
 DENSE_ONLY = "needs a weight as a whole, and some of it is dropped"  # why a kernel refuses sparsity
+
+
+def other_grid(spec: QuantSpec) -> str | None:
+    """Return why a kernel that multiplies codes as numbers refuses a spec; None for uniform grids."""
+    return None if isinstance(spec.grid, Uniform) else f"multiplies uniform codes, not {spec.code} ones"
 
 
 class Kernel(Protocol):

@@ -25,10 +25,11 @@ from ..graph.model_graph import Block, Linear
 from ..graph.rewrite import weight_name
 from ..numerics.hadamard import rotate
 from ..numerics.qtensor import QTensor
-from ..numerics.relaxed import RelaxedWeight
+from ..numerics.relaxed import RelaxedWeight, RescaledWeight, relax
 from ..pipeline.base import Fact, Pass, register
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork
+from ..spec import QuantSpec
 from ..training.reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, cost_of, train
 from ..training.step_budget import Pace
 from ..units import duration
@@ -104,14 +105,24 @@ class Tune(Pass):
     def build(self, work: BlockWork) -> None:
         if work.block is work.run.graph.blocks[0]:
             self._found, self._share = [], 1.0  # a recipe may be built again
-            self._pace = Pace(self.config.steps, self.config.budget, _trained_blocks(work.run))
-        if work.quantized:
+            self._pace = Pace(self.config.steps, self.config.budget, self._trained_blocks(work.run))
+        if any(self._trains(tensor.spec) for tensor in work.quantized.values()):
             self._pace.begin()
             with self._behind(work, work.calibration.product_dtype) as ahead, work.unrounded():
                 self._tune(work, Reconstruction(work.calibration, work.block, work.module, ahead))
             self._pace.end()
         if work.block is work.run.graph.blocks[-1]:
             work.run.report.notes += self._notes()
+
+    def _trains(self, spec: QuantSpec | None) -> bool:
+        """Return whether a weight has codes or scales that its grid allows to move, of those that are trained."""
+        asked = {name for name, wanted in (("codes", self.config.codes), ("scales", self.config.scales)) if wanted}
+        return spec is not None and bool(asked & spec.grid.trainable)
+
+    def _trained_blocks(self, run: Run) -> int:
+        """Return how many blocks have a weight to train."""
+        specs = run.plan.specs
+        return sum(any(self._trains(specs[linear.name]) for linear in block.quantized) for block in run.graph.blocks)
 
     @contextmanager
     def _behind(self, work: BlockWork, dtype: torch.dtype) -> Iterator[list[tuple[Block, nn.Module]]]:
@@ -139,7 +150,7 @@ class Tune(Pass):
 
     def _train(self, work: BlockWork, target: Reconstruction, steps: int | None = None) -> Trained:
         relaxed = {
-            linear: RelaxedWeight(tensor, _turned(work.original(linear), tensor))
+            linear: relax(tensor, _turned(work.original(linear), tensor))
             for name, tensor in work.quantized.items()
             for linear in [work.run.graph.linears[name]]
         }
@@ -161,13 +172,17 @@ class Tune(Pass):
             run.progress.note(f"tune: {steps} steps a block, about {duration(self._pace.estimate(cost))} in all")
         return steps
 
-    def _trainable(self, work: BlockWork, relaxed: dict[Linear, RelaxedWeight], dtype: torch.dtype) -> Trainable:
+    def _trainable(
+        self, work: BlockWork, relaxed: dict[Linear, RelaxedWeight | RescaledWeight], dtype: torch.dtype
+    ) -> Trainable:
+        offsets = [weight.offsets for weight in relaxed.values() if weight.offsets is not None]
+        factors = [weight.factors for weight in relaxed.values() if weight.factors is not None]
+        size = sum(each.nbytes for each in offsets)
         groups = []
-        size = sum(weight.offsets.nbytes for weight in relaxed.values())
-        if self.config.codes:
-            groups.append(ParameterGroup([weight.offsets for weight in relaxed.values()], self._share * OFFSET_RATE))
-        if self.config.scales:
-            groups.append(ParameterGroup([weight.factors for weight in relaxed.values()], self._share * SCALE_RATE))
+        if self.config.codes and offsets:
+            groups.append(ParameterGroup(offsets, self._share * OFFSET_RATE))
+        if self.config.scales and factors:
+            groups.append(ParameterGroup(factors, self._share * SCALE_RATE))
 
         def weights() -> dict[str, torch.Tensor]:
             found = {linear: weight().to(dtype) for linear, weight in relaxed.items()}
@@ -194,11 +209,6 @@ class Tune(Pass):
             f"tune: {better} of {len(self._found)} blocks are nearer to the original on text kept aside{middle}",
             f"tune: {steps[len(steps) // 2]} steps and {duration(seconds[len(seconds) // 2])} a block (median)",
         ]
-
-
-def _trained_blocks(run: Run) -> int:
-    """How many blocks have a weight that the plan quantizes."""
-    return sum(any(run.plan.specs[linear.name] for linear in block.quantized) for block in run.graph.blocks)
 
 
 def _turned(weight: torch.Tensor, tensor: QTensor) -> torch.Tensor:

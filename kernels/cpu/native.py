@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ...formats import Parts
 from ...spec import QuantSpec
-from ..base import DENSE_ONLY
+from ..base import DENSE_ONLY, other_grid
 from ..checks import expect_product, expect_same_device
 from ..rotation import rotate
 from . import library, rotation
@@ -120,6 +120,8 @@ class NativeCpu:
             return f"runs in float32, float16 and bfloat16, not in {str(dtype)[6:]}"
         if spec.two_of_four:
             return DENSE_ONLY
+        if (reason := other_grid(spec)) is not None:
+            return reason
         along = shape[1] if spec.grouping == "per_oc" else shape[0]
         least, group = LEAST_GROUP[spec.grouping], spec.group_length(shape)
         if group < min(least, along):

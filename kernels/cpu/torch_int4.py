@@ -12,7 +12,7 @@ import torch
 
 from ...formats import DENSE, Parts
 from ...spec import QuantSpec
-from ..base import DENSE_ONLY, Prepared
+from ..base import DENSE_ONLY, Prepared, other_grid
 from ..checks import expect_product
 from ..rotation import rotate
 
@@ -49,6 +49,7 @@ class TorchInt4:
             (k % g == 0, f"needs whole groups, but {g} does not divide {k}"),
             (n % ROW_STEP == 0, f"needs output channels in steps of {ROW_STEP}, not {n}"),
             (not spec.sparse, DENSE_ONLY),
+            (other_grid(spec) is None, other_grid(spec)),
             (spec.rank == 0, "has no low-rank addition"),
         ]
         return next((reason for holds, reason in checks if not holds), None)

@@ -6,7 +6,7 @@ import torch
 
 from ...formats import Parts
 from ...spec import QuantSpec
-from ..base import DENSE_ONLY
+from ..base import DENSE_ONLY, other_grid
 from . import packed, product
 from .crossover import crossover
 from .device import device_index, shared_limit, unavailable
@@ -34,7 +34,7 @@ class CudaPacked:
 
     def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         _, k = shape
-        reason = unavailable(device)
+        reason = unavailable(device) or other_grid(spec)
         if reason is not None:
             return reason
         index = device_index(device)

@@ -8,6 +8,7 @@ import torch
 
 from ...formats import Parts
 from ...spec import QuantSpec
+from ..base import other_grid
 from . import kept_launch, product
 from .crossover import KEPT_FROM
 from .device import device_index, shared_limit, unavailable
@@ -35,7 +36,7 @@ class CudaKept:
     name = "cuda-kept"
 
     def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = unavailable(device)
+        reason = unavailable(device) or other_grid(spec)
         if reason is not None:
             return reason
         if not spec.sparsity:

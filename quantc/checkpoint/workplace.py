@@ -144,9 +144,9 @@ class Workplace:
             _remove_or_warn(self.folder)
 
     def begin(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state that an interrupted run saved last, if this one is to continue it and is the same; else None.
+        """Return the state that an interrupted run saved last, if this one continues it and is the same; else None.
 
-        identity: what decides the bytes of the run, as JSON has it. Raises UsageError that names what differs,
+        identity: what decides the bytes of the run, as a JSON value. Raises UsageError that names what differs,
         DamagedRun for a journal that cannot be read.
         """
         journal = read_journal(self.folder)

@@ -82,6 +82,36 @@ class RelaxedWeight(nn.Module):
         return by_group(values, self.scales(factors), self.tensor.spec.groups, torch.Tensor.mul_)
 
 
+class RescaledWeight(nn.Module):
+    """The effective weight of a QTensor whose codes stay, as a function of `factors`, see RelaxedWeight.
+
+    factors: None where the grid's scales stay too.
+    """
+
+    def __init__(self, tensor: QTensor):
+        super().__init__()
+        self.tensor, self.offsets = tensor, None
+        trained = "scales" in tensor.spec.grid.trainable
+        self.factors = nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32)) if trained else None
+
+    def forward(self) -> torch.Tensor:
+        """Return float32 (..., N, K)."""
+        return self.tensor.effective_weight() if self.factors is None else rescaled(self.tensor, self.factors)
+
+    def clamp_offsets(self) -> None:
+        """Do nothing: codes stay."""
+
+    @torch.no_grad()
+    def qtensor(self) -> QTensor:
+        """Return the weight as it is now."""
+        return self.tensor if self.factors is None else with_scales(self.tensor, self.factors)
+
+
+def relax(tensor: QTensor, turned: torch.Tensor) -> RelaxedWeight | RescaledWeight:
+    """Return the weight with what its grid says that training may move; turned: see RelaxedWeight."""
+    return RelaxedWeight(tensor, turned) if "codes" in tensor.spec.grid.trainable else RescaledWeight(tensor)
+
+
 class _Dequantized(torch.autograd.Function):
     """The weight that the codes and scales of a RelaxedWeight make, before low-rank addition and rotation back.
 

@@ -132,7 +132,8 @@ class Distillation:
         device = self.work.run.device
         weights = {name: tensor.to(device) for name, tensor in self.work.floats(block).items()}
         for linear, tensor in self.work.qtensors(block).items():
-            weight = rescaled(tensor, factors[linear.name])
+            moved = factors.get(linear.name)
+            weight = tensor.effective_weight() if moved is None else rescaled(tensor, moved)
             weights[weight_name(block, linear)] = weight.transpose(-1, -2) if linear.transposed else weight
         return weights
 
@@ -174,7 +175,7 @@ class Distillation:
                 yield sample, slice(start, start + self._chunk)
 
     def _read(self, block: Block) -> tuple[dict[str, nn.Parameter], torch.optim.Adam | None]:
-        """The block's factors by the names of linears, all 0 at first; None where it has no rounded weight."""
+        """The block's factors by the names of linears, all 0 at first; no Adam where no scales can be trained."""
         device, stored = self.work.run.device, None
         if self._file(block).exists():
             stored = torch.load(self._file(block), map_location=device, weights_only=True)
@@ -183,6 +184,7 @@ class Distillation:
             factors = {
                 linear.name: nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32, device=device))
                 for linear, tensor in self.work.qtensors(block).items()
+                if "scales" in tensor.spec.grid.trainable
             }
         adam = torch.optim.Adam(factors.values(), betas=BETAS) if factors else None
         if adam is not None and stored is not None:
@@ -198,4 +200,5 @@ class Distillation:
             file = self._best / f"{block.index}.pt"
             factors = torch.load(file, map_location="cpu", weights_only=True)["factors"] if file.exists() else {}
             for linear, tensor in self.work.qtensors(block).items():
-                self.work.replace(linear, with_scales(tensor, factors[linear.name]))
+                if linear.name in factors:
+                    self.work.replace(linear, with_scales(tensor, factors[linear.name]))
