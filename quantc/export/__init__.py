@@ -1,0 +1,1 @@
+"""Other containers that a finished checkpoint is written to."""
