@@ -1,0 +1,135 @@
+"""Which tensors a GGUF file has, made from which tensors of the model, of which type and size."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...errors import ModelError
+from .architectures import Architecture, Tensor
+from .blocks import FLOAT_NAMES, FLOAT_NUMBERS, BlockType, stored_bytes
+
+Kind = BlockType | torch.dtype
+NUMBER = re.compile(r"\.(\d+)\.")  # the first one in a name is a block's
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """A tensor of the model: its shape, and how it is stored. Packed ones have outputs as rows, as no Conv1D has."""
+
+    shape: tuple[int, ...]
+    kind: Kind
+
+    @property
+    def packed(self) -> bool:
+        """Whether it has codes."""
+        return isinstance(self.kind, BlockType)
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of the file.
+
+    source: of the model, None for one that is computed from its config and whose `values` are here. change: what is
+    done to the model's values. rows: the model's rows in the file's order, None for all of them as they are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    source: str | None
+    change: Tensor
+    rows: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without what fills it up to a multiple of 32."""
+        return stored_bytes(self.kind, self.shape)
+
+    @property
+    def number(self) -> int:
+        """The type's number in the file."""
+        return self.kind.number if isinstance(self.kind, BlockType) else FLOAT_NUMBERS[self.kind]
+
+    @property
+    def type_name(self) -> str:
+        """The type's name, such as Q4_1 or F16."""
+        return self.kind.name if isinstance(self.kind, BlockType) else FLOAT_NAMES[self.kind]
+
+    def of_floats(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a float tensor of the model as the file has it."""
+        weight = weight.mT if self.change.transposed and weight.ndim > 1 else weight
+        weight = weight if self.rows is None else _take_rows(weight, self.rows)
+        weight = weight.float() + self.change.added if self.change.added else weight
+        assert isinstance(self.kind, torch.dtype)
+        return weight.to(self.kind)
+
+
+def _take_rows(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return weight[rows] if weight.ndim == 1 else weight[..., rows, :]
+
+
+def lay_out(tensors: Mapping[str, ModelTensor], architecture: Architecture, config: Any) -> list[FileTensor]:
+    """Return the tensors of the file; raises ModelError that names a tensor which the architecture has no place for."""
+    found = [part for name in sorted(tensors, key=_order) for part in _parts(name, tensors[name], architecture, config)]
+    for name, values in architecture.extra(config).items():
+        found.append(FileTensor(name, tuple(values.shape), torch.float32, None, Tensor(name), values=values))
+    _check_names(found)
+    return found
+
+
+def _parts(name: str, tensor: ModelTensor, architecture: Architecture, config: Any) -> list[FileTensor]:
+    module, ending = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
+    block = NUMBER.search(module)
+    pattern = NUMBER.sub(".{}.", module, count=1)
+    entry = architecture.tensors.get(pattern)
+    if entry is None:
+        raise ModelError(
+            f"the tensor {name} has no place in a GGUF file of the architecture {architecture.name}; the model is "
+            "built differently than llama.cpp builds it, so it cannot be exported."
+        )
+    changes = entry if isinstance(entry, tuple) else (Tensor(entry) if isinstance(entry, str) else entry,)
+    number = "" if block is None else block[1]
+    return [
+        _part(name, tensor, replace(c, name=c.name.format(number) + (ending or ".weight")), config) for c in changes
+    ]
+
+
+def _part(name: str, tensor: ModelTensor, change: Tensor, config: Any) -> FileTensor:
+    shape = tensor.shape
+    if change.transposed and not tensor.packed and len(shape) > 1:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    axis = max(0, len(shape) - 2)
+    rows = None if change.rows is None else change.rows(config, shape[axis])
+    if rows is not None:
+        shape = (*shape[:axis], len(rows), *shape[axis + 1 :])
+    kind = tensor.kind
+    if len(shape) == 1 or change.floats or kind not in FLOAT_NUMBERS:
+        kind = kind if tensor.packed else torch.float32
+    return FileTensor(change.name, shape, kind, name, change, rows)
+
+
+def _check_names(tensors: list[FileTensor]) -> None:
+    names = [tensor.name for tensor in tensors]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ModelError(f"two tensors of the model would be {twice[0]} in the file; it cannot be exported.")
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    """The embedding first, then the blocks by their numbers, then the rest: as llama.cpp reads them."""
+    block = NUMBER.search(name)
+    if block is not None:
+        return 1, int(block[1]), name
+    return (0 if "embed" in name or "wte" in name else 2), 0, name
+
+
+def bits_per_weight(tensors: list[FileTensor]) -> float:
+    """Return bits of a weight, over all matrices of the file."""
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    return 8 * sum(tensor.nbytes for tensor in matrices) / max(1, sum(math.prod(tensor.shape) for tensor in matrices))
