@@ -1,9 +1,9 @@
-"""What users call: quantize(), plan(), pareto(), load(), evaluate()."""
+"""What users call: quantize(), plan(), pareto(), load(), evaluate(), export()."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from .driver.curve import draw_curve
 from .driver.job import Job
@@ -20,7 +20,10 @@ from .progress import LogProgress, Progress
 from .report import Report
 from .runtime.load import load
 
-__all__ = ["evaluate", "load", "pareto", "plan", "quantize"]
+if TYPE_CHECKING:
+    from .export.gguf.job import Exported
+
+__all__ = ["evaluate", "export", "load", "pareto", "plan", "quantize"]
 
 
 def quantize(
@@ -119,3 +122,30 @@ def evaluate(
     return measure(
         model, text, against, context, stride, windows, dtype, device, progress or LogProgress(), trust_remote_code
     )
+
+
+def export(
+    checkpoint: PathLike,
+    *,
+    to: str = "gguf",
+    out: PathLike | None = None,
+    force: bool = False,
+    tokenizer: bool = True,
+    pre_tokenizer: str | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the weights of a checkpoint, exactly as they are, into another container and return what was written.
+
+    to: gguf, a file that llama.cpp runs. out: the file, `<checkpoint>.gguf` by default; force replaces one that quantc
+    wrote. tokenizer: whether the file has one; without, it takes token ids alone. pre_tokenizer: llama.cpp's name for
+    how the tokenizer cuts texts into words, where quantc cannot tell. What the container cannot hold is refused by name
+    before any work. The file is read back by gguf-py, and by llama.cpp where it is installed, before it has its name.
+    Raises a QuantcError whose message is one sentence.
+    """
+    if to != "gguf":
+        raise UsageError(f"--to is {to}, but checkpoints are exported to gguf; pass --to gguf.")
+    from .export.gguf.job import export_gguf
+
+    folder = Path(checkpoint)
+    file = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}.gguf")
+    return export_gguf(folder, file, force, tokenizer, pre_tokenizer, progress or LogProgress())

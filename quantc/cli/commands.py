@@ -191,6 +191,35 @@ def evaluate(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
 
 @main.command()
 @CHECKPOINT
+@option("--to", type=click.Choice(["gguf"]), default="gguf", help="The container. [default: gguf]")
+@option("--out", "-o", metavar="FILE", type=click.Path(path_type=Path), help="The file. [default: CHECKPOINT.gguf]")
+@option("--no-tokenizer", is_flag=True, help="Write no tokenizer: the file takes token ids alone.")
+@option("--pre-tokenizer", metavar="NAME", help="What llama.cpp calls this tokenizer's rules. [default: found]")
+@option("--force", is_flag=True, help="Replace a GGUF file that quantc wrote.")
+@OUTPUT_OPTIONS
+def export(checkpoint: Path, no_tokenizer: bool, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Write CHECKPOINT as a GGUF file for llama.cpp.
+
+    Weights stay exactly as they are; what GGUF cannot hold is refused.
+
+    \b
+    Example: quantc export qwen3-w4 -o qwen3-w4.gguf
+    """
+    _require_folder(checkpoint)
+    with console.session(quiet, verbose) as progress:
+        from .. import api
+
+        exported = api.export(checkpoint, tokenizer=not no_tokenizer, progress=progress, **settings).to_dict()
+    if as_json:
+        console.show_json(exported)
+    elif not quiet:
+        from . import tables
+
+        console.show(tables.exported(to_printable(exported)))
+
+
+@main.command()
+@CHECKPOINT
 @JSON_OPTION
 def inspect(checkpoint: Path, as_json: bool) -> None:
     """List the layers of CHECKPOINT with their errors.

@@ -119,6 +119,38 @@ def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
     return _facts(facts)
 
 
+def exported(result: dict[str, Any]) -> RenderableType:
+    """What a file of another container holds, what storing it has rounded, and who has read it."""
+    types = ", ".join(
+        f"{name} ({plural(count, 'tensor')}, {size(total)})" for name, (count, total) in result["types"].items()
+    )
+    facts: Facts = [
+        (
+            "size",
+            size(result["bytes"]),
+            f"{number(result['bits_per_weight'], 4)} bits per weight, embedding and head counted",
+        ),
+        ("types", types, ""),
+        ("read back", "every block", "by gguf-py, equal to the checkpoint's to the bit" + _minima(result)),
+    ]
+    if (agreement := result["agreement"]) is not None:
+        text = (
+            f"mean KL divergence {number(agreement['kl'])} nats over {plural(agreement['tokens'], 'token')}, relative "
+        )
+        text += f"error {number(agreement['error'])}; it rounds activations to 8 bits"
+        facts.append(("llama.cpp", "agrees", text))
+    written = Text.assemble(("Wrote ", "bold green"), (result["output"], "bold"))
+    return Group(written, _facts(facts), *_lines("Notes", [Text(note) for note in result["notes"]]))
+
+
+def _minima(result: dict[str, Any]) -> str:
+    """What float16 minima have rounded, where there are some."""
+    if not result["minimum_largest"]:
+        return ""
+    largest, rms = number(100 * result["minimum_largest"]), number(100 * result["minimum_rms"])
+    return f" but for minima in float16: {largest} % of a step of the grid at most, {rms} % rms"
+
+
 def diagnosed(facts: dict[str, Any]) -> RenderableType:
     """Return the machine and its libraries; for a checkpoint the kernel of each linear and why; the kernels' speed."""
     parts: list[RenderableType] = [_facts([(name, text, "") for name, text in facts["machine"].items()])]

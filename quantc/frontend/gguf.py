@@ -230,7 +230,7 @@ def _parts(file: Path) -> list[Path]:
 
 def _open_parts(files: list[Path]) -> tuple[Any, dict[str, Path]]:
     """A reader of all parts: the first one's, with the tensors of all; and tensor name -> the file it is in."""
-    readers = [_open_reader(file) for file in files]
+    readers = [open_reader(file) for file in files]
     reader = readers[0]
     places = {tensor.name: file for file, each in zip(files, readers, strict=True) for tensor in each.tensors}
     count = reader.fields.get("split.count")
@@ -243,7 +243,8 @@ def _open_parts(files: list[Path]) -> tuple[Any, dict[str, Path]]:
     return reader, places
 
 
-def _open_reader(file: Path) -> Any:
+def open_reader(file: Path) -> Any:
+    """Return gguf-py's reader of a file; raises ModelError where the package is missing or the file is damaged."""
     try:
         from gguf import GGUFReader
 

@@ -1,0 +1,92 @@
+"""From quantc's codes, scales and zeros to GGUF's blocks, where these hold them exactly, and why not where they do not.
+
+A group of any multiple of 32 becomes blocks of 32 that repeat its scale. Zero points become minima: w = (q - z) s is
+stored as q d + m, d = s and m = -z s, which float16 rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...checkpoint.config import PackedEntry
+from ...numerics.qtensor import QTensor
+from .blocks import TYPES, Blocks, BlockType
+
+BLOCK = 32
+SYMMETRIC = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
+ASYMMETRIC = {4: "Q4_1", 5: "Q5_1"}
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why GGUF cannot hold a weight, and what to quantize it with instead; {name} is for the last part of its name."""
+
+    reason: str
+    remedy: str
+
+
+def choose_type(entry: PackedEntry) -> BlockType | Misfit:
+    """Return the block type that holds a packed weight, or why none does."""
+    spec, k = entry.spec, entry.shape[1]
+    for there, reason, remedy in (
+        (spec.grouping != "per_oc", "it has per_ic groups", "a recipe with per_oc groups"),
+        (spec.rank > 0, f"it has a low-rank addition of rank {spec.rank}", "a recipe without lowrank"),
+        (spec.hadamard > 0, "its input is rotated while the model runs", "a recipe without rotate"),
+        (spec.wide_rows > 0, f"{spec.wide_rows} of its rows have one bit more", "a recipe without wide rows"),
+        (spec.sparse, "some of its weights are dropped, and blocks would store them", "no --sparsity"),
+        (k % BLOCK != 0, f"blocks of {BLOCK} do not divide its rows of {k} weights", "--pin '*{name}=16'"),
+    ):
+        if there:
+            return Misfit(reason, remedy)
+    group = spec.group_length(entry.shape)
+    if group % BLOCK and group < k:
+        return Misfit(f"it has groups of {group}, and blocks have {BLOCK} weights", f"--group-size {BLOCK}")
+    name = (SYMMETRIC if spec.symmetric else ASYMMETRIC).get(spec.bits)
+    if name is not None:
+        return TYPES[name]
+    kind = "symmetric" if spec.symmetric else "asymmetric"
+    remedy = "--bits 8 --symmetric" if spec.bits > 5 else f"--bits {max(4, spec.bits)}"
+    return Misfit(f"it has {kind} codes of {spec.bits} bits, for which no block is exact", remedy)
+
+
+def to_blocks(tensor: QTensor) -> Blocks:
+    """Return the blocks of a weight (..., N, K) that `choose_type` has found a type for."""
+    scales = _of_blocks(tensor.scales, tensor)
+    if tensor.zeros is None:
+        return Blocks(tensor.codes, scales)
+    minima = -_of_blocks(tensor.zeros, tensor).float() * scales.float()
+    return Blocks(tensor.codes, scales, minima.half())
+
+
+def _of_blocks(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:
+    """Values of groups (..., N, G) repeated for the blocks of each: (..., N, K / 32)."""
+    k = tensor.shape[1]
+    group = tensor.spec.group_length(tensor.shape)
+    first = torch.arange(0, k, BLOCK, device=values.device)
+    return values[..., first // group]
+
+
+@dataclass
+class Rounding:
+    """What storing minima in float16 has changed, over all weights of a file."""
+
+    squared: float = 0.0
+    largest: float = 0.0
+    weights: int = 0
+
+    def add(self, tensor: QTensor, blocks: Blocks) -> None:
+        """Count a weight: its error in steps of its group's scale."""
+        if tensor.zeros is None or blocks.minima is None:
+            return
+        exact = -_of_blocks(tensor.zeros, tensor).float() * blocks.scales.float()
+        steps = ((blocks.minima.float() - exact) / blocks.scales.float()).abs()
+        self.squared += float(steps.double().square().sum())
+        self.largest = max(self.largest, float(steps.max()))
+        self.weights += steps.numel()
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square, in steps of the scale."""
+        return (self.squared / self.weights) ** 0.5 if self.weights else 0.0

@@ -1,0 +1,165 @@
+"""A finished checkpoint becomes a GGUF file: check what fits, lay out, write, read back, and only then name it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from ...checkpoint.reader import CheckpointReader
+from ...errors import ModelError
+from ...frontend.source import quiet_transformers, read_tokenizer
+from ...progress import Progress
+from ...runtime.load import read_model
+from . import llama_cpp, proof
+from .architectures import Architecture, architecture_of, window_of
+from .contents import Contents
+from .file import GgufWriter, Metadata, appearing, check_place, check_space, gguf_package
+from .layout import FileTensor, bits_per_weight, lay_out
+from .metadata import describe_model, describe_storage
+from .tokenizer import describe_tokenizer, without_tokenizer
+
+UNVERIFIED = "nothing was verified by llama.cpp"
+
+
+@dataclass
+class Exported:
+    """What was written.
+
+    types: block or float type -> tensors of it and their bytes. bits_per_weight: over all matrices, embedding and head
+    included. minimum_rms, minimum_largest: what rounding minima to float16 changed, in steps of a group's scale.
+    agreement: llama.cpp's logits against quantc's, None where it could not be asked. notes: what a reader should know.
+    """
+
+    checkpoint: str
+    output: str
+    architecture: str
+    bytes: int = 0
+    bits_per_weight: float = 0.0
+    types: dict[str, tuple[int, int]] = field(default_factory=dict)
+    minimum_rms: float = 0.0
+    minimum_largest: float = 0.0
+    agreement: proof.Agreement | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain mappings."""
+        return asdict(self)
+
+
+def export_gguf(
+    checkpoint: Path, out: Path, force: bool, tokenizer: bool, pre_tokenizer: str | None, progress: Progress
+) -> Exported:
+    """Write a GGUF file with the weights of a checkpoint; raises a QuantcError before any work where it cannot.
+
+    tokenizer: whether the file has one. pre_tokenizer: llama.cpp's name for how it cuts texts into words, None to find
+    it. The file has its name only once gguf-py, and llama.cpp where it is installed, have read it.
+    """
+    check_place(out, force)
+    gguf_package()
+    reader = CheckpointReader(checkpoint)
+    contents = Contents(reader)
+    config = _read_config(checkpoint)
+    architecture = architecture_of(config)
+    tensors = lay_out(contents.tensors, architecture, config)
+    words = _read_tokenizer(checkpoint) if tokenizer else None
+    metadata = describe_model(architecture, config, _name(reader, checkpoint)) | describe_storage(tensors)
+    metadata |= describe_tokenizer(words, config.vocab_size, pre_tokenizer) if words else without_tokenizer()
+    check_space(out, tensors)
+
+    exported = Exported(str(checkpoint), str(out), architecture.name)
+    with appearing(out) as fresh:
+        _write(fresh, architecture.name, metadata, tensors, contents, progress)
+        reader.check_unchanged()
+        proof.check_bytes(fresh, tensors, contents, progress)
+        exported.agreement = _ask_llama_cpp(fresh, reader, tensors, words, config, exported.notes)
+        exported.bytes = fresh.stat().st_size
+    _summarize(exported, tensors, contents, architecture, config)
+    return exported
+
+
+def _read_config(folder: Path) -> Any:
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(folder)
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"the model is of type {config.model_type}, which has more than text; quantc writes models of text to GGUF."
+        )
+    return config
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return read_tokenizer(folder)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder} has no tokenizer, but llama.cpp reads texts with the one in its file; copy tokenizer.json into "
+            "the folder, or pass --no-tokenizer for a file that takes token ids alone."
+        ) from error
+
+
+def _name(reader: CheckpointReader, folder: Path) -> str:
+    source = (reader.manifest or {}).get("source")
+    return str(source.get("name")) if isinstance(source, dict) and source.get("name") else folder.resolve().name
+
+
+def _write(
+    file: Path,
+    architecture: str,
+    metadata: Metadata,
+    tensors: Sequence[FileTensor],
+    contents: Contents,
+    progress: Progress,
+) -> None:
+    writer = GgufWriter(file, architecture, metadata, tensors)
+    try:
+        progress.stage("Writing", len(tensors))
+        for tensor in tensors:
+            writer.write(contents.stored(tensor))
+            progress.step(tensor.name)
+        progress.done()
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _ask_llama_cpp(
+    file: Path,
+    reader: CheckpointReader,
+    tensors: Sequence[FileTensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: Any,
+    notes: list[str],
+) -> proof.Agreement | None:
+    if (reason := llama_cpp.missing()) is not None:
+        notes.append(f"{UNVERIFIED}: {reason}")
+        return None
+    longest = min(getattr(config, name, None) or proof.TOKENS for name in ("max_position_embeddings", "sliding_window"))
+    tokens = proof.probe_tokens(tokenizer, config.vocab_size, longest)
+    model = read_model(reader, torch.float32).eval()
+    with torch.no_grad():
+        expected = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+    del model
+    agreement = proof.check_logits(file, tensors, expected, tokens, tokenizer)
+    if agreement.tokenizer is False:
+        notes.append("llama.cpp cuts a text of several languages into other tokens than the checkpoint's tokenizer")
+    return agreement
+
+
+def _summarize(
+    exported: Exported, tensors: Sequence[FileTensor], contents: Contents, architecture: Architecture, config: Any
+) -> None:
+    counts: Counter[str] = Counter(tensor.type_name for tensor in tensors)
+    for kind, count in counts.items():
+        exported.types[kind] = count, sum(tensor.nbytes for tensor in tensors if tensor.type_name == kind)
+    exported.bits_per_weight = bits_per_weight(list(tensors))
+    exported.minimum_rms, exported.minimum_largest = contents.rounding.rms, contents.rounding.largest
+    if (window := window_of(config, architecture)) is not None:
+        exported.notes.append(
+            f"the model attends in a window of {window} tokens, and llama.cpp to all: longer texts give other results"
+        )
