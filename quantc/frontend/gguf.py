@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ from .source import (
 from .unchanged import Span, read_bytes
 from .weight_files import some
 
+PIECE = 1 << 20  # weights that are decoded at a time
 PART = re.compile(r"-(\d{5})-of-(\d{5})$")  # ends the stem of a part's name
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -48,7 +49,7 @@ class GgufSource(Source):
         self._files = _parts(file)
         self.path = self._files[0]
         self.name = name or PART.sub("", file.stem)
-        self._reader, self._file_of = _open_parts(self._files)
+        self.reader, self._file_of = _open_parts(self._files)
         with self._parsed_once():
             self._config = _read_config(self.path)
         self.model = build_skeleton(self._config)
@@ -58,7 +59,7 @@ class GgufSource(Source):
 
     @cached_property
     def _processor(self) -> Any:
-        architecture = hf_gguf.read_field(self._reader, "general.architecture")[0]
+        architecture = hf_gguf.read_field(self.reader, "general.architecture")[0]
         kind = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)
         return kind(config=self._config.to_dict())
 
@@ -72,9 +73,9 @@ class GgufSource(Source):
         import gguf
         from transformers import integrations
 
-        names = tuple(tensor.name for tensor in self._reader.tensors)
+        names = tuple(tensor.name for tensor in self.reader.tensors)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_replaced(gguf, "GGUFReader", lambda *_, **__: self._reader))
+            stack.enter_context(_replaced(gguf, "GGUFReader", lambda *_, **__: self.reader))
             stack.enter_context(_replaced(hf_gguf, "tqdm", lambda items, **_: items))
             if find_spec("transformers.integrations.gguf") is not None:  # of transformers 5.23, not of 5.10
                 plain = integrations.gguf.read_gguf_metadata
@@ -85,14 +86,14 @@ class GgufSource(Source):
     def _check_headers(self) -> list[str]:
         """Notes on tensors that the model does not take; raises ModelError where it needs some that are not there."""
         shared = self.model.all_tied_weights_keys
-        missing = [name for name, _ in self.model.named_parameters() if name not in self._tensors | shared]
+        missing = [name for name, _ in self.model.named_parameters() if name not in self.tensors | shared]
         if missing:
             raise ModelError(
                 f"{self.path}: the tensor {some(missing)} is not in the file; a complete GGUF file is needed, so fetch "
                 "it again."
             )
-        taken = {part.name for parts in self._tensors.values() for part in parts}
-        left = [tensor.name for tensor in self._reader.tensors if tensor.name not in taken]
+        taken = {part.name for parts in self.tensors.values() for part in parts}
+        left = [tensor.name for tensor in self.reader.tensors if tensor.name not in taken]
         return [f"tensors of the file are no part of the model and were left out: {some(left)}"] if left else []
 
     @cached_property
@@ -101,10 +102,10 @@ class GgufSource(Source):
         return hf_gguf.get_gguf_hf_weights_map(_NamesOnly.of(self.model), self._processor)
 
     @cached_property
-    def _tensors(self) -> dict[str, list[Any]]:
+    def tensors(self) -> dict[str, list[Any]]:
         """Model tensor name -> the GGUF tensors it is made from (several where experts are merged)."""
         tensors: dict[str, list[Any]] = {}
-        for tensor in self._reader.tensors:
+        for tensor in self.reader.tensors:
             target = self._names.get(tensor.name) or self._names.get(tensor.name.removesuffix(".weight"))
             if target is not None:
                 tensors.setdefault(target, []).append(tensor)
@@ -113,43 +114,61 @@ class GgufSource(Source):
     def load(self, prefix: str) -> None:
         wanted = self.wanted_under(prefix)
         with self.unchanged:
-            for name, parts in self._tensors.items():
+            for name in self.tensors:
                 if name in wanted:
-                    _assign(self.model, name, self._dequantize(name, parts))
+                    _assign(self.model, name, self.decode(name))
         self.share_tied(prefix)
         self.check_loaded(prefix)
 
-    def _dequantize(self, name: str, parts: list[Any]) -> torch.Tensor:
-        from gguf import dequantize
+    def decode(self, name: str) -> torch.Tensor:
+        """Return a tensor of the model, float32."""
+        return self.convert(name, ((part.name, self._dequantize(part)) for part in self.tensors[name]))
 
+    def convert(self, name: str, parts: Iterable[tuple[str, np.ndarray[Any, Any]]]) -> torch.Tensor:
+        """Return a tensor of the model, float32, from tensors of the file: their names, and values that may be changed.
+
+        transformers permutes rows, shifts norms and merges experts here.
+        """
         merged: dict[str, Any] = {"tensors": {}, "config": self._config.to_dict()}
-        for part in parts:
-            weights = dequantize(self._read(part), part.tensor_type)
+        for part, weights in parts:
             result = self._processor.process(
-                weights=weights, name=part.name, tensor_key_mapping=self._names, parsed_parameters=merged
+                weights=weights, name=part, tensor_key_mapping=self._names, parsed_parameters=merged
             )
             if result.name is not None:
-                return torch.from_numpy(np.array(result.weights, dtype=np.float32))
+                return torch.from_numpy(np.ascontiguousarray(result.weights, dtype=np.float32))
         return merged["tensors"][name].to(COMPUTE_DTYPE)
 
-    def _read(self, part: Any) -> np.ndarray[Any, Any]:
-        """A tensor's bytes as the reader has them, but not mapped."""
+    def _dequantize(self, part: Any) -> np.ndarray[Any, Any]:
+        """A tensor's values, float32, decoded in pieces: decoding a whole table takes four times its values."""
+        from gguf import dequantize
+
+        content = self.read(part)
+        rows = content.reshape(-1, content.shape[-1])
+        values = np.empty(tuple(reversed(part.shape.tolist())), dtype=np.float32)
+        flat = values.reshape(len(rows), -1)
+        step = max(1, PIECE // flat.shape[1])
+        for start in range(0, len(rows), step):
+            flat[start : start + step] = dequantize(rows[start : start + step], part.tensor_type)
+        return values
+
+    def read(self, part: Any) -> np.ndarray[Any, Any]:
+        """Return a tensor's bytes as the reader has them, but not mapped."""
         content = read_bytes(self._file_of[part.name], int(part.data_offset), int(part.n_bytes)).numpy()
         return content.view(part.data.dtype).reshape(part.data.shape)
 
     def spans(self, file: Path) -> list[Span]:
         """Return where the header and every tensor are."""
-        parts = [part for part in self._reader.tensors if self._file_of[part.name] == file]
+        parts = [part for part in self.reader.tensors if self._file_of[part.name] == file]
         found = sorted((int(part.data_offset), int(part.n_bytes)) for part in parts)
         return [(0, min((start for start, _ in found), default=0)), *found]
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Float tensors keep their type; blocks that were dequantized fit float16 to its last bit."""
-        parts = self._tensors.get(name, [])
+        parts = self.tensors.get(name, [])
         return FLOAT_TYPES.get(parts[0].tensor_type.name, torch.float16) if parts else torch.float16
 
     def stored_bits(self, name: str) -> float:
-        parts = self._tensors[name]
+        parts = self.tensors[name]
         return 8 * sum(int(part.n_bytes) for part in parts) / sum(int(part.n_elements) for part in parts)
 
     def weight_files(self) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 import quantc
 from quantc.errors import ModelError
+from quantc.export.gguf.blocks import TYPES
 from quantc.frontend import open_model
+from quantc.frontend.gguf import GgufSource, _open_parts
 
 gguf = pytest.importorskip("gguf")
 WIDTH, VOCABULARY = 32, 40
@@ -103,3 +106,26 @@ def test_a_tensor_that_the_model_does_not_take(tmp_path: Path) -> None:
     assert open_model(tmp_path / "tiny.gguf").notes == [
         "tensors of the file are no part of the model and were left out: rope_freqs.weight"
     ]
+
+
+def test_a_table_is_decoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, decoding 6-bit blocks takes five times the values."""
+    monkeypatch.setattr("quantc.frontend.gguf.PIECE", 1 << 16)
+    kind = TYPES["Q6_K"]
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(256, (4000, kind.row_bytes(1024)), generator=draw).to(torch.uint8)
+    rows.view(4000, 4, kind.block_bytes)[..., -1] = 0x1C  # scales are small numbers
+    writer = gguf.GGUFWriter(tmp_path / "table.gguf", "llama")
+    writer.add_tensor("token_embd.weight", rows.numpy(), raw_dtype=gguf.GGMLQuantizationType.Q6_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = object.__new__(GgufSource)
+    source.reader, source._file_of = _open_parts([tmp_path / "table.gguf"])
+    tracemalloc.start()
+    found = source._dequantize(source.reader.tensors[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * found.nbytes
+    assert np.array_equal(found, kind.values(kind.unpack(rows)).numpy())
