@@ -54,7 +54,7 @@ class Workplace:
 
     @property
     def _retired(self) -> Path:
-        """Where an old output is until the new one has its name."""
+        """Return where an old output is until the new one has its name."""
         return self.out.with_name(self.out.name + ".replaced")
 
     def _check_output(self, out: Path) -> None:
@@ -161,7 +161,7 @@ class Workplace:
         return None if journal is None else journal.state
 
     def save(self, done: str, state: dict[str, Any]) -> None:
-        """From here on an interrupted run continues at this point. done: what is finished, in words."""
+        """Let an interrupted run continue at this point. done: what is finished, in words."""
         assert self._identity is not None
         if not self.resumable:
             return
@@ -202,7 +202,7 @@ class Workplace:
 
 
 def _is_ours(out: Path) -> bool:
-    """Replacing may only ever cost a checkpoint that can be made again."""
+    """Return whether a folder is quantc's: replacing may only ever cost a checkpoint that can be made again."""
     return out.is_dir() and (is_checkpoint(out) or not any(out.iterdir()))
 
 
@@ -224,7 +224,7 @@ def _check_replaceable(folder: Path, what: str) -> None:
 
 
 def _remove_or_warn(folder: Path) -> None:
-    """What is in the way of removing what is not needed any more is no reason to fail."""
+    """Remove what is not needed any more; what is in the way is no reason to fail."""
     try:
         rest = remove(folder)
     except OSError as error:
@@ -235,7 +235,7 @@ def _remove_or_warn(folder: Path) -> None:
 
 
 def _lasts(error: BaseException) -> bool:
-    """Whether the same input would meet it again: there is nothing to resume then."""
+    """Return whether the input itself caused an error, so that resuming would fail the same way."""
     if isinstance(error, ChangedSource):  # it may be put back as it was
         return False
     of_input = isinstance(error, (UsageError, ModelError, CalibrationError, PassError)) and error.__cause__ is None

@@ -19,6 +19,7 @@ from .options import (
     DEVICE_OPTION,
     ENOUGH,
     EVALUATE_OPTIONS,
+    EXPORT_OPTIONS,
     JSON_OPTION,
     PARETO_OPTIONS,
     PLANNING_OPTIONS,
@@ -191,12 +192,7 @@ def evaluate(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
 
 @main.command()
 @CHECKPOINT
-@option("--to", type=click.Choice(["gguf"]), default="gguf", help="The container. [default: gguf]")
-@option("--out", "-o", metavar="FILE", type=click.Path(path_type=Path), help="The file. [default: CHECKPOINT.gguf]")
-@option("--no-tokenizer", is_flag=True, help="Write no tokenizer: the file takes token ids alone.")
-@option("--pre-tokenizer", metavar="NAME", help="What llama.cpp calls this tokenizer's rules. [default: found]")
-@option("--force", is_flag=True, help="Replace a GGUF file that quantc wrote.")
-@OUTPUT_OPTIONS
+@EXPORT_OPTIONS
 def export(checkpoint: Path, no_tokenizer: bool, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
     """Write CHECKPOINT as a GGUF file for llama.cpp.
 

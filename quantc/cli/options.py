@@ -137,3 +137,12 @@ EVALUATE_OPTIONS = options(
     dtype_option("the model's own, or float32 where faster"),
     MODEL_OPTIONS,
 )  # fmt: skip
+EXPORT_OPTIONS = options(
+    output("--to", type=click.Choice(["gguf"]), default="gguf", metavar="CONTAINER",
+           help="The container: gguf. [default: gguf]"),
+    output("--out", "-o", metavar="FILE", type=click.Path(path_type=Path), help="The file. [default: CHECKPOINT.gguf]"),
+    output("--no-tokenizer", is_flag=True, help="Write no tokenizer: the file takes token ids alone."),
+    output("--pre-tokenizer", metavar="NAME", help="What llama.cpp calls this tokenizer's rules. [default: found]"),
+    output("--force", is_flag=True, help="Replace a GGUF file that quantc wrote."),
+    OUTPUT_OPTIONS,
+)  # fmt: skip
