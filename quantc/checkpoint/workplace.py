@@ -170,7 +170,7 @@ class Workplace:
             sync(self.folder)
 
     def adopt(self, finished: Path) -> None:
-        """Rename a whole checkpoint that lies inside the unfinished folder; what else quantc has there is removed."""
+        """Rename a whole checkpoint inside the unfinished folder; what else quantc has there is removed."""
         with writing(self.folder):
             self.swap_in(finished)
             self.discard()

@@ -120,7 +120,7 @@ def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
 
 
 def exported(result: dict[str, Any]) -> RenderableType:
-    """What a file of another container holds, what storing it has rounded, and who has read it."""
+    """Return what a file of another container holds, what storing it has rounded, and who has read it."""
     types = ", ".join(
         f"{name} ({plural(count, 'tensor')}, {size(total)})" for name, (count, total) in result["types"].items()
     )
