@@ -132,15 +132,17 @@ def export(
     force: bool = False,
     tokenizer: bool = True,
     pre_tokenizer: str | None = None,
+    metadata: PathLike | None = None,
     progress: Progress | None = None,
 ) -> Exported:
     """Write the weights of a checkpoint, exactly as they are, into another container and return what was written.
 
     to: gguf, a file that llama.cpp runs. out: the file, `<checkpoint>.gguf` by default; force replaces one that quantc
     wrote. tokenizer: whether the file has one; without, it takes token ids alone. pre_tokenizer: llama.cpp's name for
-    how the tokenizer cuts texts into words, where quantc cannot tell. What the container cannot hold is refused by name
-    before any work. The file is read back by gguf-py, and by llama.cpp where it is installed, before it has its name.
-    Raises a QuantcError whose message is one sentence.
+    how the tokenizer cuts texts into words, where quantc cannot tell. metadata: a GGUF file whose metadata is kept, by
+    default the one that the checkpoint was made from; any architecture then works. What the container cannot hold is
+    refused by name before any work. The file is read back by gguf-py, and by llama.cpp where it is installed, before it
+    has its name. Raises a QuantcError whose message is one sentence.
     """
     if to != "gguf":
         raise UsageError(f"--to is {to}, but checkpoints are exported to gguf; pass --to gguf.")
@@ -148,4 +150,5 @@ def export(
 
     folder = Path(checkpoint)
     file = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}.gguf")
-    return export_gguf(folder, file, force, tokenizer, pre_tokenizer, progress or LogProgress())
+    kept = None if metadata is None else Path(metadata)
+    return export_gguf(folder, file, force, tokenizer, pre_tokenizer, kept, progress or LogProgress())

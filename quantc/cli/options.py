@@ -143,6 +143,8 @@ EXPORT_OPTIONS = options(
     output("--out", "-o", metavar="FILE", type=click.Path(path_type=Path), help="The file. [default: CHECKPOINT.gguf]"),
     output("--no-tokenizer", is_flag=True, help="Write no tokenizer: the file takes token ids alone."),
     output("--pre-tokenizer", metavar="NAME", help="What llama.cpp calls this tokenizer's rules. [default: found]"),
+    output("--metadata", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+           help="Keep the metadata of this GGUF file. [default: of the one the checkpoint was made from]"),
     output("--force", is_flag=True, help="Replace a GGUF file that quantc wrote."),
     OUTPUT_OPTIONS,
 )  # fmt: skip

@@ -14,7 +14,7 @@ from ...frontend.unchanged import DTYPES
 from ...numerics.qtensor import QTensor
 from .blocks import BlockType
 from .convert import Misfit, Rounding, choose_type, to_blocks
-from .layout import FileTensor, ModelTensor
+from .layout import FileTensor, ModelTensor, Verbatim
 
 PIECE = 1 << 22  # weights that are packed at a time
 
@@ -47,7 +47,7 @@ class Contents:
     def stored(self, tensor: FileTensor) -> Iterator[torch.Tensor]:
         """Yield the bytes or values of a tensor of the file, and count what rounding its minima changes."""
         if not isinstance(tensor.kind, BlockType):
-            yield self._floats(tensor)
+            yield self._whole(tensor)
             return
         for part in self._pieces(tensor):
             blocks = to_blocks(part)
@@ -55,18 +55,23 @@ class Contents:
             yield tensor.kind.pack(blocks)
 
     def expected(self, tensor: FileTensor) -> Iterator[torch.Tensor]:
-        """Yield the weights that a reader should find, float32: quantc's own, but for minima as they are stored."""
+        """Yield what a reader should find: float32 weights, quantc's own but for minima as stored; or bytes."""
         if not isinstance(tensor.kind, BlockType):
-            yield self._floats(tensor).float()
+            whole = self._whole(tensor)
+            yield whole if isinstance(tensor.kind, Verbatim) else whole.float()
             return
         for part in self._pieces(tensor):
             yield part.dequantize() if part.zeros is None else tensor.kind.values(to_blocks(part))
 
-    def _floats(self, tensor: FileTensor) -> torch.Tensor:
+    def floats(self, name: str) -> torch.Tensor:
+        """Return a tensor of the model that is not packed."""
+        return self._reader.tensor(name)
+
+    def _whole(self, tensor: FileTensor) -> torch.Tensor:
         if tensor.source is None:
-            assert tensor.values is not None
-            return tensor.values
-        return tensor.of_floats(self._reader.tensor(tensor.source))
+            assert tensor.read is not None
+            return tensor.read()
+        return tensor.of_floats(self.floats(tensor.source))
 
     def _pieces(self, tensor: FileTensor) -> Iterator[QTensor]:
         """A packed tensor in pieces of whole rows (rows, K), experts one after the other."""

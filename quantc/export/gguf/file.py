@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,16 @@ ALIGNMENT = 32
 BYTE = np.dtype(np.uint8)
 MARKED_WITHIN = 512  # bytes of a file in which that key is, as the second one
 
-Metadata = dict[str, Any]
+
+class Typed(NamedTuple):
+    """A value of metadata with its type in GGUF, and of lists that of the items."""
+
+    value: Any
+    kind: int
+    inner: int | None = None
+
+
+Metadata = dict[str, Any]  # also of Typed values; ints are unsigned 32-bit, floats 32-bit, lists of one kind
 
 
 def check_place(file: Path, force: bool) -> None:
@@ -55,11 +64,7 @@ def gguf_package() -> Any:
 
 
 class GgufWriter:
-    """Writes the header of a file, then its tensors in their order.
-
-    metadata: key -> value; ints are unsigned 32-bit, floats 32-bit, lists of one kind. tensors: what will be written,
-    so that the file's size is known first.
-    """
+    """Writes the header of a file, then its tensors in their order; tensors: what will be written."""
 
     def __init__(self, file: Path, architecture: str, metadata: Metadata, tensors: Sequence[FileTensor]):
         gguf = gguf_package()
@@ -78,7 +83,11 @@ class GgufWriter:
         self._pad()
 
     def _add(self, key: str, value: Any) -> None:
-        if isinstance(value, list):
+        if isinstance(value, Typed):
+            types = gguf_package().GGUFValueType
+            inner = None if value.inner is None else types(value.inner)
+            self._writer.add_key_value(key, value.value, types(value.kind), inner)
+        elif isinstance(value, list):
             self._writer.add_array(key, value)
         elif isinstance(value, bool):
             self._writer.add_bool(key, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,17 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ...checkpoint.reader import CheckpointReader
 from ...errors import ModelError
+from ...frontend.gguf import GgufSource
 from ...frontend.source import quiet_transformers, read_tokenizer
 from ...progress import Progress
 from ...runtime.load import read_model
 from . import llama_cpp, proof
-from .architectures import Architecture, architecture_of, window_of
+from .architectures import architecture_of, window_of
 from .contents import Contents
 from .file import GgufWriter, Metadata, appearing, check_place, check_space, gguf_package
 from .layout import FileTensor, bits_per_weight, lay_out
 from .metadata import describe_model, describe_storage
+from .origin import copy_metadata, find_origin, from_gguf, lay_out_as
 from .tokenizer import describe_tokenizer, without_tokenizer
 
 UNVERIFIED = "nothing was verified by llama.cpp"
@@ -52,35 +53,82 @@ class Exported:
         return asdict(self)
 
 
+@dataclass
+class _Plan:
+    """What the file will be.
+
+    tokenizer: the checkpoint's, None without one. described: whether the file's tokenizer was made from it.
+    """
+
+    architecture: str
+    metadata: Metadata
+    tensors: list[FileTensor]
+    tokenizer: PreTrainedTokenizerBase | None
+    described: bool
+    notes: list[str]
+
+
 def export_gguf(
-    checkpoint: Path, out: Path, force: bool, tokenizer: bool, pre_tokenizer: str | None, progress: Progress
+    checkpoint: Path,
+    out: Path,
+    force: bool,
+    tokenizer: bool,
+    pre_tokenizer: str | None,
+    metadata: Path | None,
+    progress: Progress,
 ) -> Exported:
     """Write a GGUF file with the weights of a checkpoint; raises a QuantcError before any work where it cannot.
 
     tokenizer: whether the file has one. pre_tokenizer: llama.cpp's name for how it cuts texts into words, None to find
-    it. The file has its name only once gguf-py, and llama.cpp where it is installed, have read it.
+    it. metadata: the GGUF file whose metadata is kept, None for the one that the checkpoint was made from, if any. The
+    file has its name only once gguf-py, and llama.cpp where it is installed, have read it.
     """
     check_place(out, force)
     gguf_package()
     reader = CheckpointReader(checkpoint)
     contents = Contents(reader)
-    config = _read_config(checkpoint)
+    origin = metadata or find_origin(reader)
+    plan = _plan_as(origin, contents, tokenizer) if origin else _plan_anew(reader, contents, tokenizer, pre_tokenizer)
+    check_space(out, plan.tensors)
+
+    exported = Exported(str(checkpoint), str(out), plan.architecture, notes=plan.notes)
+    with appearing(out) as fresh:
+        _write(fresh, plan, contents, progress)
+        reader.check_unchanged()
+        proof.check_bytes(fresh, plan.tensors, contents, progress)
+        exported.agreement = _ask_llama_cpp(fresh, reader, plan, exported.notes)
+        exported.bytes = fresh.stat().st_size
+    _summarize(exported, plan, contents)
+    return exported
+
+
+def _plan_as(origin: Path, contents: Contents, tokenizer: bool) -> _Plan:
+    source = GgufSource(origin)
+    architecture, metadata = copy_metadata(source)
+    tensors = lay_out_as(source, contents)
+    notes = [f"metadata and tokenizer are those of {origin}"]
+    words = source.optional_tokenizer if tokenizer else None
+    return _Plan(architecture, metadata | describe_storage(tensors), tensors, words, False, notes)
+
+
+def _plan_anew(reader: CheckpointReader, contents: Contents, tokenizer: bool, pre_tokenizer: str | None) -> _Plan:
+    config = _read_config(reader.folder)
     architecture = architecture_of(config)
     tensors = lay_out(contents.tensors, architecture, config)
-    words = _read_tokenizer(checkpoint) if tokenizer else None
-    metadata = describe_model(architecture, config, _name(reader, checkpoint)) | describe_storage(tensors)
+    words = _read_tokenizer(reader.folder) if tokenizer else None
+    metadata = describe_model(architecture, config, _name(reader)) | describe_storage(tensors)
     metadata |= describe_tokenizer(words, config.vocab_size, pre_tokenizer) if words else without_tokenizer()
-    check_space(out, tensors)
-
-    exported = Exported(str(checkpoint), str(out), architecture.name)
-    with appearing(out) as fresh:
-        _write(fresh, architecture.name, metadata, tensors, contents, progress)
-        reader.check_unchanged()
-        proof.check_bytes(fresh, tensors, contents, progress)
-        exported.agreement = _ask_llama_cpp(fresh, reader, tensors, words, config, exported.notes)
-        exported.bytes = fresh.stat().st_size
-    _summarize(exported, tensors, contents, architecture, config)
-    return exported
+    notes = []
+    if from_gguf(reader):
+        notes.append(
+            "the GGUF file that the checkpoint was made from is not where it was: metadata was made from config.json; "
+            "pass --metadata to keep that of a file"
+        )
+    if (window := window_of(config, architecture)) is not None:
+        notes.append(
+            f"the model attends in a window of {window} tokens, and llama.cpp to all: longer texts give other results"
+        )
+    return _Plan(architecture.name, metadata, tensors, words, True, notes)
 
 
 def _read_config(folder: Path) -> Any:
@@ -103,23 +151,17 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _name(reader: CheckpointReader, folder: Path) -> str:
+def _name(reader: CheckpointReader) -> str:
     source = (reader.manifest or {}).get("source")
-    return str(source.get("name")) if isinstance(source, dict) and source.get("name") else folder.resolve().name
+    named = isinstance(source, dict) and source.get("name")
+    return str(named) if named else reader.folder.resolve().name
 
 
-def _write(
-    file: Path,
-    architecture: str,
-    metadata: Metadata,
-    tensors: Sequence[FileTensor],
-    contents: Contents,
-    progress: Progress,
-) -> None:
-    writer = GgufWriter(file, architecture, metadata, tensors)
+def _write(file: Path, plan: _Plan, contents: Contents, progress: Progress) -> None:
+    writer = GgufWriter(file, plan.architecture, plan.metadata, plan.tensors)
     try:
-        progress.stage("Writing", len(tensors))
-        for tensor in tensors:
+        progress.stage("Writing", len(plan.tensors))
+        for tensor in plan.tensors:
             writer.write(contents.stored(tensor))
             progress.step(tensor.name)
         progress.done()
@@ -128,38 +170,25 @@ def _write(
         writer.close()
 
 
-def _ask_llama_cpp(
-    file: Path,
-    reader: CheckpointReader,
-    tensors: Sequence[FileTensor],
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: Any,
-    notes: list[str],
-) -> proof.Agreement | None:
+def _ask_llama_cpp(file: Path, reader: CheckpointReader, plan: _Plan, notes: list[str]) -> proof.Agreement | None:
     if (reason := llama_cpp.missing()) is not None:
         notes.append(f"{UNVERIFIED}: {reason}")
         return None
-    longest = min(getattr(config, name, None) or proof.TOKENS for name in ("max_position_embeddings", "sliding_window"))
-    tokens = proof.probe_tokens(tokenizer, config.vocab_size, longest)
     model = read_model(reader, torch.float32).eval()
+    tokens = proof.probe_tokens(plan.tokenizer, model.config)
     with torch.no_grad():
         expected = model(input_ids=tokens[None], use_cache=False).logits[0].float()
     del model
-    agreement = proof.check_logits(file, tensors, expected, tokens, tokenizer)
+    compared = plan.tokenizer if plan.described else None
+    agreement = proof.check_logits(file, plan.tensors, expected, tokens, compared)
     if agreement.tokenizer is False:
         notes.append("llama.cpp cuts a text of several languages into other tokens than the checkpoint's tokenizer")
     return agreement
 
 
-def _summarize(
-    exported: Exported, tensors: Sequence[FileTensor], contents: Contents, architecture: Architecture, config: Any
-) -> None:
-    counts: Counter[str] = Counter(tensor.type_name for tensor in tensors)
+def _summarize(exported: Exported, plan: _Plan, contents: Contents) -> None:
+    counts: Counter[str] = Counter(tensor.type_name for tensor in plan.tensors)
     for kind, count in counts.items():
-        exported.types[kind] = count, sum(tensor.nbytes for tensor in tensors if tensor.type_name == kind)
-    exported.bits_per_weight = bits_per_weight(list(tensors))
+        exported.types[kind] = count, sum(tensor.nbytes for tensor in plan.tensors if tensor.type_name == kind)
+    exported.bits_per_weight = bits_per_weight(plan.tensors)
     exported.minimum_rms, exported.minimum_largest = contents.rounding.rms, contents.rounding.largest
-    if (window := window_of(config, architecture)) is not None:
-        exported.notes.append(
-            f"the model attends in a window of {window} tokens, and llama.cpp to all: longer texts give other results"
-        )

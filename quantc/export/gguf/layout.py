@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,19 @@ from ...errors import ModelError
 from .architectures import Architecture, Tensor
 from .blocks import FLOAT_NAMES, FLOAT_NUMBERS, BlockType, stored_bytes
 
-Kind = BlockType | torch.dtype
 NUMBER = re.compile(r"\.(\d+)\.")  # the first one in a name is a block's
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """The type of a tensor whose bytes are copied from another file: its number and name in GGUF, and how many."""
+
+    number: int
+    name: str
+    nbytes: int
+
+
+Kind = BlockType | torch.dtype | Verbatim
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class ModelTensor:
     """A tensor of the model: its shape, and how it is stored. Packed ones have outputs as rows, as no Conv1D has."""
 
     shape: tuple[int, ...]
-    kind: Kind
+    kind: BlockType | torch.dtype
 
     @property
     def packed(self) -> bool:
@@ -35,8 +47,8 @@ class ModelTensor:
 class FileTensor:
     """A tensor of the file.
 
-    source: of the model, None for one that is computed from its config and whose `values` are here. change: what is
-    done to the model's values. rows: the model's rows in the file's order, None for all of them as they are.
+    source: of the model, None for one that `read` returns: values, or bytes of another file. change: what is done to
+    the model's values. rows: the model's rows in the file's order, None for all of them as they are.
     """
 
     name: str
@@ -45,22 +57,27 @@ class FileTensor:
     source: str | None
     change: Tensor
     rows: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    read: Callable[[], torch.Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file, without what fills it up to a multiple of 32."""
-        return stored_bytes(self.kind, self.shape)
+        return self.kind.nbytes if isinstance(self.kind, Verbatim) else stored_bytes(self.kind, self.shape)
 
     @property
     def number(self) -> int:
         """The type's number in the file."""
-        return self.kind.number if isinstance(self.kind, BlockType) else FLOAT_NUMBERS[self.kind]
+        return FLOAT_NUMBERS[self.kind] if isinstance(self.kind, torch.dtype) else self.kind.number
 
     @property
     def type_name(self) -> str:
         """The type's name, such as Q4_1 or F16."""
-        return self.kind.name if isinstance(self.kind, BlockType) else FLOAT_NAMES[self.kind]
+        return FLOAT_NAMES[self.kind] if isinstance(self.kind, torch.dtype) else self.kind.name
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its values are codes, which llama.cpp multiplies with activations of 8 bits."""
+        return self.type_name not in FLOAT_NAMES.values()
 
     def of_floats(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a float tensor of the model as the file has it."""
@@ -71,6 +88,10 @@ class FileTensor:
         return weight.to(self.kind)
 
 
+def _itself(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
 def _take_rows(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return weight[rows] if weight.ndim == 1 else weight[..., rows, :]
 
@@ -79,7 +100,9 @@ def lay_out(tensors: Mapping[str, ModelTensor], architecture: Architecture, conf
     """Return the tensors of the file; raises ModelError that names a tensor which the architecture has no place for."""
     found = [part for name in sorted(tensors, key=_order) for part in _parts(name, tensors[name], architecture, config)]
     for name, values in architecture.extra(config).items():
-        found.append(FileTensor(name, tuple(values.shape), torch.float32, None, Tensor(name), values=values))
+        found.append(
+            FileTensor(name, tuple(values.shape), torch.float32, None, Tensor(name), read=partial(_itself, values))
+        )
     _check_names(found)
     return found
 
@@ -95,10 +118,10 @@ def _parts(name: str, tensor: ModelTensor, architecture: Architecture, config: A
             "built differently than llama.cpp builds it, so it cannot be exported."
         )
     changes = entry if isinstance(entry, tuple) else (Tensor(entry) if isinstance(entry, str) else entry,)
-    number = "" if block is None else block[1]
-    return [
-        _part(name, tensor, replace(c, name=c.name.format(number) + (ending or ".weight")), config) for c in changes
-    ]
+    number, ending = "" if block is None else block[1], ending or ".weight"
+    bias = ending == ".bias"  # to which nothing is added where something is to a norm's gain
+    named = [replace(c, name=c.name.format(number) + ending, added=0.0 if bias else c.added) for c in changes]
+    return [_part(name, tensor, change, config) for change in named]
 
 
 def _part(name: str, tensor: ModelTensor, change: Tensor, config: Any) -> FileTensor:

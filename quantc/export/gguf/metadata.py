@@ -10,6 +10,7 @@ from .architectures import Architecture
 from .file import Metadata
 from .layout import FileTensor
 
+UNNAMED = 1024  # the type that readers show as guessed
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 # Numbers by which readers show what most weights of a file are stored as.
 FILE_TYPES = {
@@ -31,4 +32,4 @@ def describe_storage(tensors: Sequence[FileTensor]) -> Metadata:
     for tensor in matrices:
         weights[tensor.type_name] += tensor.nbytes
     common = weights.most_common(1)[0][0] if weights else "F32"
-    return {"general.quantization_version": QUANTIZATION_VERSION, "general.file_type": FILE_TYPES[common]}
+    return {"general.quantization_version": QUANTIZATION_VERSION, "general.file_type": FILE_TYPES.get(common, UNNAMED)}

@@ -65,9 +65,7 @@ def write_floats(model: PreTrainedModel, file: Path) -> list[FileTensor]:
     metadata = describe_model(architecture, model.config, "tiny") | describe_storage(tensors) | without_tokenizer()
     writer = GgufWriter(file, architecture.name, metadata, tensors)
     for tensor in tensors:
-        values = tensor.values if tensor.source is None else tensor.of_floats(weights[tensor.source])
-        assert values is not None
-        writer.write([values])
+        writer.write([tensor.of_floats(weights[tensor.source]) if tensor.source else tensor.read()])  # type: ignore[misc]
     writer.finish()
     return tensors
 
