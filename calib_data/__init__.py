@@ -20,7 +20,7 @@ from .builtin import load_builtin
 from .chat import Conversation, Document
 from .sources import FILE_READERS, HUB_DATASETS, load_file, load_hub
 
-__all__ = ["SOURCE_NAMES", "Conversation", "Document", "describe", "load_documents"]
+__all__ = ["SOURCE_NAMES", "Conversation", "Document", "load_documents"]
 
 SOURCE_NAMES = ("builtin", *HUB_DATASETS)
 
@@ -42,15 +42,6 @@ def load_documents(source: str, *, also_known: Sequence[str] = (), notes: list[s
     if _names_a_file(source):
         return load_file(Path(source), notes)
     raise UsageError(_unknown_source(source, [*SOURCE_NAMES, *also_known]))
-
-
-def describe(source: str) -> str:
-    """One phrase for a report: what a source that `load_documents` accepts consists of. Reads nothing."""
-    if source == "builtin":
-        return "built-in text"
-    if source in HUB_DATASETS:
-        return f"{source} ({HUB_DATASETS[source]})"
-    return f"file {source}"
 
 
 def _names_a_file(source: str) -> bool:

@@ -207,7 +207,6 @@ class Outcome:
             rows=self._rows,
             fallbacks=fallbacks,
             dead_inputs=max((factor.dead for factor in used), default=0),
-            damp=max((factor.damp for factor in used), default=0.0),
             why=why.get(self.linear.name, ""),
             lost_rows=self._lost_rows,
         )

@@ -54,7 +54,7 @@ class CheckpointError(QuantcError):
 
 
 class PassError(QuantcError):
-    """Passes are in an order that cannot work, or a pass broke what it promised to keep."""
+    """Passes are in an order that cannot work."""
 
 
 class KernelError(QuantcError):

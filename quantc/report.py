@@ -32,7 +32,8 @@ class LinearReport:
     error: share of the output's energy that rounding removed, tr(D G D^T) / tr(W G W^T) with D = W' - W and the
         Gram matrix G of the calibration inputs; without calibration G is the identity.
     method: "gptq", "rtn", or "gptq+rtn" for a stack in which some experts fell back.
-    rows: calibration rows seen (summed over experts); fallbacks: experts that saw too few of them.
+    rows: calibration rows seen (summed over experts); fallbacks: experts that saw too few of them. dead_inputs: inputs
+        that were 0 in all of them, of the expert with most.
     why: what the plan says about the choice of its spec.
     lost_rows: rows of weights so far from the others in size that float16 scales hold them badly, or not at all.
     """
@@ -47,7 +48,6 @@ class LinearReport:
     rows: int = 0
     fallbacks: int = 0
     dead_inputs: int = 0
-    damp: float = 0.0
     why: str = ""
     lost_rows: int = 0
 

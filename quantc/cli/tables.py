@@ -235,14 +235,15 @@ def _points(heads: list[str], rows: list[list[str]]) -> RenderableType:
 def _inspect_row(linear: dict[str, Any], stacks: bool) -> list[str]:
     experts = [str(linear["experts"] or "")] if stacks else []
     figures = [number(linear["bits_per_weight"], 4), number(linear["error"])]
-    fell_back = f" ({plural(linear['fallbacks'], 'fallback')})" if linear["fallbacks"] else ""
+    counts = [(linear["fallbacks"], "fallback"), (linear["dead_inputs"], "dead input")]
+    unusual = ", ".join(plural(count, noun) for count, noun in counts if count)
     return [
         linear["name"],
         label(linear["spec"]),
         _shape(linear["shape"]),
         *experts,
         *figures,
-        linear["method"] + fell_back,
+        linear["method"] + (f" ({unusual})" if unusual else ""),
     ]
 
 

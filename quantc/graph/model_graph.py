@@ -52,13 +52,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A module whose output does not depend on its input's scale (nor on its mean, if centred).
+    """A module whose output does not depend on its input's scale.
 
     of_residual: its input is the hidden state itself.
     """
 
     name: str
-    centred: bool
     of_residual: bool = False
 
 

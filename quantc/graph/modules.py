@@ -77,14 +77,14 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def as_norm(name: str, module: nn.Module, x: torch.Tensor) -> Norm | None:
-    """A norm if its output stays when its input is scaled; centred if it also stays when a constant is added."""
+    """Return a norm if its output stays when its input is scaled, else None."""
     if any(parameter.ndim != 1 for parameter in module.parameters()) or x.shape[-1] < 2:
         return None
     large = x * (64 / x.abs().mean().clamp(min=1e-12))  # makes eps negligible
     base = module.forward(large)
     if not bool(base.std() > 0) or not _close(module.forward(large * 4), base):
         return None
-    return Norm(name, centred=_close(module.forward(large + large.abs().max()), base))
+    return Norm(name)
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -48,12 +48,6 @@ class Gram:
         inverse = (1 / scales.double()).to(self._upper)
         self._upper.mul_(inverse[:, None]).mul_(inverse)
 
-    def merge(self, other: Gram) -> None:
-        """Add what another accumulator saw of the same activation."""
-        self._upper += other._upper
-        self.rows += other.rows
-        self.bad_rows += other.bad_rows
-
     @property
     def matrix(self) -> torch.Tensor:
         """float32 (K, K), symmetric."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantc.calib_data import describe, load_documents
+from quantc.calib_data import load_documents
 from quantc.errors import CalibrationError, UsageError
 
 MessageOf = Callable[..., str]
@@ -117,9 +117,3 @@ def test_unknown_source_offers_the_nearest(source: str, hint: str, message_of: M
         f"known are builtin, wikitext2, c4, pile, self, none and files ending in "
         f".txt, .jsonl, .parquet; {hint}"
     )
-
-
-def test_describe_says_what_a_source_is() -> None:
-    assert describe("builtin") == "built-in text"
-    assert describe("wikitext2") == "wikitext2 (Salesforce/wikitext wikitext-2-raw-v1, train)"
-    assert describe("my/notes.txt") == "file my/notes.txt"

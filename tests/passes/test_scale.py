@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -41,8 +43,7 @@ def gram_of(item: Activation, outliers: tuple[int, ...] = (), seed: int = 0) -> 
 
 def lost(work: BlockWork, item: Activation, gram: Gram, scales: torch.Tensor) -> float:
     """Output energy that error feedback loses in all readers of an activation divided by scales."""
-    divided = Gram(gram.width)
-    divided.merge(gram)
+    divided = deepcopy(gram)
     divided.divide_rows(scales)
     basis = Basis.of(divided.matrix, gram.rows, 0, 0.01, act_order=True)
     total = 0.0

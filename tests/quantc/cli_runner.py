@@ -19,7 +19,7 @@ def make_report(output: str = "tiny-w4") -> Report:
         LinearReport(f"model.layers.{block}.mlp.up_proj", spec, (256, 128), 0, 4.156, 0.01 * block, "gptq", 99)
         for block in range(1, 8)
     ]
-    stack = LinearReport("model.layers.8.experts", spec, (64, 128), 4, 4.2, float("nan"), "gptq+rtn", 9, 3)
+    stack = LinearReport("model.layers.8.experts", spec, (64, 128), 4, 4.2, float("nan"), "gptq+rtn", 9, 3, 2)
     return Report(
         model="tiny",
         output=output,

@@ -103,7 +103,7 @@ def test_inspect_lists_every_linear_whole_and_the_totals(folder: Any) -> None:
     shown = run("inspect", str(folder)).stdout
     first = next(line for line in shown.splitlines() if "layers.1.mlp" in line)
     assert " ".join(first.split()) == "model.layers.1.mlp.up_proj w4g128 256 x 128 4.156 0.0100 gptq"
-    assert "gptq+rtn (3 fallbacks)" in shown
+    assert "gptq+rtn (3 fallbacks, 2 dead inputs)" in shown
     assert "bits per weight" in shown
     assert not any(line.endswith(" ") for line in shown.splitlines())
 
