@@ -17,6 +17,7 @@ from ..checkpoint.shards import writing
 from ..checkpoint.writer import CheckpointWriter
 from ..frontend import Source, model_files
 from ..pipeline.run import Run
+from ..planning.sizes import notes_on_size
 from ..recipe import Recipe
 from ..spec import QuantSpec
 from ..version import __version__
@@ -64,6 +65,7 @@ def finish_weights(run: Run, writer: CheckpointWriter, started: tuple[float, flo
     report = run.report
     report.weights_bytes = writer.finish_weights(run.progress)
     report.source_bytes = sum(file.stat().st_size for file in run.source.weight_files())
+    report.notes += notes_on_size(run)
     report.count_costs(*started)
     with writing(writer.folder):
         report.write(writer.folder)

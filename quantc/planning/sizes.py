@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -13,6 +13,7 @@ from ..frontend.source import is_under
 from ..graph.decoder import outside_names
 from ..pipeline.run import Run
 from ..spec import QuantSpec
+from ..units import size
 
 Stored = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -28,6 +29,34 @@ def weights_bytes(run: Run, specs: Mapping[str, QuantSpec | None]) -> int:
         if shard.bytes >= SHARD_BYTES:
             total, shard = total + shard.file_bytes(), _Shard()
     return total + (shard.file_bytes() if shard.entries else 0)
+
+
+def notes_on_size(run: Run) -> list[str]:
+    """Return a note where the checkpoint is larger than its source: what takes most, and which option mends it."""
+    report = run.report
+    if not 0 < report.source_bytes < report.weights_bytes:
+        return []
+    count, cause = max(_causes(run))
+    grown = f"{size(report.weights_bytes)} after {size(report.source_bytes)}"
+    return [f"the checkpoint is larger than its source ({grown}): {size(count)} of it are {cause}"]
+
+
+def _causes(run: Run) -> list[tuple[int, str]]:
+    """Return bytes of weight files and what they are, by the option that makes them fewer."""
+    specs, source = run.plan.specs, run.source
+
+    def floats(names: Iterable[str]) -> int:
+        return sum(source.model.get_parameter(name).numel() * source.stored_dtype(name).itemsize for name in names)
+
+    head = [name for name in run.graph.outside_weights if specs.get(name) is None]
+    kept = {linear.weight_name for name, linear in run.graph.linears.items() if specs[name] is None}
+    stored = " and ".join(sorted({str(source.stored_dtype(name)).removeprefix("torch.") for name in head}))
+    packed = sum(linear.bits_per_weight * linear.weights for linear in run.report.linears) / 8
+    return [
+        (floats(head), f"the embedding and the head in {stored}; --head-bits 8 makes them smaller"),
+        (floats(kept), "layers that stay as they are; let the plan or --pin give them fewer bits"),
+        (int(packed), "codes and scales of layers; fewer --bits or a larger --group-size makes them smaller"),
+    ]
 
 
 class _Shard:
