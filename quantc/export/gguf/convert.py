@@ -1,6 +1,7 @@
 """From quantc's codes, scales and zeros to GGUF's blocks, where these hold them exactly, and why not where they do not.
 
-A group of any multiple of 32 becomes blocks of 32 that repeat its scale. Zero points become minima: w = (q - z) s is
+Weights on the grids of spec/grids/ggml.py are blocks already. Of uniform ones, a group of any multiple of 32 becomes
+blocks of 32 that repeat its scale. Zero points become minima: w = (q - z) s is
 stored as q d + m, d = s and m = -z s, which float16 rounds.
 """
 
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from ...checkpoint.config import PackedEntry
+from ...numerics.grids import GgmlArithmetic
 from ...numerics.qtensor import QTensor
+from ...spec import Ggml
 from .blocks import TYPES, Blocks, BlockType
 
 BLOCK = 32
@@ -36,10 +39,13 @@ def choose_type(entry: PackedEntry) -> BlockType | Misfit:
         (spec.hadamard > 0, "its input is rotated while the model runs", "a recipe without rotate"),
         (spec.wide_rows > 0, f"{spec.wide_rows} of its rows have one bit more", "a recipe without wide rows"),
         (spec.sparse, "some of its weights are dropped, and blocks would store them", "no --sparsity"),
-        (k % BLOCK != 0, f"blocks of {BLOCK} do not divide its rows of {k} weights", "--pin '*{name}=16'"),
     ):
         if there:
             return Misfit(reason, remedy)
+    if isinstance(spec.grid, Ggml):
+        return TYPES[spec.code.upper()]
+    if k % BLOCK:
+        return Misfit(f"blocks of {BLOCK} do not divide its rows of {k} weights", "--pin '*{name}=16'")
     group = spec.group_length(entry.shape)
     if group % BLOCK and group < k:
         return Misfit(f"it has groups of {group}, and blocks have {BLOCK} weights", f"--group-size {BLOCK}")
@@ -53,11 +59,27 @@ def choose_type(entry: PackedEntry) -> BlockType | Misfit:
 
 def to_blocks(tensor: QTensor) -> Blocks:
     """Return the blocks of a weight (..., N, K) that `choose_type` has found a type for."""
+    grid = tensor.spec.grid
+    if isinstance(grid, Ggml):
+        return _of_grid(tensor, grid)
     scales = _of_blocks(tensor.scales, tensor)
     if tensor.zeros is None:
         return Blocks(tensor.codes, scales)
     minima = -_of_blocks(tensor.zeros, tensor).float() * scales.float()
     return Blocks(tensor.codes, scales, minima.half())
+
+
+def _of_grid(tensor: QTensor, grid: Ggml) -> Blocks:
+    """The numbers of a weight on a block type of GGUF."""
+    found = GgmlArithmetic(grid).block_scales(tensor.parameters)
+    blocks = Blocks(tensor.codes, found.d)
+    if found.dmin is not None:
+        blocks.minima = found.dmin if grid.sub_bits else -found.dmin
+    if found.subs is not None:
+        blocks.sub_scales = found.subs.flatten(-2).to(torch.uint8 if grid.minima else torch.int8)
+    if found.sub_minima is not None:
+        blocks.sub_minima = found.sub_minima.flatten(-2).to(torch.uint8)
+    return blocks
 
 
 def _of_blocks(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from ...spec import QuantSpec
 from .base import Arithmetic, arithmetic_of, register
 from .clipping import LARGEST_SCALE, SMALLEST_NORMAL, SMALLEST_SCALE
 from .columns import Columns, Descent, ScaledColumns, side_by_side
+from .ggml import GgmlArithmetic
 from .parameters import Parameters
 from .uniform import UniformColumns
 
@@ -24,6 +25,7 @@ __all__ = [
     "Arithmetic",
     "Columns",
     "Descent",
+    "GgmlArithmetic",
     "Parameters",
     "ScaledColumns",
     "UniformColumns",
