@@ -38,6 +38,12 @@ class HiddenStates:
     def fill(self, other: HiddenStates) -> None:
         self._data.copy_(other._data)
 
+    def close(self) -> None:
+        """Give memory or disk space back; nothing can be read afterwards."""
+        self._data = torch.empty(0)
+        if self._file is not None:
+            self._file.close()
+
     def empty(self) -> HiddenStates:
         """Room for as many states, in a file of their own where these are in one."""
         return HiddenStates(tuple(self._data.shape), self._folder)

@@ -147,6 +147,10 @@ class CalibrationRun:
         """Room for as many hidden states as there are, in a file where these are in one."""
         return self._states.empty()
 
+    def close(self) -> None:
+        """Give the memory or the file of the hidden states back; they cannot be asked for afterwards."""
+        self._states.close()
+
     @property
     def total_tokens(self) -> int:
         """Of all samples."""

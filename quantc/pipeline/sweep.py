@@ -178,13 +178,15 @@ class CalibratedSweep(Sweep):
         super().build_blocks()
 
     def finish(self) -> None:
-        """Let passes work on the whole model, with the set at the first block."""
+        """Let passes work on the whole model, with the set at the first block; its states are gone afterwards."""
         for item in finishing(self.passes)[self.finished :]:
             if self._first is not None:
                 self.calibration.restart(self._first)
             item.finish(FinishWork(self.run, self.calibration, self.writer))
             self.finished += 1
             self.save()
+        self.calibration.close()
+        self._first = None
 
     def work_on(self, block: Block, module: nn.Module) -> BlockWork:
         return CalibratedWork(self.run, block, module, self.calibration)
