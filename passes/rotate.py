@@ -208,16 +208,15 @@ def error_ratio(work: BlockWork, item: Activation, readers: list[Linear], grams:
     seen = [expert for expert, gram in enumerate(grams) if guides(gram)]
     block = _rotation(work, readers[0])  # all have the same inputs
     lost = {block: 0.0, 0: 0.0}
-    bits = min(spec.bits for reader in readers if (spec := work.run.plan.specs[reader.name]))
+    specs = {reader: spec for reader in readers if (spec := work.run.plan.specs[reader.name])}
+    bits = min(spec.bits for spec in specs.values())
     for expert in seen[:: -(-len(seen) // TRIED_EXPERTS) or 1]:
         gram, rows = grams[expert].matrix, grams[expert].rows
         # At 2 bits a basis without rotation is not shrunk, and by its own measure it would always win.
         measure = work.rounding.shrunk(gram)
         for order in lost:
             basis = work.rounding.basis(gram, rows, order, bits)
-            for linear in readers:
-                spec = work.run.plan.specs[linear.name]
-                assert spec is not None
+            for linear, spec in specs.items():
                 weight = work.weight(linear, expert)
                 lost[order] += output_change(weight, basis, spec, measure, SAMPLED_ROWS)
     return lost[block] / lost[0] if lost[0] > 0 else None

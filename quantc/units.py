@@ -8,6 +8,8 @@ from typing import Any
 
 from .errors import UsageError, printable
 
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")  # torch's names of what a model can be computed in
+
 
 def size(count: float) -> str:
     """Bytes in decimal units with three digits, such as 97.3 MB; n/a TB when not finite."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..calib_data import Conversation, Document, load_documents
 from ..errors import CalibrationError, UsageError
 from ..frontend import Source
+from ..frontend.bounds import context_limit
 from ..frontend.token_ids import check_ids, ends, leading_bos, tokenize, without_first
 from ..machine.compute_dtype import has_fast_bfloat16
 
@@ -85,8 +86,8 @@ def _writing_dtype(source: Source) -> torch.dtype:
 
 def _fit_context(source: Source, data: CalibrationConfig, notes: list[str]) -> CalibrationConfig:
     """Windows longer than the model's context are shortened to it, with a note."""
-    limit = getattr(source.model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or data.seq_len <= limit:
+    limit = context_limit(source.model.config)
+    if limit is None or data.seq_len <= limit:
         return data
     notes.append(f"calibration windows have {limit} tokens, the model's context, not {data.seq_len}")
     return replace(data, seq_len=limit)

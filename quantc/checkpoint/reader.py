@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..files import untrusted
+from ..machine.dtypes import DTYPE_NAMES
 from . import integrity
 from .config import METHOD, read_quantization
-from .shards import DTYPE_NAMES, INDEX, SINGLE, checksum
+from .shards import INDEX, SINGLE, checksum
 
 MANIFEST = "quantc.json"
 

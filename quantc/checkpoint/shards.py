@@ -19,16 +19,11 @@ from typing import IO, Any
 import torch
 
 from ..errors import CheckpointError
+from ..machine.dtypes import DTYPE_NAMES, DTYPES
 from .journal import ANEW, DamagedRun, open_own
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Widest first: the order of tensors in a shard.
-DTYPE_NAMES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
 ALIGNMENT = 8  # of the data's start
 COPY_BYTES = 1 << 20  # copied at a time
 
@@ -46,7 +41,6 @@ class Entry:
 
 # Widest dtypes first, as safetensors' own writer does it: then every tensor starts at a multiple of its item size.
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class ShardWriter:
@@ -151,7 +145,7 @@ class ShardWriter:
             raise ValueError(f"it names {state['spool']!r}")
         self._end = self._synced = _count(state["end"])
         for name, (dtype, shape, start, count) in state["tensors"].items():
-            entry = Entry(name, _DTYPES[dtype], [_count(size) for size in shape], _count(start), _count(count))
+            entry = Entry(name, DTYPES[dtype], [_count(size) for size in shape], _count(start), _count(count))
             if entry.bytes != math.prod(entry.shape) * entry.dtype.itemsize or entry.start + entry.bytes > self._end:
                 raise ValueError(f"{name!r} is not inside it")
             self._entries[name] = entry

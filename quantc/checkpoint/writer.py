@@ -16,11 +16,12 @@ import torch
 
 from ..errors import CheckpointError
 from ..files.whole_file import json_text, utf8_path
+from ..machine.dtypes import DTYPE_NAMES
 from ..progress import Progress
 from .journal import ANEW, JOURNAL, DamagedRun
 from .ownership import LIST, MARK, lasting, mark, marked, remove, survey
 from .reader import MANIFEST
-from .shards import DTYPE_NAMES, INDEX, ShardWriter, checksum, sync, writing
+from .shards import INDEX, ShardWriter, checksum, sync, writing
 from .workplace import Workplace
 
 SHARD_BYTES = 2 << 30

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..units import FLOAT_DTYPES
 from .headings import CALIBRATION, MEASURED, METHOD, OUTPUT, RUN, SIZE, STORAGE, Decorator, option, options
 from .parameters import Above, Number, NumberOr, Pin, Share, Whole, WholeOr, Words, as_mapping
 
@@ -23,7 +24,7 @@ measured, size, stored, rounded, calibration, output, run = (
 def dtype_option(default: str) -> Decorator:
     """Return the option --dtype of a command with this default."""
     return run(
-        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), metavar="TYPE",
+        "--dtype", type=click.Choice(FLOAT_DTYPES), metavar="TYPE",
         help=f"Type of the activations: float32, bfloat16 or float16. [default: {default}]",
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from ..checkpoint.shards import writing
 from ..checkpoint.workplace import Workplace
 from ..errors import CheckpointError
 from ..frontend.source import PathLike
+from ..pipeline.fingerprint import SHORT, digest
 from ..pipeline.snapshot import measured_builds
 from ..plan import Plan
 from ..planning.budget import Budget, Shared
@@ -23,7 +24,7 @@ from ..units import plural
 from .goals import Built, Output
 from .job import Job
 from .quality import Round, Target, best_last, held_out, next_plan
-from .resume import digest, identity
+from .resume import identity
 
 if TYPE_CHECKING:
     from ..evaluation.scores import Scores
@@ -45,8 +46,8 @@ def quality_goal(
     with Workplace(output.folder, output.force, output.resume) as place:
         run = job.open(job.source(model), str(output.folder))
         tokens, windows = held_out(run, job.tokens(run), text)
-        scored = digest(window.tokens.numpy().tobytes() for window in windows)
-        saved = place.begin(identity(run, job.recipe, tokens, target=asdict(target), text=scored))
+        scored = digest(window.tokens.numpy().tobytes() for window in windows)[:SHORT]
+        saved = place.begin(identity(run, job.recipe.to_dict(), tokens, target=asdict(target), text=scored))
         measured = measured_builds(saved)
         place.save(plural(len(measured), "build") if measured else "", {"builds": measured})
         budget = job.budget(run, tokens, place.folder)

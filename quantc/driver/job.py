@@ -17,6 +17,7 @@ from ..graph.derive import derive
 from ..graph.model_graph import ModelGraph
 from ..kernels.cuda.gptq import panel_for
 from ..kernels.cuda.gram import products_for
+from ..machine.devices import usable_device
 from ..numerics.basis import Rounding
 from ..passes.allocate import Allocate
 from ..pipeline.base import Pass, check_order
@@ -39,7 +40,6 @@ from .settings import (
     chosen_recipe,
     given_plan,
     named_recipe,
-    parse_device,
     running_passes,
 )
 
@@ -96,7 +96,7 @@ class Job:
     def open(self, source: Source, output: str) -> Run:
         """Return the run on a model as far as its plan: the first steps of `build`."""
         graph = derive(source.model, source.load, to_meta)
-        run = self._run(source, graph, output)
+        run = self._make_run(source, graph, output)
         self._plan(run)
         return run
 
@@ -119,12 +119,12 @@ class Job:
         started = time.perf_counter(), time.process_time()
         with CheckpointWriter(folder, force, resume, resumable) as writer:
             graph = derive(source.model, source.load, to_meta)  # runs one block of each kind
-            run = self._run(source, graph, output or str(folder))
-            self._plan(run)  # by numbers alone: nothing heavy has happened before a plan is refused
+            run = self._make_run(source, graph, output or str(folder))
+            self._plan(run)  # every pass, by numbers alone; the plan is checked against the graph
             self._check_tokenizer(run)
             writer.require_space(weights_bytes(run, run.plan.specs))
             tokens = self.tokens(run) if self.needs_tokens else None
-            facts = identity(run, self.recipe, tokens, size=at_most)
+            facts = identity(run, self.recipe.to_dict(), tokens, size=at_most)
             saved = finished_blocks(writer, run, self.passes, facts)
             write_companions(run, writer)  # what is wrong with these is found before hours of work
             sweep = sweep_of(run, self.passes, tokens, writer, saved)  # the original model's states at the first block
@@ -136,7 +136,7 @@ class Job:
             writer.add_text(PLAN_FILE, run.plan.to_yaml())
             finish_weights(run, writer, started)
             if at_most is None or run.report.weights_bytes <= at_most:
-                config, manifest = write_metadata(run, self.recipe, tokens, writer)
+                config, manifest = write_metadata(run, self.recipe.to_dict(), tokens, writer)
                 writer.commit(config, manifest)
         return run.report
 
@@ -149,13 +149,13 @@ class Job:
     def _calibrated(self) -> bool:
         return any(item.calibrated for item in self.passes)
 
-    def _run(self, source: Source, graph: ModelGraph, output: str) -> Run:
+    def _make_run(self, source: Source, graph: ModelGraph, output: str) -> Run:
         for note in source.notes:
             self.progress.note(note)
         report = Report(model=source.name, output=output, notes=[*self.notes, *source.notes])
         report.calibration = NO_TEXT if self.recipe.calibration.source == NO_TEXT else ""
         report.kept = {item.name: item.keep for block in graph.blocks for item in block.linears if item.keep}
-        device = parse_device(self.device)
+        device = usable_device(self.device)
         rounding = next((item.rounding for item in self.passes if item.rounding), Rounding())
         rounding = replace(rounding, panel=panel_for(device))
         plan = self.plan.copy()  # a job may be built again

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ..checkpoint import integrity
 from ..checkpoint.config import PackedEntry, describe_quantization
 from ..checkpoint.shards import writing
 from ..checkpoint.writer import CheckpointWriter
 from ..frontend import Source, model_files
+from ..pipeline import fingerprint
 from ..pipeline.run import Run
 from ..planning.sizes import notes_on_size
-from ..recipe import Recipe
 from ..spec import QuantSpec
-from ..version import __version__
 from .model_card import CARD_FILE, model_card
 
 PLAN_FILE = "plan.yaml"
@@ -72,7 +68,7 @@ def finish_weights(run: Run, writer: CheckpointWriter, started: tuple[float, flo
 
 
 def write_metadata(
-    run: Run, recipe: Recipe, tokens: torch.Tensor | None, writer: CheckpointWriter
+    run: Run, recipe: dict[str, Any], tokens: torch.Tensor | None, writer: CheckpointWriter
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the model card, and return what config.json and quantc.json will hold; the weight files are finished."""
     write_card(run, writer)
@@ -82,42 +78,26 @@ def write_metadata(
 
 
 def manifest_json(
-    run: Run, recipe: Recipe, tokens: torch.Tensor | None, folder: Path, config: dict[str, Any]
+    run: Run, recipe: dict[str, Any], tokens: torch.Tensor | None, folder: Path, config: dict[str, Any]
 ) -> dict[str, Any]:
     """quantc.json: where the checkpoint comes from, so that it can be made again, and checksums of its small files.
 
-    folder: where those were written. config: what config.json will hold.
+    recipe: its `to_dict`. folder: where those were written. config: what config.json will hold.
     """
-    calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     return {
         "format": "quantc",
         "version": 1,
         "source": {
             "name": run.source.name,
-            "files": {f.name: _file_hash(f) for f in run.source.weight_files()},
+            "files": fingerprint.of_weight_files(run.source),
             "trust_remote_code": run.source.trusted,
         },
-        "recipe": recipe.to_dict(),
+        "recipe": recipe,
         "calibration": run.report.calibration,
-        "calibration_sha256": calibration,
-        "libraries": libraries(),
+        "calibration_sha256": fingerprint.of_tokens(tokens),
+        "libraries": fingerprint.of_libraries(),
         "files": integrity.record(folder, config),
     }
-
-
-def libraries() -> dict[str, str]:
-    """Versions of what the result may depend on."""
-    return {
-        "quantc": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_companions(run: Run, writer: CheckpointWriter) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,11 @@ from ..checkpoint.ownership import check_place
 from ..checkpoint.workplace import unfinished
 from ..checkpoint.writer import CheckpointWriter
 from ..frontend import Source
-from ..frontend.unchanged import written_at
-from ..machine.compute_dtype import has_fast_bfloat16
+from ..pipeline import fingerprint
 from ..pipeline.base import Pass
 from ..pipeline.run import Run
 from ..pipeline.snapshot import check_tensors, checked
 from ..progress import Progress
-from ..recipe import Recipe
-from .metadata import libraries
 
 
 def check_start(out: Path, source: Source, resume: bool, progress: Progress) -> None:
@@ -55,54 +49,21 @@ def finished_blocks(
     return saved
 
 
-def identity(run: Run, recipe: Recipe, tokens: torch.Tensor | None, **more: Any) -> dict[str, Any]:
-    """Nested mappings of names, as a message can show them, to values as JSON has them.
+def identity(run: Run, recipe: dict[str, Any], tokens: torch.Tensor | None, **more: Any) -> dict[str, Any]:
+    """Return what decides the bytes: nested mappings of names, as a message can show them, to values.
 
-    run: planned as far as numbers say. tokens: the calibration set (samples, T). more: what else the run depends on.
+    run: planned as far as numbers say. recipe: its `to_dict`. tokens: the calibration set (samples, T). more: what
+    else the run depends on.
     """
+    calibration = fingerprint.of_tokens(tokens)
     return {
         "model": run.source.name,
-        "file": {file.name: _version_of(file) for file in run.source.weight_files()},
-        "contents of": run.source.contents(),
-        "config": digest([run.source.model.config.to_json_string().encode()]),
-        "trust_remote_code": run.source.trusted,
-        "passes": ", ".join(name for name, _ in recipe.passes),
-        "calibration": asdict(recipe.calibration),
-        **_settings(recipe),
+        **fingerprint.of_model(run.source),
+        **fingerprint.of_recipe(recipe),
         "plan": run.plan.entries(),
-        "calibration tokens": None if tokens is None else digest([tokens.numpy().tobytes()]),
-        "device": _device(run.device),
+        "calibration tokens": calibration and calibration[: fingerprint.SHORT],
+        "device": fingerprint.of_device(run.device),
         "threads (OMP_NUM_THREADS)": torch.get_num_threads(),  # sums of matrix products are cut up among them
-        **libraries(),
+        **fingerprint.of_libraries(),
         **more,
     }
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    """Enough of the sha256 of these bytes to tell them apart."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()[:16]
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """By the pass they belong to; a pass that stands in the recipe again has a mark after its name."""
-    found: dict[str, Any] = {}
-    for name, config in recipe.passes:
-        while name in found:
-            name += "'"
-        found[name] = asdict(config)
-    return found
-
-
-def _version_of(file: Path) -> str:
-    """A file that was written again is another one, though what is compared of its contents may be the same."""
-    facts = file.stat()
-    return f"{facts.st_size} bytes, written {written_at(facts.st_mtime_ns)}"
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device.type} {torch.cuda.get_device_name(device)}"
-    return f"{device}, {torch.backends.cpu.get_cpu_capability()}{', bfloat16' * has_fast_bfloat16(device)}"

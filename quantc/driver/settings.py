@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import torch
-
 from ..calibration.tokens import NO_TEXT
 from ..errors import UsageError, as_option
 from ..frontend.source import PathLike
@@ -187,17 +185,6 @@ def given_plan(plan: PathLike | None, settings: Settings) -> Plan:
             f"--plan says how every layer is stored; remove {' and '.join(map(as_option, given))}, or edit the plan."
         )
     return read_plan(Path(plan))
-
-
-def parse_device(name: str) -> torch.device:
-    """Return a device that works here; raises UsageError for others."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--device {name!r} cannot be used here ({reason}); choose cpu or another device.") from error
-    return device
 
 
 def allocation(passes: list[Pass]) -> AllocateConfig | None:

@@ -11,13 +11,13 @@ from ..frontend import Source
 from ..frontend.source import PathLike, read_tokenizer
 from ..frontend.token_ids import check_ids
 from ..machine.compute_dtype import Choice, name_of
+from ..machine.devices import parse_device
 from ..progress import Progress
+from ..units import FLOAT_DTYPES
 from .models import Opened, choose_common, default_context, load_any, open_any, stored_size
 from .scores import Evaluation, Scores, score, summarize
 from .text import read_text
 from .windows import Window, make_windows
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def evaluate(
@@ -41,10 +41,10 @@ def evaluate(
     for note in notes:
         progress.note(note)
     chosen = Choice(wanted) if wanted else common_dtype([opened, *([] if other is None else [other])], device, progress)
-    subject = load_any(opened, chosen.dtype, trusted, torch.device(device))
+    subject = load_any(opened, chosen.dtype, trusted, parse_device(device))
     cut = make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
     check_ids(subject, tokenizer, (window.tokens for window in cut))
-    original = None if other is None else load_any(other, chosen.dtype, trusted, torch.device(device))
+    original = None if other is None else load_any(other, chosen.dtype, trusted, parse_device(device))
     if original is not None:
         check_ids(original, tokenizer, (window.tokens for window in cut))
     scores = score(subject, original, cut, progress)
@@ -57,19 +57,19 @@ def compare(
     """Return the scores of a checkpoint beside those of its original on windows."""
     models = [checkpoint, open_any(model, trusted)]
     dtype = common_dtype(models, device, progress).dtype
-    subject, original = (load_any(each, dtype, trusted, torch.device(device)) for each in models)
+    subject, original = (load_any(each, dtype, trusted, parse_device(device)) for each in models)
     return score(subject, original, windows, progress)
 
 
 def common_dtype(models: list[Opened], device: str, progress: Progress) -> Choice:
     """Return the dtype to compare models in, with a note where memory is too short for the fast one."""
-    chosen = choose_common(models, torch.device(device))
+    chosen = choose_common(models, parse_device(device))
     if chosen.short:
         progress.note(f"computed in {name_of(chosen.dtype)}: {chosen.why}")
     return chosen
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in DTYPES:
-        raise UsageError(f"--dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}.")
-    return None if name is None else DTYPES[name]
+    if name is not None and name not in FLOAT_DTYPES:
+        raise UsageError(f"--dtype {name!r} is unknown; choose one of {', '.join(FLOAT_DTYPES)}.")
+    return None if name is None else getattr(torch, name)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.reader import CheckpointReader, is_checkpoint
 from ..frontend import Source, open_model, to_meta
+from ..frontend.bounds import context_limit
 from ..frontend.source import PathLike, tensors_under
 from ..graph.decoder import find_decoder
 from ..machine.compute_dtype import HALF, Choice, choose_dtype
@@ -95,5 +96,4 @@ def _source_bits_per_weight(source: Source) -> float:
 
 def default_context(model: PreTrainedModel) -> int:
     """512 tokens, or as many as the model has positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(512, limit) if isinstance(limit, int) else 512
+    return min(512, context_limit(model.config) or 512)

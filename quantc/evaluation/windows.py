@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calib_data import Document
 from ..errors import CalibrationError, UsageError
+from ..frontend.bounds import context_limit
 from ..frontend.token_ids import leading_bos, tokenize, without_first
 
 
@@ -57,8 +58,8 @@ def make_windows(
 
 def check_context(model: PreTrainedModel, context: int) -> None:
     """Raise UsageError when `context` tokens are more than the model has positions; weights play no part."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and context > longest:
+    longest = context_limit(model.config)
+    if longest is not None and context > longest:
         raise UsageError(
             f"--context is {context} tokens, but the model has only {longest} positions; "
             f"pass --context {longest} or less."

@@ -20,16 +20,11 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import ModelError
+from ..machine.dtypes import DTYPES, FLOATS
 from .weight_files import Header, open_shard, some
 
 # transformers 5.10 still takes the tensor-parallel plan here; later ones keep it on the model.
 OLDER_ARGUMENTS = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")
 # Last parts of names that quantizers give to what belongs to packed or float8 weights.
 QUANTIZED_PARTS = frozenset(
     (

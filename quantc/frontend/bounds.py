@@ -21,6 +21,12 @@ SIDES = (
 )  # none exceeds a weight's longest side
 
 
+def context_limit(config: Any) -> int | None:
+    """Return how many positions a model's config says that it has, None where it says nothing."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def check_config_file(file: Path) -> None:
     """Raise ModelError for a config.json that transformers would choke on: damaged, too deep, or of endless layers."""
     try:

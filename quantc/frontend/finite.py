@@ -14,8 +14,8 @@ import torch
 
 from ..errors import ModelError
 from ..files.untrusted import parse_json
+from ..machine.dtypes import DTYPES, FLOATS
 from ..numerics.statistics import all_finite
-from .agreement import DTYPES, FLOATS
 
 PIECE = 1 << 24  # bytes read at a time
 

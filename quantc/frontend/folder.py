@@ -22,8 +22,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import ModelError
+from ..machine.dtypes import DTYPES
 from ..progress import Progress
-from .agreement import DTYPES, OLDER_ARGUMENTS, check_agreement, differing_ties
+from .agreement import OLDER_ARGUMENTS, check_agreement, differing_ties
 from .bounds import check_config_file, check_sizes
 from .finite import check_finite
 from .kinds import check_architecture, refuse_adapter, refuse_fetched_code, refuse_other_folders

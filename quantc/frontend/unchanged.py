@@ -18,17 +18,12 @@ import torch
 
 from ..errors import ModelError
 from ..files.untrusted import parse_json
+from ..machine.dtypes import KNOWN_DTYPES
 
 Span = tuple[int, int]  # start and count of bytes in a file
 PIECES, PIECE_BYTES = 8, 512  # of a tensor that are looked at: a fine-tune changes nearly every value of one
 MOST_PIECES = 1 << 14  # of a file, but for one of every tensor: reading one from a cloud disk takes a millisecond
 SMALL = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "vocab.txt", "merges.txt")
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class ChangedSource(ModelError):
@@ -112,7 +107,9 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     start, entries = _read_header(file)
     try:
         return {
-            name: StoredTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+            name: StoredTensor(
+                file, KNOWN_DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0]
+            )
             for name, entry in entries.items()
         }
     except (KeyError, TypeError, IndexError) as error:

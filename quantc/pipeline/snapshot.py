@@ -11,10 +11,10 @@ from typing import Any
 
 from ..checkpoint.config import ResidualRotation
 from ..checkpoint.journal import ANEW, JOURNAL, DamagedRun
-from ..checkpoint.shards import DTYPE_NAMES
 from ..errors import QuantcError
 from ..formats import format_of
 from ..frontend.source import tensors_under
+from ..machine.dtypes import DTYPE_NAMES
 from ..report import LinearReport
 from ..spec import QuantSpec
 from .base import Pass

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..files import disk_cache
+from ..pipeline.fingerprint import key_of
 from ..pipeline.run import Run, load_outside
-from ..sensitivity.cache import key_of
 from ..units import number
 from .budget import Budget, Shared
 from .evolution import Levels, Problem, Stage, State, advance

@@ -77,7 +77,7 @@ def _stored(run: Run, specs: Mapping[str, QuantSpec | None]) -> Iterator[Stored]
     """(name, dtype, shape) of everything that is written, in the order of the build."""
     blocks = [block.name for block in run.graph.blocks]
     packed = {
-        (run.graph.linears[name].weight_name if name in run.graph.linears else name): name
+        (run.graph.linears[name].weight_name if name in run.graph.linears else name): (name, spec)
         for name, spec in specs.items()
         if spec is not None
     }
@@ -89,11 +89,10 @@ def _stored(run: Run, specs: Mapping[str, QuantSpec | None]) -> Iterator[Stored]
                 yield name, run.source.stored_dtype(name), tuple(tensors[name].shape)
         for name in names:
             if name in packed:
-                yield from _parts(run, packed[name], specs[packed[name]])
+                yield from _parts(run, *packed[name])
 
 
-def _parts(run: Run, name: str, spec: QuantSpec | None) -> Iterator[Stored]:
-    assert spec is not None
+def _parts(run: Run, name: str, spec: QuantSpec) -> Iterator[Stored]:
     linear = run.graph.linears.get(name)
     if linear is None:
         n, k = run.source.model.get_parameter(name).shape

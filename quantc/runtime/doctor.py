@@ -13,9 +13,9 @@ import psutil
 import torch
 
 from ..checkpoint.reader import CheckpointReader
-from ..errors import UsageError
 from ..files import disk_cache
 from ..machine.compute_dtype import describe_dtypes, name_of
+from ..machine.devices import parse_device
 from ..units import plural, size
 from ..version import __version__
 
@@ -88,14 +88,6 @@ def examine_kernels(folder: Path, device: str, dtype: str | None) -> dict[str, A
         "device": device,
         "linears": [{"count": len(group["names"]), **group} for group in groups.values()],
     }
-
-
-def parse_device(text: str) -> torch.device:
-    """torch.device of a name such as cpu or cuda:0; raises UsageError for anything else."""
-    try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise UsageError(f"the device {text!r} is unknown; pass cpu, cuda, or cuda:0 and so on.") from error
 
 
 def installed_version(package: str) -> str | None:

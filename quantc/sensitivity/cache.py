@@ -7,15 +7,14 @@ estimator, and the candidates of every linear.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ..files import disk_cache
+from ..pipeline.fingerprint import key_of
 from ..pipeline.run import Run
 from ..spec import QuantSpec
 from .base import Candidate, Losses
@@ -34,7 +33,7 @@ def kept_losses(
     specs: the candidates of every linear. tokens: the calibration set (samples, T).
     """
     candidates = {name: [spec.to_dict() for spec in found] for name, found in specs.items()}
-    key = key_of(run, tokens, estimator=estimator, specs=candidates)
+    key = key_of(run, tokens, losses=FORMAT, estimator=estimator, specs=candidates)
     stored = disk_cache.load(CACHE, key)
     if stored is not None:
         log.info("losses of an earlier run were taken from %s", disk_cache.folder(CACHE))
@@ -42,25 +41,6 @@ def kept_losses(
     found = measure()
     disk_cache.store(CACHE, key, _encode(found))
     return found
-
-
-def key_of(run: Run, tokens: torch.Tensor, **question: Any) -> str:
-    """Under which the answer to a question about a model is kept: the same for the same model, rounding and tokens.
-
-    question: what else the answer depends on, as JSON writes it.
-    """
-    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in run.source.weight_files()]
-    facts = {
-        "format": FORMAT,
-        "files": sorted(files),
-        "contents": run.source.contents(),
-        "model": run.source.model.config.to_json_string(),
-        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        "rounding": run.rounding.settings(),
-        "device": run.device.type,
-        **question,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _encode(losses: Losses) -> bytes:

@@ -10,7 +10,7 @@ from ...checkpoint.config import PackedEntry, read_residual_rotation
 from ...checkpoint.reader import CheckpointReader
 from ...errors import UsageError
 from ...formats import format_of
-from ...frontend.unchanged import DTYPES
+from ...machine.dtypes import DTYPES
 from ...numerics.qtensor import QTensor
 from .blocks import BlockType
 from .convert import Misfit, Rounding, choose_type, to_blocks

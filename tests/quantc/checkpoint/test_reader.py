@@ -25,10 +25,11 @@ from quantc.checkpoint.config import (
 )
 from quantc.checkpoint.ownership import mark
 from quantc.checkpoint.reader import MANIFEST, CheckpointReader, is_checkpoint, verify
-from quantc.checkpoint.shards import DTYPE_NAMES, INDEX, checksum
+from quantc.checkpoint.shards import INDEX, checksum
 from quantc.checkpoint.writer import CheckpointWriter
 from quantc.errors import CheckpointError, UsageError
 from quantc.formats import DENSE
+from quantc.machine.dtypes import DTYPE_NAMES
 from quantc.spec import QuantSpec
 from tests.families import build
 from tests.helpers import save_with_tokenizer

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from quantc.checkpoint.shards import COPY_BYTES, DTYPE_NAMES, ShardWriter
+from quantc.machine.dtypes import DTYPE_NAMES
 
 shapes = st.lists(st.integers(0, 5), max_size=3)
 # The two 64-bit types are not mixed: safetensors' order of them is its own affair, and aligned either way.

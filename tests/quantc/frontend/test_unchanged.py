@@ -20,7 +20,6 @@ from quantc.checkpoint.reader import verify
 from quantc.errors import ModelError, UsageError
 from quantc.frontend import open_model
 from quantc.frontend.unchanged import (
-    DTYPES,
     MOST_PIECES,
     PIECE_BYTES,
     PIECES,
@@ -30,8 +29,9 @@ from quantc.frontend.unchanged import (
     safetensors_spans,
     stored_tensors,
 )
+from quantc.machine.dtypes import KNOWN_DTYPES
 from quantc.pipeline import sweep
-from quantc.sensitivity.cache import key_of
+from quantc.pipeline.fingerprint import key_of
 from tests.families import build
 from tests.helpers import save_with_tokenizer
 
@@ -141,7 +141,9 @@ def test_an_interrupt_is_not_taken_for_a_change(tmp_path: Path) -> None:
 
 
 def test_tensors_are_those_that_safetensors_reads(tmp_path: Path) -> None:
-    made = {name: torch.randint(0, 2, (3, 5)).to(dtype) for name, dtype in DTYPES.items() if not name.startswith("U6")}
+    made = {
+        name: torch.randint(0, 2, (3, 5)).to(dtype) for name, dtype in KNOWN_DTYPES.items() if not name.startswith("U6")
+    }
     made |= {"empty": torch.empty(0, 4), "scalar": torch.tensor(3.0)}
     save_file(made, tmp_path / "t.safetensors")
     read = stored_tensors(tmp_path / "t.safetensors")
