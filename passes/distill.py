@@ -45,7 +45,7 @@ class Distill(Pass):
 
     def __init__(self, config: DistillConfig):
         super().__init__(config)
-        self._teacher: HiddenStates | None = None
+        self._teacher = HiddenStates((0,))
         self._tokens = torch.empty(0)
 
     @property
@@ -67,8 +67,7 @@ class Distill(Pass):
         if work.run.residual is not None:
             report.refused["distill"] = "the residual stream is rotated by the weights; rotate online instead"
             return
-        assert self._teacher is not None
         with TemporaryDirectory(prefix="distill-", dir=work.writer.folder) as folder:
             found = Distillation(work, self._tokens, self._teacher, Path(folder), RATE).train(self.config.steps)
-        self._teacher = None
+        self._teacher = HiddenStates((0,))  # memory of all hidden states is free again
         report.notes.append(f"distill: KL divergence on text kept aside {found.after:.4f}, {found.before:.4f} before")

@@ -143,6 +143,11 @@ class CalibrationRun:
         """A copy of the hidden states of a batch, on the device of the run."""
         return self._states.read(batch.start, batch.count).to(self.device, copy=True)
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape (samples, T, ...) of all hidden states."""
+        return self._states.shape
+
     def empty_states(self) -> HiddenStates:
         """Room for as many hidden states as there are, in a file where these are in one."""
         return self._states.empty()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..calibration.hidden_states import StateFile
+from ..calibration.hidden_states import HiddenStates
 from ..calibration.stream import CalibrationRun
 from ..graph.model_graph import Block
 from ..graph.rewrite import weight_name
@@ -59,13 +59,13 @@ class Meter:
         means = [totals[slot] / self.tokens.numel() for slot in slots]
         return [mean if math.isfinite(mean) else math.inf for mean in means]
 
-    def _run(self, plans: Sequence[Specs]) -> tuple[StateFile, list[int]]:
+    def _run(self, plans: Sequence[Specs]) -> tuple[HiddenStates, list[int]]:
         """What the last block puts out, and for every plan the slot of it that is its own."""
         states, slots = self._first(), [0] * len(plans)
         for block in self.run.graph.blocks:
             ways = [(slot, _ways(block, plan)) for slot, plan in zip(slots, plans, strict=True)]
             distinct = {way: at for at, way in enumerate(dict.fromkeys(ways))}
-            after = self._new_file()
+            after = self._new_file(len(distinct))
             weight = cache(partial(self._weight, block))
             with self.run.loaded(block, step=False) as module:
                 for (source, specs), target in distinct.items():
@@ -85,8 +85,8 @@ class Meter:
         block: Block,
         module: nn.Module,
         weights: dict[str, torch.Tensor],
-        source: tuple[StateFile, int],
-        target: tuple[StateFile, int],
+        source: tuple[HiddenStates, int],
+        target: tuple[HiddenStates, int],
     ) -> None:
         """Run a block with other weights from the hidden states in one slot of a file, into one of another."""
         (before, taken), (after, given) = source, target
@@ -97,17 +97,17 @@ class Meter:
                 output = functional_call(module, weights, called.args, called.kwargs)
             after.write(given * len(self.tokens) + batch.start, block.returns.unwrap(output, called))
 
-    def _first(self) -> StateFile:
-        states = self._new_file()
+    def _first(self) -> HiddenStates:
+        states = self._new_file(1)
         for start, hidden in self._calibration.states():
             states.write(start, hidden)
         return states
 
-    def _new_file(self) -> StateFile:
-        _, hidden = next(self._calibration.states())
-        return StateFile(hidden.shape, self.folder, torch.float32)
+    def _new_file(self, slots: int) -> HiddenStates:
+        samples, *rest = self._calibration.state_shape
+        return HiddenStates((slots * samples, *rest), self.folder, in_file=True)
 
-    def _logits(self, states: StateFile, sample: int, slot: int) -> torch.Tensor:
+    def _logits(self, states: HiddenStates, sample: int, slot: int) -> torch.Tensor:
         hidden = states.read(slot * len(self.tokens) + sample, 1, self.run.device)
         with torch.no_grad():
             return output_logits(self.run, self.tokens[sample : sample + 1], hidden)[0]

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.hidden_states import StateFile
+from ..calibration.hidden_states import HiddenStates
 from ..calibration.precision import fast_matmul
 from ..calibration.stream import Batch, CalibrationRun
 from ..graph.blocks import BlockCall
 from ..graph.model_graph import Block, Linear
 from ..graph.rewrite import weight_name
 from ..pipeline.run import Run, output_logits
+
+STORED_DTYPE = torch.bfloat16  # of hidden states and gradients in files
 
 
 class Reader:
@@ -60,8 +62,8 @@ class BackwardSweep:
     def __init__(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path, reader: Reader):
         self.run, self.calibration, self.tokens, self.folder, self.reader = run, calibration, tokens, folder, reader
         self.files = ExitStack()
-        self.inputs: list[StateFile] = []  # before every block
-        self.gradients: StateFile  # at what the block in work puts out
+        self.inputs: list[HiddenStates] = []  # before every block
+        self.gradients: HiddenStates  # at what the block in work puts out
 
     def __enter__(self) -> BackwardSweep:
         return self
@@ -137,14 +139,11 @@ class BackwardSweep:
 
         return module.get_submodule(block.inside(linear.name)).register_forward_hook(notice)
 
-    def _snapshot(self) -> StateFile:
-        states = None
+    def _snapshot(self) -> HiddenStates:
+        states = HiddenStates(self.calibration.state_shape, self.folder, STORED_DTYPE, in_file=True)
+        self.files.enter_context(closing(states))
         for start, hidden in self.calibration.states():
-            if states is None:
-                states = StateFile((len(self.tokens), *hidden.shape[1:]), self.folder)
-                self.files.enter_context(closing(states))
             states.write(start, hidden)
-        assert states is not None
         return states
 
 

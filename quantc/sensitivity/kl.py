@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 
-from ..calibration.hidden_states import StateFile
+from ..calibration.hidden_states import HiddenStates
 from ..calibration.stream import CalibrationRun
 from ..errors import CalibrationError
 from ..graph.model_graph import Linear
@@ -69,11 +69,18 @@ class _Variants:
         self.run, self.tokens, self.candidates, self.base = run, tokens, candidates, base
         self._made: list[tuple[str, QuantSpec | None]] = []  # linear and candidate; None leaves it unrounded
         self._calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device, folder)
-        (_, first), *_ = self._calibration.states()
-        self._file = StateFile(first.shape, folder, torch.float32)
+        samples, *rest = self._calibration.state_shape
+        self._file = HiddenStates((self._slots() * samples, *rest), folder, in_file=True)
         for start, hidden in self._calibration.states():
             for slot in (ORIGINAL, START):
                 self._file.write(slot * len(tokens) + start, hidden)
+
+    def _slots(self) -> int:
+        """How many hidden states of all samples there will be."""
+        specs = self.run.plan.specs
+        planned = [linear for name, linear in self.run.graph.linears.items() if specs[name] is not None]
+        variants = [self.candidates(linear) for linear in planned]
+        return FIRST + sum(len(found) + bool(found and self.base is not None) for found in variants)
 
     def close(self) -> None:
         self._file.close()

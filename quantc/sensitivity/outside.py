@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..calibration.hidden_states import StateFile
+from ..calibration.hidden_states import HiddenStates
 from ..calibration.stream import CalibrationRun
 from ..numerics.basis import Basis
 from ..pipeline.run import Run, output_logits
@@ -45,7 +45,7 @@ class Tables:
         if self.candidates:
             self._ends.append((tokens[:, ::STRIDE], hidden.detach()[:, ::STRIDE].clone()))
 
-    def losses(self, gradients: StateFile, beyond: float) -> dict[str, list[Candidate]]:
+    def losses(self, gradients: HiddenStates, beyond: float) -> dict[str, list[Candidate]]:
         """Of all candidates.
 
         gradients: of every sample, at what the first block receives. beyond: by how much losing a share of a table's
@@ -60,7 +60,7 @@ class Tables:
                 for name, specs in self.candidates.items()
             }
 
-    def _loss(self, name: str, spec: QuantSpec, starts: States, gradients: StateFile, beyond: float) -> float:
+    def _loss(self, name: str, spec: QuantSpec, starts: States, gradients: HiddenStates, beyond: float) -> float:
         table = self.run.source.model.get_parameter(name)
         rounded = Basis.unguided(None, 0, 0).round(table.data, spec).dequantize()
         share = float((rounded - table.data).square().sum() / table.data.square().sum().clamp(min=1e-30))
@@ -73,7 +73,7 @@ class Tables:
         model, graph = self.run.source.model, self.run.graph
         return list(CalibrationRun(model, graph, self.tokens, self.run.device, self.folder).states())
 
-    def _entering(self, starts: States, changed: States, gradients: StateFile) -> float:
+    def _entering(self, starts: States, changed: States, gradients: HiddenStates) -> float:
         squares = 0.0
         for (first, before), (_, after) in zip(starts, changed, strict=True):
             slopes = gradients.read(first, len(before), before.device)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..calibration.hidden_states import HiddenStates, StateFile
+from ..calibration.hidden_states import HiddenStates
 from ..calibration.stream import Batch
 from ..frontend.source import cast_parameter, set_parameter
 from ..graph.model_graph import Block
@@ -89,7 +89,7 @@ class Distillation:
     def _step(self, batch: Batch, rate: float) -> None:
         hidden = self.work.calibration.hidden(batch)
         count, shape = batch.count, (batch.count * len(self.blocks), *hidden.shape[1:])
-        with closing(StateFile(shape, self._folder, torch.float32)) as inputs:
+        with closing(HiddenStates(shape, self._folder, in_file=True)) as inputs:
             for index, block in enumerate(self.blocks):
                 inputs.write(index * count, hidden)
                 hidden = self._forward(block, batch, hidden)

@@ -30,22 +30,6 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BATCH_TOKENS", TOKENS.shape[1])
 
 
-class KeptStates:
-    """In place of the file of bfloat16 states: float32 in memory."""
-
-    def __init__(self, shape: tuple[int, ...], folder: Path):
-        self.states = torch.empty(shape)
-
-    def write(self, start: int, states: torch.Tensor) -> None:
-        self.states[start : start + len(states)] = states.detach()
-
-    def read(self, start: int, count: int, device: torch.device) -> torch.Tensor:
-        return self.states[start : start + count].clone()
-
-    def close(self) -> None:
-        self.states = torch.empty(0)
-
-
 def analysed(folder: Path, seed: int = 0) -> CalibrationRun:
     """The calibration run of a saved model after the analysis, its states put back as in a real run."""
     run = opened_run(folder)
@@ -101,7 +85,7 @@ def weights_of(squares: torch.Tensor) -> torch.Tensor:
 def test_the_streamed_sweep_gives_the_gradients_of_the_whole_model(
     name: str, tmp_path: Path, exact: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backward, "StateFile", KeptStates)
+    monkeypatch.setattr(backward, "STORED_DTYPE", torch.float32)
     model = build(name)
     states = analysed(saved(model, tmp_path))
     found, expected = states.weights, expected_weights(model, states.graph)
