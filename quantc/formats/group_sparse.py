@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from ..numerics.grids import Arithmetic, Parameters, arithmetic_of
 from ..numerics.packing import pack_bits, unpack_bits
 from ..numerics.qtensor import QTensor
-from ..numerics.row_widths import leading_count
+from ..numerics.rows import leading_count
 from ..spec import QuantSpec, packed_bytes
 from .base import Part, Parts
 from .low_rank import layout_low_rank, pack_low_rank, unpack_low_rank

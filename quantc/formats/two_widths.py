@@ -9,7 +9,8 @@ import torch
 from ..errors import CheckpointError
 from ..numerics.packing import pack_bits, unpack_bits
 from ..numerics.qtensor import QTensor
-from ..numerics.row_widths import join, leading_count, split, take_rows
+from ..numerics.row_widths import join, split
+from ..numerics.rows import leading_count, take_rows
 from ..spec import QuantSpec, packed_bytes
 from .base import Part, Parts
 from .dense import DENSE

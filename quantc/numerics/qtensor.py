@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..spec import QuantSpec
-from .grids import Parameters, arithmetic_of
+from .grids import Arithmetic, Parameters, arithmetic_of
 from .groups import spread_groups
 from .hadamard import rotate_back
+from .rows import put_rows, take_rows
 
 
 @dataclass
@@ -51,8 +54,37 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return W (..., N, K), computed in float32 and cast last; low-rank not included."""
-        arithmetic = arithmetic_of(self.spec.grid)
-        return arithmetic.value(self.codes, self.parameters, self.spec.groups, self.levels()).to(dtype)
+        groups = self.spec.groups
+        return self.by_width(self.codes, lambda grid, codes, parameters: grid.value(codes, parameters, groups)).to(
+            dtype
+        )
+
+    def steps_(self, codes: torch.Tensor) -> torch.Tensor:
+        """Turn float32 codes (..., N, K) into what the scales of their groups multiply; they are used up."""
+        groups = self.spec.groups
+        return self.by_width(codes, lambda grid, codes, parameters: grid.steps_(codes, parameters, groups))
+
+    def zero_points(self) -> torch.Tensor:
+        """Return the codes of 0, float32 (..., N, K), or as broadcasts to it; for grids that hold 0."""
+
+        def zeros(grid: Arithmetic, codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+            found = grid.zero_points(parameters, self.spec.groups, (codes.shape[-2], codes.shape[-1]))
+            return found if self.wide is None else found.expand(codes.shape)
+
+        return self.by_width(self.codes, zeros)
+
+    def by_width(
+        self, codes: torch.Tensor, compute: Callable[[Arithmetic, torch.Tensor, Parameters], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return what `compute` makes of codes (..., N, K): of rows of each width apart where the grid minds."""
+        narrow, wider = arithmetic_of(self.spec.grid), self.spec.grid.wider()
+        if self.wide is None or wider is None or not narrow.width_matters(self.parameters):
+            return compute(narrow, codes, self.parameters)
+        found = [
+            compute(grid, take_rows(codes, rows), self.parameters.mapped(partial(take_rows, rows=rows)))
+            for grid, rows in ((arithmetic_of(wider), self.wide), (narrow, ~self.wide))
+        ]
+        return put_rows(self.wide, *found)
 
     def levels(self) -> torch.Tensor:
         """Return how many codes there are, float32 (..., N, 1), or as broadcasts to it."""

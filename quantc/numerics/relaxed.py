@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .grids import arithmetic_of
 from .groups import by_group, spread_groups, sums_of_groups
 from .hadamard import rotate_back
 from .qtensor import QTensor
@@ -38,9 +37,7 @@ class RelaxedWeight(nn.Module):
         super().__init__()
         self.tensor = tensor
         self.factors = nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32))
-        arithmetic, levels = arithmetic_of(tensor.spec.grid), tensor.levels()
-        zeros = arithmetic.zero_points(tensor.parameters, tensor.spec.groups, tensor.shape, levels)
-        self._top = levels - 1
+        zeros, self._top = tensor.zero_points(), tensor.levels() - 1
         self._bottom = torch.zeros_like(self._top)
         stays = tensor.stays()
         if stays is not None:  # what is dropped stays at its zero point
@@ -72,7 +69,7 @@ class RelaxedWeight(nn.Module):
 
     def steps(self, offsets: torch.Tensor) -> torch.Tensor:
         """Return what scales multiply, float32 (..., N, K)."""
-        return _steps(self.codes(offsets), self.tensor)
+        return self.tensor.steps_(self.codes(offsets))
 
     def scales(self, factors: torch.Tensor) -> torch.Tensor:
         return _stored(self.tensor, factors)
@@ -140,13 +137,13 @@ class _Rescaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
         ctx.tensor = tensor
-        steps = _steps(tensor.codes.float(), tensor)
+        steps = tensor.steps_(tensor.codes.float())
         return by_group(steps, _stored(tensor, factors), tensor.spec.groups, torch.Tensor.mul_)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor]:
         tensor: QTensor = ctx.tensor
-        steps = _steps(tensor.codes.float(), tensor)
+        steps = tensor.steps_(tensor.codes.float())
         return None, sums_of_groups(steps.mul_(slopes[0]), tensor.spec.groups) * tensor.scales.float()
 
 
@@ -163,11 +160,6 @@ def with_scales(tensor: QTensor, factors: torch.Tensor) -> QTensor:
 def _stored(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
     """float32: scales multiplied by 1 + factors, as float16 holds them."""
     return (tensor.scales.float() * (1 + factors)).to(torch.float16).float()
-
-
-def _steps(codes: torch.Tensor, tensor: QTensor) -> torch.Tensor:
-    """Turn float32 codes (..., N, K) into what their scales multiply, in place."""
-    return arithmetic_of(tensor.spec.grid).steps_(codes, tensor.parameters, tensor.spec.groups, tensor.levels())
 
 
 def _completed(tensor: QTensor, weight: torch.Tensor) -> torch.Tensor:

@@ -10,25 +10,7 @@ from ..spec import QuantSpec
 from .grids import Parameters
 from .packing import pack_bits, unpack_bits
 from .qtensor import QTensor
-
-
-def take_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(..., M, C): the rows of values (..., N, C) that rows, bool (..., N), marks, M of them for each leading index."""
-    *leading, _, columns = values.shape
-    return values[rows].reshape(*leading, int(rows.sum()) // leading_count(rows), columns)
-
-
-def put_rows(rows: torch.Tensor, marked: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """(..., N, C): inverse of `take_rows` for the rows that are marked, and for those that are not."""
-    values = marked.new_empty(*rows.shape, marked.shape[-1])
-    values[rows] = marked.flatten(0, -2)
-    values[~rows] = others.flatten(0, -2)
-    return values
-
-
-def leading_count(rows: torch.Tensor) -> int:
-    """How many weights (experts) a mask (..., N) is for."""
-    return torch.Size(rows.shape[:-1]).numel()
+from .rows import put_rows, take_rows
 
 
 def split(tensor: QTensor) -> tuple[QTensor, QTensor]:

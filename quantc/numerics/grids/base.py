@@ -52,29 +52,24 @@ class Arithmetic(ABC):
         """Return magnitudes of the scales that cover ranges from low to high, if scales had no limits of their own."""
         raise NotImplementedError
 
+    def width_matters(self, parameters: Parameters) -> bool:
+        """Return whether a code of the grid of one bit more may stand for something else under the same parameters."""
+        return True
+
     # Of grids whose values are steps times the scale of a group; others have a `value` of their own.
 
-    def value(
-        self, codes: torch.Tensor, parameters: Parameters, groups: Groups, levels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return float32 W (..., N, K), what codes stand for: the reference that every kernel is held against.
-
-        levels: how many codes there are, (..., N, 1) where rows have two widths; None for the grid's own.
-        """
+    def value(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
+        """Return float32 W (..., N, K), what codes stand for: the reference that every kernel is held against."""
         scales = spread_groups(parameters.scales.float(), groups, (codes.shape[-2], codes.shape[-1]))
-        return self.steps_(codes.float().contiguous(), parameters, groups, levels).mul_(scales)
+        return self.steps_(codes.float().contiguous(), parameters, groups).mul_(scales)
 
-    def steps_(
-        self, codes: torch.Tensor, parameters: Parameters, groups: Groups, levels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def steps_(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
         """Turn contiguous float32 codes (..., N, K) into what scales multiply, in place."""
         raise NotImplementedError
 
     # Of grids that hold 0.
 
-    def zero_points(
-        self, parameters: Parameters, groups: Groups, shape: tuple[int, int], levels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def zero_points(self, parameters: Parameters, groups: Groups, shape: tuple[int, int]) -> torch.Tensor:
         """Return the codes of 0, float32 (..., N, K), or as broadcasts to it."""
         raise NotImplementedError
 

@@ -63,25 +63,22 @@ class UniformArithmetic(Arithmetic):
         empty &= ~(moved if groups.per_oc else moved.T)
         return Parameters(parameters.scales.masked_fill(empty, SMALLEST_SCALE), parameters.zeros)
 
+    def width_matters(self, parameters: Parameters) -> bool:
+        return parameters.zeros is None
+
     def wanted_scales(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         if self.grid.symmetric:
             return torch.maximum(-low, high) / self.grid.mid
         return (high - low) / (self.grid.levels - 1)
 
-    def steps_(
-        self, codes: torch.Tensor, parameters: Parameters, groups: Groups, levels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def steps_(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
         if parameters.zeros is not None:
             return by_group(codes, parameters.zeros.float(), groups, torch.Tensor.sub_)
-        return codes.sub_(self.grid.mid if levels is None else levels / 2)
+        return codes.sub_(self.grid.mid)
 
-    def zero_points(
-        self, parameters: Parameters, groups: Groups, shape: tuple[int, int], levels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def zero_points(self, parameters: Parameters, groups: Groups, shape: tuple[int, int]) -> torch.Tensor:
         if parameters.zeros is not None:
             return spread_groups(parameters.zeros.float(), groups, shape)
-        if levels is not None:
-            return levels / 2
         return torch.tensor(float(self.grid.mid), device=parameters.scales.device)
 
     def idle(self, size: Sequence[int], device: torch.device) -> Parameters:

@@ -68,7 +68,7 @@ class Grid(ABC):
 
     def label(self, size: str) -> str:
         """Return the start of a spec's label; size: that of its groups, such as g64."""
-        return f"{self.name}{size}"
+        return f"w{self.bits}{size}-{self.name}"
 
 
 GRIDS: dict[str, type[Grid]] = {}

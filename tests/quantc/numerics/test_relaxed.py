@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from quantc.numerics.basis import Basis
-from quantc.numerics.grids import arithmetic_of
 from quantc.numerics.groups import spread_groups
 from quantc.numerics.hadamard import rotate, rotate_back
 from quantc.numerics.qtensor import QTensor
@@ -22,11 +21,6 @@ SPECS = [
     QuantSpec(3, 16, wide_rows=7),
     QuantSpec(2, 8, symmetric=True, wide_rows=24),
 ]
-
-
-def zero_points(tensor: QTensor) -> torch.Tensor:
-    arithmetic = arithmetic_of(tensor.spec.grid)
-    return arithmetic.zero_points(tensor.parameters, tensor.spec.groups, tensor.shape, tensor.levels())
 
 
 def relaxed(spec: QuantSpec, shape: tuple[int, int] = (24, 40), seed: int = 0) -> RelaxedWeight:
@@ -110,7 +104,7 @@ def test_gradients_are_those_of_the_weight_without_rounding(spec: QuantSpec) -> 
     (weight() * slopes).sum().backward()
     found = [parameter.grad.clone() for parameter in weight.parameters() if parameter.grad is not None]
     weight.zero_grad()
-    steps = tensor.codes.float() - zero_points(tensor) + (weight.offsets - weight.offsets.detach())
+    steps = tensor.codes.float() - tensor.zero_points() + (weight.offsets - weight.offsets.detach())
     scales = spread_groups(tensor.scales.float() * (1 + weight.factors), spec.groups, tensor.shape)
     turned = steps * scales
     (rotate_back(turned, spec.hadamard) * slopes if spec.hadamard else turned * slopes).sum().backward()
@@ -142,7 +136,7 @@ def test_rescaled_weights_are_what_is_stored_and_have_the_gradient_of_their_form
     (weight * wanted).sum().backward()
     plain = factors.detach().clone().requires_grad_()
     scales = spread_groups(tensor.scales.float() * (1 + plain), spec.groups, (24, 40))
-    turned = (tensor.codes.float() - zero_points(tensor)) * scales
+    turned = (tensor.codes.float() - tensor.zero_points()) * scales
     ((rotate_back(turned, spec.hadamard) if spec.hadamard else turned) * wanted).sum().backward()
     assert factors.grad is not None
     assert torch.allclose(factors.grad, plain.grad, atol=1e-5)
