@@ -83,5 +83,5 @@ def register(grid: type[Grid]) -> type[Grid]:
 def grid_of(record: Record) -> Grid:
     """Return the grid that a record asks for; raises UsageError where there is none of that name."""
     if not isinstance(record.code, str) or record.code not in GRIDS:
-        raise UsageError(f"code is {record.code!r}, but only {', '.join(GRIDS)} can be chosen; take that.")
+        raise UsageError(f"code is {record.code!r}, but the grids are {', '.join(GRIDS)}; choose one of those.")
     return GRIDS[record.code].of(record)
