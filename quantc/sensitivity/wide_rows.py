@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from ..spec import MAX_BITS
 from .base import Candidate, Losses
 
 EIGHTHS = range(1, 8)  # of the rows, that have one bit more
@@ -29,8 +28,10 @@ def _mixed(candidates: list[Candidate], salience: torch.Tensor) -> Iterator[Cand
     by_spec = {candidate.spec: candidate.loss for candidate in candidates}
     shares = _shares(salience)
     for spec, loss in by_spec.items():
-        wider = by_spec.get(replace(spec, bits=min(spec.bits + 1, MAX_BITS)))
-        if wider is None or spec.bits == MAX_BITS or spec.grouping != "per_oc" or spec.sparse:
+        if spec.sparse or not spec.groups.per_oc or spec.grid.wider() is None:
+            continue
+        wider = by_spec.get(replace(spec, bits=spec.bits + 1))
+        if wider is None:
             continue
         for rows, share in shares.items():
             yield Candidate(replace(spec, wide_rows=rows), (1 - share) * loss + share * wider)
