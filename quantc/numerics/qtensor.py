@@ -55,9 +55,8 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return W (..., N, K), computed in float32 and cast last; low-rank not included."""
         groups = self.spec.groups
-        return self.by_width(self.codes, lambda grid, codes, parameters: grid.value(codes, parameters, groups)).to(
-            dtype
-        )
+        found = self.by_width(self.codes, lambda grid, codes, parameters: grid.value(codes, parameters, groups))
+        return found.to(dtype)
 
     def steps_(self, codes: torch.Tensor) -> torch.Tensor:
         """Turn float32 codes (..., N, K) into what the scales of their groups multiply; they are used up."""
@@ -76,7 +75,7 @@ class QTensor:
     def by_width(
         self, codes: torch.Tensor, compute: Callable[[Arithmetic, torch.Tensor, Parameters], torch.Tensor]
     ) -> torch.Tensor:
-        """Return what `compute` makes of codes (..., N, K): of rows of each width apart where the grid minds."""
+        """Return what `compute` makes of codes (..., N, K), of the rows of each width apart where it matters."""
         narrow, wider = arithmetic_of(self.spec.grid), self.spec.grid.wider()
         if self.wide is None or wider is None or not narrow.width_matters(self.parameters):
             return compute(narrow, codes, self.parameters)
