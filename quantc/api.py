@@ -117,7 +117,8 @@ def evaluate(
     text: a file or the name of a data set. context: tokens per window, 512 or the model's own limit if that is less.
     dtype: float32, bfloat16 or float16; None is the models' own, or float32 where the CPU has no products of it.
     trust_remote_code: run code that a model brings.
-    See evaluation/scores.py for the protocol.
+    A GGUF file is measured by llama.cpp where xllamacpp is installed and neither a dtype nor a device is named; the
+    result's dtype_reason says so. See evaluation/scores.py for the protocol.
     """
     return measure(
         model, text, against, context, stride, windows, dtype, device, progress or LogProgress(), trust_remote_code

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import UsageError
 from ..frontend import Source
+from ..frontend.gguf import GgufSource
 from ..frontend.source import PathLike, read_tokenizer
 from ..frontend.token_ids import check_ids
 from ..machine.compute_dtype import Choice, name_of
 from ..machine.devices import parse_device
 from ..progress import Progress
 from ..units import FLOAT_DTYPES
+from . import llama_cpp_model
 from .models import Opened, choose_common, default_context, load_any, open_any, stored_size
 from .scores import Evaluation, Scores, score, summarize
 from .text import read_text
@@ -41,14 +45,27 @@ def evaluate(
     for note in notes:
         progress.note(note)
     chosen = Choice(wanted) if wanted else common_dtype([opened, *([] if other is None else [other])], device, progress)
-    subject = load_any(opened, chosen.dtype, trusted, parse_device(device))
+    subject, computed = _load_subject(opened, chosen, wanted is not None, context, trusted, device)
     cut = make_windows(tokenizer, documents, context or default_context(subject), stride, windows)
     check_ids(subject, tokenizer, (window.tokens for window in cut))
     original = None if other is None else load_any(other, chosen.dtype, trusted, parse_device(device))
     if original is not None:
         check_ids(original, tokenizer, (window.tokens for window in cut))
     scores = score(subject, original, cut, progress)
-    return summarize(scores, subject, tokenizer, chosen, **stored_size(opened))
+    return summarize(scores, subject, tokenizer, computed, **stored_size(opened))
+
+
+def _load_subject(
+    opened: Opened, chosen: Choice, dtype_given: bool, context: int | None, trusted: bool, device: str
+) -> tuple[Any, Choice]:
+    """The model to measure, and what it is computed in: a GGUF file by llama.cpp where that can be asked."""
+    if not isinstance(opened, GgufSource):
+        return load_any(opened, chosen.dtype, trusted, parse_device(device)), chosen
+    why = llama_cpp_model.refusal(dtype_given, device)
+    if why is None:
+        return llama_cpp_model.LlamaCppModel(opened, context or default_context(opened.model)), llama_cpp_model.CHOICE
+    subject = load_any(opened, chosen.dtype, trusted, parse_device(device))
+    return subject, replace(chosen, why="; ".join(filter(None, [f"its weights dequantized, as {why}", chosen.why])))
 
 
 def compare(

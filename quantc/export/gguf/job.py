@@ -12,11 +12,12 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ...checkpoint.reader import CheckpointReader
 from ...errors import ModelError
+from ...evaluation import llama_cpp
 from ...frontend.gguf import GgufSource
 from ...frontend.source import quiet_transformers, read_tokenizer
 from ...progress import Progress
 from ...runtime.load import read_model
-from . import llama_cpp, proof
+from . import proof
 from .architectures import architecture_of, window_of
 from .contents import Contents
 from .file import GgufWriter, Metadata, appearing, check_place, check_space, gguf_package

@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import CheckpointError
+from ...evaluation.llama_cpp import LlamaCpp
 from ...frontend.gguf import open_reader
 from ...frontend.token_ids import leading_bos
 from ...progress import Progress
 from .contents import Contents
 from .file import gguf_package
 from .layout import FileTensor, Verbatim
-from .llama_cpp import LlamaCpp
 
 PROBE = (
     "The harbour filled up with mud because every tide carried silt in, and 12,480 tonnes of it stayed.\n\n"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from quantc.checkpoint.shards import COPY_BYTES, DTYPE_NAMES, ShardWriter
+from quantc.checkpoint.shards import COPY_BYTES, ShardWriter
 from quantc.machine.dtypes import DTYPE_NAMES
 
 shapes = st.lists(st.integers(0, 5), max_size=3)

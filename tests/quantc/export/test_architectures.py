@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from quantc.errors import ModelError
-from quantc.export.gguf import llama_cpp, proof
+from quantc.evaluation import llama_cpp
+from quantc.export.gguf import proof
 from quantc.export.gguf.architectures import architecture_of, base
 from tests.quantc.export.tiny import LLAMA3, MODELS, build, logits, write_floats
 

@@ -15,7 +15,8 @@ import torch
 import quantc
 from quantc import api
 from quantc.errors import CheckpointError, ModelError, UsageError
-from quantc.export.gguf import llama_cpp, proof
+from quantc.evaluation import llama_cpp
+from quantc.export.gguf import proof
 from quantc.export.gguf.convert import BLOCK, Rounding, choose_type, to_blocks
 from quantc.frontend.gguf import open_reader
 from quantc.numerics.qtensor import QTensor

@@ -11,7 +11,8 @@ import pytest
 import quantc
 from quantc import api
 from quantc.errors import ModelError
-from quantc.export.gguf import architectures, llama_cpp
+from quantc.evaluation import llama_cpp
+from quantc.export.gguf import architectures
 from quantc.export.gguf.architectures import Architecture
 from quantc.export.gguf.architectures.gemma2 import gain
 from quantc.frontend.gguf import open_reader

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantc.export.gguf.architectures import architecture_of
-from quantc.export.gguf.file import GgufWriter
+from quantc.export.gguf.file import GgufWriter, Metadata
 from quantc.export.gguf.layout import FileTensor, ModelTensor, lay_out
 from quantc.export.gguf.metadata import describe_model, describe_storage
 from quantc.export.gguf.tokenizer import without_tokenizer
@@ -56,13 +56,14 @@ def build(name: str, **settings: Any) -> PreTrainedModel:
     return model
 
 
-def write_floats(model: PreTrainedModel, file: Path) -> list[FileTensor]:
-    """Write a model's float32 weights as they are, without a tokenizer."""
+def write_floats(model: PreTrainedModel, file: Path, words: Metadata | None = None) -> list[FileTensor]:
+    """Write a model's float32 weights as they are, with a tokenizer or without."""
     weights = {name: weight for name, weight in model.state_dict().items() if name not in model.all_tied_weights_keys}
     architecture = architecture_of(model.config)
     shapes = {name: ModelTensor(tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
     tensors = lay_out(shapes, architecture, model.config)
-    metadata = describe_model(architecture, model.config, "tiny") | describe_storage(tensors) | without_tokenizer()
+    metadata = describe_model(architecture, model.config, "tiny") | describe_storage(tensors)
+    metadata |= words or without_tokenizer()
     writer = GgufWriter(file, architecture.name, metadata, tensors)
     for tensor in tensors:
         writer.write([tensor.of_floats(weights[tensor.source]) if tensor.source else tensor.read()])  # type: ignore[misc]

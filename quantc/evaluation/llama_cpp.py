@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import ModelError
+from ..errors import ModelError
 
 PACKAGE, VERSION = "xllamacpp", "2026.10.11549"
 DEFAULT_CONTEXT = (512, 2048, 512, 1, 0, 0, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max, three counts of outputs
@@ -136,12 +136,17 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return float32 (T, V) for a sequence of tokens (T,), at most `context` of them."""
+        memory = self._library.llama_get_memory(ctypes.c_void_p(self._context))
+        self._library.llama_memory_clear(ctypes.c_void_p(memory), True)
+        return self.more_logits(tokens, 0)
+
+    def more_logits(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """Return float32 (T, V) for tokens (T,) that follow the `start` ones that were read before."""
         library, context, count = self._library, ctypes.c_void_p(self._context), len(tokens)
-        library.llama_memory_clear(ctypes.c_void_p(library.llama_get_memory(context)), True)
         batch = library.llama_batch_init(count, 0, 1)
         try:
             for place, token in enumerate(tokens.tolist()):
-                batch.token[place], batch.pos[place] = token, place
+                batch.token[place], batch.pos[place] = token, start + place
                 batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, 0, 1
             batch.n_tokens = count
             failed = library.llama_decode(context, batch)
@@ -151,6 +156,10 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
             raise ModelError(f"llama.cpp cannot run {self.file} ({_reason() or failed}); report this with its name.")
         found = np.ctypeslib.as_array(library.llama_get_logits(context), (count, self.tokens))
         return torch.from_numpy(found.copy())
+
+    def use_threads(self, count: int) -> None:
+        """Compute on that many threads from now on."""
+        self._library.llama_set_n_threads(ctypes.c_void_p(self._context), count, count)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text, without BOS and EOS; texts of special tokens are taken as text."""
