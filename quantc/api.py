@@ -150,6 +150,7 @@ def export(
     from .export.gguf.job import export_gguf
 
     folder = Path(checkpoint)
-    file = Path(out) if out is not None else folder.with_name(f"{folder.resolve().name}.gguf")
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    file = Path(out) if out is not None else named.parent / f"{named.name}.gguf"
     kept = None if metadata is None else Path(metadata)
     return export_gguf(folder, file, force, tokenizer, pre_tokenizer, kept, progress or LogProgress())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import secrets
@@ -134,7 +135,7 @@ def _byte_shape(tensor: FileTensor) -> tuple[int, ...]:
 def appearing(file: Path) -> Iterator[Path]:
     """Yield a name beside the file; what is written there gets the file's own name at the end, or is removed.
 
-    Raises CheckpointError for a full disk, in one sentence; other failures are raised as they are.
+    Raises CheckpointError, in one sentence, where the file cannot be written; other failures are raised as they are.
     """
     place = file.resolve()
     fresh = place.with_name(f".{place.name[:200]}.{secrets.token_hex(4)}")
@@ -143,9 +144,9 @@ def appearing(file: Path) -> Iterator[Path]:
         os.replace(fresh, place)
     except OSError as error:
         fresh.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{file} could not be written ({error.strerror or error}); free some space or choose another --out."
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space or choose another --out" if full else "choose another --out"
+        raise CheckpointError(f"{file} could not be written ({error.strerror or error}); {remedy}.") from error
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise

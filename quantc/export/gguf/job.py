@@ -14,11 +14,13 @@ from ...checkpoint.reader import CheckpointReader
 from ...errors import ModelError
 from ...evaluation import llama_cpp
 from ...frontend.gguf import GgufSource
-from ...frontend.source import quiet_transformers, read_tokenizer
+from ...frontend.source import first_line, quiet_transformers, read_tokenizer
+from ...machine.memory import available_bytes
 from ...progress import Progress
-from ...runtime.load import read_model
+from ...runtime.load import read_model, unpacked_values
+from ...units import size
 from . import proof
-from .architectures import architecture_of, window_of
+from .architectures import architecture_of, check_type, window_of
 from .contents import Contents
 from .file import GgufWriter, Metadata, appearing, check_place, check_space, gguf_package
 from .layout import FileTensor, bits_per_weight, lay_out
@@ -26,6 +28,7 @@ from .metadata import describe_model, describe_storage
 from .origin import copy_metadata, find_origin, from_gguf, lay_out_as
 from .tokenizer import describe_tokenizer, without_tokenizer
 
+ROOM = 0.8  # the share of free memory that weights may take: the rest is for activations and logits
 UNVERIFIED = "nothing was verified by llama.cpp"
 
 
@@ -97,7 +100,7 @@ def export_gguf(
         _write(fresh, plan, contents, progress)
         reader.check_unchanged()
         proof.check_bytes(fresh, plan.tensors, contents, progress)
-        exported.agreement = _ask_llama_cpp(fresh, reader, plan, exported.notes)
+        exported.agreement = _ask_llama_cpp(fresh, reader, plan, exported.notes, progress)
         exported.bytes = fresh.stat().st_size
     _summarize(exported, plan, contents)
     return exported
@@ -113,7 +116,7 @@ def _plan_as(origin: Path, contents: Contents, tokenizer: bool) -> _Plan:
 
 
 def _plan_anew(reader: CheckpointReader, contents: Contents, tokenizer: bool, pre_tokenizer: str | None) -> _Plan:
-    config = _read_config(reader.folder)
+    config = _read_config(reader)
     architecture = architecture_of(config)
     tensors = lay_out(contents.tensors, architecture, config)
     words = _read_tokenizer(reader.folder) if tokenizer else None
@@ -132,14 +135,15 @@ def _plan_anew(reader: CheckpointReader, contents: Contents, tokenizer: bool, pr
     return _Plan(architecture.name, metadata, tensors, words, True, notes)
 
 
-def _read_config(folder: Path) -> Any:
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(folder)
-    if config.get_text_config() is not config:
+def _read_config(reader: CheckpointReader) -> Any:
+    check_type(reader.config.get("model_type"))
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(reader.folder)
+    except Exception as error:  # transformers checks few settings
         raise ModelError(
-            f"the model is of type {config.model_type}, which has more than text; quantc writes models of text to GGUF."
-        )
-    return config
+            f"{reader.folder}: config.json is not one that transformers can use ({first_line(error)}); copy it again."
+        ) from error
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -171,10 +175,13 @@ def _write(file: Path, plan: _Plan, contents: Contents, progress: Progress) -> N
         writer.close()
 
 
-def _ask_llama_cpp(file: Path, reader: CheckpointReader, plan: _Plan, notes: list[str]) -> proof.Agreement | None:
-    if (reason := llama_cpp.missing()) is not None:
+def _ask_llama_cpp(
+    file: Path, reader: CheckpointReader, plan: _Plan, notes: list[str], progress: Progress
+) -> proof.Agreement | None:
+    if (reason := llama_cpp.missing() or _memory_is_short(file, reader)) is not None:
         notes.append(f"{UNVERIFIED}: {reason}")
         return None
+    progress.stage("Comparing logits", 1)
     model = read_model(reader, torch.float32).eval()
     tokens = proof.probe_tokens(plan.tokenizer, model.config)
     with torch.no_grad():
@@ -182,9 +189,20 @@ def _ask_llama_cpp(file: Path, reader: CheckpointReader, plan: _Plan, notes: lis
     del model
     compared = plan.tokenizer if plan.described else None
     agreement = proof.check_logits(file, plan.tensors, expected, tokens, compared)
+    progress.step("llama.cpp")
+    progress.done()
     if agreement.tokenizer is False:
         notes.append("llama.cpp cuts a text of several languages into other tokens than the checkpoint's tokenizer")
     return agreement
+
+
+def _memory_is_short(file: Path, reader: CheckpointReader) -> str | None:
+    """Why the checkpoint and the file cannot be in memory, one after the other, None where they can."""
+    floats = unpacked_values(reader) * torch.float32.itemsize
+    needed, free = max(reader.weights_bytes() + floats, file.stat().st_size), available_bytes()
+    if needed <= ROOM * free:
+        return None
+    return f"comparing logits needs {size(needed)} of memory, and {size(free)} are free"
 
 
 def _summarize(exported: Exported, plan: _Plan, contents: Contents) -> None:

@@ -14,13 +14,17 @@ import torch
 
 import quantc
 from quantc import api
+from quantc.checkpoint.config import PackedEntry
 from quantc.errors import CheckpointError, ModelError, UsageError
 from quantc.evaluation import llama_cpp
-from quantc.export.gguf import proof
+from quantc.export.gguf import job, proof
 from quantc.export.gguf.convert import BLOCK, Rounding, choose_type, to_blocks
+from quantc.export.gguf.file import GgufWriter
 from quantc.frontend.gguf import open_reader
 from quantc.numerics.qtensor import QTensor
 from quantc.spec import QuantSpec
+from tests import families
+from tests.quantc.cli_runner import run
 from tests.quantc.export.tiny import build
 
 gguf = pytest.importorskip("gguf")
@@ -32,6 +36,12 @@ def packed(folder: Path, name: str = "llama", own: dict[str, Any] | None = None,
     plain = {"bits": 4, "group_size": 32, "method": "rtn", "calib": "none"}
     quantc.quantize(folder / "model", out=folder / "packed", **(plain | settings))
     return folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in 4 bits, in groups of 32."""
+    return packed(tmp_path_factory.mktemp("plain"))
 
 
 def export(checkpoint: Path, **settings: Any) -> Any:
@@ -118,8 +128,6 @@ def test_what_gguf_cannot_hold_is_refused_by_name(settings: dict[str, Any], mess
     ],
 )
 def test_parts_of_a_spec_that_no_block_has(spec: dict[str, Any], reason: str) -> None:
-    from quantc.checkpoint.config import PackedEntry
-
     found: Any = choose_type(PackedEntry(QuantSpec(bits=4, group_size=BLOCK, **spec), (64, 96)))
     assert found.reason == reason
 
@@ -135,9 +143,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
 
 
 def test_an_architecture_that_is_not_written(tmp_path: Path) -> None:
-    from tests.families import build as build_family
-
-    build_family("opt").save_pretrained(tmp_path / "model")
+    families.build("opt").save_pretrained(tmp_path / "model")
     quantc.quantize(tmp_path / "model", out=tmp_path / "packed", bits=4, group_size=32, method="rtn", calib="none",
                     pins={"*fc2": 16})  # fmt: skip
     with pytest.raises(ModelError) as caught:
@@ -147,18 +153,17 @@ def test_an_architecture_that_is_not_written(tmp_path: Path) -> None:
     )
 
 
-def test_a_missing_tokenizer(tmp_path: Path) -> None:
-    checkpoint = packed(tmp_path)
+def test_a_missing_tokenizer(plain: Path) -> None:
     with pytest.raises(ModelError) as caught:
-        api.export(checkpoint)
+        api.export(plain)
     assert str(caught.value) == (
-        f"{checkpoint} has no tokenizer, but llama.cpp reads texts with the one in its file; copy tokenizer.json into "
+        f"{plain} has no tokenizer, but llama.cpp reads texts with the one in its file; copy tokenizer.json into "
         "the folder, or pass --no-tokenizer for a file that takes token ids alone."
     )
 
 
-def test_a_file_that_exists(tmp_path: Path) -> None:
-    checkpoint, file = packed(tmp_path), tmp_path / "tiny.gguf"
+def test_a_file_that_exists(plain: Path, tmp_path: Path) -> None:
+    checkpoint, file = plain, tmp_path / "tiny.gguf"
     export(checkpoint, out=file)
     before = file.read_bytes()
     with pytest.raises(UsageError) as caught:
@@ -172,31 +177,27 @@ def test_a_file_that_exists(tmp_path: Path) -> None:
     assert str(caught.value) == f"{file} exists, and quantc did not write it; pass another --out."
 
 
-def test_a_disk_that_is_full_in_the_last_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantc.export.gguf.file import GgufWriter
-
-    plain = GgufWriter.finish
+def test_a_disk_that_is_full_in_the_last_tensor(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = GgufWriter.finish
 
     def full(self: GgufWriter) -> None:
-        plain(self)
+        finish(self)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoint = packed(tmp_path)
     monkeypatch.setattr(GgufWriter, "finish", full)
     with pytest.raises(CheckpointError) as caught:
-        export(checkpoint, out=tmp_path / "tiny.gguf")
+        export(plain, out=tmp_path / "tiny.gguf")
     assert str(caught.value) == (
         f"{tmp_path / 'tiny.gguf'} could not be written (No space left on device); free some space or choose another "
         "--out."
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "packed"]
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = packed(tmp_path)
+def test_a_disk_that_is_too_small(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 0, 1000))  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError) as caught:
-        export(checkpoint, out=tmp_path / "tiny.gguf")
+        export(plain, out=tmp_path / "tiny.gguf")
     assert str(caught.value).endswith("but the disk has 1.00 kB free; free some space or choose another --out.")
 
 
@@ -211,23 +212,32 @@ def test_weights_that_are_read_back_differently_are_an_error(tmp_path: Path, mon
 
 
 @pytest.mark.skipif(llama_cpp.missing() is not None, reason="needs llama.cpp")
-def test_logits_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = packed(tmp_path)
-    plain = llama_cpp.LlamaCpp.logits
-    monkeypatch.setattr(llama_cpp.LlamaCpp, "logits", lambda self, tokens: plain(self, tokens.flip(0)))
+def test_logits_that_differ_are_an_error(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = llama_cpp.LlamaCpp.logits
+    monkeypatch.setattr(llama_cpp.LlamaCpp, "logits", lambda self, tokens: logits(self, tokens.flip(0)))
     with pytest.raises(CheckpointError) as caught:
-        export(checkpoint, out=tmp_path / "tiny.gguf")
+        export(plain, out=tmp_path / "tiny.gguf")
     assert str(caught.value).startswith("llama.cpp computes other logits from the new GGUF file than quantc (mean KL")
     assert not list(tmp_path.glob("*gguf*"))
 
 
-def test_without_llama_cpp_the_summary_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llama_cpp_the_summary_says_so(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp, "find_spec", lambda _: None)
-    found = export(packed(tmp_path), out=tmp_path / "tiny.gguf")
+    found = export(plain, out=tmp_path / "tiny.gguf")
     assert found.agreement is None
     assert found.notes == [
         "nothing was verified by llama.cpp: xllamacpp is not installed; run `pip install xllamacpp==2026.10.11549`"
     ]
+
+
+def test_where_memory_is_short_logits_are_not_compared(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "missing", lambda: None)
+    monkeypatch.setattr(job, "available_bytes", lambda: 1000)
+    found = export(plain, out=tmp_path / "tiny.gguf")
+    assert found.agreement is None
+    assert found.notes[0].startswith("nothing was verified by llama.cpp: comparing logits needs ")
 
 
 def test_agreement_is_measured_on_centred_logits() -> None:
@@ -238,11 +248,19 @@ def test_agreement_is_measured_on_centred_logits() -> None:
     assert proof.measure(logits, 1.1 * logits, None).error == pytest.approx(0.1)
 
 
-def test_the_command_prints_what_it_wrote(tmp_path: Path) -> None:
-    from tests.quantc.cli_runner import run
+def test_the_command_prints_what_it_wrote(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "tiny-w4")
+    found = json.loads(run("export", str(tmp_path / "tiny-w4"), "--no-tokenizer", "--json", "--quiet").stdout)
+    assert found["output"] == str(tmp_path / "tiny-w4.gguf")
+    assert found["bytes"] == (tmp_path / "tiny-w4.gguf").stat().st_size
+    shown = run("export", str(tmp_path / "tiny-w4"), "--no-tokenizer", "--force").stdout
+    assert "Q4_1 (14 tensors, " in shown
+    assert "equal to the checkpoint's to the bit but for minima in float16: 0." in shown
 
-    checkpoint = packed(tmp_path)
-    result = run("export", str(checkpoint), "--no-tokenizer", "--json", "--quiet")
-    found = json.loads(result.stdout)
-    assert found["output"] == str(tmp_path / "packed.gguf")
-    assert found["bytes"] == (tmp_path / "packed.gguf").stat().st_size
+
+def test_the_command_refuses_in_one_line(plain: Path, tmp_path: Path) -> None:
+    result = run("export", str(plain), "-o", str(tmp_path / "missing" / "tiny.gguf"))
+    assert result.stderr == (
+        f"Error: the folder {tmp_path / 'missing'} of the output does not exist; make it, or pass another --out.\n"
+    )
+    assert result.exit_code == 2

@@ -22,15 +22,20 @@ ARCHITECTURES = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, GRANITE, 
 USUAL_ROPE = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}  # of yarn
 
 
+def check_type(model_type: object) -> Architecture:
+    """Return the architecture of a type of transformers models; raises ModelError where there is none."""
+    known = {kind: architecture for architecture in ARCHITECTURES for kind in architecture.model_types}
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ModelError(
+            f"the model is of type {model_type}, which quantc does not write to GGUF; it writes "
+            f"{', '.join(sorted(known))}, and all that was quantized from a GGUF file."
+        )
+    return known[model_type]
+
+
 def architecture_of(config: Any) -> Architecture:
     """Return the architecture of a config; raises ModelError that names what cannot be written."""
-    known = {kind: architecture for architecture in ARCHITECTURES for kind in architecture.model_types}
-    architecture = known.get(config.model_type)
-    if architecture is None:
-        raise ModelError(
-            f"the model is of type {config.model_type}, which quantc does not write to GGUF; it writes "
-            f"{', '.join(sorted(known))}."
-        )
+    architecture = check_type(config.model_type)
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     activation = activation or getattr(config, "activation_function", None)
     if activation not in architecture.activations:
@@ -58,4 +63,4 @@ def window_of(config: Any, architecture: Architecture) -> int | None:
     return window if window and used and not architecture.windows else None
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "architecture_of", "window_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "Tensor", "architecture_of", "check_type", "window_of"]
