@@ -18,8 +18,7 @@ from quantc import errors
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("quantc", "passes", "kernels", "calib_data")
 # Docstrings of everything public in these start with a verb or, of classes and modules, with what the thing is.
-VERBS_FIRST = ("quantc/cli", "quantc/evaluation", "quantc/frontend", "quantc/checkpoint", "quantc/runtime",
-               "quantc/files", "quantc/machine", "quantc/pages", "kernels")  # fmt: skip
+VERBS_FIRST = ("quantc", "passes", "kernels", "calib_data")
 
 ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 NO_VERBS = """
