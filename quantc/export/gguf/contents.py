@@ -100,4 +100,4 @@ def _misfit(misfits: dict[str, Misfit]) -> UsageError:
     name, first = next(iter(misfits.items()))
     remedy = first.remedy.format(name=name[name.rfind(".") :])
     others = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
-    return UsageError(f"GGUF cannot hold {name}{others}: {first.reason}; quantize the model again with {remedy}.")
+    return UsageError(f"GGUF cannot hold {name}{others}: {first.reason}; quantize the model again {remedy}.")

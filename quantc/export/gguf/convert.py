@@ -34,26 +34,34 @@ def choose_type(entry: PackedEntry) -> BlockType | Misfit:
     """Return the block type that holds a packed weight, or why none does."""
     spec, k = entry.spec, entry.shape[1]
     for there, reason, remedy in (
-        (spec.grouping != "per_oc", "it has per_ic groups", "a recipe with per_oc groups"),
-        (spec.rank > 0, f"it has a low-rank addition of rank {spec.rank}", "a recipe without lowrank"),
-        (spec.hadamard > 0, "its input is rotated while the model runs", "a recipe without rotate"),
-        (spec.wide_rows > 0, f"{spec.wide_rows} of its rows have one bit more", "a recipe without wide rows"),
-        (spec.sparse, "some of its weights are dropped, and blocks would store them", "no --sparsity"),
+        (spec.grouping != "per_oc", "it has per_ic groups", "without group_channels in its recipe"),
+        (spec.rank > 0, f"it has a low-rank addition of rank {spec.rank}", "without compensate in its recipe"),
+        (
+            spec.hadamard > 0,
+            "its input is rotated while the model runs",
+            "with --preset fast, or without rotate in its recipe",
+        ),
+        (
+            spec.wide_rows > 0,
+            f"{spec.wide_rows} of its rows have one bit more",
+            "with --bits 4, or with --formats of GGUF's widths",
+        ),
+        (spec.sparse, "some of its weights are dropped, and blocks would store them", "without --sparsity"),
     ):
         if there:
             return Misfit(reason, remedy)
     if isinstance(spec.grid, Ggml):
         return TYPES[spec.code.upper()]
     if k % BLOCK:
-        return Misfit(f"blocks of {BLOCK} do not divide its rows of {k} weights", "--pin '*{name}=16'")
+        return Misfit(f"blocks of {BLOCK} do not divide its rows of {k} weights", "with --pin '*{name}=16'")
     group = spec.group_length(entry.shape)
     if group % BLOCK and group < k:
-        return Misfit(f"it has groups of {group}, and blocks have {BLOCK} weights", f"--group-size {BLOCK}")
+        return Misfit(f"it has groups of {group}, and blocks have {BLOCK} weights", f"with --group-size {BLOCK}")
     name = (SYMMETRIC if spec.symmetric else ASYMMETRIC).get(spec.bits)
     if name is not None:
         return TYPES[name]
     kind = "symmetric" if spec.symmetric else "asymmetric"
-    remedy = "--bits 8 --symmetric" if spec.bits > 5 else f"--bits {max(4, spec.bits)}"
+    remedy = "with --bits 8 --symmetric" if spec.bits > 5 else "with --bits 4"
     return Misfit(f"it has {kind} codes of {spec.bits} bits, for which no block is exact", remedy)
 
 

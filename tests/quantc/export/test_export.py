@@ -106,7 +106,7 @@ def test_rounding_of_minima_is_counted_in_steps() -> None:
         ({"bits": 8}, "it has asymmetric codes of 8 bits, for which no block is exact; quantize the model again with "
          "--bits 8 --symmetric."),
         ({"sparsity": 0.25}, "some of its weights are dropped, and blocks would store them; quantize the model again "
-         "with no --sparsity."),
+         "without --sparsity."),
     ],
 )  # fmt: skip
 def test_what_gguf_cannot_hold_is_refused_by_name(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
