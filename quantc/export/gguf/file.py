@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,9 +153,18 @@ def appearing(file: Path) -> Iterator[Path]:
         raise
 
 
-def check_space(file: Path, tensors: Sequence[FileTensor]) -> None:
-    """Raise CheckpointError where the disk has less room than the tensors take."""
-    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(file.parent).free
+def file_bytes(architecture: str, metadata: Metadata, tensors: Sequence[FileTensor]) -> int:
+    """Return the size of a file to the byte, metadata counted, before it is written."""
+    with tempfile.TemporaryDirectory(prefix="quantc-header-") as folder:
+        writer = GgufWriter(Path(folder) / "header.gguf", architecture, metadata, tensors)
+        writer.close()
+        header = (Path(folder) / "header.gguf").stat().st_size
+    return header + sum(tensor.nbytes + -tensor.nbytes % ALIGNMENT for tensor in tensors)
+
+
+def check_space(file: Path, needed: int) -> None:
+    """Raise CheckpointError where the disk has less room than a file needs, in bytes."""
+    free = shutil.disk_usage(file.parent).free
     if needed > free:
         raise CheckpointError(
             f"{file} takes {size(needed)}, but the disk has {size(free)} free; free some space or choose another --out."

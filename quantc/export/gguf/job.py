@@ -22,7 +22,7 @@ from ...units import size
 from . import proof
 from .architectures import architecture_of, check_type, window_of
 from .contents import Contents
-from .file import GgufWriter, Metadata, appearing, check_place, check_space, gguf_package
+from .file import GgufWriter, Metadata, appearing, check_place, check_space, file_bytes, gguf_package
 from .layout import FileTensor, bits_per_weight, lay_out
 from .metadata import describe_model, describe_storage
 from .origin import copy_metadata, find_origin, from_gguf, lay_out_as
@@ -44,7 +44,7 @@ class Exported:
     checkpoint: str
     output: str
     architecture: str
-    bytes: int = 0
+    bytes: int
     bits_per_weight: float = 0.0
     types: dict[str, tuple[int, int]] = field(default_factory=dict)
     minimum_rms: float = 0.0
@@ -93,15 +93,15 @@ def export_gguf(
     contents = Contents(reader)
     origin = metadata or find_origin(reader)
     plan = _plan_as(origin, contents, tokenizer) if origin else _plan_anew(reader, contents, tokenizer, pre_tokenizer)
-    check_space(out, plan.tensors)
+    needed = file_bytes(plan.architecture, plan.metadata, plan.tensors)
+    check_space(out, needed)
 
-    exported = Exported(str(checkpoint), str(out), plan.architecture, notes=plan.notes)
+    exported = Exported(str(checkpoint), str(out), plan.architecture, needed, notes=plan.notes)
     with appearing(out) as fresh:
         _write(fresh, plan, contents, progress)
         reader.check_unchanged()
         proof.check_bytes(fresh, plan.tensors, contents, progress)
         exported.agreement = _ask_llama_cpp(fresh, reader, plan, exported.notes, progress)
-        exported.bytes = fresh.stat().st_size
     _summarize(exported, plan, contents)
     return exported
 

@@ -70,6 +70,7 @@ def test_codes_become_blocks(bits: int, symmetric: bool, kind: str, tmp_path: Pa
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "mixtral"])
 def test_architectures_are_exported(name: str, tmp_path: Path) -> None:
     found = export(packed(tmp_path, name, head_bits=8, symmetric=True), out=tmp_path / "tiny.gguf")
+    assert found.bytes == (tmp_path / "tiny.gguf").stat().st_size
     assert found.types["Q8_0"][0] >= 1
     reader = open_reader(tmp_path / "tiny.gguf")
     assert [bytes(reader.fields["general.architecture"].parts[-1]).decode()] == [found.architecture]
