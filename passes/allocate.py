@@ -26,13 +26,14 @@ from ..planning.budget import KEPT_BITS, Budget, Rules, Shared, format_label
 from ..planning.candidates import DEFAULT_GROUP, best_group_size
 from ..planning.search import refine
 from ..planning.sizes import weights_bytes
-from ..planning.targets import RUNTIMES
+from ..planning.targets import RUNTIMES, Runtime
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sensitivity.wide_rows import with_wide_rows
 from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec
-from ..units import size
+from ..units import plural, size
 
 NEAREST = 4  # formats named in place of one that there is not
+LARGE_BLOCK = 256  # weights of the block types with sub-scales
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Allocate(Pass):
         specs = {name: self._candidates(linear, run.plan.specs[name]) for name, linear in run.graph.linears.items()}
         tables = _tables(run) if self.config.head_bits == "auto" else {}
         for name, shape in tables.items():
-            specs[name] = candidates.of_table(self._spec(self.config.bits, shape), shape, self._any_group)
+            specs[name] = self._table_candidates(shape)
         self._check_formats(spec for found in specs.values() for spec in found)
         kept = {name: _kept_bits(run, linear.weight_name, linear.weights) for name, linear in run.graph.linears.items()}
         kept |= {name: _kept_bits(run, name, n * k) for name, (n, k) in tables.items()}
@@ -188,12 +189,31 @@ class Allocate(Pass):
         run.plan.salience = rated.salience
         return Budget(run.graph, rated, kept, self._rules(run), tables, self._uniform(run, tables))
 
+    def _table_candidates(self, shape: tuple[int, int]) -> list[QuantSpec]:
+        if self._own_grids is not None:
+            return self._own_grids.candidates(shape)
+        return candidates.of_table(self._uniform_spec(self.config.bits, shape), shape, self._any_group)
+
+    @property
+    def _own_grids(self) -> Runtime | None:
+        """The target, where it has grids of its own."""
+        runtime = RUNTIMES.get(self.config.target or "")
+        return runtime if runtime is not None and runtime.codes else None
+
     def _uniform(self, run: Run, tables: dict[str, tuple[int, int]]) -> dict[int, dict[str, QuantSpec]]:
         """By width, what `--bits` alone gives every linear and table."""
+        shapes = {name: linear.shape for name, linear in run.graph.linears.items() if run.plan.specs[name] is not None}
+        shapes |= tables
+        if self._own_grids is not None:
+            return {bits: self._of_width(bits, shapes) for bits in candidates.CANDIDATE_BITS}
         base = {name: spec for name in run.graph.linears if (spec := run.plan.specs[name]) is not None}
-        base |= {name: self._spec(self.config.bits, shape) for name, shape in tables.items()}
+        base |= {name: self._uniform_spec(self.config.bits, shape) for name, shape in tables.items()}
         widths = candidates.CANDIDATE_BITS
         return {bits: {name: replace(spec, bits=bits) for name, spec in base.items()} for bits in widths}
+
+    def _of_width(self, bits: int, shapes: dict[str, tuple[int, int]]) -> dict[str, QuantSpec]:
+        found = {name: self._spec(bits, shape) for name, shape in shapes.items()}
+        return {name: spec for name, spec in found.items() if spec is not None}
 
     @property
     def _any_group(self) -> bool:
@@ -265,7 +285,11 @@ class Allocate(Pass):
 
     def _candidates(self, linear: Linear, spec: QuantSpec | None) -> list[QuantSpec]:
         sparse = self.config.sparsity is not None
-        return [] if spec is None else candidates.of_linear(spec, linear, self._any_group, sparse)
+        if spec is None:
+            return []
+        if self._own_grids is not None:
+            return self._own_grids.candidates(linear.shape)
+        return candidates.of_linear(spec, linear, self._any_group, sparse)
 
     def _refuse_without_budget(self) -> None:
         if self.config.search:
@@ -302,17 +326,39 @@ class Allocate(Pass):
                     "change --bits and --group-size, or pass --avg-bits to have formats chosen."
                 )
 
-    def _spec(self, bits: int, shape: tuple[int, int]) -> QuantSpec:
+    def _spec(self, bits: int, shape: tuple[int, int]) -> QuantSpec | None:
+        """None where a target has no block that divides the rows."""
+        if self._own_grids is not None:
+            return self._own_grids.of_width(bits, shape)
+        return self._uniform_spec(bits, shape)
+
+    def _uniform_spec(self, bits: int, shape: tuple[int, int]) -> QuantSpec:
         config = self.config
         along = shape[1] if config.grouping == "per_oc" else shape[0]
         group = config.group_size if config.group_size is not None else best_group_size(along)
         return QuantSpec(bits, group, config.grouping, config.symmetric)
 
     def _note_groups(self, run: Run) -> None:
+        if self._own_grids is not None:
+            self._note_blocks(run)
+            return
         sizes = {spec.group_size for spec in run.plan.specs.values() if spec is not None}
         if self.config.group_size is None and sizes - {DEFAULT_GROUP}:
             found = ", ".join(str(size) for size in sorted(sizes))
             run.report.notes.append(f"group sizes {found}: {DEFAULT_GROUP} does not divide every width of this model")
+
+    @staticmethod
+    def _note_blocks(run: Run) -> None:
+        """Say where rows are too short for the blocks of the others, as llama.cpp's quantizer does in silence."""
+        blocks = {spec.group_size for spec in run.plan.specs.values() if spec is not None}
+        uneven = [name for name, linear in run.graph.linears.items() if linear.shape[1] % LARGE_BLOCK]
+        kept = [name for name in run.graph.linears if run.plan.specs[name] is None]
+        if uneven and len(uneven) > len(kept):
+            run.report.notes.append(
+                f"{plural(len(uneven), 'layer')} have blocks of {min(blocks)}: {LARGE_BLOCK} does not divide their rows"
+            )
+        if kept:
+            run.report.notes.append(f"{plural(len(kept), 'layer')} stay floats: no block divides their rows")
 
 
 def _within_size(run: Run, budget: Budget, limit: int) -> Shared:

@@ -9,10 +9,12 @@ from .driver.curve import draw_curve
 from .driver.job import Job
 from .driver.quality import Target
 from .driver.quantize import build_as_asked, build_to_quality, plan_alone, refuse_budget
-from .driver.settings import Settings
+from .driver.settings import Settings, as_bytes
 from .errors import UsageError
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.scores import Evaluation
+from .export.gguf.from_model import TARGET as GGUF_TARGET
+from .export.gguf.from_model import build_file, is_gguf
 from .frontend.source import PathLike
 from .pipeline.run import Run
 from .planning.pareto import Curve
@@ -42,7 +44,8 @@ def quantize(
 ) -> Report:
     """Quantize a model into a packed checkpoint and return the report.
 
-    model: folder, .gguf file, hub id or demo name. out: output folder, `<model>-quantc-w4g128` or so by default.
+    model: folder, .gguf file, hub id or demo name. out: output folder, `<model>-quantc-w4g128` or so by default; a name
+    that ends in .gguf gives a file for llama.cpp, quantized on its own grids, whose size is that of `size`.
     plan: a plan.yaml whose specs are used as they are. max_kl, max_ppl_increase: instead of bits, what the smallest
     model that is made may lose, in nats per token, or as a share of the perplexity, 0.02 for 2 %; measured on `text`,
     or on an eighth of the calibration windows, kept aside. settings: see Settings. Raises a QuantcError whose message
@@ -52,17 +55,30 @@ def quantize(
     same settings on the same kind of machine, to the same bytes; where there is none this one starts. force: replace
     the output, and without resume what an interrupted run has left.
     """
+    if is_gguf(out):
+        settings["target"] = settings.get("target") or GGUF_TARGET
     job = Job.of(settings, plan, device, progress)
     if max_kl is None and max_ppl_increase is None:
         if text is not None:
             raise UsageError(
                 "--text is for measuring a quality target, and there is none; pass --max-kl or --max-ppl-increase too."
             )
-        return build_as_asked(job, model, out, settings.get("size"), force, resume)
+        limit = settings.get("size")
+        if not is_gguf(out):
+            return build_as_asked(job, model, out, limit, force, resume)
+        return build_file(
+            lambda folder, bytes_left: build_as_asked(job, model, folder, bytes_left, force, resume),
+            job.source(model), Path(str(out)), None if limit is None else as_bytes(limit), force, resume, job.progress,
+        )  # fmt: skip
     target = Target(max_kl, max_ppl_increase)
     refuse_budget(target, plan, settings)
     job = Job.of_any_size(settings, device, progress)
-    return build_to_quality(target, job, model, out, text, force, resume)
+    if not is_gguf(out):
+        return build_to_quality(target, job, model, out, text, force, resume)
+    return build_file(
+        lambda folder, _: build_to_quality(target, job, model, folder, text, force, resume),
+        job.source(model), Path(str(out)), None, force, resume, job.progress,
+    )  # fmt: skip
 
 
 def plan(

@@ -60,7 +60,8 @@ STORAGE_OPTIONS = options(
            help="Share of the groups to drop, such as 0.2, or 2:4; auto chooses within a budget. [default: none]"),
     stored("--formats", type=Words(), metavar="LABELS",
            help="Allow only these formats, such as w4g128,w8g128. [default: all]"),
-    stored("--target", type=click.Choice(["vllm"]), help="Allow only what this runtime loads. [default: none]"),
+    stored("--target", type=click.Choice(["gguf", "vllm"]),
+           help="Store layers as this runtime loads them: gguf for llama.cpp. [default: none]"),
 )  # fmt: skip
 RECIPE_OPTIONS = options(
     rounded("--preset", type=PRESETS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 
 import torch
 
@@ -84,8 +85,8 @@ class Contents:
             own = {name: part if expert is None else part[expert] for name, part in parts.items()}
             whole = format_of(entry.spec).unpack(own, entry.spec, entry.shape)
             for chosen in rows.split(max(1, PIECE // k)):
-                zeros = None if whole.zeros is None else whole.zeros[chosen]
-                yield QTensor(entry.spec, whole.codes[chosen], whole.scales[chosen], zeros)
+                parameters = whole.parameters.mapped(itemgetter(chosen))
+                yield QTensor.of(entry.spec, whole.codes[chosen], parameters)
 
 
 def _refuse_rotation(reader: CheckpointReader) -> None:

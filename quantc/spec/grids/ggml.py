@@ -65,9 +65,10 @@ class Ggml(Grid):
         """The code of 0 where groups have no base."""
         return 0 if self.minima else 1 << (self.bits - 1)
 
-    def divides(self, k: int) -> bool:
+    @classmethod
+    def divides(cls, k: int) -> bool:
         """Return whether rows of k weights are whole blocks."""
-        return k % self.block == 0
+        return k % cls.block == 0
 
     def code_bits(self, n: int, k: int) -> int:
         return n * packed_bytes(k, self.bits) * 8
