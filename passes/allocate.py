@@ -24,6 +24,7 @@ from ..pipeline.run import Run
 from ..planning import candidates
 from ..planning.budget import KEPT_BITS, Budget, Rules, Shared, format_label
 from ..planning.candidates import DEFAULT_GROUP, best_group_size
+from ..planning.head import MOST_BLOCK_BITS, default_specs, table_shapes
 from ..planning.search import refine
 from ..planning.sizes import weights_bytes
 from ..planning.targets import RUNTIMES, Runtime
@@ -51,8 +52,9 @@ class AllocateConfig:
 
     sparsity: auto, where there is a budget: candidates that drop weights take part too; null leaves every linear dense.
 
-    head_bits: also quantize the token embedding and the head, in this many bits; null keeps them. auto, where there is
-    a size: their widths are shared out too.
+    head_bits: of the token embedding and the head. keep leaves them as they are; auto, where there is a size, chooses
+    their widths too; null is 8 bits, or keep where target or formats are given or blocks have 6 bits or more
+    (quantc/planning/head.py).
     """
 
     bits: int = 4
@@ -67,7 +69,7 @@ class AllocateConfig:
     estimator: Estimator = "fisher"
     search: int = 0
     sparsity: Literal["auto"] | None = None
-    head_bits: int | Literal["auto"] | None = None
+    head_bits: int | Literal["auto", "keep"] | None = None
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *([self.head_bits] if isinstance(self.head_bits, int) else [])):
@@ -138,9 +140,7 @@ class Allocate(Pass):
         for name, linear in run.graph.linears.items():
             run.plan.specs[name] = self._spec(self.config.bits, linear.shape)
         self._check_head()
-        if isinstance(self.config.head_bits, int):
-            for name, shape in _tables(run).items():
-                run.plan.specs[name] = self._spec(self.config.head_bits, shape)
+        self._plan_head(run)
         if self.config.has_budget:
             self._share(run, self._budget(run, self._without_losses))  # a budget that is too small is refused now
         else:
@@ -157,6 +157,8 @@ class Allocate(Pass):
         if self.config.search:
             shared = self._search(run, budget, shared, tokens, folder)
         run.plan.shared_out = True
+        if not any(shared.specs.values()):  # all fits as it is
+            self._keep_head(run, shared)
         for name, spec in shared.specs.items():
             run.plan.specs[name] = spec
             run.plan.remark(name, f"predicted to add {shared.losses[name]:.2g} to the KL divergence")
@@ -179,7 +181,7 @@ class Allocate(Pass):
 
     def _budget(self, run: Run, losses: Callable[[dict[str, list[QuantSpec]]], Losses]) -> Budget:
         specs = {name: self._candidates(linear, run.plan.specs[name]) for name, linear in run.graph.linears.items()}
-        tables = _tables(run) if self.config.head_bits == "auto" else {}
+        tables = table_shapes(run) if self.config.head_bits == "auto" else {}
         for name, shape in tables.items():
             specs[name] = self._table_candidates(shape)
         self._check_formats(spec for found in specs.values() for spec in found)
@@ -260,7 +262,7 @@ class Allocate(Pass):
         config = self.config
         smallest = least / budget.weights
         ruled = " within the pins and formats given" if config.pins or config.formats else ""
-        head = "" if config.head_bits == "auto" else ", or quantize the embedding and the head too (--head-bits auto)"
+        head = "" if config.head_bits == "auto" else ", or let the embedding and the head have fewer (--head-bits auto)"
         if config.avg_bits is not None:
             return (
                 f"an average of {config.avg_bits:g} bits cannot be met: the smallest plan{ruled} takes {smallest:.3f} "
@@ -298,6 +300,27 @@ class Allocate(Pass):
             raise UsageError(
                 "--sparsity auto chooses within a budget, and there is none; pass --avg-bits, or a share such as 0.2."
             )
+
+    @property
+    def _packs_head(self) -> bool:
+        """Whether the default is 8 bits. What another runtime loads is not known of an embedding or a head."""
+        config = self.config
+        return not (config.target or config.formats) and (config.has_budget or config.bits <= MOST_BLOCK_BITS)
+
+    def _plan_head(self, run: Run) -> None:
+        config = self.config
+        if isinstance(config.head_bits, int):
+            for name, shape in table_shapes(run).items():
+                run.plan.specs[name] = self._spec(config.head_bits, shape)
+        elif config.head_bits is None and self._packs_head:
+            run.plan.specs.update(default_specs(run, config.symmetric))
+
+    def _keep_head(self, run: Run, shared: Shared) -> None:
+        """Leave a head that only the default would round as it is too, where the size allows that."""
+        config, head = self.config, [name for name in run.plan.specs if name in run.graph.outside_weights]
+        kept = {**run.plan.specs, **shared.specs, **dict.fromkeys(head)}
+        if config.head_bits is None and (config.size is None or weights_bytes(run, kept) <= config.size):
+            run.plan.specs.update(dict.fromkeys(head))
 
     def _check_head(self) -> None:
         config = self.config
@@ -376,15 +399,6 @@ def _within_size(run: Run, budget: Budget, limit: int) -> Shared:
         bits = min(bits, shared.bits) - 8 * excess  # the header is longer where numbers have more digits
     better = (plan for plan in budget.uniform.values() if plan.loss < shared.loss and taken(plan) <= limit)
     return min(better, key=lambda plan: plan.loss, default=shared)
-
-
-def _tables(run: Run) -> dict[str, tuple[int, int]]:
-    """Shapes of the embedding and the head, once where they are tied; raises UsageError for what is no matrix."""
-    shapes = {name: tuple(run.source.model.get_parameter(name).shape) for name in run.graph.outside_weights}
-    for name, shape in shapes.items():
-        if len(shape) != 2:
-            raise UsageError(f"--head-bits cannot quantize {name} of shape {shape}; remove it.")
-    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 
 def _kept_bits(run: Run, name: str, weights: int) -> int:

@@ -6,6 +6,7 @@ from .results import find, load, rounded, uniform
 
 # name -> (what is compared, label -> method of perplexity.json, the default's label). SmolLM2-135M at 3 bits.
 GPTQ = "KL divergence of plain GPTQ"
+HEAD_WIDTHS = (4, 3)  # of the blocks
 PRESET_ROWS = {
     "method": ("KL divergence", {"rtn": "rtn", "gptq": "fast"}, "gptq"),
     "online": (
@@ -76,4 +77,14 @@ def _samples() -> str:
     return _sentence(what, values, labels[1], "perplexity.json`, `builtin_and_head8.json`, `quantize_time.json")
 
 
-SPECIAL = {"scale": _scale, "estimator": _estimator, "samples": _samples}
+def _head_bits() -> str:
+    added: dict[str, list[str]] = {}
+    for row in sorted(load("head_bits.json")["rows"], key=lambda row: (row["model"], -row["bits"])):
+        if row["bits"] in HEAD_WIDTHS:
+            added.setdefault(row["model"], []).append(f"{100 * row['share_of_head']:.2f}")
+    shares = "; ".join(f"{model}: {' and '.join(shares)} %" for model, shares in added.items())
+    what = "Added by 8 bits for embedding and head to the KL divergence of `fast` at 4 and 3 bits"
+    return f"{what}. {shares} (`benchmarks/results/head_bits.json`)."
+
+
+SPECIAL = {"scale": _scale, "estimator": _estimator, "samples": _samples, "head_bits": _head_bits}

@@ -30,14 +30,14 @@ class Whole(click.ParamType):
 
 
 class WholeOr(Whole):
-    """A word, or a whole number in a range."""
+    """One of some words, or a whole number in a range."""
 
-    def __init__(self, word: str, low: int, high: int):
+    def __init__(self, low: int, high: int, *words: str):
         super().__init__(low, high)
-        self.word = word
+        self.words = words
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == self.word else super().convert(value, param, ctx)
+        return value if value in self.words else super().convert(value, param, ctx)
 
 
 class Number(click.ParamType):

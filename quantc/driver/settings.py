@@ -50,7 +50,7 @@ class Settings(TypedDict, total=False):
     sparsity: float | Literal["2:4", "auto"] | None
     tune_steps: int | None
     tune_budget: float | str | None
-    head_bits: int | Literal["auto"] | None
+    head_bits: int | Literal["auto", "keep"] | None
     pins: dict[str, int] | None
     formats: Sequence[str] | None
     target: str | None

@@ -86,7 +86,8 @@ def put_rounded_weights(model: torch.nn.Module, folder: Path) -> None:
     for name, entry in reader.entries.items():
         parts = {part: reader.tensor(f"{name}.{part}") for part in entry.layout()}
         weight = DENSE.unpack(parts, entry.spec, entry.shape).effective_weight()
-        target = model.get_parameter(name) if entry.leading else model.get_submodule(name).weight
+        whole = entry.leading or name.endswith(".weight")  # a stack, an embedding or a head goes by its parameter
+        target = model.get_parameter(name) if whole else model.get_submodule(name).weight
         target.data = (
             weight if target.shape == weight.shape and not is_conv1d(model, name) else weight.transpose(-1, -2)
         )

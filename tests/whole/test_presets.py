@@ -34,7 +34,7 @@ def test_an_unknown_preset_is_named_with_the_nearest() -> None:
 
 
 def test_a_preset_and_a_recipe_exclude_each_other() -> None:
-    with pytest.raises(UsageError, match="a preset is a recipe, so both cannot be given"):
+    with pytest.raises(UsageError, match="--preset is a recipe of its own; remove --preset or --recipe"):
         quantc.quantize("nowhere", bits=4, preset="best", recipe=DEFAULT)
 
 

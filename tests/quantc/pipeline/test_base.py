@@ -204,7 +204,7 @@ def test_round_to_nearest_needs_no_calibration(models: Path, tmp_path: Path, mon
 def test_what_is_not_quantized_keeps_its_name_dtype_and_bits(tmp_path: Path) -> None:
     model = build("llama").bfloat16()
     save_with_tokenizer(model, tmp_path / "model")
-    run(tmp_path / "model", tmp_path / "out")
+    run(tmp_path / "model", tmp_path / "out", head_bits="keep")
     reader = CheckpointReader(tmp_path / "out")
     kept = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_proj.weight")}
     packed = {f"{name}.{part}" for name, entry in reader.entries.items() for part in entry.layout()}
@@ -215,7 +215,7 @@ def test_what_is_not_quantized_keeps_its_name_dtype_and_bits(tmp_path: Path) -> 
 
 
 def test_the_report_adds_up(models: Path, tmp_path: Path) -> None:
-    report = run(models / "llama", tmp_path / "out")
+    report = run(models / "llama", tmp_path / "out", head_bits="keep")
     reader = CheckpointReader(tmp_path / "out")
     stored = {name: 8 * sum(reader.tensor(f"{name}.{part}").nbytes for part in entry.layout())
               for name, entry in reader.entries.items()}  # fmt: skip

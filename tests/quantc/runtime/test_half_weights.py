@@ -136,7 +136,7 @@ def test_a_loaded_checkpoint_keeps_them_and_is_saved_with_them(
     original.config.dtype = torch.bfloat16
     save_with_tokenizer(original, tmp_path / "original")
     out = tmp_path / "packed"
-    quantc.quantize(tmp_path / "original", bits=4, group_size=32, method="rtn", out=out)
+    quantc.quantize(tmp_path / "original", bits=4, group_size=32, head_bits="keep", method="rtn", out=out)
     monkeypatch.setattr(half_weights, "LEAST_VALUES", 1 << 40)
     plain = logits(quantc.load(out))
     monkeypatch.setattr(half_weights, "LEAST_VALUES", 1000)

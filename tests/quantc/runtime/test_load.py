@@ -49,7 +49,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
     for name in ("llama", "qwen2"):
         save_with_tokenizer(build(name), folder / f"{name}-float")
-        quantc.quantize(folder / f"{name}-float", bits=4, group_size=32, method="rtn", out=folder / name)
+        settings: Any = {"bits": 4, "group_size": 32, "head_bits": "keep", "method": "rtn"}
+        quantc.quantize(folder / f"{name}-float", out=folder / name, **settings)
         quantc.load(folder / name).save_pretrained(folder / f"{name}-copy")
     return folder
 
