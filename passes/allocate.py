@@ -24,7 +24,7 @@ from ..pipeline.run import Run
 from ..planning import candidates
 from ..planning.budget import KEPT_BITS, Budget, Rules, Shared, format_label
 from ..planning.candidates import DEFAULT_GROUP, best_group_size
-from ..planning.head import MOST_BLOCK_BITS, default_specs, table_shapes
+from ..planning.head import DEFAULT_BITS, MOST_BLOCK_BITS, default_specs, table_shapes
 from ..planning.search import refine
 from ..planning.sizes import weights_bytes
 from ..planning.targets import RUNTIMES, Runtime
@@ -303,9 +303,10 @@ class Allocate(Pass):
 
     @property
     def _packs_head(self) -> bool:
-        """Whether the default is 8 bits. What another runtime loads is not known of an embedding or a head."""
+        """Whether the default is 8 bits. Which formats a target takes for the two is known of its own grids alone."""
         config = self.config
-        return not (config.target or config.formats) and (config.has_budget or config.bits <= MOST_BLOCK_BITS)
+        other = config.formats or (config.target and self._own_grids is None)
+        return not other and (config.has_budget or config.bits <= MOST_BLOCK_BITS)
 
     def _plan_head(self, run: Run) -> None:
         config = self.config
@@ -313,7 +314,11 @@ class Allocate(Pass):
             for name, shape in table_shapes(run).items():
                 run.plan.specs[name] = self._spec(config.head_bits, shape)
         elif config.head_bits is None and self._packs_head:
-            run.plan.specs.update(default_specs(run, config.symmetric))
+            specs = default_specs(run, config.symmetric)
+            if self._own_grids is not None:
+                shapes = {name: run.source.model.get_parameter(name).shape for name in specs}
+                specs = self._of_width(DEFAULT_BITS, {name: (shape[0], shape[1]) for name, shape in shapes.items()})
+            run.plan.specs.update(specs)
 
     def _keep_head(self, run: Run, shared: Shared) -> None:
         """Leave a head that only the default would round as it is too, where the size allows that."""

@@ -21,7 +21,7 @@ from .tokenizer import describe_tokenizer
 SUFFIX, TARGET = ".gguf", "gguf"
 BUILDS = 3  # within a size, at most: the second one only where the first guess of metadata was too low
 TENSOR_INFO = 96  # bytes of a tensor's entry in the header, padding included
-MARGIN = 1 << 16  # bytes of the settings of a model, and of a safetensors header
+MARGIN = 1 << 12  # bytes of the settings of a model; a safetensors header, which is counted too, leaves some more
 
 
 def is_gguf(out: PathLike | None) -> bool:

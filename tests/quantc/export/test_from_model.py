@@ -1,0 +1,88 @@
+"""A model becomes a GGUF file in one command: on GGUF's own grids, within a size, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantc
+from quantc.errors import UsageError
+from quantc.export.gguf.pre_tokenizers import WORDS_OF_BYTES
+from quantc.planning.targets import RUNTIMES, spec_of_code
+from tests.quantc.export.tiny import build
+from tests.quantc.export.tiny_tokenizers import byte_level
+
+gguf = pytest.importorskip("gguf")
+TEXT = "the river rises in the hills and runs to the sea where the ships wait for the wind " * 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    words = byte_level((WORDS_OF_BYTES,), False)
+    build("llama", vocab_size=len(words)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    (folder / "calibration.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+def types_of(file: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+
+
+def settings(model: Path) -> dict[str, object]:
+    return {"calib": str(model / "calibration.txt"), "samples": 4, "seq_len": 32}
+
+
+def test_one_width_takes_the_type_of_that_width(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    report = quantc.quantize(model, bits=4, out=out, **settings(model))  # type: ignore[arg-type]
+    found = types_of(out)
+    linears = {name: kind for name, kind in found.items() if name.startswith("blk.") and kind != "F32"}
+    assert set(linears.values()) == {"Q4_0"}
+    assert found["token_embd.weight"] == "Q8_0"
+    assert report.output == str(out)
+    assert report.weights_bytes == out.stat().st_size
+    assert not list(tmp_path.glob("*.checkpoint"))
+    with pytest.raises(UsageError, match="exists; pass --force to replace it"):
+        quantc.quantize(model, bits=4, out=out, **settings(model))  # type: ignore[arg-type]
+
+
+def test_a_size_is_that_of_the_file(model: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.gguf"
+    quantc.quantize(model, bits=8, out=whole, **settings(model))  # type: ignore[arg-type]
+    limit = int(whole.stat().st_size * 0.9)
+    out = tmp_path / "small.gguf"
+    quantc.quantize(model, size=limit, head_bits="auto", out=out, **settings(model))  # type: ignore[arg-type]
+    assert 0.6 * limit < out.stat().st_size <= limit
+    assert len(set(types_of(out).values()) - {"F32"}) > 1
+
+
+def test_a_size_too_small_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"1000 bytes"):
+        quantc.quantize(model, size=1000, out=tmp_path / "none.gguf", **settings(model))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rotations_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gguf cannot rotate inputs"):
+        quantc.quantize(model, bits=4, preset="balanced", out=tmp_path / "no.gguf", **settings(model))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_types_are_those_whose_blocks_divide_a_row() -> None:
+    target = RUNTIMES["gguf"]
+    assert {spec.code for spec in target.candidates((8, 576))} == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0"}
+    assert {spec.code for spec in target.candidates((8, 512))} >= {"q2_k", "q6_k", "q4_0"}
+    assert target.candidates((8, 40)) == []
+    assert target.of_width(4, (8, 512)) == spec_of_code("q4_k")
+    assert target.of_width(3, (8, 64)) == spec_of_code("q4_0")
+    assert target.of_width(4, (8, 40)) is None
+
+
+def test_what_llama_cpp_reads_is_what_quantc_loads(model: Path, tmp_path: Path) -> None:
+    report = quantc.quantize(model, avg_bits=5.0, out=tmp_path / "mixed.gguf", **settings(model))  # type: ignore[arg-type]
+    assert any("llama.cpp" in note for note in report.notes)
+    assert torch.isfinite(torch.tensor(report.bits_per_weight))
