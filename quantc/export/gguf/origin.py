@@ -114,23 +114,30 @@ def _made_of(source: GgufSource, part: Any, owners: dict[str, str], contents: Co
 
 def _undone(source: GgufSource, name: str, part: Any, tensor: ModelTensor) -> tuple[Tensor, torch.Tensor | None]:
     """How the file's tensor is made from the model's: what transformers does to one of numbered rows, backwards."""
-    *leading, n = _shape(part)[:-1] or _shape(part)
-    single = len(part.shape) == 1
+    shape = _shape(part)
+    single = len(shape) == 1
+    n = shape[0] if single else shape[-2]
     numbers = torch.arange(1.0, n + 1)
-    given = numbers if single else numbers[:, None].expand(*leading, n, 1)
-    found = source.convert(name, [(part.name, given.numpy().copy())])
-    if single and found.shape == given.shape and bool((found - given == found[0] - given[0]).all()):
-        return Tensor(part.name, added=float(given[0] - found[0])), None
-    transposed = not single and found.shape == (1, n) and given.shape == (n, 1)
-    column = (found.mT if transposed else found)[..., 0] if not single else found
-    column = column.reshape(-1, column.shape[-1])
+    found = _converted(source, name, part.name, numbers if single else numbers[:, None].expand(*shape[:-1], 1), shape)
+    if single and found.shape == numbers.shape and bool((found - numbers == found[0] - numbers[0]).all()):
+        return Tensor(part.name, added=float(numbers[0] - found[0])), None
+    transposed = len(shape) == 2 and found.shape == (1, n) != (n, 1)
+    column = found if single else (found.mT if transposed else found)[..., 0]
+    column = column.reshape(-1, column.shape[-1])  # of each expert
     places = column[0].nonzero()[:, 0]
     rows = places[column[0][places].argsort()]
-    whole = column.shape[-1] == n and torch.equal(rows, torch.arange(n))
-    known = len(rows) == n and torch.equal(column[:, rows], numbers.expand(len(column), n))
-    if not known or len(tensor.shape) != len(part.shape):
+    if len(rows) != n or len(tensor.shape) != len(shape) or not bool((column[:, rows] == numbers).all()):
         raise ModelError(
             f"the tensor {part.name} of {source.path} becomes {name} in a way that quantc cannot undo; this model "
             "cannot be exported."
         )
-    return Tensor(part.name, transposed=transposed), None if whole else rows
+    in_order = column.shape[-1] == n and torch.equal(rows, torch.arange(n))
+    return Tensor(part.name, transposed=transposed), None if in_order else rows
+
+
+def _converted(source: GgufSource, name: str, part: str, given: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """What transformers makes of a tensor of one column, or of as many equal ones as it insists on."""
+    try:
+        return source.convert(name, [(part, given.numpy().copy())])
+    except ValueError:
+        return source.convert(name, [(part, given.expand(shape).numpy().copy())])

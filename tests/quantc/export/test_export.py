@@ -91,6 +91,15 @@ def test_groups_of_several_blocks_repeat_their_scale(tmp_path: Path) -> None:
     assert set(found.types) == {"F32", "Q4_0"}
 
 
+def test_a_window_that_llama_cpp_does_not_have_is_noted(tmp_path: Path) -> None:
+    found = export(packed(tmp_path, "mistral", own={"sliding_window": 16}), out=tmp_path / "tiny.gguf")
+    assert found.notes[0] == (
+        "the model attends in a window of 16 tokens, and llama.cpp to all: longer texts give other results"
+    )
+    if llama_cpp.missing() is None:
+        assert found.agreement.tokens == 16
+
+
 def test_rounding_of_minima_is_counted_in_steps() -> None:
     draw = torch.Generator().manual_seed(0)
     spec = QuantSpec(bits=4, group_size=32)

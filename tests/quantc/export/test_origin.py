@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import quantc
 from quantc import api
 from quantc.errors import ModelError
 from quantc.evaluation import llama_cpp
-from quantc.export.gguf import architectures
+from quantc.export.gguf import architectures, origin
 from quantc.export.gguf.architectures import Architecture
 from quantc.export.gguf.architectures.gemma2 import gain
+from quantc.export.gguf.layout import FileTensor, ModelTensor
+from quantc.export.gguf.pre_tokenizers import WORDS_OF_BYTES
+from quantc.export.gguf.tokenizer import describe_tokenizer
 from quantc.frontend.gguf import open_reader
 from tests.quantc.export.tiny import MODELS, ROPE, SHARED, build, write_floats
+from tests.quantc.export.tiny_tokenizers import TEXTS, byte_level
 
 gguf = pytest.importorskip("gguf")
 
@@ -90,6 +96,56 @@ def test_an_architecture_without_a_table(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.types["Q8_0"][0] == 12
     if llama_cpp.missing() is None:
         assert found.agreement.error < 0.04
+
+
+def test_weights_that_a_pass_has_changed_go_along(tmp_path: Path) -> None:
+    """The pass scale divides norms and multiplies linears; both come from the checkpoint, not from the old file."""
+    tokenizer = byte_level((WORDS_OF_BYTES,), False)
+    model = build("mistral", vocab_size=len(tokenizer))
+    write_floats(model, tmp_path / "floats.gguf", describe_tokenizer(tokenizer, len(tokenizer)))
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 4))
+    (tmp_path / "recipe.yaml").write_text(
+        "version: 1\npasses:\n- allocate: {bits: 8, group_size: 32, symmetric: true}\n- scale: {}\n- quantize: {}\n"
+    )
+    quantc.quantize(tmp_path / "floats.gguf", out=tmp_path / "packed", recipe=tmp_path / "recipe.yaml",
+                    calib=str(tmp_path / "text.txt"), samples=4, seq_len=32)  # fmt: skip
+    found = api.export(tmp_path / "packed", out=tmp_path / "again.gguf")
+    before, after = (
+        {tensor.name: np.asarray(tensor.data) for tensor in open_reader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("floats", "again")
+    )
+    assert not np.array_equal(before["blk.0.ffn_norm.weight"], after["blk.0.ffn_norm.weight"])
+    if llama_cpp.missing() is None:
+        assert found.agreement.error < 0.04
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_rows_are_put_back_where_a_whole_row_is_needed(single: bool) -> None:
+    """Some conversions reshape by the width that they know."""
+
+    def convert(_: str, parts: list[tuple[str, np.ndarray]]) -> torch.Tensor:
+        weights = parts[0][1]
+        thirds = [third.reshape((2, 4, *([] if single else [8]))) for third in np.split(weights, 3)]
+        return torch.from_numpy(np.stack(thirds, axis=1).reshape(weights.shape))
+
+    shape = (24,) if single else (24, 8)
+    source: Any = SimpleNamespace(convert=convert, path="old.gguf")
+    part: Any = SimpleNamespace(name="blk.0.attn_qkv.weight", shape=np.array(shape[::-1]))
+    change, rows = origin._undone(source, "qkv", part, ModelTensor(shape, torch.float32))
+    weights = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    file = FileTensor(part.name, shape, torch.float32, "qkv", change, rows)
+    assert torch.equal(file.of_floats(convert("qkv", [("", weights)])), torch.from_numpy(weights))
+
+
+def test_what_cannot_be_undone_is_refused() -> None:
+    source: Any = SimpleNamespace(convert=lambda _, parts: torch.from_numpy(2 * parts[0][1]), path="old.gguf")
+    part: Any = SimpleNamespace(name="blk.0.ssm_a", shape=np.array([4, 8]))
+    with pytest.raises(ModelError) as caught:
+        origin._undone(source, "mixer.A_log", part, ModelTensor((8, 4), torch.float32))
+    assert str(caught.value) == (
+        "the tensor blk.0.ssm_a of old.gguf becomes mixer.A_log in a way that quantc cannot undo; this model cannot be "
+        "exported."
+    )
 
 
 def test_without_the_file_metadata_is_made_anew(tmp_path: Path) -> None:

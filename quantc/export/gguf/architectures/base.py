@@ -153,7 +153,7 @@ def decoder_settings(config: Any) -> Settings:
 def expert_settings(config: Any) -> Settings:
     """Return the hyper-parameters of routed experts."""
     return {
-        "expert_count": config.num_local_experts,
+        "expert_count": getattr(config, "num_local_experts", None) or config.num_experts,
         "expert_used_count": config.num_experts_per_tok,
     }
 
