@@ -10,6 +10,7 @@ import ctypes
 import os
 from contextlib import AbstractContextManager
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+<<<<<<< HEAD:quantc/evaluation/llama_cpp.py
 from ..errors import ModelError
+=======
+from ...errors import ModelError
+from ...frontend.source import first_line
+>>>>>>> 3439de5 (An xllamacpp that cannot be imported is a reason not to ask it, not a failure):quantc/export/gguf/llama_cpp.py
 
 PACKAGE, VERSION = "xllamacpp", "2026.10.11549"
 DEFAULT_CONTEXT = (512, 2048, 512, 1, 0, 0, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max, three counts of outputs
@@ -66,6 +72,10 @@ def missing() -> str | None:
         found = "unknown"
     if found != VERSION:
         return f"{PACKAGE} {found} is installed, not {VERSION}; run `pip install {PACKAGE}=={VERSION}`"
+    try:
+        import_module(f"{PACKAGE}.{PACKAGE}")
+    except (ImportError, OSError) as error:  # it needs a processor and a C library that its build knows
+        return f"{PACKAGE} cannot be imported ({first_line(error)})"
     return None
 
 
@@ -74,9 +84,7 @@ def _library() -> Any:
     """The functions of llama.cpp; raises ModelError where the package is another build than the one known here."""
     if (reason := missing()) is not None:
         raise ModelError(f"llama.cpp cannot be asked: {reason}.")
-    from xllamacpp import xllamacpp
-
-    library = ctypes.CDLL(xllamacpp.__file__)
+    library = ctypes.CDLL(import_module(f"{PACKAGE}.{PACKAGE}").__file__)
     results = {
         "llama_model_default_params": _Params, "llama_context_default_params": _Params,
         "llama_model_load_from_file": ctypes.c_void_p, "llama_init_from_model": ctypes.c_void_p,

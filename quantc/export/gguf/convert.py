@@ -61,7 +61,8 @@ def choose_type(entry: PackedEntry) -> BlockType | Misfit:
     if name is not None:
         return TYPES[name]
     kind = "symmetric" if spec.symmetric else "asymmetric"
-    remedy = "with --bits 8 --symmetric" if spec.bits > 5 else "with --bits 4"
+    narrow = "with --bits 8 --symmetric" if spec.bits > 5 else "with --bits 4"
+    remedy = "with --symmetric" if spec.bits in SYMMETRIC else narrow
     return Misfit(f"it has {kind} codes of {spec.bits} bits, for which no block is exact", remedy)
 
 

@@ -122,7 +122,7 @@ def test_rounding_of_minima_is_counted_in_steps() -> None:
         ({"bits": 3}, "it has asymmetric codes of 3 bits, for which no block is exact; quantize the model again with "
          "--bits 4."),
         ({"bits": 8}, "it has asymmetric codes of 8 bits, for which no block is exact; quantize the model again with "
-         "--bits 8 --symmetric."),
+         "--symmetric."),
         ({"sparsity": 0.25}, "some of its weights are dropped, and blocks would store them; quantize the model again "
          "without --sparsity."),
     ],
