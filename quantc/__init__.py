@@ -21,7 +21,7 @@ __all__ = ["QuantcError", "__version__", "evaluate", "load", "pareto", "quantize
 
 _HOMES = {"quantize": ".api", "pareto": ".api", "load": ".api", "evaluate": ".api", "QuantcError": ".errors"}
 
-# In a bare checkout or an editable install, passes/, kernels/ and calib_data/ lie beside this folder.
+# In a bare checkout or an editable install, passes/, kernels/ and calib_data/ are beside this folder.
 if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 

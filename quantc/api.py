@@ -48,8 +48,8 @@ def quantize(
     that ends in .gguf gives a file for llama.cpp, quantized on its own grids, whose size is that of `size`.
     plan: a plan.yaml whose specs are used as they are. max_kl, max_ppl_increase: instead of bits, what the smallest
     model that is made may lose, in nats per token, or as a share of the perplexity, 0.02 for 2 %; measured on `text`,
-    or on an eighth of the calibration windows, kept aside. settings: see Settings. Raises a QuantcError whose message
-    is one sentence.
+    or on a held-out eighth of the calibration windows. settings: see Settings. Raises a QuantcError whose message is
+    one sentence.
 
     A run that is interrupted, or fails after its first block, leaves `<out>.unfinished`. resume: continue it, with the
     same settings on the same kind of machine, to the same bytes; where there is none this one starts. force: replace
@@ -88,7 +88,7 @@ def plan(
     progress: Progress | None = None,
     **settings: Unpack[Settings],
 ) -> Run:
-    """How a model would be stored within a budget: the run as far as its plan, with a report; nothing is rounded.
+    """Return the run as far as its plan, which says how a model would be stored within a budget; nothing is rounded.
 
     settings: as in `quantize`, which takes the plan (`result.plan.to_yaml()`) back.
     """
@@ -106,10 +106,10 @@ def pareto(
     progress: Progress | None = None,
     **settings: Unpack[Settings],
 ) -> Curve:
-    """Predicted KL divergence against size, from one measurement: about 16 plans, and uniform widths to compare with.
+    """Return predicted KL divergence against size: about 16 plans from one measurement, and uniform widths to compare.
 
     out: folder for pareto.html and, where matplotlib is installed, pareto.png; force replaces these files. verify:
-    build so many of the points, one after the other in `out`, and measure them on `text`; what was built is removed.
+    the number of points to build in `out`, one after the other, and to measure on `text`; each build is removed again.
     settings: as in `quantize`, but no budget. Raises a QuantcError whose message is one sentence.
     """
     return draw_curve(model, Path(out), verify, text, device, force, progress, settings)
@@ -128,7 +128,7 @@ def evaluate(
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Perplexity of a model or checkpoint on a text, and its divergence from the original `against`.
+    """Return the perplexity of a model or checkpoint on a text, and its divergence from the original `against`.
 
     text: a file or the name of a data set. context: tokens per window, 512 or the model's own limit if that is less.
     dtype: float32, bfloat16 or float16; None is the models' own, or float32 where the CPU has no products of it.

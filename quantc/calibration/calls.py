@@ -12,12 +12,12 @@ from ..graph.blocks import BlockCall
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it on a device."""
+    """Return `value` with every tensor in it moved to a device."""
     return _map_tensors(lambda tensor, _: tensor.to(device), value, value)
 
 
 def _sample_axes(one: BlockCall, two: BlockCall) -> Any:
-    """A call with the axis along which samples lie, or None, in place of each tensor; from calls of one and of two."""
+    """Return a call with each tensor replaced by its axis of samples, or None, found from calls of one and of two."""
 
     def axis(tensor: torch.Tensor, single: Any) -> int | None:
         return next((at for at, length in enumerate(single.shape) if tensor.shape[at] == 2 * length), None)
@@ -26,7 +26,7 @@ def _sample_axes(one: BlockCall, two: BlockCall) -> Any:
 
 
 def _narrowed(value: BlockCall, axes: Any, samples: int, start: int, count: int) -> BlockCall:
-    """The call of some of its samples."""
+    """Return a call cut to the samples [start, start + count)."""
 
     def narrow(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
         if axis is None:
@@ -39,7 +39,7 @@ def _narrowed(value: BlockCall, axes: Any, samples: int, start: int, count: int)
 
 
 def _shared(value: Any, known: Any) -> Any:
-    """`value`, with every tensor that equals its counterpart in `known` replaced by that one."""
+    """Return `value` with every tensor that equals its counterpart in `known` replaced by that one."""
 
     def choose(tensor: torch.Tensor, other: Any) -> torch.Tensor:
         same = isinstance(other, torch.Tensor) and tensor.shape == other.shape and tensor.dtype == other.dtype
@@ -49,7 +49,7 @@ def _shared(value: Any, known: Any) -> Any:
 
 
 def _map_tensors(change: Callable[[torch.Tensor, Any], Any], value: Any, other: Any) -> Any:
-    """`value` with `change(tensor, counterpart in other)` for its tensors; other objects stay the same object."""
+    """Return `value` with `change(tensor, counterpart in other)` for its tensors; other objects stay as they are."""
     if isinstance(value, torch.Tensor):
         return change(value, other)
     if isinstance(value, BlockCall):

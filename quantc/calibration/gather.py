@@ -19,7 +19,7 @@ Grams = dict[str, list[Gram]]  # by the activation's label, one for each expert 
 
 
 def rounds(items: list[Activation], experts: Callable[[Activation], int]) -> Iterator[list[Activation]]:
-    """The activations in groups whose Gram matrices fit STATISTICS_BYTES, where one alone does."""
+    """Yield the activations in groups whose Gram matrices fit STATISTICS_BYTES, unless a single one is larger."""
     current: list[Activation] = []
     held = 0
     for item in items:
@@ -34,11 +34,11 @@ def rounds(items: list[Activation], experts: Callable[[Activation], int]) -> Ite
 
 
 def stages(items: list[Activation]) -> list[list[Activation]]:
-    """The activations in groups, in the order they are read, none of which is computed from another's readers.
+    """Return the activations in groups, in reading order; none is computed from readers of another in its group.
 
     What the same norm wrote shares a group, experts in a list among them; a gated or activated one follows the linears
-    that wrote it. Of all others attention, a convolution or the residual stream may stand before them: they come after
-    everything read earlier. Experts that the probe did not reach come last.
+    that wrote it. The others may come from attention, a convolution or the residual stream, so they follow everything
+    read earlier. Experts that the probe did not reach come last.
     """
     found: list[list[Activation]] = []
     read_in: dict[str, int] = {}  # linear -> the group of what it reads
@@ -108,7 +108,7 @@ def gather_drifting(
 def _rows(
     run: Callable[[], object], module: nn.Module, block: Block, items: list[Activation]
 ) -> dict[tuple[str, int], list[torch.Tensor]]:
-    """The rows (M, K) of every activation and expert in one run, as often as it is read."""
+    """Return the rows (M, K) of every activation and expert in one run, as often as it is read."""
     seen: dict[tuple[str, int], list[torch.Tensor]] = {}
 
     def keep(label: str, expert: int, rows: torch.Tensor) -> None:

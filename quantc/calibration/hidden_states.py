@@ -65,7 +65,7 @@ class HiddenStates:
             self._data = torch.empty(0)
 
     def fill(self, other: HiddenStates) -> None:
-        """Take over all states of another store of the same shape."""
+        """Copy all states from another store of the same shape."""
         for sample in range(self.shape[0]):
             self.write(sample, other.read(sample, 1))
 
@@ -74,7 +74,7 @@ class HiddenStates:
         return HiddenStates(self.shape, self._folder, self._dtype, self._in_file)
 
     def copy(self) -> HiddenStates:
-        """Return the same states once more."""
+        """Return a copy of the states, in a file of its own where these are in one."""
         twin = self.empty()
         twin.fill(self)
         return twin

@@ -21,7 +21,7 @@ RowHandler = Callable[[str, int, torch.Tensor], None]
 def observed(
     module: nn.Module, block: Block, activations: list[Activation], handle: RowHandler, to_the_end: bool = False
 ) -> Iterator[None]:
-    """Inside, running the block calls `handle(label, expert, rows)` with the rows (M, K) of each activation.
+    """Call `handle(label, expert, rows)` with the rows (M, K) of each activation while the block runs inside.
 
     `expert` is 0 for plain linears. Unless it is to run to the end, a pass through the block stops as soon as the last
     of the activations has been seen, where that can be known. All hooks are gone afterwards.
@@ -43,7 +43,7 @@ def observed(
 
 
 def _last_called(block: Block, watched: list[Activation]) -> Activation | None:
-    """The activation seen last in a pass, when the trace reached all of them (uncalled experts may come later)."""
+    """Return the activation seen last in a pass, when the trace reached all (uncalled experts may come later)."""
     if any(item.order < 0 for item in watched):
         return None
     return max(watched, key=lambda item: item.order)

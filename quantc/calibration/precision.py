@@ -13,7 +13,7 @@ def product_dtype(device: torch.device, wanted: bool = True) -> torch.dtype:
 
 
 def fast_matmul(device: torch.device, wanted: bool = True) -> torch.autocast:
-    """Matrix products of calibration passes in bfloat16 where that is wanted and native; all between in float32.
+    """Return the context for calibration passes: products in bfloat16 where wanted and native, the rest in float32.
 
     On SmolLM2-135M at 3 bits it takes a third off the CPU seconds and moves the mean output error of the linears
     from 0.009589 to 0.009593: bfloat16's 2^-9 drowns in the rounding error of the weights. In that of 8 bits it does

@@ -1,6 +1,6 @@
 """Calibration: the model run on the calibration tokens block by block.
 
-The hidden states of the whole calibration set stand between two blocks; past a limit they live in a file.
+It holds the hidden states of the whole calibration set between two blocks, in a file when they exceed a limit.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Batch:
 
 
 class CalibrationRun:
-    """The calibration set on its way through the model.
+    """The calibration set, carried through the model block by block.
 
-    `runs(block)` hands out the runs of a block on every batch, for observers; `advance(block)` replaces the hidden
-    states by the block's outputs. The block's weights must be loaded; the caller owns them.
+    `runs(block)` yields a call for every batch that runs the block on it, for observers; `advance(block)` replaces the
+    hidden states by the block's outputs. The block's weights must be loaded; the caller owns them.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class CalibrationRun:
         self._batches.append(Batch(start, tokens.shape[0], calls))
 
     def _calls(self, tokens: torch.Tensor) -> tuple[list[BlockCall], torch.Tensor]:
-        """What every block is called with for tokens (B, T), hidden states left out, and those of the first block."""
+        """Return every block's call for tokens (B, T) without hidden states, and the first block's hidden states."""
         modules = [self._model.get_submodule(block.name) for block in self.graph.blocks]
         calls: list[BlockCall] = []
 
@@ -93,17 +93,17 @@ class CalibrationRun:
         return calls, first
 
     def probe(self, block: Block) -> BlockCall:
-        """A call of the block with the first tokens of the first sample, on their way to the block."""
+        """Return a call of the block with the current hidden states of the first sample's first tokens."""
         hidden = self._states.read(0, 1)[:, :PROBE_TOKENS].clone()
         return _moved(self._probe[block.index].with_hidden(hidden), self.device)
 
     def states(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first sample, hidden states as they stand) of every batch."""
+        """Yield (first sample, current hidden states) of every batch."""
         for batch in self._batches:
             yield batch.start, self._states.read(batch.start, batch.count)
 
     def snapshot(self) -> HiddenStates:
-        """A copy of the hidden states as they stand."""
+        """Return a copy of the current hidden states."""
         return self._states.copy()
 
     def restart(self, states: HiddenStates) -> None:
@@ -116,12 +116,12 @@ class CalibrationRun:
             self._states.write(start, change(hidden))
 
     def calls(self, block: Block) -> Iterator[tuple[Batch, BlockCall]]:
-        """Every batch, and what the block is called with for it, hidden states left out."""
+        """Yield every batch and the block's call for it, without hidden states."""
         for batch in self._batches:
             yield batch, self.call(block, batch)
 
     def parts(self, tokens: int) -> Iterator[Batch]:
-        """The set in batches of at most so many tokens, or of one sample."""
+        """Yield the set in batches of at most `tokens` tokens, or of one sample where that has more."""
         size = max(1, tokens // self.seq_len)
         for batch in self._batches:
             for start in range(0, batch.count, size):
@@ -131,7 +131,7 @@ class CalibrationRun:
                 yield Batch(batch.start + start, count, part)
 
     def call(self, block: Block, batch: Batch) -> BlockCall:
-        """What the block is called with for a batch, hidden states left out."""
+        """Return the block's call for a batch, without hidden states."""
         return _moved(batch.calls[block.index], self.device)
 
     @property
@@ -140,7 +140,7 @@ class CalibrationRun:
         return self._batches
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """A copy of the hidden states of a batch, on the device of the run."""
+        """Return a copy of the hidden states of a batch, on the device of the run."""
         return self._states.read(batch.start, batch.count).to(self.device, copy=True)
 
     @property
@@ -149,41 +149,41 @@ class CalibrationRun:
         return self._states.shape
 
     def empty_states(self) -> HiddenStates:
-        """Room for as many hidden states as there are, in a file where these are in one."""
+        """Return an empty store of the same shape, in a file where the current hidden states are in one."""
         return self._states.empty()
 
     def close(self) -> None:
-        """Give the memory or the file of the hidden states back; they cannot be asked for afterwards."""
+        """Free the memory or the file of the hidden states; they cannot be read afterwards."""
         self._states.close()
 
     @property
     def total_tokens(self) -> int:
-        """Of all samples."""
+        """The number of tokens of the whole set."""
         return sum(batch.count for batch in self._batches) * self.seq_len
 
     @property
     def batch_tokens(self) -> int:
-        """How many tokens the current batch has."""
+        """The number of tokens in the current batch."""
         return 0 if self.current is None else self.current.count * self.seq_len
 
     def row_weights(self, label: str) -> torch.Tensor | None:
-        """(M,): how much the rows of the current batch count, or None where all count alike."""
+        """Return (M,), how much the rows of the current batch count, or None where all count alike."""
         weights = self.weights.get(label)
         if weights is None or self.current is None:
             return None
         return weights[self.current.start : self.current.start + self.current.count].reshape(-1)
 
     def products(self) -> torch.autocast:
-        """Inside, matrix products run as in all passes over the set."""
+        """Return the context in which passes over the set run their matrix products."""
         return fast_matmul(self.device, self._fast)
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """In which they do: weights in it are not copied."""
+        """The dtype of those products: weights in it are not copied."""
         return product_dtype(self.device, self._fast)
 
     def runs(self, block: Block) -> Iterator[Callable[[], torch.Tensor | None]]:
-        """For every batch of the set, what runs the block on it: None where an observer has seen enough."""
+        """Yield for every batch a call that runs the block on it; it returns None where an observer has seen enough."""
         for batch in self._batches:
             self.current = batch
             yield partial(self._run, block, batch)
@@ -202,7 +202,7 @@ class CalibrationRun:
         return block.returns.unwrap(output, call)
 
     def advance(self, block: Block) -> None:
-        """Run the block and let its outputs be the hidden states. Non-finite rows are zeroed and counted.
+        """Run the block and replace the hidden states by its outputs. Non-finite rows are zeroed and counted.
 
         Raises CalibrationError when more than a tenth of the rows are not finite.
         """

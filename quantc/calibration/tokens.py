@@ -75,7 +75,7 @@ def _of_text(source: Source, data: CalibrationConfig, notes: list[str]) -> torch
 
 
 def _writing_dtype(source: Source) -> torch.dtype:
-    """bfloat16, and float32 where the CPU has no products of that and half of all memory holds the model.
+    """Return bfloat16, or float32 where the CPU has no bfloat16 products and half of all memory holds the model.
 
     Neither is measured now: what the model writes must be the same every time on one machine.
     """
@@ -85,7 +85,7 @@ def _writing_dtype(source: Source) -> torch.dtype:
 
 
 def _fit_context(source: Source, data: CalibrationConfig, notes: list[str]) -> CalibrationConfig:
-    """Windows longer than the model's context are shortened to it, with a note."""
+    """Shorten windows longer than the model's context to it, with a note."""
     limit = context_limit(source.model.config)
     if limit is None or data.seq_len <= limit:
         return data
@@ -101,7 +101,7 @@ def tokenize_documents(
     seed: int,
     notes: list[str] | None = None,
 ) -> torch.Tensor:
-    """Calibration tokens (samples, seq_len): windows spread evenly over the documents' token stream.
+    """Return calibration tokens (samples, seq_len): windows spread evenly over the documents' token stream.
 
     Documents are joined with the end-of-text token, conversations as the chat template writes them. Where the
     tokenizer itself starts a text with a token (BOS), every window starts with it. The seed shifts all windows; they
@@ -126,7 +126,7 @@ def tokenize_documents(
         )
     phase = (seed * 0.6180339887498949) % 1.0
     starts = [round(room * (((index + phase) % samples) / max(1, samples - 1))) for index in range(samples)]
-    # One that would start on the BOS of a conversation starts before it, or it would have two.
+    # A window that would start on the BOS of a conversation starts before it, or it would have two.
     starts = [start - (start > 0 and stream[start : start + 1] == written) for start in (min(s, room) for s in starts)]
     return torch.tensor([first + stream[start : start + body] for start in starts])
 
@@ -142,7 +142,7 @@ def _join(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> 
 
 
 def generate_tokens(model: Any, samples: int, seq_len: int, seed: int, first: list[int]) -> torch.Tensor:
-    """Calibration text the model writes itself (samples, seq_len), by seeded sampling.
+    """Return calibration tokens (samples, seq_len) that the model writes itself, by seeded sampling.
 
     Each sample starts from the tokenizer's leading token and one random token of the vocabulary, so that the
     samples differ from the first word on.

@@ -26,7 +26,7 @@ CHECKED_KEYS = ("version", "default", "modules", "residual_rotation")  # of quan
 class PackedEntry:
     """How the checkpoint stores one weight: shape (N, K), after the leading (E,) of a stack.
 
-    transposed: the model's code has it as (K, N); the checkpoint never does.
+    transposed: the model's code stores (K, N); the checkpoint never does.
     """
 
     spec: QuantSpec
@@ -69,7 +69,7 @@ class ResidualRotation:
 def describe_quantization(
     entries: dict[str, PackedEntry], default: QuantSpec, residual: ResidualRotation | None = None
 ) -> dict[str, Any]:
-    """`quantization_config` for config.json: the default spec, and per weight its shape and what differs."""
+    """Return `quantization_config` for config.json: the default spec, and per weight its shape and what differs."""
     common = default.dense()
     modules = {}
     for name, entry in entries.items():
@@ -84,7 +84,7 @@ def describe_quantization(
 
 
 def _checksum_of_settings(settings: dict[str, Any]) -> str:
-    """It travels with the config where the manifest does not: to copies, and into the cache of a hub model."""
+    """Return the checksum that goes with the config where the manifest does not: to copies, into the hub's cache."""
     said = {key: settings[key] for key in CHECKED_KEYS if settings.get(key) is not None}
     return integrity.checksum_of_config(said)
 
@@ -107,7 +107,7 @@ def read_residual_rotation(config: dict[str, Any]) -> ResidualRotation | None:
 
 
 def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
-    """weight -> how it is stored, from a config's `quantization_config`.
+    """Return weight -> how it is stored, from a config's `quantization_config`.
 
     Raises CheckpointError for another method, an unknown version or an unreadable spec.
     """

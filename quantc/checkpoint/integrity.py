@@ -1,4 +1,5 @@
-"""Compares a checkpoint's small files with what its manifest recorded, and finds what would be read in their stead.
+"""Compares a checkpoint's small files with what its manifest recorded, and finds files that would be read instead of
+them.
 
 transformers opens whatever it finds, in its own order: one file more in the folder, or one key more in config.json, and
 it runs weights that nobody checked.
@@ -104,7 +105,7 @@ def check_nothing_else_is_read(folder: Path, config: Mapping[str, Any], shards: 
 
 
 def _check_keys(folder: Path, config: Mapping[str, Any]) -> None:
-    """Of a config: none that leads transformers to another config or to another method."""
+    """Raise CheckpointError for a key that leads transformers to another config or another method."""
     settings = config.get("quantization_config")
     strange = [key for key in OTHER_CONFIG if key in config]
     strange += [key for key in OTHER_METHOD if isinstance(settings, dict) and key in settings]
@@ -133,14 +134,14 @@ def facts_of(file: Path) -> tuple[int, ...] | None:
 
 
 def _companions(folder: Path) -> list[Path]:
-    """The small files beside the weights that say what a tokenizer, a template or a plan is."""
+    """Return the small files beside the weights that say what a tokenizer, a template or a plan is."""
     names = (*UNRECORDED, CONFIG)
     found = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     return sorted(file for file in found if file.name not in names and not _is_of_weights(file.name))
 
 
 def _is_of_weights(name: str) -> bool:
-    """Whether a file belongs to the weights, which have checksums of their own, or to an unfinished run."""
+    """Return whether a file belongs to the weights, which have checksums of their own, or to an unfinished run."""
     endings = (".safetensors", ".safetensors.index.json", ".data")
     return name.endswith(endings) or name in ("quantc.json", "quantc-run.json", "resume.json")
 

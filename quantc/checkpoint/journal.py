@@ -1,7 +1,7 @@
 """What an interrupted run leaves for the next one: one JSON file in its folder, replaced whole after every step.
 
 It says what decides the bytes of the run (its identity), what was finished, and all that is needed to go on from there
-besides the tensors, which lie beside it. It carries a checksum of itself.
+besides the tensors, which are stored beside it. It carries a checksum of itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Journal:
     state: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Take the place of the journal that was there, at once; raises OSError."""
+        """Replace the journal in the folder atomically; raises OSError."""
         fresh = folder / (JOURNAL + ".new")
         with open(fresh, "w", encoding="utf-8", opener=open_own) as stream:
             stream.write(json_text({"version": VERSION, "sha256": self.checksum(), **vars(self)}))
@@ -49,7 +49,7 @@ class Journal:
         fresh.replace(folder / JOURNAL)
 
     def checksum(self) -> str:
-        """sha256 of what the journal says."""
+        """Return the sha256 of what the journal says."""
         return hashlib.sha256(json_text(vars(self), sort_keys=True).encode()).hexdigest()
 
     def check(self, recorded: object) -> None:
@@ -91,7 +91,7 @@ def read_journal(folder: Path) -> Journal | None:
 
 
 def _with_journal(folder: Path) -> list[Path]:
-    """The folder and those in it that a quality target builds in, where these have a journal."""
+    """Return the folder and those in it that a quality target builds in, where these have a journal."""
     return [place for place in (folder, *sorted(folder.glob("build-*"))) if os.path.lexists(place / JOURNAL)]
 
 
@@ -135,5 +135,5 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    """In one line, with nothing that a terminal would obey."""
+    """Return a value as one line, with nothing that a terminal would obey."""
     return "none" if value is None else value if isinstance(value, str) and value.isprintable() else json.dumps(value)

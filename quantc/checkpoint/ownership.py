@@ -1,6 +1,6 @@
 """Which files in a folder quantc wrote itself. Only these are ever removed or replaced.
 
-A folder in which a run works carries a mark. There, and in checkpoints, files are told by their names: those that
+A folder in which a run works carries a mark. There, and in checkpoints, files are recognised by their names: those that
 quantc gives, and those that the mark or the manifest lists. Links, other names and files of another user are foreign.
 """
 
@@ -34,7 +34,7 @@ _UNLISTED = frozenset(
     "merges.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json "
     "generation_config.json".split()
 )
-_ORDER = {JOURNAL: 0, MANIFEST: 2, MARK: 3}  # of removal: what tells quantc's files is removed behind them
+_ORDER = {JOURNAL: 0, MANIFEST: 2, MARK: 3}  # of removal: what identifies quantc's files goes after them
 
 
 @dataclass
@@ -146,10 +146,10 @@ def remove(folder: Path, keep: Collection[str] = ()) -> list[Path]:
     """Remove what quantc wrote in a folder, and folders in which nothing is left; return what stays.
 
     keep: names of files right in it that stay too, which are not returned. Raises OSError. When this is interrupted,
-    what is left is still told as quantc's.
+    what is left is still recognised as quantc's.
     """
     found = survey(folder)
-    telling = [folder / MANIFEST, folder / MARK]  # which files are quantc's: removed behind these
+    telling = [folder / MANIFEST, folder / MARK]  # they say which files are quantc's: removed after these
     removed = [path for path in found.own if path.relative_to(folder).as_posix() not in keep]
     for path in sorted(set(removed).difference(telling), key=lambda path: _ORDER.get(path.name, 1)):
         path.unlink(missing_ok=True)
@@ -194,7 +194,7 @@ def check_place(out: Path, source: Path | None = None) -> None:
 
 
 def _listed(file: Path) -> set[str] | None:
-    """The names of files that a mark or a manifest lists; None where there is no such list."""
+    """Return the names of files that a mark or a manifest lists; None where there is no such list."""
     try:
         names = read_json(file).get(LIST)
     except (OSError, ValueError, AttributeError):
@@ -203,7 +203,7 @@ def _listed(file: Path) -> set[str] | None:
 
 
 def _is_own_journal(file: Path) -> bool:
-    """Runs of older versions left a journal and no mark."""
+    """Return whether a file is a journal of quantc's; runs of older versions left a journal and no mark."""
     try:
         return {"version", "identity"} <= set(read_json(file))
     except (OSError, ValueError, TypeError):

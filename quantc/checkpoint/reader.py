@@ -84,7 +84,7 @@ class CheckpointReader:
         self._check_layouts()
 
     def _table(self, file: str, table: Any, kind: type) -> dict[str, Any]:
-        """What a JSON file says of its tensors: a mapping whose values are all of one kind."""
+        """Return what a JSON file says of its tensors: a mapping whose values are all of one kind."""
         if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
             raise CheckpointError(
                 f"{self.folder / file} has no readable table of tensors; a whole quantc checkpoint is needed, so copy "
@@ -115,7 +115,7 @@ class CheckpointReader:
             ) from error
 
     def _check_tensors(self) -> None:
-        """Every tensor that the manifest lists is there, with its dtype and shape."""
+        """Check that every tensor the manifest lists is there, with its dtype and shape."""
         present = {name: set(shard.keys()) for name, shard in self._shards.items()}
         for tensor, entry in self.recorded.items():
             if not isinstance(entry.get("shape"), list) or not {"dtype", "sha256"} <= set(entry):
@@ -131,7 +131,7 @@ class CheckpointReader:
             self._check_tensor(tensor, entry["dtype"], tuple(entry["shape"]), MANIFEST)
 
     def _check_index(self) -> None:
-        """Every shard holds the tensors that the index says, and no others; the manifest lists each of them."""
+        """Check that every shard holds the tensors the index says, no others, and that the manifest lists each."""
         for shard, opened in self._shards.items():
             held = set(opened.keys())
             listed = {name for name, file in self.weight_map.items() if file == shard}
@@ -147,7 +147,7 @@ class CheckpointReader:
             )
 
     def _check_layouts(self) -> None:
-        """Every packed weight has the parts that its spec needs."""
+        """Check that every packed weight has the parts its spec needs."""
         for name, entry in self.entries.items():
             for part, needed in entry.layout().items():
                 tensor = f"{name}.{part}"
@@ -200,13 +200,13 @@ class CheckpointReader:
                 raise CheckpointError(f"{self.folder / name} changed while it was loaded; load it again.")
 
     def bits_per_weight(self) -> float:
-        """Return all that is stored for the linears inside the blocks over their weight count."""
+        """Return the bits stored for the linears inside the blocks, divided by their weight count."""
         linears = [entry for name, entry in self.entries.items() if entry.leading or not name.endswith(".weight")]
         stored = sum(entry.spec.stored_bits(entry.shape) * math.prod(entry.leading) for entry in linears)
         return stored / max(1, sum(entry.weights for entry in linears))
 
     def weights_bytes(self) -> int:
-        """Size of all weight files."""
+        """Return the size of all weight files."""
         return sum((self.folder / name).stat().st_size for name in self._shards)
 
 

@@ -46,7 +46,7 @@ _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
 class ShardWriter:
     """Tensors go to a spool file as they come; `finish` writes the shard from it, in safetensors' own order.
 
-    A spool is only appended to: its first bytes stay what they were when `state` was asked for, whatever happens later.
+    A spool is only appended to: its first bytes stay what they were when `state` was called, whatever happens later.
     Raises CheckpointError that names the file when it cannot be written.
     """
 
@@ -62,7 +62,7 @@ class ShardWriter:
         return self.file or self._spool
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """dtype and shape of every tensor, by safetensors' names."""
+        """Return dtype and shape of every tensor, by safetensors' names."""
         entries = self._entries.values()
         return {entry.name: {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape} for entry in entries}
 
@@ -75,7 +75,7 @@ class ShardWriter:
         self.bytes += tensor.nbytes
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
-        """Let a contiguous CPU tensor of the same dtype and shape stand for one that was added."""
+        """Replace a tensor that was added by a contiguous CPU tensor of the same dtype and shape."""
         known = self._entries[name]
         assert (tensor.dtype, list(tensor.shape)) == (known.dtype, known.shape)
         self.bytes -= known.bytes
@@ -122,7 +122,7 @@ class ShardWriter:
 
     @classmethod
     def restored(cls, spool: Path, state: Any, file: Path) -> ShardWriter:
-        """Return a shard as it was when `state` was asked for. Nothing on the disk changes: see `cut_off`.
+        """Return a shard as it was when `state` was called. Nothing on the disk changes: see `cut_off`.
 
         file: the shard, if it was written already. Raises ValueError where the state is not one of this spool, or
         the file that has the tensors is not as long as that says.
@@ -173,7 +173,7 @@ def _count(value: object) -> int:
 
 
 def _size(file: Path) -> int:
-    """0 where there is no such file; raises ValueError for a link, a folder or the like."""
+    """Return a file's size, 0 where there is none; raises ValueError for a link, a folder or the like."""
     if not os.path.lexists(file):
         return 0
     if not stat.S_ISREG(file.lstat().st_mode):
@@ -237,6 +237,6 @@ def _copy(spool: IO[bytes], out: IO[bytes], entry: Entry) -> None:
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes, row-major."""
+    """Return the sha256 of a tensor's bytes, row-major."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()

@@ -176,7 +176,7 @@ class Workplace:
             self.discard()
 
     def swap_in(self, finished: Path) -> None:
-        """Give a finished folder the output's name; what was there before stays until then."""
+        """Rename a finished folder to the output; what was there before stays until then."""
         before = os.path.lexists(self.out)
         if before:
             self._retire()
@@ -192,7 +192,7 @@ class Workplace:
             _remove_or_warn(self._retired)
 
     def _retire(self) -> None:
-        """Give the old output another name, unless it came to be while the run worked."""
+        """Rename the old output, unless it was created while the run worked."""
         if not self._force or not _is_ours(self.out):
             raise CheckpointError(f"{self.out} was made by somebody else meanwhile; move it elsewhere, and resume.")
         if marked(self._retired) is not None:  # a run was killed right here

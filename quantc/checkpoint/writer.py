@@ -74,7 +74,7 @@ class CheckpointWriter(Workplace):
         remove(self.folder, {JOURNAL, MARK, *listed, *(shard.place.name for shard in shards)})
 
     def _read_shards(self, state: dict[str, Any]) -> list[ShardWriter]:
-        """The shards of a `state`, once all of their bytes were found to be what it says."""
+        """Return the shards of a `state`, once all of their bytes were found to be what it says."""
         shards, checksums = [], state["checksums"]
         for number, saved in enumerate(state["shards"], start=1):
             file = self._shard_file(number, len(state["shards"]))
@@ -116,7 +116,7 @@ class CheckpointWriter(Workplace):
         return self._shard_of[name].read(name)
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
-        """Let a tensor of the same dtype and shape stand for one that was added."""
+        """Replace a tensor that was added by one of the same dtype and shape."""
         tensor = tensor.contiguous()
         self.tensors[name]["sha256"] = checksum(tensor)
         self._shard_of[name].replace(name, tensor)
@@ -140,7 +140,7 @@ class CheckpointWriter(Workplace):
                 (made / file).replace(self.folder / file)
 
     def _note_files(self, names: list[str]) -> None:
-        """Let the mark list names, so that these files are told as quantc's whatever happens to the run."""
+        """Let the mark list names, so that these files are recognised as quantc's whatever happens to the run."""
         known = marked(self.folder) or set()
         if not known.issuperset(names):
             mark(self.folder, known.union(names))

@@ -99,7 +99,7 @@ def show_json(value: Any) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """Nested mappings, sequences and scalars as JSON knows them; NaN and infinity as None."""
+    """Return nested mappings, sequences and scalars as JSON types; NaN and infinity become None."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
@@ -121,7 +121,7 @@ def _level(quiet: bool, verbose: bool, live: bool) -> int:
 
 @contextmanager
 def _log_lines(screen: Console, level: int) -> Iterator[None]:
-    """quantc's log records on this console, above a live display if there is one."""
+    """Show quantc's log records on this console, above a live display if there is one."""
     logger = logging.getLogger("quantc")
     handler = _ConsoleHandler(screen)
     before, propagate = logger.level, logger.propagate

@@ -81,7 +81,7 @@ def describe_failure(error: Exception) -> tuple[str, int]:
 
 
 def _describe_bug(error: Exception) -> str:
-    """Its kind, and where its traceback is; a full or read-only disk is no reason to say nothing."""
+    """Return a bug's kind and where its traceback is; a full or read-only disk is no reason to say nothing."""
     kind = one_line(f"{type(error).__name__}: {error}")
     report = "".join(traceback.format_exception(error))
     for folder in (disk_cache.folder(CRASHES), Path(tempfile.gettempdir())):
@@ -97,7 +97,7 @@ def _describe_bug(error: Exception) -> str:
 
 
 def _never_fail_to_encode() -> None:
-    """What a terminal's encoding lacks, and names of files that are no text, are shown as escapes."""
+    """Show what a terminal's encoding lacks, and names of files that are no text, as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -112,14 +112,14 @@ def _discard_output() -> None:
 
 
 def _notes_on(error: BaseException) -> list[str]:
-    """What was added to an error on its way; click's own Abort has an interrupt as its cause."""
+    """Return the notes added to an error on its way; click's own Abort has an interrupt as its cause."""
     cause = error.__cause__ if isinstance(error, click.Abort) else error
     return [one_line(note) for note in getattr(cause, "__notes__", ())]
 
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does."""
+    """Let SIGTERM, which schedulers send before they kill, end a command as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -144,5 +144,5 @@ def _describe_os_error(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch raises RuntimeErrors of several kinds for it."""
+    """Return whether memory ran out; torch raises RuntimeErrors of several kinds for it."""
     return any(words in str(error) for words in ("out of memory", "can't allocate memory"))

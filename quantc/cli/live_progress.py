@@ -104,7 +104,7 @@ class _TimeColumn(ProgressColumn):
 
 
 class _MemoryColumn(ProgressColumn):
-    """Resident memory of the process, on the stage in work only."""
+    """Resident memory of the process, on the running stage only."""
 
     max_refresh = 0.5
 

@@ -144,7 +144,7 @@ def exported(result: dict[str, Any]) -> RenderableType:
 
 
 def _minima(result: dict[str, Any]) -> str:
-    """What float16 minima have rounded, where there are some."""
+    """Say what storing minima in float16 has changed, where there are minima."""
     if not result["minimum_largest"]:
         return ""
     largest, rms = number(100 * result["minimum_largest"]), number(100 * result["minimum_rms"])
@@ -248,7 +248,7 @@ def _inspect_row(linear: dict[str, Any], stacks: bool) -> list[str]:
 
 
 def _remarks(report: dict[str, Any]) -> list[RenderableType]:
-    """What was rewritten, refused and kept, and the notes."""
+    """Return what was rewritten, refused and left in floats, and the notes."""
     return [
         *_lines("Rewritten", [Text(line) for line in rewritten(report["rewrites"])]),
         *_lines("Not rewritten", _by_reason(report["refused"])),
@@ -274,7 +274,7 @@ def _lines(title: str, lines: list[Text]) -> list[RenderableType]:
 
 
 def _command(words: list[str]) -> RenderableType:
-    """A line to copy: the terminal may wrap it, but no line break is put in."""
+    """Return a line to copy: the terminal may wrap it, but no line break is put in."""
     return Text(f"  {shlex.join(words)}", style="cyan", no_wrap=True, overflow="ignore")
 
 
@@ -283,7 +283,7 @@ def _heading(text: str) -> RenderableType:
 
 
 def _facts(facts: Facts) -> RenderableType:
-    """Figures that have a meaning beside them line up with each other; the others may be long."""
+    """Return lines of figures; those with a meaning beside them line up with each other, the others may be long."""
     width = max((len(figure) for _, figure, meaning in facts if meaning), default=0)
     table = Table.grid(padding=(0, 2))
     for name, figure, meaning in facts:
@@ -305,7 +305,7 @@ def _table(columns: list[str], numeric: set[str]) -> Table:
 
 
 def _error(linear: dict[str, Any]) -> float:
-    """A key that puts an error which is no number first: it is the worst of all."""
+    """Return a sort key that puts an error which is NaN or missing first, as the worst."""
     error = linear["error"]
     return error if error is not None and error == error else float("inf")
 

@@ -37,7 +37,7 @@ Compare = Callable[[Path, "list[Window]"], "Scores"]
 def quality_goal(
     target: Target, model: PathLike, job: Job, output: Output, text: str | None, compare: Compare
 ) -> Iterator[QualityGoal]:
-    """Yield the goal of a quality target: inside, builds lie in the unfinished folder of the output.
+    """Yield the goal of a quality target; while it is in use, builds are in the output's unfinished folder.
 
     job: with a budget that holds anything. text: what is measured on, or None for held-out calibration windows.
     compare: the scores of a checkpoint beside the original's.
@@ -109,8 +109,8 @@ def _rounds(builds: Sequence[Built]) -> list[Round]:
 class Builds:
     """Builds inside the unfinished folder, until one of them is chosen; only the smallest that met the target stays.
 
-    measured: of every build its specs, bits and what was found, as the journal has it; those of an interrupted run are
-    not built again while the plans are the same. write: builds a job into a folder. found: measures it.
+    measured: of every build its specs, bits and what was found, as saved in the journal; those of an interrupted run
+    are not built again while the plans are the same. write: builds a job into a folder. found: measures it.
     """
 
     def __init__(
@@ -152,13 +152,13 @@ class Builds:
         return self.place.folder / f"build-{at + 1}"
 
     def _best(self) -> int:
-        """The number of the smallest build that met the target, -1 where none did."""
+        """Return the number of the smallest build that met the target, -1 where none did."""
         met = [at for at, item in enumerate(self._measured) if item["found"] <= self._target.limit]
         return min(met, key=lambda at: self._measured[at]["bits"], default=-1)
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a build that was measured is still what it was: a damaged one is built again."""
+    """Return whether a measured build is still intact: a damaged one is built again."""
     try:
         verify(folder)
     except CheckpointError:

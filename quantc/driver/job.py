@@ -170,7 +170,7 @@ class Job:
         run.plan.check(run.graph, set(run.graph.outside_weights))
 
     def _check_tokenizer(self, run: Run) -> None:
-        """Find a missing one before hours of work; what needs no text does without."""
+        """Find a missing tokenizer before hours of work; runs that need no text do without."""
         try:
             _ = run.source.tokenizer
         except ModelError as error:

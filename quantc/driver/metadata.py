@@ -1,4 +1,4 @@
-"""What stands in a checkpoint beside the weights: config, manifest, tokenizer, plan, model card."""
+"""The files of a checkpoint beside its weights: config, manifest, tokenizer, plan, model card."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _packed_entries(run: Run) -> dict[str, PackedEntry]:
 
 
 def config_json(run: Run) -> dict[str, Any]:
-    """config.json: the source model's, and how its weights are packed."""
+    """Return the content of config.json: the source model's, and how its weights are packed."""
     entries = _packed_entries(run)
     specs = [entry.spec for entry in entries.values()]
     default = max(specs, key=specs.count) if specs else QuantSpec()
@@ -51,7 +51,7 @@ def config_json(run: Run) -> dict[str, Any]:
 
 
 def model_dtype(source: Source) -> torch.dtype:
-    """The dtype the model's config asks for; float32 where it says nothing."""
+    """Return the dtype the model's config asks for; float32 where it says nothing."""
     dtype = source.model.config.dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
@@ -80,7 +80,7 @@ def write_metadata(
 def manifest_json(
     run: Run, recipe: dict[str, Any], tokens: torch.Tensor | None, folder: Path, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """quantc.json: where the checkpoint comes from, so that it can be made again, and checksums of its small files.
+    """Return the content of quantc.json: what the checkpoint was made from, and checksums of its small files.
 
     recipe: its `to_dict`. folder: where those were written. config: what config.json will hold.
     """

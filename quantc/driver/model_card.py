@@ -41,6 +41,6 @@ def model_card(name: str, path: Path, bits: float, total: int) -> str:
 
 
 def _hub_id(path: Path) -> str:
-    """owner/name where a model was read from the hub's cache; else ""."""
+    """Return owner/name where a model was read from the hub's cache; else ""."""
     cached = (part for part in path.parts if part.startswith(HUB_CACHE))
     return next(cached, HUB_CACHE).removeprefix(HUB_CACHE).replace("--", "/")

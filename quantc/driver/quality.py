@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..evaluation.scores import Scores
 
 BUILDS = 6  # at most: with 5, noisy measurements leave brackets two to four times as wide
-HELD_OUT_SHARE = 8  # every so many calibration windows one is kept aside
+HELD_OUT_SHARE = 8  # one of this many calibration windows is held out
 HELD_OUT_WINDOWS = 32  # of a text of its own, at most
 AIM = 0.9  # of the target: predictions corrected once are off by a few per cent
 POWERS = (0.5, 2.0)  # of a prediction that its measurement rises by: less or more, between two builds, is noise
@@ -54,11 +54,11 @@ class Target:
 
     @property
     def limit(self) -> float:
-        """In the unit of `found`."""
+        """The target in the unit of `found`."""
         return self.max_kl if self.max_kl is not None else log(1 + (self.max_ppl_increase or 0.0))
 
     def found(self, scores: Scores) -> float:
-        """What was measured: the KL divergence, or the logarithm of the perplexity's increase, nats per token."""
+        """Return the measured KL divergence, or the logarithm of the perplexity's increase, in nats per token."""
         if self.max_kl is not None:
             assert scores.mean_kl is not None
             return scores.mean_kl
@@ -67,11 +67,11 @@ class Target:
 
     @property
     def label(self) -> str:
-        """In the name of a folder."""
+        """The target as it appears in the name of a folder."""
         return f"kl{self.max_kl:g}" if self.max_kl is not None else f"ppl{100 * (self.max_ppl_increase or 0):g}"
 
     def describe(self, rounds: list[Round], positions: int) -> str:
-        """What was measured in the last of the rounds, which met the target, in a sentence."""
+        """Return a sentence on what the last of the rounds, which met the target, measured."""
         builds = f"{len(rounds)} of at most {BUILDS} builds, {positions:,} held-out predictions"
         text = f"{self._in_words(rounds[-1].found)}, at most {self._in_words(self.limit)} wanted; {builds}"
         met, missed = bracket(rounds, self.limit)
@@ -81,7 +81,7 @@ class Target:
         return f"{text}; the next smaller plan that was built, of {saved} % fewer bits, missed it: one between may not"
 
     def refuse(self, best: float) -> UsageError:
-        """No build met the target; the best one measured this."""
+        """Return the error for a target that no build met; best: what the best build measured."""
         return UsageError(
             f"the target cannot be met within 8 bits: {self._in_words(best)} is the best found, and at most "
             f"{self._in_words(self.limit)} is wanted; ask for that, or try --preset best."
@@ -143,7 +143,7 @@ def next_plan(limit: float, budget: Budget, rounds: list[Round]) -> Shared | Non
 def _offers(
     limit: float, budget: Budget, rounds: list[Round], met: Round | None, missed: Round | None
 ) -> Iterator[Shared]:
-    """Plans that may come next, the best first.
+    """Yield plans that may come next, the best first.
 
     Builds on one side of the target only are followed by others farther on, and by the outermost plan where two builds
     are left, or none between: beyond it there is nothing. A bracket is interpolated, and halved after two builds on the
@@ -160,14 +160,14 @@ def _offers(
 
 
 def _between(limit: float, met: Round, missed: Round) -> float:
-    """The predicted loss at which a line through the logarithms of two plans reaches the target."""
+    """Return the predicted loss at which a line through the logarithms of two plans reaches the target."""
     (low, found), (high, found_there) = _logs(met, limit), _logs(missed, limit)
     part = (log(AIM * limit) - found) / (found_there - found)
     return exp(low + min(max(part, EDGE), 1 - EDGE) * (high - low))
 
 
 def _beyond(limit: float, rounds: list[Round], nearest: Round | None) -> float:
-    """The predicted loss of a plan that should measure the target, where all builds so far are on one side of it.
+    """Return the predicted loss of a plan that should measure the target, where all builds are on one side of it.
 
     What was measured is off by a factor, which one build shows, or by a power and a factor, which two show. Steps have
     a largest length, and double from the third build on, since those before were too short.
@@ -185,7 +185,7 @@ def _beyond(limit: float, rounds: list[Round], nearest: Round | None) -> float:
 
 
 def _logs(item: Round, limit: float) -> tuple[float, float]:
-    """Of what was predicted and of what was found, which may be 0 or less (a perplexity can fall), infinite or NaN."""
+    """Return logarithms of the predicted and the found loss; found may be <= 0 (perplexity can fall), infinite, NaN."""
     found = max(limit / SPAN, min(limit * SPAN, item.found))  # in this order NaN is the most
     return log(max(item.shared.loss, LEAST_LOSS)), log(found)
 
@@ -198,7 +198,7 @@ def _smallest(budget: Budget, loss: float) -> Shared:
 
 
 def held_out(run: Run, tokens: torch.Tensor, text: str | None) -> tuple[torch.Tensor, list[Window]]:
-    """Calibration windows (samples, T) and those that are measured on: of a text, or an eighth of the former.
+    """Return calibration windows (samples, T) and held-out ones to measure on: of a text, or an eighth of the former.
 
     Raises UsageError where there are too few windows to share.
     """

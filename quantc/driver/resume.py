@@ -1,4 +1,4 @@
-"""Continuing an interrupted run: only one that is the same in all that decides the bytes of a checkpoint may."""
+"""Resumes an interrupted run, if everything that decides the bytes of the checkpoint is still the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..progress import Progress
 
 
 def check_start(out: Path, source: Source, resume: bool, progress: Progress) -> None:
-    """Refuse an output that is the model itself, and say so where there is nothing to resume."""
+    """Refuse an output that is the model itself; note it where there is nothing to resume."""
     check_place(out, source.path)
     if resume and not has_journal(unfinished(out)):
         progress.note(f"there is no interrupted run of {out} to resume; this one starts anew")

@@ -1,4 +1,4 @@
-"""Settings of a run: what may be asked for, and the recipe and passes that come of it."""
+"""Settings of a run: what users may choose, and the recipe and passes that follow from it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Settings(TypedDict, total=False):
 
     preset: fast, balanced or best. recipe: a Recipe or a YAML file instead; the other settings override either.
     bits: of every code; with a fraction it means avg_bits: what a weight inside the blocks takes on average, all that
-    is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Both are shared out by
-    predicted loss; pins: pattern of names -> bits, formats: the labels allowed, such as w4g128, and target: a runtime
-    that has to load the result hold for that. search: generations that then refine the plan by measuring.
-    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs. auto, where
-    there is a budget: it may drop some of any linear.
-    tune_steps: of training for each block after rounding. tune_budget: wall seconds for that in all, or text such as
+    is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Within either budget, layers
+    get mixed precision by predicted loss, under these rules. pins: pattern of names -> bits. formats: the labels
+    allowed, such as w4g128. target: a runtime that has to load the result. search: generations that then refine the
+    plan by measuring.
+    sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs. auto, with a
+    budget: groups may be dropped from any linear.
+    tune_steps: training steps for each block after rounding. tune_budget: wall seconds for all of them, or text such as
     10min; either adds the pass tune to a recipe without it.
     method: gptq or rtn. calib: builtin, self, a file or a data set; none rounds without calibration text.
     trust_remote_code: run Python code that the model's folder or repository brings.
@@ -81,7 +82,7 @@ def chosen_recipe(settings: Settings) -> Recipe:
 
 
 def _allocation(settings: Settings) -> dict[str, Any]:
-    """The settings of allocate; None leaves what the recipe says."""
+    """Return the settings of allocate; None leaves what the recipe says."""
     limit, formats, bits = settings.get("size"), settings.get("formats"), settings.get("bits")
     for name in BUDGETS:
         if bits is not None and settings.get(name) is not None:
@@ -100,12 +101,12 @@ def _allocation(settings: Settings) -> dict[str, Any]:
 
 
 def as_bytes(limit: int | str) -> int:
-    """Bytes, of a number of them or of text such as 300MiB."""
+    """Return bytes from a number of them or from text such as 300MiB."""
     return parse_size(limit) if isinstance(limit, str) else limit
 
 
 def _widths(bits: float | None, avg_bits: float | None) -> dict[str, Any]:
-    """allocate's bits and avg_bits; bits with a fraction are an average."""
+    """Return allocate's bits and avg_bits; bits with a fraction are an average."""
     if bits is None or bits == int(bits):
         return {"bits": None if bits is None else int(bits), "avg_bits": avg_bits}
     return {"bits": None, "avg_bits": bits}
@@ -124,7 +125,7 @@ def named_recipe(settings: Settings) -> Recipe:
 
 
 def _sparsified(recipe: Recipe, settings: Settings) -> Recipe:
-    """The recipe with the pass sparsify where a sparsity is asked for; a group size is that of the groups dropped."""
+    """Return the recipe with sparsify where a sparsity is asked for; a group size is that of the groups dropped."""
     sparsity = settings.get("sparsity")
     if sparsity == AUTO:  # is for allocate
         return recipe
@@ -136,7 +137,7 @@ def _sparsified(recipe: Recipe, settings: Settings) -> Recipe:
 
 
 def _trained(recipe: Recipe, settings: Settings) -> Recipe:
-    """The recipe with the pass tune where steps or a budget for it are asked for."""
+    """Return the recipe with the pass tune where steps or a budget for it are asked for."""
     steps, budget = settings.get("tune_steps"), settings.get("tune_budget")
     if steps is None and budget is None:
         return recipe
@@ -188,12 +189,12 @@ def given_plan(plan: PathLike | None, settings: Settings) -> Plan:
 
 
 def allocation(passes: list[Pass]) -> AllocateConfig | None:
-    """The settings of allocate; None in a recipe without it, whose plan is handed in."""
+    """Return the settings of allocate; None in a recipe without it, whose plan is given."""
     return next((item.config for item in passes if isinstance(item, Allocate)), None)
 
 
 def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
-    """`<model>-quantc-w4g128`, or `-plan` where a plan was given."""
+    """Return `<model>-quantc-w4g128`, or `-plan` where a plan was given."""
     allocate = allocation(passes)
     if plan.specs or allocate is None:
         return f"{model}-quantc-plan"

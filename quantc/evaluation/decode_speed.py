@@ -17,7 +17,7 @@ PROMPT = "The river rises in the hills, runs past the old mill and the market to
 
 
 def measure_decode_speed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Tokens per second of greedy `generate` in the model's own dtype: batch 1, the best of three runs.
+    """Return tokens per second of greedy `generate` in the model's own dtype: batch 1, the best of three runs.
 
     A run is 64 new tokens after a prompt of 32, reading the prompt included; the end-of-text token does not
     stop it. At most two CPU threads work, so that figures from different machines are of the same kind.

@@ -58,7 +58,7 @@ def evaluate(
 def _load_subject(
     opened: Opened, chosen: Choice, dtype_given: bool, context: int | None, trusted: bool, device: str
 ) -> tuple[Any, Choice]:
-    """The model to measure, and what it is computed in: a GGUF file by llama.cpp where that can be asked."""
+    """Return the model to measure and the dtype it is computed in: a GGUF file by llama.cpp where that is possible."""
     if not isinstance(opened, GgufSource):
         return load_any(opened, chosen.dtype, trusted, parse_device(device)), chosen
     why = llama_cpp_model.refusal(dtype_given, device)

@@ -63,7 +63,7 @@ def _log(level: int, text: bytes, _: Any) -> None:
 
 
 def missing() -> str | None:
-    """Return why llama.cpp cannot be asked here, or None where it can."""
+    """Return why llama.cpp cannot be used here, or None where it can."""
     if find_spec(PACKAGE) is None:
         return f"{PACKAGE} is not installed; run `pip install {PACKAGE}=={VERSION}`"
     try:
@@ -81,7 +81,7 @@ def missing() -> str | None:
 
 @cache
 def _library() -> Any:
-    """The functions of llama.cpp; raises ModelError where the package is another build than the one known here."""
+    """Return the functions of llama.cpp; raises ModelError where the package is another build than the one known."""
     if (reason := missing()) is not None:
         raise ModelError(f"llama.cpp cannot be asked: {reason}.")
     library = ctypes.CDLL(import_module(f"{PACKAGE}.{PACKAGE}").__file__)
@@ -127,7 +127,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         return int(model)
 
     def _open_context(self, length: int) -> int:
-        """A context that reads `length` tokens at once, its keys and values in float32."""
+        """Return a context that reads `length` tokens at once, its keys and values in float32."""
         params = self._library.llama_context_default_params()
         params.words[:3] = [length] * 3
         threads = min(torch.get_num_threads(), os.cpu_count() or 1)

@@ -66,7 +66,7 @@ def load_any(opened: Opened, dtype: torch.dtype, trusted: bool, device: torch.de
 
 
 def stored_size(opened: Opened) -> dict[str, Any]:
-    """bits_per_weight of the linears inside the blocks, and the size of the weight files."""
+    """Return bits_per_weight of the linears inside the blocks, and the size of the weight files."""
     if not isinstance(opened, Source):
         reader = CheckpointReader(opened)
         return {"bits_per_weight": reader.bits_per_weight(), "weights_bytes": reader.weights_bytes()}
@@ -75,7 +75,7 @@ def stored_size(opened: Opened) -> dict[str, Any]:
 
 
 def _source_dtype(source: Source) -> torch.dtype:
-    """The dtype that the config asks for; where it says nothing that of the first weight, as transformers has it."""
+    """Return the dtype that the config asks for, or that of the first weight, as transformers does."""
     dtype = source.model.config.dtype
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -84,7 +84,7 @@ def _source_dtype(source: Source) -> torch.dtype:
 
 
 def _source_bits_per_weight(source: Source) -> float:
-    """Average over the matrices inside the blocks of an unquantized model."""
+    """Return the average over the matrices inside the blocks of an unquantized model."""
     bits = weights = 0.0
     for block in find_decoder(source.model, source.load, to_meta).blocks:
         for name, tensor in tensors_under(source.model, block):
@@ -95,5 +95,5 @@ def _source_bits_per_weight(source: Source) -> float:
 
 
 def default_context(model: PreTrainedModel) -> int:
-    """512 tokens, or as many as the model has positions."""
+    """Return 512 tokens, or as many as the model has positions."""
     return min(512, context_limit(model.config) or 512)

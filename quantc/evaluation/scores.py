@@ -36,7 +36,7 @@ __all__ = [
     "summarize",
 ]
 
-# Logits turned to float32 log-probabilities at a time: 64 MiB for each of the few tensors alive at once. All
+# Logits converted to float32 log-probabilities at a time: 64 MiB for each of the few tensors alive at once. All
 # of a window would be 512 MiB each, at 512 tokens and a vocabulary of 262144.
 CHUNK_VALUES = 2**24
 
@@ -125,7 +125,7 @@ def summarize(
 def _score_window(
     model: PreTrainedModel, original: PreTrainedModel | None, window: Window, tally: _Tally, where: str
 ) -> None:
-    # A function, so that a window's logits are gone before the next window's are computed.
+    # This is a function so that a window's logits are freed before the next window's are computed.
     expected = None if original is None else _predict(original, window)
     tally.add(_predict(model, window), expected, window.tokens[-window.scored :], where)
 
@@ -180,7 +180,7 @@ class _Tally:
 
 
 def _predict(model: PreTrainedModel, window: Window) -> Tensor:
-    """Logits (scored, V) of the predictions that count, in the model's dtype."""
+    """Return logits (scored, V) of the predictions that count, in the model's dtype."""
     tokens = window.tokens.to(model.device).unsqueeze(0)
     return model(input_ids=tokens, use_cache=False).logits[0, -window.scored - 1 : -1]
 
