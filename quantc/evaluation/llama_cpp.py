@@ -19,12 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-<<<<<<< HEAD:quantc/evaluation/llama_cpp.py
 from ..errors import ModelError
-=======
-from ...errors import ModelError
-from ...frontend.source import first_line
->>>>>>> 3439de5 (An xllamacpp that cannot be imported is a reason not to ask it, not a failure):quantc/export/gguf/llama_cpp.py
+from ..frontend.source import first_line
 
 PACKAGE, VERSION = "xllamacpp", "2026.10.11549"
 DEFAULT_CONTEXT = (512, 2048, 512, 1, 0, 0, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max, three counts of outputs

@@ -145,7 +145,7 @@ def _check_content(content: Any) -> None:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string can be written down: JSON can escape what no encoding has."""
+    """Return whether a string can be encoded: JSON can escape what no encoding has."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -167,7 +167,7 @@ def _count_nodes(root: yaml.Node) -> None:
             raise ValueError(_too_deep())
         known = counts.get(id(node))
         if known == 0:
-            raise ValueError("an alias stands inside what it names")
+            raise ValueError("an alias is inside what it names")
         if known is None:
             counts[id(node)] = 0
             known = counts[id(node)] = 1 + sum(count(child, depth + 1) for child in _children(node))

@@ -28,7 +28,7 @@ def write_whole(file: Path, content: bytes) -> None:
 def json_text(content: Any, **layout: Any) -> str:
     """Return JSON in which names of files are text, whatever the locale: bytes that it cannot decode are read as UTF-8.
 
-    Python has such bytes as halves of characters, which no other reader of JSON takes. layout: as json.dumps has it.
+    Python has such bytes as halves of characters, which no other reader of JSON takes. layout: keywords of json.dumps.
     """
     text = json.dumps(content, **layout)
     if "\\ud" not in text:

@@ -20,10 +20,10 @@ class Format(Protocol):
     name: str
 
     def layout(self, spec: QuantSpec, shape: tuple[int, int], leading: tuple[int, ...] = ()) -> dict[str, Part]:
-        """Names, dtypes and shapes of the parts of a weight of this shape (N, K)."""
+        """Return names, dtypes and shapes of the parts of a weight of this shape (N, K)."""
 
     def pack(self, tensor: QTensor) -> Parts:
-        """The stored parts, exactly as `layout` says."""
+        """Return the stored parts, exactly as `layout` says."""
 
     def unpack(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
-        """Inverse of pack: bit for bit the same codes, scales and zeros."""
+        """Undo `pack`: return bit for bit the same codes, scales and zeros."""

@@ -10,7 +10,7 @@ from .low_rank import layout_low_rank, pack_low_rank, unpack_low_rank
 
 
 class DenseFormat:
-    """Parts: codes and parameters as the grid has them, and the low-rank factors where there is a rank."""
+    """Parts: the grid's codes and parameters, and the low-rank factors where there is a rank."""
 
     name = "dense"
 

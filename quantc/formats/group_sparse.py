@@ -1,4 +1,4 @@
-"""Weights of which whole groups are dropped, as docs/format.md has them: the groups that stay, and which they are.
+"""Weights of which whole groups are dropped, as in docs/format.md: the groups that stay, and which they are.
 
 The idea of keeping short groups of low bits and dropping others is GQSA's (Zeng et al. 2024, arXiv:2412.17560).
 """
@@ -63,14 +63,14 @@ class GroupSparseFormat:
 
 
 def _zero_codes(arithmetic: Arithmetic, idle: Parameters, spec: QuantSpec, g: int) -> torch.Tensor:
-    """uint8 (..., N, G, g): the codes of dropped groups."""
+    """Return uint8 (..., N, G, g), the codes of dropped groups."""
     *leading, n, count = idle.scales.shape
     zeros = arithmetic.zero_points(idle, spec.groups, (n, count * g)).to(torch.uint8)
     return zeros.expand(*leading, n, count * g).unflatten(-1, (count, g)).clone(memory_format=torch.contiguous_format)
 
 
 def kept_groups(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
-    """bool (..., N, G): the groups that are stored; raises CheckpointError where their number is not the spec's."""
+    """Return bool (..., N, G), the groups that are stored; raises CheckpointError where there are too many or few."""
     kept = unpack_bits(parts["kept"], 1, spec.scales_shape(shape)[1]).bool()
     found, needed = kept.flatten(-2).sum(-1), spec.kept_groups(shape)
     if bool((found != needed).any()):

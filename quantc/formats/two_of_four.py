@@ -1,4 +1,4 @@
-"""Weights of which two of every four along the inputs are dropped (2:4), as docs/format.md has them."""
+"""Weights of which two of every four along the inputs are dropped (2:4), as in docs/format.md."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TwoOfFourFormat:
 
 
 def _fours(values: torch.Tensor) -> torch.Tensor:
-    """(..., ceil(K / 4), 4) of values (..., K), filled up with zeros."""
+    """Return values (..., K) as (..., ceil(K / 4), 4), filled up with zeros."""
     return torch.nn.functional.pad(values, (0, -values.shape[-1] % 4)).unflatten(-1, (-1, 4))
 
 

@@ -1,4 +1,4 @@
-"""Rows of two code widths, as docs/format.md has them: two dense weights, and which row is in which."""
+"""Rows of two code widths, as in docs/format.md: two dense weights, and which row is in which."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TwoWidthsFormat:
         return QTensor.of(spec, tensor.codes, tensor.parameters, wide=tensor.wide, **unpack_low_rank(parts))
 
     def dense_halves(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Parts, Parts]:
-        """Parts of the two dense weights, each with its rows of the low-rank addition, as `spec.halves` has them."""
+        """Return the parts of the two dense weights of `spec.halves`, each with its rows of the low-rank addition."""
         narrow, wide = _narrow(parts), _wide(parts)
         if spec.rank:
             rows, factor = wide_rows(parts, spec, shape), parts["low_rank_b"]
@@ -57,7 +57,7 @@ class TwoWidthsFormat:
 
 
 def wide_rows(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
-    """bool (..., N): the rows in one bit more; raises CheckpointError where they are not as many as the spec says."""
+    """Return bool (..., N), the rows in one bit more; raises CheckpointError where the spec says another number."""
     rows = unpack_bits(parts["wide"], 1, shape[0]).bool()
     found = rows.sum(-1)
     if bool((found != spec.wide_rows).any()):

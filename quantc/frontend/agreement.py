@@ -69,7 +69,7 @@ def check_agreement(
 
 
 def differing_ties(tied: Mapping[str, str], keys: Mapping[str, str], headers: Mapping[str, Header]) -> list[str]:
-    """Names of tensors that the model shares with another, but for which the files have values of their own.
+    """Return names of tensors that the model shares with another, but for which the files have values of their own.
 
     tied: tensor -> the one it shares. keys: model tensor -> the name it is stored under.
     """
@@ -91,7 +91,7 @@ def _load_without_values(model: PreTrainedModel, conversions: list[Any], headers
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module has the parameters and buffers that it had."""
+    """Give every module its parameters and buffers back at the end of the context."""
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     try:
         yield
@@ -102,7 +102,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _missing(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those that have no source: what is shared may come under any of its names."""
+    """Return the names that have no source: a shared tensor may come under any of its names."""
     lost = set(names)
     groups: dict[str, set[str]] = {}
     for name, stored in model.all_tied_weights_keys.items():
@@ -162,7 +162,7 @@ def _refuse_quantized(
 
 
 def _equal(one: str, other: str, headers: Mapping[str, Header]) -> bool:
-    """Whether two stored tables are the same numbers; in bands of rows, so that neither is held whole."""
+    """Return whether two stored tables are equal; compared in bands of rows, so that neither is held whole."""
     if headers[one].shape != headers[other].shape:
         return False
     first, second = (open_shard(headers[key].file).get_slice(key) for key in (one, other))

@@ -12,7 +12,7 @@ from ..errors import ModelError
 from ..files.untrusted import fits, read_json
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-MOST_LAYERS = 10_000  # the deepest published decoders have fewer than 200; configs make lists of so many entries
+MOST_LAYERS = 10_000  # the deepest published decoders have fewer than 200; configs make lists with an entry for each
 SIDES = (
     "hidden_size",
     "head_dim",
@@ -88,7 +88,7 @@ def layer_counts(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _measure(files: list[Path]) -> tuple[int, int]:
-    """How many tensors the files hold, and the longest side that one of them has."""
+    """Return how many tensors the files hold, and the longest side that one of them has."""
     tensors = longest = 0
     for file in files:
         with safe_open(file, framework="pt") as shard:

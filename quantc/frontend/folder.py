@@ -102,8 +102,7 @@ class FolderSource(Source):
 
     @cached_property
     def _targets(self) -> dict[str, str]:
-        """Checkpoint tensor name -> name of the (first) model tensor it becomes; a shared one by the name it is stored
-        under."""
+        """Checkpoint tensor name -> name of the (first) model tensor it becomes; a shared one by its stored name."""
         renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
@@ -118,7 +117,7 @@ class FolderSource(Source):
         return {key: self._stored_name(target, there) for key, target in targets.items()}
 
     def _stored_name(self, target: str, there: set[str]) -> str:
-        """The name that a shared tensor is stored under, where the files have it under another of its names only."""
+        """Return the name a shared tensor is stored under, where the files have it only under another of its names."""
         stored = self.model.all_tied_weights_keys.get(target, target)
         return target if stored in there else stored
 
@@ -173,7 +172,7 @@ class FolderSource(Source):
 
 
 def _name_of(folder: Path) -> str:
-    """The folder's name; of a snapshot in the hub's cache, the model's."""
+    """Return the folder's name; for a snapshot in the hub's cache, the model's."""
     path = folder.resolve()
     repository = path.parent.parent.name
     if path.parent.name == "snapshots" and repository.startswith("models--"):

@@ -65,7 +65,8 @@ class GgufSource(Source):
 
     @contextlib.contextmanager
     def _parsed_once(self) -> Iterator[None]:
-        """Inside, transformers gets our reader: parsing a vocabulary takes seconds, and it parses per question.
+        """Give transformers our reader inside the context: parsing a vocabulary takes seconds, and it parses per
+        question.
 
         Its own progress bar is off too; it does not ask transformers' logging settings. Its other reader gets the
         names of all parts' tensors: a head in a later part tells that the head is not the embedding.
@@ -84,7 +85,8 @@ class GgufSource(Source):
             yield
 
     def _check_headers(self) -> list[str]:
-        """Notes on tensors that the model does not take; raises ModelError where it needs some that are not there."""
+        """Return notes on tensors that the model does not take; raises ModelError where it needs some that are
+        missing."""
         shared = self.model.all_tied_weights_keys
         missing = [name for name, _ in self.model.named_parameters() if name not in self.tensors | shared]
         if missing:
@@ -139,7 +141,7 @@ class GgufSource(Source):
         return merged["tensors"][name].to(COMPUTE_DTYPE)
 
     def _dequantize(self, part: Any) -> np.ndarray[Any, Any]:
-        """A tensor's values, float32, decoded in pieces: decoding a whole table takes four times its values."""
+        """Return a tensor's values, float32, decoded in pieces: decoding a whole table takes four times its values."""
         from gguf import dequantize
 
         content = self.read(part)
@@ -163,7 +165,7 @@ class GgufSource(Source):
         return [(0, min((start for start, _ in found), default=0)), *found]
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """Float tensors keep their type; blocks that were dequantized fit float16 to its last bit."""
+        """Return the type of a float tensor; float16 for dequantized blocks, which fit it to its last bit."""
         parts = self.tensors.get(name, [])
         return FLOAT_TYPES.get(parts[0].tensor_type.name, torch.float16) if parts else torch.float16
 
@@ -233,7 +235,7 @@ class _NamesOnly:
 
 
 def _parts(file: Path) -> list[Path]:
-    """All parts of the GGUF file that this one belongs to, in order; raises ModelError that names missing ones."""
+    """Return all parts of the GGUF file this one belongs to, in order; raises ModelError that names missing ones."""
     found = PART.search(file.stem)
     if found is None:
         return [file]
@@ -248,7 +250,7 @@ def _parts(file: Path) -> list[Path]:
 
 
 def _open_parts(files: list[Path]) -> tuple[Any, dict[str, Path]]:
-    """A reader of all parts: the first one's, with the tensors of all; and tensor name -> the file it is in."""
+    """Return a reader of all parts (the first one's, with the tensors of all), and tensor name -> its file."""
     readers = [open_reader(file) for file in files]
     reader = readers[0]
     places = {tensor.name: file for file, each in zip(files, readers, strict=True) for tensor in each.tensors}

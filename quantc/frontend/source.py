@@ -63,7 +63,7 @@ class Source(ABC):
         """Return the dtype in which the source stores the tensor of this name."""
 
     def stored_bits(self, name: str) -> float:
-        """Bits per value with which the source stores the tensor of this name."""
+        """Return the bits per value with which the source stores the tensor of this name."""
         return 8.0 * self.stored_dtype(name).itemsize
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Source(ABC):
 
     @cached_property
     def unchanged(self) -> Unchanged:
-        """Context manager around reading the weight files; raises ChangedSource where one has changed."""
+        """Return a context manager for reading the weight files; it raises ChangedSource where one has changed."""
         return Unchanged(self.weight_files())
 
     def spans(self, file: Path) -> list[Span]:
@@ -84,7 +84,7 @@ class Source(ABC):
         return safetensors_spans(file)
 
     def contents(self) -> dict[str, str]:
-        """File name -> digest of what is in it: of weight files all of the header and samples of every tensor."""
+        """Return file name -> digest of its content: for weight files, the whole header and samples of every tensor."""
         with self.unchanged:
             weights = {file.name: fingerprint(file, self.spans(file)) for file in self.weight_files()}
         small = small_files(self.path) if self.path.is_dir() else []
@@ -104,7 +104,7 @@ class Source(ABC):
 
     @cached_property
     def optional_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, for those who can do without."""
+        """The tokenizer, or None where there is none that can be read."""
         try:
             return self.tokenizer
         except ModelError:
@@ -112,7 +112,7 @@ class Source(ABC):
 
     @property
     def code_files(self) -> list[Path]:
-        """Python files that the model brings and that a copy of it needs."""
+        """The Python files that the model brings and that a copy of it needs."""
         return []
 
     @cached_property
@@ -184,7 +184,7 @@ def to_meta(module: nn.Module) -> None:
 
 
 def _configs(config: Any) -> list[Any]:
-    """A config, and those of its parts."""
+    """Return a config, and those of its parts."""
     parts = (getattr(config, name, None) for name in config.sub_configs)
     return [config, *(part for part in parts if part is not None)]
 
@@ -207,7 +207,7 @@ def build_skeleton(config: Any, trusted: bool = False) -> PreTrainedModel:
         ) from error
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PretrainedConfig):
-            # One expert at a time, so that each one's rows and weights can be told apart.
+            # Experts run one at a time, so that the rows and weights of each can be told apart.
             module.config._experts_implementation = "eager"
     for part, dtype in zip(_configs(model.config), named, strict=True):
         part.dtype = dtype
@@ -271,7 +271,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-# What stands beside the weights and is written anew, belongs to the weights or to training, or to the tokenizer.
+# Files beside the weights that are written anew, or that belong to the weights, to training or to the tokenizer.
 NOT_CARRIED = {
     "config.json", "quantc.json", "report.json", "resume.json", "adapter_config.json", "quantize_config.json",
     "trainer_state.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -291,7 +291,7 @@ def _belongs_elsewhere(name: str) -> bool:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers' own progress bars and loading reports off: quantc shows its own."""
+    """Switch off transformers' progress bars and loading reports: quantc shows its own."""
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

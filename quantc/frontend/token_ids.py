@@ -15,7 +15,7 @@ ENDING = 3  # tokens at a conversation's end among which a template puts EOS, of
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[bos_token_id] where the tokenizer starts every text with it, else []."""
+    """Return [bos_token_id] where the tokenizer starts every text with it, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
 
@@ -69,7 +69,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], c
 
 
 def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The system prompt in front of the first user's words; None where there is none, or no user behind it."""
+    """Return messages with the system prompt in front of the first user's words; None without it or a user."""
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
     first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}

@@ -126,7 +126,7 @@ def safetensors_spans(file: Path) -> list[Span]:
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data start, and the entries of the tensors."""
+    """Return where the data start, and the entries of the tensors."""
     size = int.from_bytes(read_bytes(file, 0, 8).numpy().tobytes(), "little")
     try:
         if size > file.stat().st_size:

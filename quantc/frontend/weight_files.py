@@ -38,7 +38,7 @@ class WeightFiles:
     notes: list[str] = field(default_factory=list)
 
     def headers(self) -> dict[str, Header]:
-        """Tensor name -> its header. Raises ModelError for files that are damaged or contradict each other."""
+        """Return tensor name -> its header. Raises ModelError for files that are damaged or contradict each other."""
         found: dict[str, Header] = {}
         for file in self.files:
             shard = open_shard(file)
@@ -138,7 +138,7 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _second_model(folder: Path) -> list[str]:
-    """A note where an index lists other files: which of the two is out of date cannot be told from here."""
+    """Return a note where an index lists other files: which of the two is out of date cannot be told from here."""
     if not (folder / INDEX).is_file():
         return []
     others = sorted(set(_read_index(folder / INDEX).values()) - {SINGLE})

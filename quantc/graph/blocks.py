@@ -23,7 +23,7 @@ from .carry import Arguments, Carry, Place
 class Returns:
     """How a block returns its hidden state: alone (position None), or in a tuple at a position.
 
-    carry: how what blocks hand on lies in rows, where it is more than a hidden state (samples, T, ...).
+    carry: the layout in rows of what blocks hand on, where it is more than a hidden state (samples, T, ...).
     """
 
     position: int | None
@@ -31,14 +31,14 @@ class Returns:
     carry: Carry | None = None
 
     def wrap(self, state: torch.Tensor) -> Any:
-        """Return what the block would return for a state (samples, T, ...) behind it."""
+        """Return what the block would return for an output state (samples, T, ...)."""
         hidden = state if self.carry is None else self.carry.hidden_of(state)
         if self.position is None:
             return hidden
         return (*self.rest[: self.position], hidden, *self.rest[self.position + 1 :])
 
     def unwrap(self, output: Any, call: BlockCall) -> torch.Tensor:
-        """Return the state (samples, T, ...) behind a block, from what a call of it returned and left in arguments."""
+        """Return the state (samples, T, ...) after a block, from what a call of it returned and left in arguments."""
         hidden = output if self.position is None else output[self.position]
         return hidden if self.carry is None else self.carry.pack(hidden, call.arguments)
 
@@ -57,7 +57,7 @@ class BlockCall:
 
     @property
     def arguments(self) -> Arguments:
-        """By position and keyword."""
+        """The arguments by position and keyword."""
         places: list[tuple[Place, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         return dict(places)
 
@@ -88,7 +88,7 @@ BlockHandler = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 @contextlib.contextmanager
 def blocks_replaced(blocks: list[nn.Module], handler: BlockHandler) -> Iterator[None]:
-    """Inside, the first call of block i calls `handler(i, args, kwargs)` instead; the handler may run the block."""
+    """Call `handler(i, args, kwargs)` in place of the first call of block i; the handler may run the block."""
 
     def replacement(index: int, *args: Any, **kwargs: Any) -> Any:
         del blocks[index].forward
@@ -123,7 +123,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _LastBlockReached(Exception):
-    """Ends a forward pass early: nothing behind the blocks is needed."""
+    """Ends a forward pass early: nothing after the blocks is needed."""
 
 
 def run_around_blocks(
@@ -199,7 +199,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def describe_return(output: Any, hidden: torch.Tensor) -> Returns:
-    """How `output`, returned for a hidden state, carries the next hidden state."""
+    """Return how `output`, returned for a hidden state, carries the next hidden state."""
     if isinstance(output, torch.Tensor):
         return Returns(None)
     for position, value in enumerate(output):

@@ -44,7 +44,7 @@ class Piece:
 
     @classmethod
     def between(cls, one: torch.Tensor, other: torch.Tensor, shapes: tuple[tuple[int, int], tuple[int, int]]) -> Piece:
-        """Return how a tensor lies, from those of two runs on so many (samples, tokens); raises ModelError."""
+        """Return how a tensor becomes rows, from two runs of these (samples, tokens) shapes; raises ModelError."""
         (samples, tokens), (others, fewer) = shapes
         lengths = list(enumerate(zip(one.shape, other.shape, strict=False)))
         of_samples = [axis for axis, both in lengths if both == (samples, others)]
@@ -138,7 +138,7 @@ def left_behind(before: dict[Slot, tuple[Any, list[int]]], arguments: Arguments,
 
 
 def entry_between(slot: Slot, one: Any, other: Any, shapes: tuple[tuple[int, int], tuple[int, int]]) -> Entry:
-    """Return the entry of a slot, from what two runs on so many (samples, tokens) left there."""
+    """Return the entry of a slot from what two runs left there; shapes: (samples, tokens) of each run."""
     pairs = zip(_tensors_of(one), _tensors_of(other), strict=True)
     pieces = tuple(Piece.between(first, second, shapes) for first, second in pairs)
     return Entry(slot, pieces, None if isinstance(one, torch.Tensor) else type(one))
@@ -160,7 +160,7 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors of a value that is one, or a tuple or a list of nothing else."""
+    """Return the tensors of a value that is one, or a tuple or a list of nothing else."""
     if isinstance(value, torch.Tensor):
         return [value]
     is_group = type(value) in (tuple, list) and all(isinstance(item, torch.Tensor) for item in value)

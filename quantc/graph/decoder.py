@@ -1,4 +1,4 @@
-"""Finds the decoder blocks of a model, and what lies outside them.
+"""Finds the decoder blocks of a model, and what is outside them.
 
 A model may have several lists of blocks: a tower for images beside its decoder, say. The decoder's is the one that a
 run on tokens alone reaches; the tower may well be the larger part.
@@ -38,8 +38,8 @@ def find_decoder(model: nn.Module, load: Load, free: Free) -> Decoder:
     """Return the decoder: of the nn.ModuleLists that a run on tokens reaches, the one with the most weights.
 
     load(prefix): gives the parameters under a name their weights; free(module): takes them away again. Where there is
-    only one list nothing is run. Otherwise what lies outside all lists is loaded, and stays so, and the first block of
-    every list while it runs. Raises ModelError when no list holds linear weights, or none is reached.
+    only one list nothing is run. Otherwise the tensors outside all lists are loaded and stay loaded, and so is the
+    first block of every list while it runs. Raises ModelError when no list holds linear weights, or none is reached.
     """
     lists = _block_lists(model)
     if not lists:
@@ -59,7 +59,7 @@ def find_decoder(model: nn.Module, load: Load, free: Free) -> Decoder:
 
 
 def _block_lists(model: nn.Module) -> dict[str, int]:
-    """Name and weights of every list of modules that is in no other list; lists of bare layers only without others."""
+    """Return name and weights of every module list that is in no other list; lists of bare layers only if alone."""
     lists: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not _inside_a_list(model, name):
@@ -83,7 +83,7 @@ def _members(model: nn.Module, name: str) -> list[str]:
 
 
 def _reached(model: nn.Module, lists: dict[str, int], load: Load, free: Free) -> set[str]:
-    """The lists whose blocks are called. The first block of each runs; the others hand the hidden state on."""
+    """Return the lists whose blocks are called. The first block of each runs; the others hand the hidden state on."""
     names = [name for each in lists for name in _members(model, each)]
     load_outside(model, names, load)
     modules = [model.get_submodule(name) for name in names]

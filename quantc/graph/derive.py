@@ -1,6 +1,6 @@
 """Derives a ModelGraph by running the model. No table of model names.
 
-One small batch runs through each kind of block on real weights; `trace.py` watches which tensor every linear
+One small batch runs through each kind of block on real weights; `tracer.py` watches which tensor every linear
 receives and where that tensor came from.
 """
 
@@ -21,11 +21,11 @@ from .decoder import Free, Load, embedding_of, find_decoder, is_tied, load_outsi
 from .model_graph import Block, Linear, ModelGraph
 from .tracer import BlockTracer
 
-PROBE_SHAPES = ((2, 24), (3, 20))  # samples and tokens of the runs; what differs as they do lies along them
+PROBE_SHAPES = ((2, 24), (3, 20))  # samples and tokens of the runs: axes that change with them
 
 
 def derive(model: PreTrainedModel, load: Load, free: Free) -> ModelGraph:
-    """The graph of a model whose weights are on the meta device.
+    """Return the graph of a model whose weights are on the meta device.
 
     load(prefix): gives the parameters under a name their weights; free(module): takes them away again.
     One block of each kind (class, parameter shapes and settings) is loaded at a time; the others pass the hidden state
@@ -56,7 +56,7 @@ class _Probe:
         self.leaving: dict[Any, bool] = {}  # kind -> whether its blocks leave something for later ones
 
     def run(self) -> list[Block]:
-        """The blocks, with how what they hand on lies: found by two runs on other numbers of samples and tokens."""
+        """Return the blocks with the layout of what they hand on, found by two runs of different batch shapes."""
         first, second = (self._run_on(shape) for shape in PROBE_SHAPES)
         found = [self._rebased(index) for index in range(len(self.names))]
         hidden = Piece.between(first.hidden, second.hidden, PROBE_SHAPES)
@@ -108,7 +108,7 @@ class _Seen:
     returned: list[torch.Tensor] = field(default_factory=list)  # besides hidden states
 
     def note(self, index: int, left: dict[Slot, Any], returns: Returns, output: Any) -> None:
-        """Take down what a block left and returned."""
+        """Record what a block left and returned."""
         self.left |= left
         self.writers = dict.fromkeys(left, index) | self.writers
         rest = () if returns.position is None else output
@@ -125,7 +125,7 @@ class _Seen:
 
 
 def _kind_of(block: nn.Module) -> Any:
-    """The same for blocks that compute alike: their class, parameter shapes, and switches and names in them."""
+    """Return a key that blocks which compute alike share: class, parameter shapes, and switches and names in them."""
     switches = (
         (name, key, value)
         for name, module in block.named_modules()
@@ -143,7 +143,7 @@ def _trace(block: nn.Module, call: BlockCall) -> tuple[Block, Any]:
 
 
 def _rebase(block: Block, index: int, name: str) -> Block:
-    """The block traced for a kind, with the full names of another block of that kind."""
+    """Return the block traced for a kind, with the full names of another block of that kind."""
 
     def full(relative: str) -> str:
         return f"{name}.{relative}"
@@ -169,7 +169,7 @@ def _rebase(block: Block, index: int, name: str) -> Block:
 
 
 def _keep_shared(model: PreTrainedModel, blocks: list[Block]) -> tuple[Block, ...]:
-    """Linears that several blocks share stay as they are: each block would round them for its own input."""
+    """Keep linears that several blocks share as they are: each block would round them for its own input."""
     shared = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
 
     def kept(linear: Linear) -> Linear:

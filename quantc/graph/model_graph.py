@@ -65,7 +65,7 @@ class Norm:
 class Activation:
     """A tensor that linears read.
 
-    writers: what computed it: the norm of a "normed" one, the linears (and norms) behind the others.
+    writers: what computed it: the norm of a "normed" one, the linears (and norms) that feed the others.
     readers: the linears that multiply it, all of width K.
     order: when in the block it is first read, counted from 0; -1 if the probe never reached a reader.
     scaled_by: those writers whose output it is proportional to, channel by channel: v of a "value" one, the side of a
@@ -103,7 +103,7 @@ class Block:
         return name.removeprefix(f"{self.name}.")
 
     def readers(self, activation: Activation) -> list[Linear]:
-        """The linears that read an activation and are to be quantized."""
+        """Return the linears that read an activation and are to be quantized."""
         return [linear for linear in self.quantized if linear.reads == activation.label]
 
 

@@ -43,7 +43,7 @@ class StackTable:
 
 
 def linear_modules(block: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, LinearKind]]]:
-    """(name, (module, kind)) of modules whose forward computes x W^T + b and nothing else."""
+    """Yield (name, (module, kind)) of modules whose forward computes x W^T + b and nothing else."""
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear) and _is_plain(module):
             yield name, (module, "linear")
@@ -54,7 +54,7 @@ def linear_modules(block: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Lin
 def loose_weights(
     block: nn.Module, modules: dict[str, tuple[nn.Module, LinearKind]]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name of its module, weight) of matrices called `weight` that are not those of linear modules."""
+    """Yield (name of its module, weight) of matrices called `weight` that are not those of linear modules."""
     for name, parameter in block.named_parameters():
         owner = name.removesuffix(".weight")
         if parameter.ndim == 2 and owner != name and owner not in modules and not parameter.is_meta:
@@ -62,7 +62,7 @@ def loose_weights(
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """A subclass with a forward of its own (a router, say) counts when numbers show that it changes nothing."""
+    """Return whether a module is a plain linear; one with its own forward counts if numbers show it changes nothing."""
     if type(module).forward is nn.Linear.forward:
         return True
     probe = torch.linspace(-1, 1, 3 * module.in_features).reshape(1, 3, -1).to(module.weight)
@@ -71,7 +71,7 @@ def _is_plain(module: nn.Linear) -> bool:
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of a linear or Conv1D."""
+    """Return (N, K) of a linear or Conv1D."""
     rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 

@@ -1,6 +1,6 @@
 """A block in a rotated residual stream: f'(h Q) = f(h) Q, by its parameters alone.
 
-Norms of the stream hand their gain to the linears behind them, which read the rotated rows: W <- W diag(gain) Q.
+Norms of the stream hand their gain to the linears after them, which read the rotated rows: W <- W diag(gain) Q.
 What is added to the stream is rotated where it is written: W <- Q^T W. Which parameters write to it is found by
 numbers: their contribution to the block's output follows a permutation of their output channels.
 """
@@ -47,7 +47,7 @@ class BlockTurn:
     norms: tuple[str, ...]
 
     def edits(self, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """(parameter, new value in float64), one at a time: in float64 a block is large. Raises Refusal."""
+        """Yield (parameter, new value in float64), one at a time: in float64 a block is large. Raises Refusal."""
         parameters = dict(module.named_parameters())
         norms = {name: _values_of(module.get_submodule(name), self.width) for name in self.norms}
         shifts = dict(self._shifts(parameters, norms))  # before any weight is replaced
@@ -83,14 +83,14 @@ class BlockTurn:
         yield f"{name}.{values.shift_name}", shift
 
     def _moves_shift(self, norm: str, parameters: dict[str, nn.Parameter]) -> bool:
-        """Whether every reader has a bias that can take the norm's: divided by small gains it would be large."""
+        """Return whether every reader has a bias to take the norm's: divided by small gains it would be large."""
         behind = [name for name, (_, before) in self.reads.items() if before == norm]
         return all(name.endswith("weight") and bias_name(name) in parameters for name in behind)
 
     def _shifts(
         self, parameters: dict[str, nn.Parameter], norms: dict[str, _NormValues]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the biases of linears take over from the norms before them."""
+        """Yield what the biases of linears take over from the norms before them."""
         for weight, (dim, norm) in self.reads.items():
             if norm and norms[norm].shift_name and self._moves_shift(norm, parameters):
                 matrix = parameters[weight].detach().double().transpose(dim, -1)
@@ -100,7 +100,7 @@ class BlockTurn:
 def prove_turn(
     block: Block, module: nn.Module, call: BlockCall, order: int, known: dict[Any, dict[str, int]]
 ) -> tuple[BlockTurn, torch.Tensor]:
-    """How a block turns, proven on a probe call, and the block's output for that call. Raises Refusal.
+    """Return how to rotate a block, proven on a probe call, and its output for that call. Raises Refusal.
 
     known: writers by kind of block, shared between calls, so that a kind is searched once, or again for a block whose
     predecessor had zeros for weights.
@@ -119,12 +119,12 @@ def prove_turn(
             return found, proof.expected.float()
     between = {norm.name for norm in block.norms} & set(block.residual_writers)
     if between:
-        raise Refusal(f"{min(between)} stands between a linear and the residual stream")
+        raise Refusal(f"{min(between)} is between a linear and the residual stream")
     raise Refusal(f"the output of {block.name} changed on the probe")
 
 
 def find_writers(block: Block, module: nn.Module, proof: Proof, width: int) -> dict[str, int]:
-    """Parameter -> dimension, of all that write to the residual stream.
+    """Return parameter -> dimension for all that write to the residual stream.
 
     The last ones are found first: what is added earlier also reaches the output through later parts of the block,
     until those are silenced.
@@ -137,12 +137,12 @@ def find_writers(block: Block, module: nn.Module, proof: Proof, width: int) -> d
         fresh = next((name for name in rest if _writes(module, proof, name, candidates[name], silent)), None)
         if fresh is None:
             biases = [bias_name(name) for name in found]
-            return found | {name: -1 for name in biases if name in candidates}  # one that is zero shows in no output
+            return found | {name: -1 for name in biases if name in candidates}  # a bias of zeros shows in no output
         found[fresh] = candidates[fresh]
 
 
 def _candidates(block: Block, module: nn.Module, width: int) -> dict[str, int]:
-    """Parameters that are as wide as the stream, and the dimension along which they are."""
+    """Return the parameters that are as wide as the stream, and the dimension along which they are."""
     weights = {weight_name(block, linear): linear for linear in block.linears}
     norms = tuple(block.inside(norm.name) + "." for norm in block.norms)
     found: dict[str, int] = {}
@@ -154,7 +154,7 @@ def _candidates(block: Block, module: nn.Module, width: int) -> dict[str, int]:
 
 
 def _writes(module: nn.Module, proof: Proof, name: str, dim: int, silent: Edits) -> bool:
-    """Whether permuted output channels of a parameter permute its contribution to the block's output."""
+    """Return whether permuted output channels of a parameter permute its contribution to the block's output."""
     parameter = module.get_parameter(name).detach()
     order = torch.randperm(parameter.shape[dim], generator=torch.Generator().manual_seed(0)).to(parameter.device)
     without = proof.output(silent | {name: torch.zeros_like(parameter)})
@@ -166,7 +166,7 @@ def _writes(module: nn.Module, proof: Proof, name: str, dim: int, silent: Edits)
 
 
 def _check_reached(block: Block, proof: Proof, module: nn.Module) -> None:
-    """What a probe does not reach it cannot prove. A weight may also be used outside its module's forward."""
+    """Raise Refusal for a linear the probe did not reach; one used outside its module's forward changes the output."""
     unseen = {item.label for item in block.activations if item.order < 0}
     for linear in block.linears:
         name = weight_name(block, linear)
@@ -176,7 +176,7 @@ def _check_reached(block: Block, proof: Proof, module: nn.Module) -> None:
 
 
 def _readers(block: Block, norms: tuple[str, ...]) -> dict[str, tuple[int, str]]:
-    """Weight -> (dimension, norm), of all linears that read the residual stream, by itself or through a norm of it."""
+    """Return weight -> (dimension, norm) for all linears that read the residual stream, directly or through a norm."""
     found: dict[str, tuple[int, str]] = {}
     for item in block.activations:
         norm = block.inside(item.writers[0]) if item.kind in ("normed", "rows") and item.writers else ""

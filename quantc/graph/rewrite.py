@@ -34,9 +34,9 @@ class Refusal(Exception):
 def fold_scales(
     block: Block, module: nn.Module, item: Activation, scales: torch.Tensor, stored: torch.dtype
 ) -> tuple[Edits, torch.Tensor]:
-    """Edits that divide an activation by scales (K,) where it is written and multiply its readers by them.
+    """Return edits that divide an activation by scales (K,) where it is written and multiply its readers by them.
 
-    Returns them with the scales that were used, float64: a norm's new gain must be a value of the dtype it is
+    They come with the scales that were used, float64: a norm's new gain must be a value of the dtype it is
     stored in, and the scales make up for that, so that storing loses nothing. Raises Refusal.
     """
     edits, scales = divide_writer(block, module, item, scales, stored)
@@ -51,7 +51,7 @@ def fold_scales(
 def divide_writer(
     block: Block, module: nn.Module, item: Activation, scales: torch.Tensor, stored: torch.dtype
 ) -> tuple[Edits, torch.Tensor]:
-    """The writer's half of `fold_scales`, and the scales that were used."""
+    """Return the writer's half of `fold_scales`, and the scales that were used."""
     if item.kind == "normed":
         return _divide_norm(block, module, item, scales.double(), stored)
     if item.kind in ("gated", "value"):
@@ -60,17 +60,17 @@ def divide_writer(
 
 
 def weight_name(block: Block, linear: Linear) -> str:
-    """Name of a linear's weight inside the block."""
+    """Return the name of a linear's weight inside the block."""
     return block.inside(linear.weight_name)
 
 
 def bias_name(weight: str) -> str:
-    """Name of the bias that stands beside a weight, where there is one."""
+    """Return the name of the bias that belongs to a weight, where there is one."""
     return weight.removesuffix("weight") + "bias"
 
 
 def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
-    """The nearest powers of two: multiplying by them is exact in every float dtype."""
+    """Return the nearest powers of two: multiplying by them is exact in every float dtype."""
     return torch.exp2(torch.log2(scales).round())
 
 
@@ -94,26 +94,26 @@ def _divide_norm(
 
 
 def whole_gain(block: Block, module: nn.Module, item: Activation) -> torch.Tensor:
-    """float64 (K,): what the norm that writes an activation multiplies its channels by. Raises Refusal."""
+    """Return float64 (K,), what the norm that writes an activation multiplies its channels by. Raises Refusal."""
     norm = module.get_submodule(block.inside(item.writers[0]))
     parameters, gain, offset = _plain_norm(norm, item.width)
     return offset + parameters[gain]
 
 
 def _plain_norm(norm: nn.Module, width: int) -> tuple[dict[str, torch.Tensor], str, float]:
-    """Parameters of a norm in float64, the name of its gain, and what is added to that. Raises Refusal."""
+    """Return the parameters of a norm in float64, the name of its gain, and what is added to it. Raises Refusal."""
     parameters = {key: value.detach().double() for key, value in norm.named_parameters()}
     gain = gain_of(norm, parameters, width)
     return parameters, gain, offset_of(norm, parameters, gain)
 
 
 def _is_rounded(value: torch.Tensor, stored: torch.dtype) -> bool:
-    """Whether storing a tensor in a dtype changes it noticeably."""
+    """Return whether storing a tensor in a dtype changes it noticeably."""
     return bool((value.to(stored).double() - value).abs().max() > TOLERANCE * value.abs().max())
 
 
 def gain_of(norm: nn.Module, parameters: dict[str, torch.Tensor], width: int) -> str:
-    """The parameter that multiplies: with another value of it, the output's rows are no longer shifts of before."""
+    """Return the parameter that multiplies: changing it does more than shift the output's rows."""
     if any(value.shape != (width,) for value in parameters.values()) or not 1 <= len(parameters) <= 2:
         raise Refusal("its norm has no plain gain")
     for name in parameters:
@@ -124,7 +124,7 @@ def gain_of(norm: nn.Module, parameters: dict[str, torch.Tensor], width: int) ->
 
 
 def offset_of(norm: nn.Module, parameters: dict[str, torch.Tensor], gain: str) -> float:
-    """0 where the norm multiplies by its gain, 1 where it multiplies by one plus its gain."""
+    """Return 0 where the norm multiplies by its gain, 1 where it multiplies by one plus its gain."""
     ones = torch.ones_like(parameters[gain])
     slope = _output(norm, parameters, {gain: ones}) - _output(norm, parameters, {gain: 0 * ones})
     found = _output(norm, parameters, {})
@@ -136,7 +136,7 @@ def offset_of(norm: nn.Module, parameters: dict[str, torch.Tensor], gain: str) -
 
 
 def _output(norm: nn.Module, parameters: dict[str, torch.Tensor], changed: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the norm makes of a few fixed rows, float64."""
+    """Return the norm's output for a few fixed rows, float64."""
     width = next(iter(parameters.values())).shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, PROBE_ROWS, width, generator=generator, dtype=torch.float64)
@@ -145,7 +145,7 @@ def _output(norm: nn.Module, parameters: dict[str, torch.Tensor], changed: dict[
 
 
 def _only_writer(block: Block, item: Activation) -> Linear:
-    """The one linear that an activation is proportional to; raises Refusal."""
+    """Return the one linear that an activation is proportional to; raises Refusal."""
     writers = [linear for linear in block.linears if linear.name in item.scaled_by and linear.kind != "stack"]
     if len(writers) != 1:
         raise Refusal("no single linear writes it")
@@ -155,7 +155,7 @@ def _only_writer(block: Block, item: Activation) -> Linear:
 def _divide_linear(
     block: Block, module: nn.Module, item: Activation, scales: torch.Tensor
 ) -> tuple[Edits, torch.Tensor]:
-    """Rows of the one linear that writes the activation: v, or the side of a gate that is not activated."""
+    """Divide rows of the one linear that writes the activation: v, or the side of a gate that is not activated."""
     linear = _only_writer(block, item)
     name, bias = weight_name(block, linear), bias_name(weight_name(block, linear))
     own = _scales_of_rows(scales, linear.shape[0], item)
@@ -172,7 +172,7 @@ def _divide_linear(
 
 
 def _scales_of_rows(scales: torch.Tensor, rows: int, item: Activation) -> torch.Tensor:
-    """(rows,): scales of a writer's rows. Query heads that read the same value channel share one, by geometric mean."""
+    """Return (rows,), scales of a writer's rows; query heads of one value channel share one, the geometric mean."""
     if rows == item.width:
         return scales
     if item.kind != "value" or not item.head_dim or item.width % rows or rows % item.head_dim:
@@ -182,7 +182,7 @@ def _scales_of_rows(scales: torch.Tensor, rows: int, item: Activation) -> torch.
 
 
 def rotate_heads(block: Block, module: nn.Module, item: Activation, order: int) -> Edits:
-    """Edits that rotate every head of an attention's output where v writes it, and its readers with it.
+    """Return edits that rotate every head of an attention's output where v writes it, and its readers with it.
 
     Attention mixes tokens, not channels: query heads that share a value head get its rotation. Raises Refusal.
     """
@@ -225,9 +225,9 @@ class Proof:
         self._added = (self.expected - self._hidden).abs().amax(-1)  # of each token
 
     def holds(self, edits: Edits, turn: Turn | None = None) -> bool:
-        """Whether the output stays, to the precision that the model's own casts leave.
+        """Return whether the output is unchanged, to the precision that the model's own casts leave.
 
-        turn: a rotation of hidden states; then the edited block must give the turned output for the turned input.
+        turn: a rotation of hidden states; then the edited block must give the rotated output for the rotated input.
         Measured token by token against what the block adds: beside the few huge values that some models carry along
         in the residual stream, every change would look small.
         """
@@ -239,7 +239,7 @@ class Proof:
         return bool((changed <= TOLERANCE * added).all())
 
     def output(self, edits: Edits, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """What the edited block makes of the probe's hidden states, or of others."""
+        """Return the edited block's output for the probe's hidden states, or for others."""
         call = self._call.with_hidden(self._hidden if hidden is None else hidden)
         parameters = {name: value.detach() for name, value in self._module.named_parameters()} | edits
         parameters = {name: value.to(self._dtype) for name, value in parameters.items()}

@@ -85,7 +85,7 @@ class BlockTracer(TorchFunctionMode):
         self._paused = False
 
     def run(self, call: BlockCall) -> Any:
-        """The block's output for a call, recorded on the way."""
+        """Run the block on a call and record what it does; return its output."""
         self._remember(call.hidden, RESIDUAL)
         hooks = list(self._hooks())
         try:
@@ -96,7 +96,7 @@ class BlockTracer(TorchFunctionMode):
                 hook.remove()
 
     def block(self, returns: Returns) -> Block:
-        """What was seen, as a Block of index 0 and no name."""
+        """Return what was seen, as a Block of index 0 and no name."""
         labels = self._labels()
         linears = [
             Linear(
@@ -195,7 +195,7 @@ class BlockTracer(TorchFunctionMode):
         self._record_input(found.name, args[0])
 
     def _notice_loose(self, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        """A product with a weight that no linear module holds, as of many routers."""
+        """Record a product with a weight that no linear module holds, as many routers have."""
         name = self.loose.get(args[1].data_ptr())
         if name is not None and args[1].ndim == 2:
             self.loose_uses[name] = tuple(args[1].shape)
@@ -252,7 +252,7 @@ class BlockTracer(TorchFunctionMode):
         return self._origins.get(id(tensor), Origin("other"))
 
     def _labels(self) -> dict[str, str]:
-        """linear -> label of the activation it reads: the first reader's name, with ":in"."""
+        """Return linear -> label of the activation it reads: the first reader's name, with ":in"."""
         first: dict[TensorKey, str] = {}
         labels = {}
         for name in [*self.modules, *self.stack_uses, *self.loose_uses]:
@@ -287,5 +287,5 @@ class BlockTracer(TorchFunctionMode):
 
 
 def _key(tensor: torch.Tensor) -> TensorKey:
-    """Equal for views of the same values: address, count, last dimension and version."""
+    """Return a key that is equal for views of the same values: address, count, last dimension and version."""
     return tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor._version

@@ -111,5 +111,5 @@ def describe_dtypes() -> str:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """torch's name of a dtype, such as bfloat16."""
+    """Return torch's name of a dtype, such as bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -28,7 +28,7 @@ def peak_rss_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that is free for this process: the machine's, or what its container has left if that is less."""
+    """Return the memory free for this process: the machine's, or what its container has left if that is less."""
     free = int(psutil.virtual_memory().available)
     try:
         limit, used = ((LIMITS / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
@@ -54,7 +54,7 @@ class FreeMemory:
             set_limit(*limit)
 
     def release(self, used: int) -> None:
-        """Call after freeing; used: bytes of the tensors that the work just done was about."""
+        """Hand memory back once enough was freed; used: bytes of the tensors that were just worked on."""
         self._used += used
         trim = _libc("malloc_trim")
         if trim is not None and self._used >= RELEASE_BYTES:
@@ -64,7 +64,7 @@ class FreeMemory:
 
 @cache
 def _libc(function: str) -> Any:
-    """glibc's function of that name, or None with another C library."""
+    """Return glibc's function of that name, or None with another C library."""
     try:
         return getattr(ctypes.CDLL(None), function)
     except (AttributeError, OSError, TypeError):

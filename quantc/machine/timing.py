@@ -15,7 +15,7 @@ def best_in_turns(
     """Return the least seconds that one call of each name took, over at least `rounds` rounds and `seconds` seconds.
 
     calls: by name, what is called one after the other: on weights of their own, where no cache is to hold them.
-    in_a_row: calls of one name before the next one's turn, as the first finds in no cache what it does not bring.
+    in_a_row: calls of one name before the next one's turn; the first of them finds the caches filled by others.
     """
     best, places = dict.fromkeys(calls, float("inf")), dict.fromkeys(calls, 0)
     end, done = time.perf_counter() + seconds, 0

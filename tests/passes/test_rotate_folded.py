@@ -151,7 +151,7 @@ def test_a_refusal_in_a_later_block_leaves_the_first_as_it_was(tmp_path: Path) -
 def test_a_norm_before_the_residual_add_is_named(tmp_path: Path) -> None:
     save_with_tokenizer(build("gemma3_text"), tmp_path)
     reason = rewrite(tmp_path).report.refused["rotate residual"]
-    assert "model.layers.0.post_attention_layernorm stands between a linear and the residual stream" in reason
+    assert "model.layers.0.post_attention_layernorm is between a linear and the residual stream" in reason
 
 
 def test_a_forgotten_writer_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_an_edited_plan_says_what_was_edited(tmp_path: Path) -> None:
         ("version: 1\nlinears: {h.q: {wide: 'xy'}}", "wide is 'xy', but it marks rows in hexadecimal"),
         (f"version: 1\nlinears: {{h.q: {{wide: '{'00' * (1 << 22)}'}}}}", "but it marks rows in hexadecimal"),
         ("version: 1\nlinears: {h.q: [" + "[" * 500 + "]" * 500 + "]}", "lists or mappings inside each other"),
-        ("version: 1\nlinears: &a {h.q: *a}", "an alias stands inside what it names"),
+        ("version: 1\nlinears: &a {h.q: *a}", "an alias is inside what it names"),
         ('version: 1\nlinears: {"h\\e[31m\\n.q": 4}', "the entry of h\\x1b[31m .q is 4"),
     ],
 )

@@ -150,7 +150,7 @@ def test_settings_of_a_pass_the_recipe_lacks_are_refused() -> None:
         ({"version": 1, "passes": [{"q" * 10**6: {}}]}, "passes has the unknown key 'qqq"),
         ("a: " + "[" * 500 + "]" * 500, "lists or mappings inside each other"),
         (f"version: {'9' * 5000}", "cannot be read (Exceeds the limit"),
-        ("a: &a [*a]", "an alias stands inside what it names"),
+        ("a: &a [*a]", "an alias is inside what it names"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, content: Any, message: str) -> None:

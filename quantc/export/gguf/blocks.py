@@ -40,7 +40,7 @@ class Blocks:
 class BlockType:
     """How blocks of `size` weights are stored.
 
-    number: the type's in GGUF. levels: what a code stands for. pieces: the block's bytes in their order. subs: S, the
+    number: the type's in GGUF. levels: the value of each code. pieces: the block's bytes in their order. subs: S, the
     sub-blocks of a block, 0 for none. sub_offset: added to signed sub-scales before they are stored. sub_bits: bits of
     a sub-scale or sub-minimum. minima: whether blocks have them.
 
@@ -108,7 +108,7 @@ class BlockType:
         return blocks
 
     def _join_subs(self, scales: torch.Tensor, minima: torch.Tensor | None) -> torch.Tensor:
-        """Sub-scales as they are stored, then sub-minima, uint8 (..., N, B, S or 2 S)."""
+        """Return sub-scales as they are stored, then sub-minima, uint8 (..., N, B, S or 2 S)."""
         if self.sub_offset:
             scales = (scales.int() + self.sub_offset).to(torch.uint8)
         parts = [scales] if minima is None else [scales, minima]
@@ -133,7 +133,7 @@ class BlockType:
         return weights.flatten(-2)
 
     def _spread(self, scales: torch.Tensor, subs: torch.Tensor | None) -> torch.Tensor:
-        """float32 scales of sub-blocks, or of blocks where there are no sub-blocks."""
+        """Return float32 scales of sub-blocks, or of blocks where there are no sub-blocks."""
         spread = _power_of_two(scales) if scales.dtype == torch.uint8 else scales.float()
         return spread if subs is None else spread.repeat_interleave(self.subs, -1) * subs
 
@@ -149,7 +149,7 @@ def _from_bytes(stored: torch.Tensor) -> torch.Tensor:
 
 
 def _power_of_two(exponents: torch.Tensor) -> torch.Tensor:
-    """2^(e - 128), half the scale, as the levels are doubled; e = 0 is a subnormal number."""
+    """Return 2^(e - 128), half the scale, as the levels are doubled; e = 0 is a subnormal number."""
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 128)
 
 

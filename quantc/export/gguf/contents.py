@@ -75,7 +75,7 @@ class Contents:
         return tensor.of_floats(self.floats(tensor.source))
 
     def _pieces(self, tensor: FileTensor) -> Iterator[QTensor]:
-        """A packed tensor in pieces of whole rows (rows, K), experts one after the other."""
+        """Yield a packed tensor in pieces of whole rows (rows, K), experts one after the other."""
         assert tensor.source is not None
         prefix, entry = self._entries[tensor.source]
         parts = {name: self._reader.tensor(f"{prefix}.{name}") for name in entry.layout()}

@@ -79,7 +79,7 @@ def to_blocks(tensor: QTensor) -> Blocks:
 
 
 def _of_grid(tensor: QTensor, grid: Ggml) -> Blocks:
-    """The numbers of a weight on a block type of GGUF."""
+    """Return the numbers of a weight on a block type of GGUF."""
     found = GgmlArithmetic(grid).block_scales(tensor.parameters)
     blocks = Blocks(tensor.codes, found.d)
     if found.dmin is not None:
@@ -92,7 +92,7 @@ def _of_grid(tensor: QTensor, grid: Ggml) -> Blocks:
 
 
 def _of_blocks(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:
-    """Values of groups (..., N, G) repeated for the blocks of each: (..., N, K / 32)."""
+    """Return values of groups (..., N, G) repeated for the blocks of each: (..., N, K / 32)."""
     k = tensor.shape[1]
     group = tensor.spec.group_length(tensor.shape)
     first = torch.arange(0, k, BLOCK, device=values.device)
@@ -119,5 +119,5 @@ class Rounding:
 
     @property
     def rms(self) -> float:
-        """Root of the mean square, in steps of the scale."""
+        """The root of the mean square, in steps of the scale."""
         return (self.squared / self.weights) ** 0.5 if self.weights else 0.0

@@ -38,7 +38,8 @@ class Exported:
 
     types: block or float type -> tensors of it and their bytes. bits_per_weight: over all matrices, embedding and head
     included. minimum_rms, minimum_largest: what rounding minima to float16 changed, in steps of a group's scale.
-    agreement: llama.cpp's logits against quantc's, None where it could not be asked. notes: what a reader should know.
+    agreement: llama.cpp's logits against quantc's, None where llama.cpp could not run. notes: what a reader should
+    know.
     """
 
     checkpoint: str
@@ -197,7 +198,7 @@ def _ask_llama_cpp(
 
 
 def _memory_is_short(file: Path, reader: CheckpointReader) -> str | None:
-    """Why the checkpoint and the file cannot be in memory, one after the other, None where they can."""
+    """Return why the checkpoint and the file do not fit memory, one after the other; None where they do."""
     floats = unpacked_values(reader) * torch.float32.itemsize
     needed, free = max(reader.weights_bytes() + floats, file.stat().st_size), available_bytes()
     if needed <= ROOM * free:

@@ -80,7 +80,7 @@ class FileTensor:
         return self.type_name not in FLOAT_NAMES.values()
 
     def of_floats(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a float tensor of the model as the file has it."""
+        """Return a float tensor of the model as the file stores it."""
         weight = weight.mT if self.change.transposed and weight.ndim > 1 else weight
         weight = weight if self.rows is None else _take_rows(weight, self.rows)
         weight = weight.float() + self.change.added if self.change.added else weight
@@ -145,7 +145,7 @@ def _check_names(tensors: list[FileTensor]) -> None:
 
 
 def _order(name: str) -> tuple[int, int, str]:
-    """The embedding first, then the blocks by their numbers, then the rest: as llama.cpp reads them."""
+    """Return a sort key: the embedding first, then the blocks by number, then the rest, as llama.cpp reads them."""
     block = NUMBER.search(name)
     if block is not None:
         return 1, int(block[1]), name

@@ -40,7 +40,7 @@ def find_origin(reader: CheckpointReader) -> Path | None:
 
 
 def from_gguf(reader: CheckpointReader) -> bool:
-    """Whether a checkpoint was made from a GGUF file."""
+    """Return whether a checkpoint was made from a GGUF file."""
     source = (reader.manifest or {}).get("source")
     return isinstance(source, dict) and any(str(name).endswith(".gguf") for name in source.get("files", ()))
 
@@ -113,7 +113,7 @@ def _made_of(source: GgufSource, part: Any, owners: dict[str, str], contents: Co
 
 
 def _undone(source: GgufSource, name: str, part: Any, tensor: ModelTensor) -> tuple[Tensor, torch.Tensor | None]:
-    """How the file's tensor is made from the model's: what transformers does to one of numbered rows, backwards."""
+    """Return how to make the file's tensor from the model's: undo what transformers does to one of numbered rows."""
     shape = _shape(part)
     single = len(shape) == 1
     n = shape[0] if single else shape[-2]

@@ -21,7 +21,7 @@ class Piece(Protocol):
     """A run of bytes in a block."""
 
     def size(self, counts: dict[str, int]) -> int:
-        """Return how many bytes it takes where a block has so many numbers of each name."""
+        """Return how many bytes the piece takes; counts: how many numbers of each name a block has."""
 
     def pack(self, numbers: Numbers) -> torch.Tensor:
         """Return the bytes, uint8 (..., size)."""

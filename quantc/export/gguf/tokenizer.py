@@ -77,7 +77,8 @@ def _byte_level(backend: dict[str, Any], vocabulary: int, pre: str | None) -> Me
 
 
 def _sentence_pieces(backend: dict[str, Any], vocabulary: int) -> Metadata:
-    """llama.cpp merges into the token of the highest score first, so a token's score is how late it is merged."""
+    """Return the metadata of a BPE with scores, which say how late a token is merged: llama.cpp takes the highest
+    first."""
     model = backend["model"]
     tokens, types = _tokens(backend, vocabulary)
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -102,7 +103,7 @@ def _sentence_pieces(backend: dict[str, Any], vocabulary: int) -> Metadata:
 
 
 def _tokens(backend: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
-    """Texts and types of all rows of the embedding; rows that no token has are unused."""
+    """Return texts and types of all rows of the embedding; rows that no token has are unused."""
     tokens, types = [f"[PAD{place}]" for place in range(vocabulary)], [UNUSED] * vocabulary
     for text, place in backend["model"]["vocab"].items():
         if place < vocabulary:
@@ -117,7 +118,7 @@ def _tokens(backend: dict[str, Any], vocabulary: int) -> tuple[list[str], list[i
 
 
 def _prepends_space(backend: dict[str, Any]) -> bool:
-    """Whether a space is put in front of a text."""
+    """Return whether a space is put in front of a text."""
     steps = [backend.get("normalizer") or {}, backend.get("pre_tokenizer") or {}]
     flat = [part for step in steps for part in (step, *step.get("normalizers", ()), *step.get("pretokenizers", ()))]
     return any(

@@ -20,7 +20,7 @@ class Tensor:
     """One tensor of the file made from a tensor of the model.
 
     name: in the file, without its ending; {} is the block's number. rows: which rows of the model's tensor it has, and
-    in which order. added: what is added to its values. transposed: the model has it as (K, N). floats: it is stored in
+    in which order. added: what is added to its values. transposed: the model stores (K, N). floats: it is stored in
     float32 whatever the model has, as llama.cpp wants it.
     """
 

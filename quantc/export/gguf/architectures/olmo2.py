@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and feed-forward, and on whole queries and keys."""
+"""OLMo 2: norms after attention and feed-forward, and on whole queries and keys."""
 
 from .base import ATTENTION, EMBEDDING, FEED_FORWARD, HEAD_NORMS, Architecture, decoder_settings, same_name
 
