@@ -2,7 +2,7 @@
 
 Lagrangian bounds leave few choices in question (Pisinger 1995, "A minimal algorithm for the multiple-choice knapsack
 problem"), and dynamic programming over what these may add decides among them. HiGHS, tried first, took minutes for
-42 units of 16 choices: with many formats thousands of plans lie within a millionth of the best one.
+42 units of 16 choices: with many formats thousands of plans are within a millionth of the best one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Plans in work at once; where there are more, neighbours in bits are merged, and the best may be missed by a little.
+# Plans held at once; where there are more, neighbours in bits are merged, and the best may be missed by a little.
 MOST_STATES = 1 << 16
 
 
@@ -34,7 +34,7 @@ class Infeasible(ValueError):
 
 
 def solve(units: Sequence[Sequence[Choice]], budget: int) -> list[int]:
-    """For every unit the number of its choice, of least total loss within `budget` bits.
+    """Return for every unit the number of its choice, of least total loss within `budget` bits.
 
     Raises Infeasible if even the smallest choices take more.
     """
@@ -49,7 +49,7 @@ def solve(units: Sequence[Sequence[Choice]], budget: int) -> list[int]:
 
 
 def useful(unit: Sequence[Choice]) -> list[int]:
-    """The choices that no other one beats in both loss and bits, by rising bits."""
+    """Return the choices that no other one beats in both loss and bits, by rising bits."""
     kept: list[int] = []
     for at in sorted(range(len(unit)), key=lambda at: (unit[at].bits, unit[at].loss)):
         if not kept or unit[at].loss < unit[kept[-1]].loss:
@@ -58,7 +58,7 @@ def useful(unit: Sequence[Choice]) -> list[int]:
 
 
 def _greedy(units: list[list[Choice]], budget: int) -> tuple[list[int], float]:
-    """Choices within the budget, and what a bit is worth there: the loss that the first step left out would save.
+    """Return choices within the budget, and a bit's worth there: the loss that the first step left out would save.
 
     From the smallest choices on, always the step up that saves most loss for a bit; 0 where all steps were taken.
     """
@@ -119,7 +119,7 @@ class _Core:
         self.kept = [np.flatnonzero(excess <= self.room) for excess in self.excess]
 
     def solve(self) -> list[int]:
-        """For every unit the number of its choice."""
+        """Return for every unit the number of its choice."""
         order = sorted(range(len(self.units)), key=lambda index: -np.ptp(self.bits[index][self.kept[index]]))
         ranges = [(self.bits[i][self.kept[i]].min(), self.bits[i][self.kept[i]].max()) for i in order]
         least, most = (int(sum(pair[side] for pair in ranges)) for side in (0, 1))
@@ -142,7 +142,7 @@ class _Core:
         return self._traced(history, int(np.argmin(excess - self.price * bits)))
 
     def _possible(self, bits: np.ndarray, excess: np.ndarray, least: int, most: int) -> np.ndarray:
-        """Those that may end within the budget, and not so far below it that `start` is better."""
+        """Return which states may end within the budget, and not so far below it that `start` is better."""
         unused = np.maximum(self.budget - bits - most, 0)
         return np.flatnonzero((bits + least <= self.budget) & (excess + self.price * unused <= self.room))
 
@@ -155,14 +155,14 @@ class _Core:
 
 
 def _undominated(bits: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Indices of the pairs that no other beats in both, by rising bits."""
+    """Return the indices of the pairs that no other beats in both, by rising bits."""
     order = np.lexsort((loss, bits))
     best = np.minimum.accumulate(loss[order])
     return order[np.concatenate([[True], loss[order][1:] < best[:-1]])] if len(order) else order
 
 
 def _merged(bits: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    """Indices of at most MOST_STATES pairs: the least excess of every stretch of bits."""
+    """Return the indices of at most MOST_STATES pairs: the least excess of every stretch of bits."""
     if len(bits) <= MOST_STATES:
         return np.arange(len(bits))
     width = (bits.max() - bits.min()) // MOST_STATES + 1

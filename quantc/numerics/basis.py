@@ -24,7 +24,7 @@ FEWEST_ROWS_SHARE = 1 / 16
 # Code width from which on shrinking pays where inputs are not rotated. At 2 bits Gemma-3-270M has a KL divergence of
 # 1.83 without, 2.21 at 0.15 and 2.28 at 0.3, SmolLM2-135M 1.45, 1.43 and 1.50; rotated they have 1.16 and 1.30 at 0.3.
 SHRUNK_FROM_BITS = 3
-# Scale of dropped weights while the others are rounded: whatever is fed back to them, their codes stand for 0.
+# Scale of dropped weights while the others are rounded: whatever is fed back to them, their codes mean 0.
 HELD = 2.0**100
 
 
@@ -49,7 +49,8 @@ class Rounding:
         return {name: value for name, value in vars(self).items() if name != "panel"}
 
     def basis(self, gram: torch.Tensor | None, rows: int, block: int, bits: int) -> Basis:
-        """One activation's rows, ready for rounding; raises ArithmeticError when they cannot be factorised.
+        """Return one activation's statistics, ready for rounding; raises ArithmeticError where they cannot be
+        factorised.
 
         block: order of the rotation, 0 for none. bits: the smallest code width among the weights that read them.
         """
@@ -60,7 +61,7 @@ class Rounding:
         return Basis.of(gram, rows, block, self.damp, self.act_order, self.panel)
 
     def shrunk(self, gram: torch.Tensor) -> torch.Tensor:
-        """(K, K): what is trusted of a Gram matrix."""
+        """Return (K, K), a Gram matrix whose off-diagonal entries are shrunk."""
         if not self.shrink:
             return gram
         shrunk = gram * (1 - self.shrink)
@@ -68,7 +69,7 @@ class Rounding:
         return shrunk
 
     def bases(self, gram: torch.Tensor | None, rows: int, specs: Iterable[QuantSpec]) -> dict[int, Basis]:
-        """`basis` for every rotation among specs, by the order of its blocks."""
+        """Return `basis` for every rotation among specs, by the order of its blocks."""
         widths: dict[int, int] = {}
         for spec in specs:
             widths[spec.hadamard] = min(spec.bits, widths.get(spec.hadamard, spec.bits))
@@ -91,7 +92,8 @@ class Basis:
 
     @classmethod
     def unguided(cls, gram: torch.Tensor | None, rows: int, block: int) -> Basis:
-        """Without a factor: weights are rounded to nearest; a Gram matrix, if there is one, only measures errors."""
+        """Return a basis without a factor: weights are rounded to nearest; a Gram matrix, if any, only measures
+        errors."""
         return cls(rows, block, rotate_gram(gram, block) if block and gram is not None else gram)
 
     @classmethod
@@ -114,14 +116,14 @@ class Basis:
         return basis
 
     def turn(self, weight: torch.Tensor) -> torch.Tensor:
-        """float32 (N, K), as it multiplies the rotated rows; rotated in float64."""
+        """Rotate a weight: return float32 (N, K), as it multiplies the rotated rows; computed in float64."""
         if not self.block:
             return weight
         return torch.cat([rotate(band.double(), self.block).float() for band in weight.split(BAND)])
 
     @cached_property
     def damped(self) -> torch.Tensor:
-        """float32 (K, K): the Gram matrix as it was factorised, the damping on its diagonal, over a power of two.
+        """The Gram matrix (K, K), float32, as it was factorised: damping on its diagonal, divided by a power of two.
 
         Its mean diagonal is near 1, whatever the size of activations: what refinement takes for 0 is that for all.
         """
@@ -135,13 +137,13 @@ class Basis:
 
     @cached_property
     def spectrum(self) -> sparsity.Spectrum:
-        """Of `damped`; whoever reads the same rows shares it."""
+        """The spectrum of `damped`; all weights that read the same rows share it."""
         return sparsity.Spectrum.of(self.damped)
 
     def round(
         self, weight: torch.Tensor, spec: QuantSpec, rounds: int = 0, wide: torch.Tensor | None = None
     ) -> QTensor:
-        """A turned weight (N, K) on its grid: with error feedback where there is a factor, to nearest otherwise.
+        """Round a rotated weight (N, K) to its grid: with error feedback where there is a factor, to nearest otherwise.
 
         rounds: of refinement after error feedback. wide: bool (N,), the rows that have one bit more, where some have;
         what is fed back stays within a row, so that each width is rounded by itself.
@@ -154,7 +156,7 @@ class Basis:
         return join(spec, wide, *halves)
 
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
-        """`round` as each of the specs says; of one width each. All share a sweep over the columns."""
+        """Return `round` for each of the specs, of one width each. All share a sweep over the columns."""
         if self.factor is None:
             return [_to_nearest(weight, spec) for spec in specs]
         starts = self._starts(weight, specs)
@@ -172,7 +174,7 @@ class Basis:
         ]
 
     def _starts(self, weight: torch.Tensor, specs: Sequence[QuantSpec]) -> list[_Start]:
-        """Specs that drop weights in the same pattern drop the same ones."""
+        """Return what each spec's sweep begins with; specs that drop in the same pattern drop the same weights."""
         assert self.gram is not None
         fitted: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
         starts: list[_Start] = []
@@ -188,7 +190,7 @@ class Basis:
         return starts
 
     def _fitted(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """What stays makes up for what a spec drops; float32 (N, K), and bool (N, K), where it is."""
+        """Return float32 (N, K), weights that make up for what a spec drops, and bool (N, K), where they are."""
         assert self.gram is not None
         read = self.gram.diagonal() > 0  # inputs that were always zero go first
         stays = sparsity.by_admm(weight * read, self.spectrum, spec)
@@ -197,7 +199,7 @@ class Basis:
     def _finished(
         self, weight: torch.Tensor, codes: torch.Tensor, start: _Start, spec: QuantSpec, rounds: int
     ) -> QTensor:
-        """Refined; where weights are dropped, scales are fitted to the codes at least.
+        """Return the refined weight; where weights are dropped, scales are fitted to the codes at least.
 
         Where single weights are, refinement has no rounds: a descent would have to leave single codes out.
         """
@@ -225,7 +227,7 @@ class _Start:
 
 
 def _to_nearest(weight: torch.Tensor, spec: QuantSpec) -> QTensor:
-    """Without a factor; the largest weights or groups stay as they are."""
+    """Round a weight without a factor; where the spec drops some, the largest weights or groups are kept."""
     if not spec.sparse:
         parameters = fit_grid(weight, spec)
         return _dense_qtensor(spec, round_to_nearest(weight, parameters, spec), parameters)
@@ -235,7 +237,8 @@ def _to_nearest(weight: torch.Tensor, spec: QuantSpec) -> QTensor:
 
 
 def _held(start: _Start, spec: QuantSpec) -> tuple[Parameters, QuantSpec]:
-    """What is swept over, and its spec: where weights are dropped each has a scale, HELD where it is."""
+    """Return the grid to sweep over and its spec: where weights are dropped, each has its own scale, HELD if
+    dropped."""
     stays = start.stays
     if stays is None:
         return start.parameters, spec
@@ -245,7 +248,7 @@ def _held(start: _Start, spec: QuantSpec) -> tuple[Parameters, QuantSpec]:
 
 
 def _held_at(parameters: Parameters, stays: torch.Tensor) -> Parameters:
-    """With the scale HELD where stays, bool and shaped as the scales, is not."""
+    """Return parameters with the scale HELD where stays, bool and shaped as the scales, is False."""
     return replace(parameters, scales=parameters.scales.float().masked_fill(~stays, HELD))
 
 
@@ -254,7 +257,7 @@ def _dense_qtensor(spec: QuantSpec, codes: torch.Tensor, parameters: Parameters)
 
 
 def _sparse_qtensor(spec: QuantSpec, codes: torch.Tensor, parameters: Parameters, stays: torch.Tensor) -> QTensor:
-    """Of codes (N, K) that are zero points where stays (N, K) is not; a group that is dropped gets scale 1."""
+    """Return the tensor of codes (N, K), zero points where stays (N, K) is False; a dropped group gets scale 1."""
     parameters = arithmetic_of(spec.grid).settle(codes, parameters, spec.groups)
     if spec.pattern.drops == "weights":
         return QTensor.of(spec, codes, parameters, kept=stays)

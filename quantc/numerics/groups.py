@@ -65,7 +65,7 @@ def to_groups(weight: torch.Tensor, groups: Groups) -> torch.Tensor:
 
 
 def to_counts(values: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Return values (rows, G) of groups as `to_groups` has them in the shape of groups.counts."""
+    """Return values (rows, G), ordered as in `to_groups`, in the shape of groups.counts."""
     return (values if groups.per_oc else values.T).contiguous()
 
 

@@ -23,7 +23,7 @@ LARGEST_BASE = 1024  # of a whole block: past it the dense base matrix costs mor
 
 
 def hadamard_matrix(order: int) -> torch.Tensor:
-    """Float64 (order, order) of +-1: H_m (x) S_{2^k} with m = base_order(order), base first.
+    """Return float64 (order, order) of +-1: H_m (x) S_{2^k} with m = base_order(order), base first.
 
     Raises ValueError for an order that the constructions do not reach.
     """
@@ -33,7 +33,7 @@ def hadamard_matrix(order: int) -> torch.Tensor:
 
 @functools.cache
 def base_order(order: int) -> int | None:
-    """The smallest m = 1, a Paley order or a product of two of those, with order = m * 2^k; None without one."""
+    """Return the smallest m = 1, Paley order or product of two of those with order = m * 2^k; None without one."""
     if order < 1:
         return None
     odd = order // (order & -order)
@@ -49,8 +49,8 @@ def base_order(order: int) -> int | None:
 
 @functools.cache
 def block_order(width: int) -> int:
-    """Order of the blocks of the rotation of a width: its largest divisor with a Hadamard matrix of a base_order up
-    to LARGEST_BASE (1 for odd widths)."""
+    """Return the order of blocks that rotate a width: its largest divisor with base_order up to LARGEST_BASE (1 if
+    odd)."""
     if width < 1:
         raise ValueError(f"a width is at least 1, not {width}")
     counts = (count for count in range(1, width + 1) if width % count == 0)
@@ -58,12 +58,12 @@ def block_order(width: int) -> int:
 
 
 def fits(width: int, block: int) -> bool:
-    """Whether a width can be rotated in blocks of this order; 0 stands for no rotation."""
+    """Return whether a width can be rotated in blocks of this order; 0 means no rotation."""
     return block == 0 or (block > 0 and width % block == 0 and base_order(block) is not None)
 
 
 def signs(width: int) -> torch.Tensor:
-    """Float64 (width,) of +-1, the same on every machine and whatever the state of torch's generators.
+    """Return float64 (width,) of +-1, the same on every machine and whatever the state of torch's generators.
 
     The stream is SHA-256(text 0) || SHA-256(text 1) || ..., 32 bytes each, where text c is the ASCII text
     "quantc hadamard {width} {c}" with both numbers in decimal. Bit i of the stream is bit i % 8 of byte i // 8,
@@ -76,7 +76,7 @@ def signs(width: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Floating x (..., K) times the orthogonal R = diag(signs(K)) blockdiag(H_block, ...) / sqrt(block), dtype kept.
+    """Return floating x (..., K) times orthogonal R = diag(signs(K)) blockdiag(H_block, ...) / sqrt(block), dtype kept.
 
     K is a multiple of block. Half types are computed in float32. Rotating the rows of activations and of a weight
     (N, K) alike leaves x W^T as it is.
@@ -87,25 +87,25 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def rotate_back(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Floating x (..., K) times R^T, the inverse of rotate: H_m of Paley need not be symmetric."""
+    """Return floating x (..., K) times R^T, the inverse of rotate: H_m of Paley need not be symmetric."""
     work = _checked(x, block)
     turned = _times_blocks(work, block, transposed=True)
     return (turned * _scaled_signs(x.shape[-1], block, work.dtype, work.device)).to(x.dtype)
 
 
 def rotation(width: int, block: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """R itself, (width, width)."""
+    """Return R itself, (width, width)."""
     return rotate(torch.eye(width, dtype=dtype, device=CPU), block)
 
 
 def rotate_gram(gram: torch.Tensor, block: int) -> torch.Tensor:
-    """float32 R^T G R for a symmetric gram (K, K): the Gram matrix of rotated rows. Computed in float64, in bands."""
+    """Return float32 R^T G R for a symmetric gram (K, K), the Gram matrix of rotated rows; in float64, by bands."""
     once = torch.cat([rotate(band.double(), block).float() for band in gram.split(BAND)])
     return torch.cat([rotate(band.double(), block).float() for band in once.T.contiguous().split(BAND)])
 
 
 def _checked(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x in the dtype to compute in; raises for a block that does not fit."""
+    """Return x in the dtype to compute in; raises for a block that does not fit."""
     if not x.is_floating_point():
         raise ValueError(f"only floating values rotate, not {x.dtype}")
     _base_of(block)
@@ -115,7 +115,7 @@ def _checked(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def _times_blocks(x: torch.Tensor, block: int, transposed: bool) -> torch.Tensor:
-    """x (..., K) times blockdiag(H_block, ...), or its transpose: one matmul for each Kronecker factor."""
+    """Return x (..., K) times blockdiag(H_block, ...), or its transpose: one matmul for each Kronecker factor."""
     base = _base_of(block)
     turned = x
     rest = block
@@ -131,14 +131,14 @@ def _times_blocks(x: torch.Tensor, block: int, transposed: bool) -> torch.Tensor
 
 
 def _own_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Matmuls in their operands' dtype: calibration passes run others in bfloat16. Meta tensors have no autocast."""
+    """Keep matmuls in their operands' dtype: calibration runs others in bfloat16. Meta tensors have no autocast."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def _times_factor(x: torch.Tensor, factor: torch.Tensor, rest: int) -> torch.Tensor:
-    """x, read as (count, f, rest), times factor (f, f) along the middle axis."""
+    """Return x, read as (count, f, rest), times factor (f, f) along the middle axis."""
     order = factor.shape[0]
     count = x.numel() // (order * rest)
     if rest == 1:
@@ -147,7 +147,7 @@ def _times_factor(x: torch.Tensor, factor: torch.Tensor, rest: int) -> torch.Ten
 
 
 def _sylvester_factors(order: int) -> list[int]:
-    """Powers of two near each other (a factor of 2 costs a pass like one of 16) of which order is the product."""
+    """Return powers of two near each other whose product is order (a factor of 2 costs a pass like one of 16)."""
     bits = order.bit_length() - 1
     count = -(-bits // LARGEST_FACTOR_BITS)
     return [1 << (bits + index) // count for index in range(count)]
@@ -155,14 +155,14 @@ def _sylvester_factors(order: int) -> list[int]:
 
 @functools.cache
 def _scaled_signs(width: int, block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """signs(width) / sqrt(block), in dtype."""
+    """Return signs(width) / sqrt(block), in dtype."""
     with torch.inference_mode(False):  # else a cached tensor could not serve autograd later
         return (signs(width) / math.sqrt(block)).to(device, dtype)
 
 
 @functools.cache
 def _sylvester(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """S of a power of two: (i, j) is -1 where i & j has an odd number of ones; symmetric."""
+    """Return S of a power of two: (i, j) is -1 where i & j has an odd number of ones; symmetric."""
     with torch.inference_mode(False):
         matrix = torch.ones(1, 1, dtype=dtype, device=device)
         while matrix.shape[0] < order:
@@ -172,7 +172,7 @@ def _sylvester(order: int, dtype: torch.dtype, device: torch.device) -> torch.Te
 
 @functools.cache
 def _base_matrix(base: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """H_m of a base_order m: a Paley matrix or the Kronecker product of two, the smaller first."""
+    """Return H_m of a base_order m: a Paley matrix or the Kronecker product of two, the smaller first."""
     with torch.inference_mode(False):
         matrix = torch.ones(1, 1, dtype=torch.float64, device=CPU)
         for order in _paley_orders(base) or ():
@@ -189,7 +189,7 @@ def _base_of(order: int) -> int:
 
 @functools.cache
 def _paley_orders(order: int) -> tuple[int, ...] | None:
-    """One Paley order, or two (smaller first, as unequal as can be), of which order is the product."""
+    """Return one Paley order, or two (smaller first, as unequal as can be), whose product is order."""
     if _paley_field(order) is not None:
         return (order,)
     for first in range(4, math.isqrt(order) + 1, 4):
@@ -200,7 +200,7 @@ def _paley_orders(order: int) -> tuple[int, ...] | None:
 
 @functools.cache
 def _paley_field(order: int) -> tuple[int, int] | None:
-    """(p, e) of the field GF(p^e) behind the Paley matrix of an order, construction I before II; None without."""
+    """Return (p, e) of the field GF(p^e) behind the Paley matrix of an order, construction I before II, or None."""
     if order % 4:
         return None
     first = _prime_power(order - 1)  # = 3 mod 4, for order = 0 mod 4
@@ -211,7 +211,7 @@ def _paley_field(order: int) -> tuple[int, int] | None:
 
 
 def _paley(order: int) -> torch.Tensor:
-    """Float64 (order, order), with Q (a, b) = character of a - b and C = [[0, 1], [Q_0 1, Q]], Q_0 that of -1.
+    """Return float64 (order, order), with Q (a, b) = character of a - b and C = [[0, 1], [Q_0 1, Q]], Q_0 that of -1.
 
     q = 3 mod 4: Q and C are skew, H = I + C. q = 1 mod 4: both are symmetric, H = C (x) A + I (x) B.
     """
@@ -234,7 +234,7 @@ def _paley(order: int) -> torch.Tensor:
 
 
 def _quadratic_character(p: int, e: int) -> torch.Tensor:
-    """Float64 (p^e,): 0 of zero, 1 of a square of GF(p^e), else -1. Element i has the base-p digits of i."""
+    """Return float64 (p^e,): 0 of zero, 1 of a square of GF(p^e), else -1. Element i has the base-p digits of i."""
     modulus = _irreducible(p, e)
     character = [-1] * p**e
     for element in range(p**e):
@@ -245,7 +245,7 @@ def _quadratic_character(p: int, e: int) -> torch.Tensor:
 
 
 def _differences(p: int, e: int) -> torch.Tensor:
-    """Int64 (q, q): the element a - b of GF(p^e), digit by digit."""
+    """Return int64 (q, q), the element a - b of GF(p^e), digit by digit."""
     elements = torch.arange(p**e, device=CPU)
     difference = torch.zeros(p**e, p**e, dtype=torch.int64, device=CPU)
     for place in range(e):
@@ -258,7 +258,7 @@ def _differences(p: int, e: int) -> torch.Tensor:
 
 
 def _irreducible(p: int, e: int) -> list[int]:
-    """The first monic irreducible polynomial of degree e, in the order of its lower coefficients as a number."""
+    """Return the first monic irreducible polynomial of degree e, in the order of its lower coefficients as a number."""
     divisors = [_monic(low, p, degree) for degree in range(1, e // 2 + 1) for low in range(p**degree)]
     candidates = (_monic(low, p, e) for low in range(p**e))
     return next(c for c in candidates if all(any(_remainder(c, divisor, p)) for divisor in divisors))
@@ -273,7 +273,7 @@ def _digits(number: int, p: int, count: int) -> list[int]:
 
 
 def _product(left: list[int], right: list[int]) -> list[int]:
-    """Coefficients not yet reduced mod p."""
+    """Return the product's coefficients, not yet reduced mod p."""
     product = [0] * (len(left) + len(right) - 1)
     for i, a in enumerate(left):
         for j, b in enumerate(right):
@@ -282,7 +282,7 @@ def _product(left: list[int], right: list[int]) -> list[int]:
 
 
 def _remainder(dividend: list[int], divisor: list[int], p: int) -> list[int]:
-    """Of the division by a monic divisor of degree d >= 1: at most d coefficients in 0..p-1."""
+    """Return the remainder by a monic divisor of degree d >= 1: at most d coefficients in 0..p-1."""
     degree = len(divisor) - 1
     rest = list(dividend)
     for top in range(len(rest) - 1, degree - 1, -1):
@@ -293,7 +293,7 @@ def _remainder(dividend: list[int], divisor: list[int], p: int) -> list[int]:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """(p, e) with q = p^e, p prime, e >= 1; None for other q."""
+    """Return (p, e) with q = p^e, p prime, e >= 1; None for other q."""
     if q < 2:
         return None
     p = next((d for d in range(2, math.isqrt(q) + 1) if q % d == 0), q)

@@ -20,7 +20,7 @@ OVERSAMPLE = 8  # rows of a Krylov block beyond the rank: at rank 16 a block get
 FEWEST_BLOCKS = 8  # the search takes 3 to 7; where fewer than this fit, all eigenvectors cost no more
 GROWTH = 1e-3  # of the error that stays: the search ends when a further block gains less
 ROUNDOFF = 1e-13  # of the largest value of the map: what float64 products leave of exact zeros, and more
-BAND_WEIGHTS = 1 << 17  # weights turned to float64 at once: 1 MiB stays in a core's cache
+BAND_WEIGHTS = 1 << 17  # weights converted to float64 at once: 1 MiB stays in a core's cache
 LARGEST = 65504.0  # the largest float16
 
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -41,19 +41,19 @@ class GramRoot:
 
     @cached_property
     def mean(self) -> float:
-        """Mean energy of the inputs that were not always zero."""
+        """The mean energy of the inputs that were not always zero."""
         diagonal = self.gram.diagonal().double()
         live = diagonal[diagonal > 0]
         return float(live.mean()) if len(live) else 0.0
 
     @cached_property
     def eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """float64 (K,) and (K, K): eigenvalues, at least 0, and eigenvectors as columns."""
+        """Eigenvalues, at least 0, float64 (K,), and eigenvectors as columns (K, K)."""
         values, vectors = torch.linalg.eigh(self.gram.double())
         return values.clamp_(min=0), vectors
 
     def root(self, added: float = 0.0) -> torch.Tensor:
-        """float64 S (K, K) with S S^T = G + added I."""
+        """Return float64 S (K, K) with S S^T = G + added I."""
         values, vectors = self.eigen
         return vectors * (values + added).sqrt()
 
@@ -61,7 +61,7 @@ class GramRoot:
 def compensate(
     residual: torch.Tensor, gram: torch.Tensor | GramRoot | None, rank: int, damp: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """a float16 (R, K) and b float16 (N, R) that minimise tr((E - b a) G (E - b a)^T) for E = residual (N, K).
+    """Return float16 a (R, K) and b (N, R) that minimise tr((E - b a) G (E - b a)^T) for E = residual (N, K).
 
     gram: G (K, K), or its GramRoot where several weights share it, or None for the identity. damp: share of the mean
     Gram diagonal added to G when the directions are chosen; on held-out text (tests/tiny_model) 0.001 changed little
@@ -86,7 +86,7 @@ def compensate(
 
 
 def _leading(residual: torch.Tensor, root: GramRoot | None, added: float, rank: int) -> torch.Tensor:
-    """float64 (R, N): orthonormal leading eigenvectors of E (G + added I) E^T, as rows, the largest first."""
+    """Return float64 (R, N): orthonormal leading eigenvectors of E (G + added I) E^T, as rows, the largest first."""
     n, k = residual.shape
     width = rank + OVERSAMPLE
     if FEWEST_BLOCKS * width >= min(n, k):
@@ -99,7 +99,7 @@ def _leading(residual: torch.Tensor, root: GramRoot | None, added: float, rank: 
 
 
 def _leading_of_all(residual: torch.Tensor, root: GramRoot | None, added: float, rank: int) -> torch.Tensor:
-    """`_leading` by the eigendecomposition of the smaller of E (G + added I) E^T and S^T E^T E S."""
+    """Return `_leading` by the eigendecomposition of the smaller of E (G + added I) E^T and S^T E^T E S."""
     error = residual.double()
     if error.shape[0] <= error.shape[1]:
         vectors = torch.linalg.eigh(_weighed(error, root, added) @ error.T)[1]
@@ -111,7 +111,7 @@ def _leading_of_all(residual: torch.Tensor, root: GramRoot | None, added: float,
 
 
 def _krylov(product: Map, start: torch.Tensor, rank: int) -> torch.Tensor:
-    """float64 (R, N): leading eigenvectors of a symmetric PSD map of rows (., N); rows of 0 past the map's own rank.
+    """Return float64 (R, N): leading eigenvectors of a symmetric PSD map of rows (., N); rows of 0 past the map's rank.
 
     Rayleigh-Ritz over a block Krylov space (Musco and Musco 2015, arXiv:1504.05477). The spectrum of a rounding error
     is flat but for a few directions: there the space finds the energy, and which of near-equal directions hold it
@@ -127,7 +127,7 @@ def _krylov(product: Map, start: torch.Tensor, rank: int) -> torch.Tensor:
         values, mix = torch.linalg.eigh((inner + inner.T) / 2)
         others = max(len(values) - rank, 0)
         best = mix[:, others:].flip(1).T @ basis
-        stays = float(values[:others].sum())  # at least: what lies outside the space comes on top
+        stays = float(values[:others].sum())  # at least: energy outside the space comes on top
         before, taken = taken, float(values.sum()) - stays
         if taken - before <= GROWTH * stays:
             break
@@ -136,7 +136,7 @@ def _krylov(product: Map, start: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def _orthonormal(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows for what rows (R, N) add to the span of the basis; fewer than R where they add less.
+    """Return orthonormal rows for what rows (R, N) add to the span of the basis; fewer than R where they add less.
 
     Done twice, since subtracting once leaves roundoff. A row that the second time shortens again was only that.
     """
@@ -149,7 +149,7 @@ def _orthonormal(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def _start(count: int, width: int, device: torch.device) -> torch.Tensor:
-    """float64 (count, width): rows without structure from a formula, as the output of a run must not hang on a seed.
+    """Return float64 (count, width), rows without structure from a formula: results must not depend on a seed.
 
     Row j is cos(2 pi i^2 j phi) over i = 1 .. width, with phi the golden ratio: quadratic Weyl sequences.
     """
@@ -160,7 +160,7 @@ def _start(count: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 def _to_float16(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a (R, K) and b (N, R) with b a = left^T right: left is (R, N), right (R, K).
+    """Return a (R, K) and b (N, R) with b a = left^T right: left is (R, N), right (R, K).
 
     A component's largest entries in a and b are made equal, which keeps both as far as possible from either end of
     float16. A component too large for that even so is scaled down and takes only a part of the error away.
@@ -172,7 +172,7 @@ def _to_float16(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _worth_keeping(residual: torch.Tensor, root: GramRoot | None, a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many of the first components of the rounded a and b take most error away; 0 where none do.
+    """Return how many of the first components of the rounded a and b take most error away; 0 where none do.
 
     They take 2 tr(a G E^T b) - tr((b^T b) (a G a^T)) away: sums over components and over pairs of them.
     """
@@ -188,7 +188,7 @@ def _worth_keeping(residual: torch.Tensor, root: GramRoot | None, a: torch.Tenso
 
 
 def _weighed(rows: torch.Tensor, root: GramRoot | None, added: float) -> torch.Tensor:
-    """float64 rows (R, K) times G + added I."""
+    """Return float64 rows (R, K) times G + added I."""
     if root is None:
         return rows
     weighed = _times(rows, root.gram)
@@ -196,7 +196,7 @@ def _weighed(rows: torch.Tensor, root: GramRoot | None, added: float) -> torch.T
 
 
 def _times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """float64 rows (R, N) times matrix (N, K), turned to float64 in bands."""
+    """Return float64 rows (R, N) times matrix (N, K), converted to float64 in bands."""
     total = rows.new_zeros(len(rows), matrix.shape[1])
     height = _band_of(matrix)
     for part, band in zip(rows.split(height, 1), matrix.split(height), strict=True):
@@ -205,7 +205,7 @@ def _times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _times_transposed(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """float64 rows (R, K) times the transpose of matrix (N, K), turned to float64 in bands."""
+    """Return float64 rows (R, K) times the transpose of matrix (N, K), converted to float64 in bands."""
     return torch.cat([rows @ band.double().T for band in matrix.split(_band_of(matrix))], 1)
 
 
@@ -214,6 +214,6 @@ def _band_of(matrix: torch.Tensor) -> int:
 
 
 def _finite(matrix: torch.Tensor) -> bool:
-    """One pass without temporaries: minimum and maximum carry NaN and infinity out."""
+    """Return whether all values are finite, in one pass without temporaries: minimum and maximum carry NaN out."""
     low, high = torch.aminmax(matrix)
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -2,7 +2,7 @@
 
 A group's range contains 0, since zero points have as many bits as codes. Where weights are 1 with a spread of 0.002,
 steps of 1 / 255 leave a third of the spread's energy as error, and the spread is all that the output has where inputs
-sum to 0 (behind a LayerNorm, say). A rank of 1 costs 16 (N + K) bits.
+sum to 0 (after a LayerNorm, say). A rank of 1 costs 16 (N + K) bits.
 """
 
 from __future__ import annotations
@@ -36,6 +36,6 @@ def common_row(weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, tor
 
 
 def _gain(before: torch.Tensor, after: torch.Tensor, spec: QuantSpec) -> float:
-    """How many times smaller squared scales are; infinite where nothing is left."""
+    """Return how many times smaller squared scales are; infinite where nothing is left."""
     squares = [float(wanted_scales(weight, spec).double().square().mean()) for weight in (before, after)]
     return squares[0] / squares[1] if squares[1] > 0 else torch.inf

@@ -30,7 +30,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Inverse of pack_bits: (..., ceil(count*bits/8)) uint8 to codes (..., count) uint8."""
+    """Undo pack_bits: (..., ceil(count*bits/8)) uint8 to codes (..., count) uint8."""
     if bits == 8:
         return packed[..., :count]
     per_period, period_bytes = _period(bits)
@@ -49,6 +49,6 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """(codes, bytes) after which a code starts on a byte border again."""
+    """Return (codes, bytes) after which a code starts on a byte border again."""
     whole = math.lcm(bits, 8)
     return whole // bits, whole // 8

@@ -1,4 +1,4 @@
-"""QTensor: a quantized weight, unpacked. Its grid computes what it stands for."""
+"""QTensor: a quantized weight, unpacked. Its grid computes the weights it represents."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class QTensor:
         return found.to(dtype)
 
     def steps_(self, codes: torch.Tensor) -> torch.Tensor:
-        """Turn float32 codes (..., N, K) into what the scales of their groups multiply; they are used up."""
+        """Convert float32 codes (..., N, K), in place, into what the scales of their groups multiply."""
         groups = self.spec.groups
         return self.by_width(codes, lambda grid, codes, parameters: grid.steps_(codes, parameters, groups))
 
@@ -75,7 +75,7 @@ class QTensor:
     def by_width(
         self, codes: torch.Tensor, compute: Callable[[Arithmetic, torch.Tensor, Parameters], torch.Tensor]
     ) -> torch.Tensor:
-        """Return what `compute` makes of codes (..., N, K), of the rows of each width apart where it matters."""
+        """Return `compute` of codes (..., N, K), with the rows of each width computed apart where it matters."""
         narrow, wider = arithmetic_of(self.spec.grid), self.spec.grid.wider()
         if self.wide is None or wider is None or not narrow.width_matters(self.parameters):
             return compute(narrow, codes, self.parameters)
@@ -86,7 +86,7 @@ class QTensor:
         return put_rows(self.wide, *found)
 
     def levels(self) -> torch.Tensor:
-        """Return how many codes there are, float32 (..., N, 1), or as broadcasts to it."""
+        """Return how many codes each row has, float32 (..., N, 1), or as broadcasts to it."""
         levels = torch.tensor(float(self.spec.levels), device=self.codes.device)
         return levels if self.wide is None else torch.where(self.wide[..., None], 2 * levels, levels)
 

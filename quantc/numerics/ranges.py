@@ -24,7 +24,7 @@ COARSE_SCALE = 2.0**-20  # scales below it have fewer than five bits
 
 
 def wanted_scales(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """float32, shaped as spec.scales_shape: magnitudes of the scales that would cover the range of each group."""
+    """Return magnitudes of the scales that would cover the range of each group, float32 (*spec.scales_shape)."""
     low, high = (end.float() for end in to_groups(weight, spec.groups).aminmax(dim=2))
     scales = arithmetic_of(spec.grid).wanted_scales(low.clamp(max=0), high.clamp(min=0))
     return scales if spec.groups.per_oc else scales.T
@@ -61,7 +61,7 @@ def range_loss(weight: torch.Tensor, spec: QuantSpec) -> RangeLoss:
 
 
 def _errors(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """float64 (N, G): the squared error of every group of weight (N, K), rounded to nearest."""
+    """Return float64 (N, G), the squared error of every group of weight (N, K), rounded to nearest."""
     parameters = fit_grid(weight, spec)
     rounded = QTensor.of(spec, round_to_nearest(weight, parameters, spec), parameters).dequantize(torch.float64)
     return to_groups((rounded - weight).square(), spec.groups).sum(2)

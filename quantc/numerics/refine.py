@@ -36,7 +36,7 @@ Visit = Callable[[int], None]
 def descend(
     weight: torch.Tensor, codes: torch.Tensor, parameters: Parameters, spec: QuantSpec, gram: torch.Tensor
 ) -> torch.Tensor:
-    """Codes uint8 (N, K) after one sweep of coordinate descent from codes (N, K), for weight (N, K) and gram (K, K).
+    """Return codes uint8 (N, K) after a sweep of coordinate descent from codes (N, K), for weight (N, K), gram (K, K).
 
     Input channels go by descending Gram diagonal, all rows at once; a code goes to the grid point of least f with
     everything else fixed. Ties keep the old code, and so do channels whose Gram diagonal is 0.
@@ -123,7 +123,8 @@ class _Layer:
         return replace(self.before, scales=scales.T.to(torch.float16).contiguous())
 
     def _fitted_blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Fit all scales, block by block: the channels (B,) of a block and, after it, their slopes (B, N)."""
+        """Fit all scales, block by block; yield the channels (B,) of each block and, after its fit, their slopes (B,
+        N)."""
         if self.scaled is None:
             for channels in self.order.split(BLOCK_CHANNELS):
                 yield channels, self.gram[channels] @ self.errors
@@ -136,7 +137,7 @@ class _Layer:
                 yield channels, self._fit_groups(self.scaled, int(channels[0]), int(channels[-1]) + 1)
 
     def _move_codes(self, channels: torch.Tensor, slopes: torch.Tensor) -> None:
-        """Descend over channels (B,); slopes (B, N) are their rows of G (W' - W)^T and are used up."""
+        """Descend over channels (B,); slopes (B, N), their rows of G (W' - W)^T, are overwritten."""
         corner = self.gram[channels][:, channels]
         # From slope to step in values: 1 / G_kk.
         pulls = self.inverse[channels].mul(SHORTFALL - 1)
@@ -152,7 +153,7 @@ class _Layer:
         self.errors.index_add_(0, channels, steps)
 
     def _fit_groups(self, columns: ScaledColumns, low: int, high: int) -> torch.Tensor:
-        """Fit the scales of the groups along K that make up channels [low, high); their slopes (B, N) after it."""
+        """Fit scales of the groups along K that make up channels [low, high); return their slopes (B, N) after it."""
         block = self.gram[low:high]
         slopes = block @ self.errors
         for start in range(low, high, self.group):
@@ -167,7 +168,7 @@ class _Layer:
         return slopes
 
     def _fit_channels(self, columns: ScaledColumns, channels: torch.Tensor) -> torch.Tensor:
-        """Fit the scales of channels (B,), which have groups of their own along N; their slopes (B, N) after it."""
+        """Fit scales of channels (B,), which have groups of their own along N; return their slopes (B, N) after it."""
         g = self.group
         corner = self.gram[channels][:, channels]
         slopes = self.gram[channels] @ self.errors
@@ -208,7 +209,7 @@ def _walk(corner: torch.Tensor, slopes: torch.Tensor, steps: torch.Tensor, visit
 
 
 def _scale_step(scales: torch.Tensor, slopes: torch.Tensor, curvatures: torch.Tensor) -> torch.Tensor:
-    """What to add to each scale: the way to the float16 nearest the minimum of 2 slope x + curvature x^2, or 0.
+    """Return what to add to each scale: the step to the float16 nearest the minimum of 2 slope x + curvature x^2, or 0.
 
     0 where that float16 is 0, not finite, or gains nothing: so too where a Gram matrix is not positive after all.
     """

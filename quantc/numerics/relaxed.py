@@ -47,7 +47,8 @@ class RelaxedWeight(nn.Module):
         self.offsets = nn.Parameter(exact.sub_(tensor.codes).clamp_(-INSIDE, INSIDE))
 
     def forward(self) -> torch.Tensor:
-        """float32 (..., N, K): what unrotated inputs are multiplied with; offsets as clamp_offsets leaves them."""
+        """Return float32 (..., N, K), what unrotated inputs are multiplied with; offsets as clamp_offsets leaves
+        them."""
         return _completed(self.tensor, _Dequantized.apply(self, self.offsets, self.factors))
 
     @torch.no_grad()
@@ -59,12 +60,12 @@ class RelaxedWeight(nn.Module):
 
     @torch.no_grad()
     def qtensor(self) -> QTensor:
-        """The weight as it is now."""
+        """Return the weight as it is now."""
         codes = self.codes(self.offsets).clamp_(self._bottom, self._top).to(torch.uint8)
         return replace(self.tensor, codes=codes, scales=self.scales(self.factors).to(torch.float16))
 
     def codes(self, offsets: torch.Tensor) -> torch.Tensor:
-        """Rounded codes, float32 (..., N, K)."""
+        """Return rounded codes, float32 (..., N, K)."""
         return (self.tensor.codes + offsets).round_()
 
     def steps(self, offsets: torch.Tensor) -> torch.Tensor:
@@ -75,7 +76,7 @@ class RelaxedWeight(nn.Module):
         return _stored(self.tensor, factors)
 
     def times_scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """`values` (..., N, K), multiplied in place by the scales of their groups."""
+        """Multiply `values` (..., N, K) in place by the scales of their groups, and return them."""
         return by_group(values, self.scales(factors), self.tensor.spec.groups, torch.Tensor.mul_)
 
 
@@ -105,7 +106,8 @@ class RescaledWeight(nn.Module):
 
 
 def relax(tensor: QTensor, turned: torch.Tensor) -> RelaxedWeight | RescaledWeight:
-    """Return the weight with what its grid says that training may move; turned: see RelaxedWeight."""
+    """Return the weight with those parts trainable that its grid lets training move; for the arguments see
+    RelaxedWeight."""
     return RelaxedWeight(tensor, turned) if "codes" in tensor.spec.grid.trainable else RescaledWeight(tensor)
 
 
@@ -148,22 +150,22 @@ class _Rescaled(torch.autograd.Function):
 
 
 def rescaled(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
-    """float32 (..., N, K): the effective weight with its scales multiplied by 1 + factors, as they would be stored."""
+    """Return float32 (..., N, K), the effective weight with scales multiplied by 1 + factors, as would be stored."""
     return _completed(tensor, _Rescaled.apply(tensor, factors))
 
 
 def with_scales(tensor: QTensor, factors: torch.Tensor) -> QTensor:
-    """The weight with its scales multiplied by 1 + factors."""
+    """Return the weight with its scales multiplied by 1 + factors."""
     return replace(tensor, scales=_stored(tensor, factors).to(torch.float16))
 
 
 def _stored(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
-    """float32: scales multiplied by 1 + factors, as float16 holds them."""
+    """Return float32 scales multiplied by 1 + factors, as float16 holds them."""
     return (tensor.scales.float() * (1 + factors)).to(torch.float16).float()
 
 
 def _completed(tensor: QTensor, weight: torch.Tensor) -> torch.Tensor:
-    """With the low-rank addition, rotated back."""
+    """Return the weight with its low-rank addition, rotated back."""
     if tensor.low_rank_a is not None and tensor.low_rank_b is not None:
         weight = weight + tensor.low_rank_b.float() @ tensor.low_rank_a.float()
     return rotate_back(weight, tensor.spec.hadamard) if tensor.spec.hadamard else weight

@@ -46,7 +46,7 @@ def round_to_nearest(weight: torch.Tensor, parameters: Parameters, spec: QuantSp
 
 
 def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) -> Factor:
-    """Factor of gram (K, K) = X^T X for `gptq`.
+    """Factor gram (K, K) = X^T X for `gptq`.
 
     Inputs that were always zero get a unit diagonal: their weights are rounded to nearest and feed back nothing.
     When the matrix is not positive definite the damping is raised tenfold, with a log line, until it is.
@@ -74,7 +74,7 @@ def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) ->
 def _damped(
     gram: torch.Tensor, order: torch.Tensor, added: torch.Tensor, dead: torch.Tensor, unit: torch.Tensor
 ) -> torch.Tensor:
-    """float64 gram (K, K), reordered, with `added` on the diagonal and `unit` there for dead inputs."""
+    """Return float64 gram (K, K), reordered, with `added` on the diagonal and `unit` there for dead inputs."""
     damped = gram[order][:, order].double()
     damped.diagonal().add_(added)
     damped.diagonal()[dead[order]] = unit
@@ -82,7 +82,7 @@ def _damped(
 
 
 def _inverse_upper_factor(backward: torch.Tensor) -> torch.Tensor | None:
-    """float32 U with U^T U = matrix^-1, or None when the matrix is not positive definite.
+    """Return float32 U with U^T U = matrix^-1, or None when the matrix is not positive definite.
 
     backward: float64 (K, K), the matrix with its rows and columns reversed. With J that reversal and
     J matrix J = L L^T, U = J L^-1 J: one factorisation and one triangular inverse, a third of the work of
@@ -113,7 +113,7 @@ def _invert_lower_(lower: torch.Tensor) -> None:
 def gptq(
     weight: torch.Tensor, factor: Factor, parameters: Parameters, spec: QuantSpec, panel: Panel | None = None
 ) -> torch.Tensor:
-    """Codes uint8 (N, K) of weight (N, K) on a static grid, with error feedback over the columns.
+    """Return codes uint8 (N, K) of weight (N, K) on a static grid, with error feedback over the columns.
 
     The grid stays fixed, so the rounding order is free (act order) and leaves no permutation to inference.
     panel: made for the device of the weights; None rounds by torch.
@@ -130,7 +130,7 @@ def gptq_each(
     specs: Sequence[QuantSpec],
     panel: Panel | None = None,
 ) -> list[torch.Tensor]:
-    """`gptq` of weights (N, K), one on each grid, in one sweep where the columns are what takes the time."""
+    """Return `gptq` of weights (N, K), one on each grid, in one sweep where the columns are what takes the time."""
     each = list(zip(weights, parameters, specs, strict=True))
     if panel is not None or len(each) == 1:
         return [gptq(weight, factor, fitted, spec, panel) for weight, fitted, spec in each]
@@ -140,7 +140,7 @@ def gptq_each(
 
 
 def _in_order(codes: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """(N, K) from codes (K, N) in rounding order."""
+    """Return (N, K) from codes (K, N) in rounding order."""
     ordered = torch.empty_like(codes)
     ordered[factor.order] = codes
     return ordered.T.contiguous()

@@ -14,7 +14,7 @@ from .rows import put_rows, take_rows
 
 
 def split(tensor: QTensor) -> tuple[QTensor, QTensor]:
-    """The rows in the spec's bits, and those in one bit more; without low-rank factors."""
+    """Return the rows in the spec's bits, and those in one bit more; without low-rank factors."""
     assert tensor.wide is not None
     (narrow, _), (wide, _) = replace(tensor.spec, rank=0).halves(tensor.shape)
     return _half(tensor, narrow, ~tensor.wide), _half(tensor, wide, tensor.wide)
@@ -26,24 +26,25 @@ def _half(tensor: QTensor, spec: QuantSpec, rows: torch.Tensor) -> QTensor:
 
 
 def join(spec: QuantSpec, wide: torch.Tensor, narrow: QTensor, more: QTensor) -> QTensor:
-    """Inverse of `split`. wide: bool (..., N), where the rows of `more` belong."""
+    """Undo `split`. wide: bool (..., N), where the rows of `more` belong."""
     parameters = Parameters.merged([more.parameters, narrow.parameters], lambda pair: put_rows(wide, *pair))
     return QTensor.of(spec, put_rows(wide, more.codes, narrow.codes), parameters, wide=wide)
 
 
 def mark_salient(salience: torch.Tensor, count: int) -> torch.Tensor:
-    """bool (N,): the `count` rows of greatest salience (N,), the first ones where it is equal."""
+    """Return bool (N,), the `count` rows of greatest salience (N,), the first ones where it is equal."""
     rows = torch.zeros(len(salience), dtype=torch.bool)
     rows[salience.argsort(descending=True, stable=True)[:count]] = True
     return rows
 
 
 def write_rows(rows: torch.Tensor) -> str:
-    """Marks (N,) as hexadecimal digits, two a byte: bit i % 8 of byte i // 8, bit 0 the least significant, is row i."""
+    """Return marks (N,) in hexadecimal, two digits a byte: bit i % 8 of byte i // 8, 0 the least significant, is row
+    i."""
     return bytes(pack_bits(rows.to(torch.uint8), 1).tolist()).hex()
 
 
 def read_rows(digits: str) -> torch.Tensor:
-    """bool: inverse of `write_rows`, up to whole bytes; raises TypeError or ValueError for other text."""
+    """Undo `write_rows`: return bool, up to whole bytes; raises TypeError or ValueError for other text."""
     packed = torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
     return unpack_bits(packed, 1, 8 * len(packed)).bool()

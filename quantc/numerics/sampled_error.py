@@ -12,7 +12,7 @@ from .statistics import Gram, channel_energies
 
 
 def lost_energies(sample: torch.Tensor, basis: Basis, spec: QuantSpec, rounds: int = 0) -> torch.Tensor:
-    """float64 (M,): the energy that each channel of x W^T loses, for turned weights (M, K) rounded as the spec says.
+    """Return float64 (M,), the energy each channel of x W^T loses, for rotated weights (M, K) rounded as the spec says.
 
     A sample has none of the rows that have one bit more.
     """
@@ -21,7 +21,7 @@ def lost_energies(sample: torch.Tensor, basis: Basis, spec: QuantSpec, rounds: i
 
 
 def lost_energy(weight: torch.Tensor, basis: Basis, spec: QuantSpec, least: int) -> float:
-    """tr(D G D^T) of a weight (N, K), turned and rounded, estimated on `least` of its output channels or more."""
+    """Return tr(D G D^T) of a weight (N, K), rotated and rounded, estimated on at least `least` output channels."""
     n, k = weight.shape
     rows = sample_rows(n, spec.rows_together((n, k)), least)
     lost = lost_energies(basis.turn(weight[rows.to(weight.device)]), basis, spec)
@@ -29,7 +29,7 @@ def lost_energy(weight: torch.Tensor, basis: Basis, spec: QuantSpec, least: int)
 
 
 def output_change(weight: torch.Tensor, basis: Basis, spec: QuantSpec, gram: torch.Tensor, least: int) -> float:
-    """tr(D G D^T) for the change D of a weight (N, K) as it multiplies unrotated inputs, of which gram (K, K) tells.
+    """Return tr(D G D^T) for the change D of a weight (N, K) that multiplies unrotated inputs with Gram matrix (K, K).
 
     Estimated on `least` output channels or more, like `lost_energy`, but comparable between bases.
     """
@@ -41,7 +41,7 @@ def output_change(weight: torch.Tensor, basis: Basis, spec: QuantSpec, gram: tor
 
 
 def sample_rows(n: int, g: int, least: int) -> torch.Tensor:
-    """int64 (M,), M >= least: output channels of whole groups of g, spread over n channels; all where there are few."""
+    """Return int64 (M,), M >= least: output channels of whole groups of g, spread over n; all where there are few."""
     whole, wanted = n // g, -(-least // g)
     if whole <= wanted:
         return torch.arange(n)
@@ -50,5 +50,5 @@ def sample_rows(n: int, g: int, least: int) -> torch.Tensor:
 
 
 def guides(gram: Gram) -> bool:
-    """Whether a Gram matrix has seen enough rows for error feedback."""
+    """Return whether a Gram matrix has seen enough rows for error feedback."""
     return gram.rows >= gram.width * FEWEST_ROWS_SHARE

@@ -23,7 +23,7 @@ from .groups import spread_groups
 
 PENALTY = 0.1  # first of ADMM, for an H of unit diagonal
 ADMM_STEPS = 10  # 30 lose as much
-# The penalty grows so much in a step, the faster the more weights (a share of them) still change.
+# What the penalty is multiplied by in a step: more where a larger share of the weights still changes.
 GROWTH = ((0.02, 1.3), (0.005, 1.2), (-1.0, 1.1))
 FIT_STEPS = 15  # 30 take 0.1 % off
 
@@ -43,14 +43,15 @@ class Spectrum:
 
     @classmethod
     def of(cls, gram: torch.Tensor) -> Spectrum:
-        """Of H (K, K) with a positive diagonal; decomposed in float64, kept in float32."""
+        """Decompose H (K, K) with a positive diagonal in float64; the result is float32."""
         lengths = gram.diagonal().double().sqrt()
         values, vectors = torch.linalg.eigh(gram / lengths / lengths[:, None])
         return cls(gram, lengths.float(), values.clamp(min=0).float(), vectors.float())
 
 
 def by_magnitude(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """bool (N, K): the weights that stay of weight (N, K), those of least squares dropped in the spec's pattern."""
+    """Return bool (N, K), the weights that stay of weight (N, K) when those of least squares drop in the spec's
+    pattern."""
     return _two_of_four(weight) if spec.pattern.drops == "weights" else _largest_groups(weight, spec)
 
 
@@ -75,7 +76,8 @@ def _padded_squares(weight: torch.Tensor, g: int, filler: float) -> torch.Tensor
 
 
 def by_admm(weight: torch.Tensor, spectrum: Spectrum, spec: QuantSpec) -> torch.Tensor:
-    """bool (N, K): the weights with which a weight (N, K) can come nearest to its outputs, in the spec's pattern."""
+    """Return bool (N, K), the weights with which weight (N, K) can come nearest to its outputs, in the spec's
+    pattern."""
     wanted = weight.float() * spectrum.lengths
     pulls = wanted @ (spectrum.vectors * spectrum.values)  # W H, in the basis of the eigenvectors
     sparse, multiplier = wanted, torch.zeros_like(wanted)
@@ -92,7 +94,7 @@ def by_admm(weight: torch.Tensor, spectrum: Spectrum, spec: QuantSpec) -> torch.
 
 
 def fit_support(weight: torch.Tensor, gram: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
-    """float32 (N, K): of the weights that are 0 where stays (N, K) is not, those of least f for weight and H = gram.
+    """Return float32 (N, K), 0 where stays (N, K) is False, of least f for weight and H = gram.
 
     By conjugate gradients, for all rows at once, each preconditioned by the diagonal of H.
     """

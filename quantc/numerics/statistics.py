@@ -44,13 +44,13 @@ class Gram:
         self.rows += rows.shape[0]
 
     def divide_rows(self, scales: torch.Tensor) -> None:
-        """As if every row had been divided by scales (K,)."""
+        """Change the matrix as if every row had been divided by scales (K,)."""
         inverse = (1 / scales.double()).to(self._upper)
         self._upper.mul_(inverse[:, None]).mul_(inverse)
 
     @property
     def matrix(self) -> torch.Tensor:
-        """float32 (K, K), symmetric."""
+        """The Gram matrix, float32 (K, K), symmetric."""
         full = self._upper.triu()
         for start in range(0, self.width, BAND):  # in bands, so that no second matrix is held
             band = slice(start, start + BAND)
@@ -94,7 +94,7 @@ class Drift:
         return True
 
     def correction(self, gram: torch.Tensor, damp: float) -> torch.Tensor:
-        """float32 A (K, K) with X0 W^T nearest to X (W + W A)^T, for G = X^T X (K, K) and any W (N, K).
+        """Return float32 A (K, K) with X0 W^T nearest to X (W + W A)^T, for G = X^T X (K, K) and any W (N, K).
 
         damp: share of the mean diagonal of G that is added to it. Least squares: A = D (G + damp)^-1; zero where that
         is not positive definite.
@@ -111,18 +111,18 @@ class Drift:
 
 
 def output_energy(weight: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """tr(W G W^T): the summed square of x W^T over the calibration rows; G is the identity when gram is None."""
+    """Return tr(W G W^T), the summed square of x W^T over the calibration rows; G is the identity when gram is None."""
     return float(channel_energies(weight, gram).sum())
 
 
 def channel_energies(weight: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
-    """float64 (N,): the summed square of each channel of x W^T; G is the identity when gram is None."""
+    """Return float64 (N,), the summed square of each channel of x W^T; G is the identity when gram is None."""
     weight = weight.float()
     product = weight if gram is None else weight @ gram
     return (product * weight).sum(1, dtype=torch.float64)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """One pass without temporaries: minimum and maximum carry NaN and infinity out."""
+    """Return whether all values are finite, in one pass without temporaries: minimum and maximum carry NaN out."""
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))

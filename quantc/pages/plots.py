@@ -98,7 +98,7 @@ def _places(points: list[Point]) -> tuple[list[float], list[float]]:
 
 
 def _add_sizes(axes: Axes, curve: Curve) -> None:
-    """A second axis on top: the size of the weight files, which is linear in the bits."""
+    """Add a second axis on top: the size of the weight files, which is linear in the bits."""
     first, last = curve.points[0], curve.points[-1]
     bits = last.bits_per_weight - first.bits_per_weight
     if bits <= 0:

@@ -132,7 +132,7 @@ def _against_source(report: dict[str, Any]) -> str:
 
 
 def _chart(linears: list[dict[str, Any]]) -> str:
-    """A panel of bars per kind of linear, one bar a block; all panels share the scale, so they compare."""
+    """Return a panel of bars per kind of linear, one bar a block; all panels share the scale, so they compare."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for linear in linears:
         kinds.setdefault(_kind(linear["name"]), []).append(linear)
@@ -143,7 +143,7 @@ def _chart(linears: list[dict[str, Any]]) -> str:
     return (
         "<h2>Error by block</h2>\n"
         '<p class="dim">Share of the output\'s energy that rounding changed, first block to last; '
-        f"the worst of each kind stands out. All panels share one scale, up to {number(top)}.</p>\n"
+        f"the worst of each kind is highlighted. All panels share one scale, up to {number(top)}.</p>\n"
         f'<div class="panels">\n{panels}\n</div>'
     )
 
@@ -174,7 +174,7 @@ def _height_of(error: float | None) -> float:
 
 
 def _kind(name: str) -> str:
-    """What linears of different blocks have in common: the name behind the block's number."""
+    """Return what linears of different blocks have in common: the name after the block's number."""
     found = re.search(r"\.\d+\.(.+)", name)
     return found.group(1) if found else name
 

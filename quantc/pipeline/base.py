@@ -1,4 +1,4 @@
-"""What a pass is, what the passes of a run share, and the order they may stand in.
+"""What a pass is, what the passes of a run share, and the order they may run in.
 
 A pass declares the facts it needs, gives and breaks. The runner (sweep.py) never re-orders: an order whose needs are
 not met is refused before anything heavy happens.
@@ -60,7 +60,7 @@ class Pass:
         return type(self).build is not Pass.build
 
     def uncalibrated(self) -> Pass | None:
-        """This pass where there is no calibration text; None leaves it out."""
+        """Return the pass to run where there is no calibration text; None leaves it out."""
         return None if self.calibrated else self
 
     @property
@@ -69,7 +69,7 @@ class Pass:
         return None
 
     def plan(self, run: Run) -> None:
-        """Decide; only numbers are looked at."""
+        """Decide how linears are stored, by looking at numbers only."""
 
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
         """Look at the original model before the build, in sweeps of its own; `folder` holds temporary files."""
@@ -84,11 +84,12 @@ class Pass:
         """Work on the tensors outside the blocks."""
 
     def state(self) -> Any:
-        """What `rewrite` and `build` remember of the blocks they have seen, as JSON has it; None for nothing."""
+        """Return what `rewrite` and `build` remember of the blocks they have seen, as a JSON value; None for
+        nothing."""
         return None
 
     def restore(self, state: Any) -> None:
-        """Remember what `state` returned in a run that was interrupted; `plan` and `analyse` have been called."""
+        """Take back what `state` returned in an interrupted run; `plan` and `analyse` have been called."""
 
     def finish(self, work: FinishWork) -> None:
         """Work on the model as it has been written, after all blocks."""
@@ -98,7 +99,7 @@ REGISTRY: dict[str, type[Pass]] = {}
 
 
 def register(kind: type[Pass]) -> type[Pass]:
-    """Class decorator: makes a pass known to recipes under its name."""
+    """Make a pass known to recipes under its name; a class decorator."""
     REGISTRY[kind.name] = kind
     return kind
 

@@ -29,8 +29,8 @@ class CalibratedWork(BlockWork):
         """Yield every activation that quantized linears read, with its Gram matrices (one per expert of a stack).
 
         Activations come in rounds that fit STATISTICS_BYTES; each round runs the block once on the whole set.
-        The forward passes run on the block's weights before rounding. What an earlier pass asked for is kept for later
-        ones where all of it fits.
+        The forward passes run on the block's weights before rounding. Statistics of an earlier pass are kept for later
+        ones where all of them fit.
         """
         wanted = [item for item in self.block.activations if self.readers(item)]
         if self._kept:
@@ -74,7 +74,7 @@ class CalibratedWork(BlockWork):
             self._release(item)
 
     def _probe(self) -> BlockCall:
-        """A call of the block on the first tokens of the set."""
+        """Return a call of the block on the first tokens of the set."""
         return self.calibration.probe(self.block)
 
     def _check_rows(self, items: list[Activation], grams: dict[str, list[Gram]]) -> None:

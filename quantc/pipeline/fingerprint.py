@@ -1,6 +1,6 @@
 """What results depend on, a function for each fact: resumed runs, results kept on disk and manifests are told by these.
 
-Values are as JSON has them, and named so that a message can show the one in which two runs differ.
+Values are JSON values, named so that a message can show the one in which two runs differ.
 """
 
 from __future__ import annotations

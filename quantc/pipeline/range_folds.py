@@ -44,14 +44,14 @@ class _Limits:
     size: torch.Tensor
 
     def at(self, places: torch.Tensor) -> _Limits:
-        """Of the channels of an activation, each written by the row at its place."""
+        """Return the limits of an activation's channels, each written by the row at its place."""
         return _Limits(self.low[places], self.high[places], self.needed[places], self.size[places])
 
 
 def fold_into_range(work: BlockWork) -> None:
     """Fold the channels of a block whose weights are out of range; the report counts them, and says what was refused.
 
-    Those between linears first: a row of v that is too large must not move the whole norm before it.
+    Activations between linears come first: a row of v that is too large must not move the whole norm before it.
     """
     for item in sorted(work.block.activations, key=lambda item: item.kind == "normed"):
         exponents = _exponents(work, item) if item.kind in FOLDABLE else None
@@ -63,7 +63,7 @@ def fold_into_range(work: BlockWork) -> None:
 
 
 def _exponents(work: BlockWork, item: Activation) -> torch.Tensor | None:
-    """float64 (K,): channels to be divided by two to these; None where all weights are in range or none help."""
+    """Return float64 (K,), exponents of two to divide channels by; None where all weights are in range or none help."""
     read = [_of_columns(work.weight(linear), spec) for linear, spec in _rounded(work, item.readers)]
     places, written = torch.arange(item.width), []
     for linear, spec in _rounded(work, item.scaled_by):
@@ -88,13 +88,13 @@ def _exponents(work: BlockWork, item: Activation) -> torch.Tensor | None:
 
 
 def _of_places(places: torch.Tensor, values: torch.Tensor, reduce: str) -> torch.Tensor:
-    """float32 (K,): one value for all channels that one row writes."""
+    """Return float32 (K,), one value for all channels that one row writes."""
     shared = torch.zeros(int(places.max()) + 1).scatter_reduce(0, places, values, reduce, include_self=False)
     return shared[places]
 
 
 def _balance(read: list[_Limits], written: list[_Limits]) -> torch.Tensor:
-    """(K,): the exponents that make a channel's scales alike on both sides, as they are in most; 0 with one side."""
+    """Return (K,), exponents that make a channel's scales alike on both sides, as most are; 0 with one side."""
     if not read or not written:
         return torch.zeros_like((read or written)[0].size).cpu()
     sizes = [torch.stack([each.size for each in side]).amax(0).cpu() for side in (written, read)]
@@ -103,13 +103,13 @@ def _balance(read: list[_Limits], written: list[_Limits]) -> torch.Tensor:
 
 
 def _rounded(work: BlockWork, names: tuple[str, ...]) -> list[tuple[Linear, QuantSpec]]:
-    """Those of a block's linears that are rounded and are no stacks of experts."""
+    """Return the block's linears of these names that are rounded and are no stacks of experts."""
     found = [(linear, work.run.plan.specs[linear.name]) for linear in work.block.quantized if linear.name in names]
     return [(linear, spec) for linear, spec in found if spec is not None and linear.kind != "stack"]
 
 
 def _places(item: Activation, rows: int) -> torch.Tensor:
-    """int64 (K,): which of the rows of v writes each channel: query heads share value heads."""
+    """Return int64 (K,), which row of v writes each channel: query heads share value heads."""
     if not item.head_dim or item.width % rows or rows % item.head_dim:
         return torch.arange(item.width) % rows  # there is no fold: the rewrite refuses it
     heads = torch.arange(rows).reshape(-1, 1, item.head_dim)
@@ -117,7 +117,7 @@ def _places(item: Activation, rows: int) -> torch.Tensor:
 
 
 def _of_columns(weight: torch.Tensor, spec: QuantSpec) -> _Limits:
-    """Of a reader (N, K), whose columns are multiplied.
+    """Return the limits of a reader (N, K), whose columns are multiplied.
 
     Scales are too small where those of all rows are: a group may hold columns that its other columns outweigh.
     """
@@ -134,7 +134,7 @@ def _of_columns(weight: torch.Tensor, spec: QuantSpec) -> _Limits:
 
 
 def _of_rows(weight: torch.Tensor, spec: QuantSpec) -> _Limits:
-    """Of a writer (N, K), whose rows are divided; exponents (N,)."""
+    """Return the limits of a writer (N, K), whose rows are divided; exponents (N,)."""
     scales = wanted_scales(weight, spec)
     if spec.grouping == "per_ic":
         scales = spread_groups(scales, spec.groups, (weight.shape[0], weight.shape[1]))
@@ -146,7 +146,7 @@ def _of_rows(weight: torch.Tensor, spec: QuantSpec) -> _Limits:
 
 
 def _of_gain(work: BlockWork, item: Activation) -> _Limits:
-    """Of the norm that writes an activation; none where it has no plain gain, for which there is no fold."""
+    """Return the limits of the norm that writes an activation; no limits where it has no plain gain to fold into."""
     free = torch.full((item.width,), torch.inf)
     try:
         gain = whole_gain(work.block, work.module, item)

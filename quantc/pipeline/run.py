@@ -45,7 +45,7 @@ class Run:
 
     @contextmanager
     def loaded(self, block: Block, step: bool = True) -> Iterator[nn.Module]:
-        """Yield a block's module with its weights loaded onto the device; they are freed behind the context.
+        """Yield a block's module with its weights loaded onto the device; they are freed after the context.
 
         step: whether that is a step of the progress.
         """
@@ -62,7 +62,7 @@ class Run:
 
     @contextmanager
     def outside_loaded(self) -> Iterator[None]:
-        """Load all that lies outside the blocks, but for what tokens do not reach; the whole model is freed behind."""
+        """Load everything outside the blocks that tokens reach; the whole model is freed after the context."""
         load_outside(self)
         try:
             yield
@@ -70,19 +70,20 @@ class Run:
             to_meta(self.source.model)
 
     def shared(self, block: Block, names: Iterable[str]) -> bool:
-        """Whether another part of the model shares one of a block's parameters."""
+        """Return whether another part of the model shares one of a block's parameters."""
         tied = {*self.source.tied, *self.source.tied.values()}
         return any(f"{block.name}.{name}" in tied for name in names)
 
 
 def load_outside(run: Run) -> None:
-    """Load all that lies outside the blocks, but for what tokens do not reach."""
+    """Load everything outside the blocks that tokens reach."""
     for name in outside_names(run.source.model, [*(block.name for block in run.graph.blocks), *run.graph.idle]):
         run.source.load(name)
 
 
 def output_logits(run: Run, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """The model's logits (B, T, V) where the blocks make hidden (B, T, ...) of tokens (B, T); see `load_outside`."""
+    """Return the logits (B, T, V) for tokens (B, T) that left the last block as hidden (B, T, ...); see
+    `load_outside`."""
     model, blocks = run.source.model, run.graph.blocks
     modules: list[nn.Module] = [model.get_submodule(block.name) for block in blocks]
     with blocks_replaced(modules, lambda i, *_: blocks[i].returns.wrap(hidden)):

@@ -1,4 +1,4 @@
-"""What the blocks built so far have left in a run besides the weights they wrote, as JSON has it.
+"""What the blocks built so far have left in a run besides the weights they wrote, as a JSON value.
 
 It comes back from a file that anybody may have written: `checked` looks at every type and number before any is used.
 """
@@ -24,7 +24,7 @@ _LINEAR = asdict(LinearReport("", QuantSpec(), (1, 1), 0, 0.0, 0.0, ""))
 
 
 def take(run: Run, passes: list[Pass]) -> dict[str, Any]:
-    """All of it: plan and report as they stand, and what passes remember."""
+    """Return the current plan and report, and what passes remember."""
     return {
         "specs": {name: spec and spec.to_dict() for name, spec in run.plan.specs.items()},
         "why": run.plan.why,
@@ -40,7 +40,7 @@ def take(run: Run, passes: list[Pass]) -> dict[str, Any]:
 
 
 def put_back(run: Run, passes: list[Pass], taken: dict[str, Any]) -> None:
-    """Make a run what it was when this was taken; the passes have planned and analysed, or are not needed any more."""
+    """Put a run back to when this was taken; the passes have planned and analysed, or are not needed any more."""
     run.plan.specs = {name: spec and QuantSpec.from_dict(spec) for name, spec in taken["specs"].items()}
     run.plan.why = taken["why"]
     run.edited = set(taken["edited"])
@@ -138,7 +138,7 @@ def _are_words(values: Any) -> bool:
 
 
 def _alike(example: Any, value: Any) -> bool:
-    """Whether a value could stand for an example: the same types and keys; an empty list grows, and holds numbers."""
+    """Return whether a value has the types and keys of an example, in which an empty list means a list of numbers."""
     if isinstance(example, dict):
         same = isinstance(value, dict) and value.keys() == example.keys()
         return same and all(_alike(item, value[key]) for key, item in example.items())

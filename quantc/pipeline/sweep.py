@@ -38,10 +38,10 @@ FINE_BITS = 8
 def sweep_of(
     run: Run, passes: list[Pass], tokens: torch.Tensor | None, writer: CheckpointWriter, saved: dict[str, Any] | None
 ) -> Sweep:
-    """Return the sweep over the blocks; with calibration text it stands before the first one.
+    """Return the sweep over the blocks; with calibration text, the set is at the first one.
 
     tokens: calibration set (samples, T), or None when no pass asks for statistics. saved: what an interrupted run of
-    the same kind has saved with the writer last; its blocks, which the writer has again, are taken as they are.
+    the same kind saved last; its blocks, which the writer has restored, are not built again.
     """
     uncalibrated = Sweep(run, passes, writer, saved)
     if tokens is None or (uncalibrated.whole and uncalibrated.finished == len(finishing(passes))):
@@ -64,7 +64,7 @@ def original_states(run: Run, tokens: torch.Tensor, folder: Path) -> Calibration
 
 
 def _is_fine(run: Run) -> bool:
-    """Whether all codes are so wide that bfloat16 would round activations as much as they round weights."""
+    """Return whether all codes are so wide that bfloat16 would round activations as much as they round weights."""
     widths = [spec.bits for name in run.graph.linears if (spec := run.plan.specs[name]) is not None]
     return min(widths, default=0) >= FINE_BITS
 
@@ -100,7 +100,7 @@ class Sweep:
         """Let passes look at the original model: there is nothing to see without text."""
 
     def take_up(self) -> None:
-        """Be where an interrupted run was, if one was."""
+        """Go to where an interrupted run stopped, if there was one."""
         if self.saved is None:
             return
         put_back(self.run, self.passes, self.saved["run"])
@@ -109,7 +109,7 @@ class Sweep:
         self.run.report.notes.append(f"{note}; times are of the last run alone")
 
     def build_outside(self) -> None:
-        """Write what lies outside the blocks, unless an interrupted run has."""
+        """Write the tensors outside the blocks, unless an interrupted run has."""
         if not self.done:
             _build_outside(self.run, self.passes, [block.name for block in self.run.graph.blocks], self.writer)
 
@@ -164,7 +164,7 @@ class CalibratedSweep(Sweep):
         analyse(self.run, self.passes, self.calibration, self.tokens, self.writer.folder)
 
     def take_up(self) -> None:
-        """Be where an interrupted run was, and rotate the hidden states where a pass has found that to be exact."""
+        """Go to where an interrupted run stopped, and rotate the hidden states where a pass found that to be exact."""
         super().take_up()
         if finishing(self.passes):
             self._first = self.calibration.snapshot()
@@ -172,7 +172,7 @@ class CalibratedSweep(Sweep):
             self.calibration.map_states(partial(turn, block=self.run.residual.order))
 
     def build_blocks(self) -> None:
-        """Run finished blocks again, so that the set is behind them; load, work on, write and free the others."""
+        """Run finished blocks again, so that the set has passed them; load, work on, write and free the others."""
         if self.done and not self.whole:
             _run_again(self, self.run.graph.blocks[: self.done])
         super().build_blocks()
@@ -217,7 +217,7 @@ def _build_block(sweep: Sweep, block: Block) -> None:
 
 
 def _run_again(sweep: CalibratedSweep, blocks: Sequence[Block]) -> None:
-    """Bring the calibration set behind blocks that have been written, by running these."""
+    """Take the calibration set through blocks that have been written, by running them."""
     run, writer = sweep.run, sweep.writer
     run.progress.stage("Finished blocks", len(blocks))
     for block in blocks:
@@ -226,7 +226,7 @@ def _run_again(sweep: CalibratedSweep, blocks: Sequence[Block]) -> None:
             work = sweep.work_on(block, module)
             work.quantized = {linear.name: tensor for linear, tensor in rounded.items()}
             for name, tensor in tensors_under(run.source.model, block.name):
-                if name in writer.tensors:  # what passes have changed; all else stays where it lies in memory
+                if name in writer.tensors:  # what passes have changed; the rest is in memory already
                     stored = writer.read(name).to(tensor.device, tensor.dtype, copy=True)
                     tensor.data = tensor.data if torch.equal(tensor, stored) else stored
             work.replace_weights(rounded)
@@ -247,7 +247,7 @@ def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: Chec
 
 
 def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: CheckpointWriter) -> None:
-    """Write what lies under a name: rounded weights as their parts, everything else in the source's dtype.
+    """Write the tensors under a name: rounded weights as their parts, everything else in the source's dtype.
 
     What was edited and does not fit that dtype exactly is written as float32.
     """

@@ -42,7 +42,7 @@ class BlockWork:
     module: nn.Module
     quantized: dict[str, QTensor] = field(default_factory=dict, kw_only=True)
     keep_statistics: bool = field(default=False, kw_only=True)  # for a pass that comes later
-    # What rounded weights in the module replace.
+    # The float weights that rounded ones have replaced in the module.
     originals: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
     _kept: dict[str, list[Gram]] = field(default_factory=dict, kw_only=True)
     _proof: Proof | None = field(default=None, kw_only=True)
@@ -57,13 +57,13 @@ class BlockWork:
         return self.run.rounding
 
     def weight(self, linear: Linear, expert: int = 0) -> torch.Tensor:
-        """float32 (N, K), of one expert of a stack, whichever way round the model stores it."""
+        """Return float32 (N, K), or one expert's of a stack, whichever way round the model stores it."""
         stored = self._parameter(linear).detach()
         matrix = stored[expert] if linear.kind == "stack" else stored
         return matrix.T if linear.transposed else matrix
 
     def original(self, linear: Linear) -> torch.Tensor:
-        """float32 (N, K), or (E, N, K) of a stack: the weight before it was rounded, where passes have rounded it."""
+        """Return float32 (N, K), or (E, N, K) of a stack: the weight as it was before passes rounded it."""
         stored = self.originals.get(weight_name(self.block, linear), self._parameter(linear).data)
         return stored.transpose(-1, -2) if linear.transposed else stored
 
@@ -71,7 +71,7 @@ class BlockWork:
         return self.module.get_parameter(weight_name(self.block, linear))
 
     def readers(self, activation: Activation) -> list[Linear]:
-        """The linears that read an activation and that the plan quantizes."""
+        """Return the linears that read an activation and that the plan quantizes."""
         planned = self.run.plan.specs
         return [linear for linear in self.block.readers(activation) if planned[linear.name] is not None]
 
@@ -86,17 +86,17 @@ class BlockWork:
                 self._release(item)
 
     def drifting_statistics(self) -> Iterator[tuple[Activation, list[Gram], Drift | None]]:
-        """Yield what `CalibratedWork` has of it; raises PassError without calibration."""
+        """Yield as `CalibratedWork` does; raises PassError without calibration."""
         raise PassError(NO_SET)
 
     def usable_scales(self, item: Activation, scales: torch.Tensor) -> torch.Tensor:
-        """The scales near these (K,) by which `divide` would really divide, float64; raises Refusal."""
+        """Return the scales near these (K,) by which `divide` would really divide, float64; raises Refusal."""
         return divide_writer(self.block, self.module, item, scales, self._writer_dtype(item))[1]
 
     def divide(self, item: Activation, scales: torch.Tensor) -> str:
         """Divide an activation by scales (K,) where it is written and multiply its readers by them.
 
-        Proven on a probe first. Returns "" when it was done, else why not; then nothing has changed.
+        The edit is proven on a probe first. Returns "" when it was made, else why not; then nothing has changed.
         """
         try:
             edits, used = fold_scales(self.block, self.module, item, scales, self._writer_dtype(item))
@@ -110,7 +110,7 @@ class BlockWork:
         return ""
 
     def edit_proven(self, edits: Edits) -> str:
-        """Make edits that keep the block's output on the probe; "" when they were made, else why not."""
+        """Make edits that keep the block's output on the probe; return "" when they were made, else why not."""
         if self.run.shared(self.block, edits):
             return "another block shares its weights"
         if self._proof is None:
@@ -122,7 +122,7 @@ class BlockWork:
         return ""
 
     def _probe(self) -> BlockCall:
-        """A call of the block on random tokens, at the first block."""
+        """Return a call of the block on random tokens, at the first block."""
         model, blocks = self.run.source.model, [block.name for block in self.run.graph.blocks]
         load_outside(model, blocks, self.run.source.load, self.run.graph.idle)
         tokens = probe_tokens(model, (1, 24))
@@ -146,12 +146,12 @@ class BlockWork:
         self.run.free_memory.release(weights + Gram.bytes_for(item.width))
 
     def experts(self, item: Activation) -> int:
-        """How many Gram matrices the activation has: one per expert of a stack, else one."""
+        """Return how many Gram matrices the activation has: one per expert of a stack, else one."""
         return max(1, self.block.readers(item)[0].experts)
 
     @contextmanager
     def unrounded(self) -> Iterator[None]:
-        """Inside, the module has its weights from before they were rounded, and rounded ones take no memory there."""
+        """Put the weights from before rounding into the module for the context; rounded ones take no memory there."""
         for name, value in self.originals.items():
             self.module.get_parameter(name).data = value
         yield
@@ -174,7 +174,7 @@ class OutsideWork:
     quantized: dict[str, QTensor] = field(default_factory=dict)
 
     def weight(self) -> torch.Tensor:
-        """float32, as the model stores it."""
+        """Return the tensor in float32, as the model stores it."""
         return self.run.source.model.state_dict()[self.name]
 
 
@@ -187,14 +187,14 @@ class FinishWork:
     writer: CheckpointWriter
 
     def floats(self, block: Block) -> dict[str, torch.Tensor]:
-        """float32, by their names inside the block: its tensors that are not rounded."""
+        """Return the block's tensors that are not rounded, float32, by their names inside the block."""
         packed = {linear.weight_name for linear in self._rounded(block)}
         names = [name for name, _ in tensors_under(self.run.source.model, block.name) if name not in packed]
         tied = self.run.source.tied  # written once, under the name that they are tied to
         return {block.inside(name): self.writer.read(tied.get(name, name)).float() for name in names}
 
     def qtensors(self, block: Block) -> dict[Linear, QTensor]:
-        """The block's rounded weights."""
+        """Return the block's rounded weights."""
         return {linear: self._unpacked(linear, spec) for linear, spec in self._rounded(block).items()}
 
     def replace(self, linear: Linear, tensor: QTensor) -> None:

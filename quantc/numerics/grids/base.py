@@ -1,4 +1,4 @@
-"""What a grid computes: parameters for a weight, the nearest codes, what they stand for, and the tensors it stores.
+"""What a grid computes: parameters for a weight, the nearest codes, their values, and the tensors it stores.
 
 A grid is told which weights share parameters. Which weights are left out, and what wraps the product, it never learns.
 """
@@ -38,7 +38,7 @@ class Arithmetic(ABC):
 
     @abstractmethod
     def nearest(self, weight: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
-        """Return codes uint8 (N, K): of every weight the one nearest to it."""
+        """Return codes uint8 (N, K), the nearest one for every weight."""
 
     @abstractmethod
     def columns(self, parameters: Parameters, groups: Groups, shape: tuple[int, int], order: Sequence[int]) -> Columns:
@@ -53,21 +53,21 @@ class Arithmetic(ABC):
         raise NotImplementedError
 
     def width_matters(self, parameters: Parameters) -> bool:
-        """Return whether a code of the grid of one bit more may stand for something else under the same parameters."""
+        """Return whether a code of the grid of one bit more may have another value under the same parameters."""
         return True
 
-    # Of grids whose values are steps times the scale of a group; others have a `value` of their own.
+    # For grids whose values are steps times the scale of a group; others have a `value` of their own.
 
     def value(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
-        """Return float32 W (..., N, K), what codes stand for: the reference that every kernel is held against."""
+        """Return float32 W (..., N, K), the values of codes: the reference that every kernel is checked against."""
         scales = spread_groups(parameters.scales.float(), groups, (codes.shape[-2], codes.shape[-1]))
         return self.steps_(codes.float().contiguous(), parameters, groups).mul_(scales)
 
     def steps_(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
-        """Turn contiguous float32 codes (..., N, K) into what scales multiply, in place."""
+        """Convert contiguous float32 codes (..., N, K) into what scales multiply, in place."""
         raise NotImplementedError
 
-    # Of grids that hold 0.
+    # For grids that hold 0.
 
     def zero_points(self, parameters: Parameters, groups: Groups, shape: tuple[int, int]) -> torch.Tensor:
         """Return the codes of 0, float32 (..., N, K), or as broadcasts to it."""

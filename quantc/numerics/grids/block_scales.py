@@ -1,4 +1,4 @@
-"""The numbers of GGUF's block types: float16 scales of blocks, whole numbers for groups, and what codes stand for."""
+"""The numbers of GGUF's block types: float16 scales of blocks, whole numbers for groups, and the values of codes."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ def codes_near(grid: Ggml, weights: torch.Tensor, steps: torch.Tensor, bases: to
 
 
 def values_of(grid: Ggml, codes: torch.Tensor, steps: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
-    """Return what float32 codes stand for, by llama.cpp's operations in their order."""
+    """Return the values of float32 codes, by llama.cpp's operations in their order."""
     return codes * steps + bases if grid.minima else (codes - grid.mid) * steps

@@ -71,7 +71,7 @@ class _Search:
         return scales
 
     def _ideal(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Steps and bases (R, B, n) of least error where these may be any floats."""
+        """Return steps and bases (R, B, n) of least error where these may be any floats."""
         low, high = self.blocks.amin(-1).clamp(max=0), self.blocks.amax(-1).clamp(min=0)
         error, best_step, best_base = torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)
         for step, base in self._ranges(low, high):
@@ -94,7 +94,7 @@ class _Search:
                 yield -extreme * (ratio / longest), torch.zeros_like(low)
 
     def _fitted(self, step: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Step and base that fit the codes best; no base above 0 where sub-minima have no sign."""
+        """Return step and base that fit the codes best; no base above 0 where sub-minima have no sign."""
         levels = codes_near(self.grid, self.blocks, step[..., None], base[..., None]).sub_(self.grid.mid)
         h = self.importance
         square, product = (h * levels * levels).sum(-1), (h * levels * self.blocks).sum(-1)
@@ -109,7 +109,7 @@ class _Search:
         return torch.where(sound, fitted, step), torch.where(sound, offset, base)
 
     def _stored(self, steps: torch.Tensor, bases: torch.Tensor, share: float) -> BlockScales:
-        """As float16 and whole numbers; share: see D_SHARES."""
+        """Return the numbers as float16 and whole numbers; share: see D_SHARES."""
         grid = self.grid
         if not grid.sub_bits:
             return BlockScales(grid, _float16(steps[..., 0]), _float16(-bases[..., 0]) if grid.minima else None)
@@ -122,7 +122,7 @@ class _Search:
         return BlockScales(grid, d, dmin, _whole(steps, d, (low, high)), _whole(-bases, dmin, (0, high)))
 
     def _moved(self, scales: BlockScales) -> BlockScales:
-        """Every sub-scale and sub-minimum moved by one where that lowers the error of its group."""
+        """Move every sub-scale and sub-minimum by one where that lowers the error of its group."""
         assert scales.subs is not None
         error, best = self._error(scales), scales
         low, high = sub_limits(self.grid)
@@ -137,7 +137,7 @@ class _Search:
         return best
 
     def _refitted(self, scales: BlockScales) -> BlockScales:
-        """d and dmin fitted to codes and whole numbers, where that lowers the error of a block."""
+        """Fit d and dmin to codes and whole numbers, where that lowers the error of a block."""
         h, one = self.importance, torch.ones((), device=self.blocks.device)
         codes = codes_near(self.grid, self.blocks, scales.steps()[..., None], scales.bases()[..., None])
         a = (codes - self.grid.mid) * (one if scales.subs is None else scales.subs.float()[..., None])
@@ -158,7 +158,7 @@ class _Search:
         return self._error_of(scales.steps(), scales.bases())
 
     def _error_of(self, steps: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
-        """(R, B, n)."""
+        """Return (R, B, n), the weighted squared error of every group."""
         step, base = steps[..., None], bases[..., None]
         values = values_of(self.grid, codes_near(self.grid, self.blocks, step, base), step, base)
         return values.sub_(self.blocks).square_().mul_(self.importance).sum(-1).nan_to_num_(torch.inf)

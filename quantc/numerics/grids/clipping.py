@@ -44,11 +44,11 @@ def _rows_of(spread: torch.Tensor | None, start: int, count: int) -> torch.Tenso
 
 
 def _search(groups: torch.Tensor, grid: Uniform, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale (already a float16 value) and zero of each row of groups (R, g), both float32 (R,)."""
+    """Return scale (already a float16 value) and zero of each row of groups (R, g), both float32 (R,)."""
     low = groups.amin(1).clamp_(max=0)
     high = groups.amax(1).clamp_(min=0)
     best_error = torch.full_like(low, torch.inf)
-    best_scale, best_zero = _grid_of_range(low, high, grid)  # stands where errors overflow float32
+    best_scale, best_zero = _grid_of_range(low, high, grid)  # used where errors overflow float32
     for scale, zero in _candidates(low, high, grid):
         codes = groups.div(scale[:, None]).round_().add_(zero[:, None]).clamp_(0, grid.levels - 1)
         residual = codes.sub_(zero[:, None]).mul_(scale[:, None]).sub_(groups).square_()
@@ -61,7 +61,7 @@ def _search(groups: torch.Tensor, grid: Uniform, importance: torch.Tensor | None
 
 
 def _candidates(low: torch.Tensor, high: torch.Tensor, grid: Uniform) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Scale and zero (R,) for each share of the range.
+    """Yield scale and zero (R,) for each share of the range.
 
     Scales below SMALLEST_NORMAL are rounded away from 0 too, and that comes first: to nearest, a step 3 % short clips
     8 of 255 codes, which makes the squared error of 8 bits near 2^-23 50 times as large, against 1.5 times.
@@ -92,7 +92,7 @@ def _zero_of(low: torch.Tensor, scale: torch.Tensor, grid: Uniform) -> torch.Ten
 
 
 def _as_float16(scale: torch.Tensor) -> torch.Tensor:
-    """The stored value of a scale: finite, never 0, and 1 for a group of zeros.
+    """Return the stored value of a scale: finite, never 0, and 1 for a group of zeros.
 
     So large a step keeps a group of zeros at its zero point, whatever error feedback adds to it.
     """

@@ -15,7 +15,7 @@ class Descent(Protocol):
 
     @property
     def codes(self) -> torch.Tensor:
-        """uint8 (B, N), once every column was visited."""
+        """The codes, uint8 (B, N), once every column was visited."""
 
     def visit(self, position: int, slope: torch.Tensor, step: torch.Tensor) -> None:
         """Move the codes of one column; slope (N,) of the objective there, step (N,) takes how far values moved."""
@@ -29,11 +29,11 @@ class Columns(ABC):
 
     @abstractmethod
     def round(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the codes nearest to values float32 (N,) of a column, and the float32 values (N,) they stand for."""
+        """Return the codes nearest to values float32 (N,) of a column, and their float32 values (N,)."""
 
     @abstractmethod
     def values(self, codes: torch.Tensor, column: int) -> torch.Tensor:
-        """Return the float32 values (N,) that the codes of a column stand for."""
+        """Return the float32 values (N,) of the codes of a column."""
 
     def descent(self, columns: Sequence[int], codes: torch.Tensor, pulls: torch.Tensor) -> Descent:
         """Return a descent over columns, codes uint8 (B, N); pulls (B,) times slopes are the steps to the minima."""
@@ -79,7 +79,7 @@ class SideBySide(Columns):
 
 
 class NearestDescent:
-    """Takes every code to the one nearest to where its slope is 0; for grids whose weights are coded one by one."""
+    """Moves every code to the one nearest to where its slope is 0; for grids whose weights are coded one by one."""
 
     def __init__(self, columns: Columns, numbers: Sequence[int], codes: torch.Tensor, pulls: torch.Tensor):
         self.codes = codes

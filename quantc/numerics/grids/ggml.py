@@ -52,7 +52,7 @@ class GgmlArithmetic(Arithmetic):
         return BlockScales(self.grid, parameters.scales, parameters.more.get(MINIMA), subs, minima)
 
     def _steps_and_bases(self, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 (..., N, G), for the groups of every row."""
+        """Return steps and bases, float32 (..., N, G), for the groups of every row."""
         scales = self.block_scales(parameters)
         return scales.steps().flatten(-2), scales.bases().flatten(-2)
 

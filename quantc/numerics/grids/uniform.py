@@ -50,7 +50,7 @@ class UniformArithmetic(Arithmetic):
         return UniformColumns(scales, zeros, [rows[column] for column in order], self.grid.levels - 1)
 
     def settle(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> Parameters:
-        """Return parameters with the least scale for groups of zeros whose codes still stand for 0.
+        """Return parameters with the least scale for groups of zeros whose codes still mean 0.
 
         Kernels compute (sum of code x - zero * sum of x) * scale, so that a scale of 1 would leave the float32 rounding
         error of that difference, 4e-5, where 0 is right.
@@ -117,7 +117,7 @@ class UniformColumns(ScaledColumns):
 
     @cached_property
     def rows(self) -> torch.Tensor:
-        """int32 (K,): row_of as kernels take it."""
+        """The entries of `row_of` as kernels take them, int32 (K,)."""
         return torch.tensor(self.row_of, dtype=torch.int32, device=self.scales.device)
 
     def round(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
