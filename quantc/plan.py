@@ -25,7 +25,7 @@ MOST_ROWS = 1 << 24  # of a weight: vocabularies have up to 2**19
 class Plan:
     """specs: linear -> how it is stored, or None to keep it as it is.
 
-    why: linear -> remarks of the passes that chose its spec; nothing depends on it. given: the user handed the plan in.
+    why: linear -> remarks of the passes that chose its spec; nothing depends on it. given: the user gave the plan.
     shared_out: the specs were chosen together, within a budget.
     salience: linear -> float (N,), the greater the sooner a row has one bit more; for specs with wide_rows.
     """
@@ -37,11 +37,12 @@ class Plan:
     salience: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
     def copy(self) -> Plan:
-        """One that can be changed alone."""
+        """Return a copy that can be changed by itself."""
         return replace(self, specs=dict(self.specs), why=dict(self.why), salience=dict(self.salience))
 
     def wide_rows(self, name: str) -> torch.Tensor | None:
-        """bool (N,): the rows of a linear (of every expert of a stack) that have one bit more; None where none have."""
+        """Return bool (N,), the rows of a linear (of every expert of a stack) with one bit more; None where none
+        have."""
         spec = self.specs[name]
         return mark_salient(self.salience[name], spec.wide_rows) if spec and spec.wide_rows else None
 
@@ -50,7 +51,7 @@ class Plan:
         self.why[name] = f"{self.why[name]}; {why}" if name in self.why else why
 
     def entries(self) -> dict[str, Any]:
-        """What the YAML says of every linear, without the remarks."""
+        """Return what the YAML says of every linear, without the remarks."""
         return {name: KEEP if spec is None else self._entry(name, spec) for name, spec in self.specs.items()}
 
     def to_yaml(self) -> str:
@@ -71,7 +72,7 @@ class Plan:
         return fields if rows is None else fields | {"wide": write_rows(rows)}
 
     def write(self, file: Path) -> None:
-        """The YAML into a file, whole or not at all; raises UsageError where that cannot be written."""
+        """Write the YAML to a file, whole or not at all; raises UsageError where it cannot be written."""
         try:
             write_whole(file, self.to_yaml().encode())
         except OSError as error:
@@ -114,7 +115,7 @@ class Plan:
                 )
 
     def _fit_masks(self, graph: ModelGraph) -> None:
-        """Masks that were read have whole bytes; the bits after the last row go."""
+        """Cut masks that were read, which have whole bytes, to the rows of their linears."""
         for name, spec in self.specs.items():
             if spec is None or not spec.wide_rows:
                 continue
@@ -135,7 +136,7 @@ class Plan:
 
 
 def read_plan(file: Path) -> Plan:
-    """The plan in a YAML file; raises UsageError that names the entry for anything that is not one."""
+    """Return the plan in a YAML file; raises UsageError that names the entry for anything that is not one."""
     try:
         content = untrusted.read_yaml(file)
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ class Progress(Protocol):
     def linear(self, name: str, error: float) -> None: ...
 
     def note(self, text: str) -> None:
-        """A sentence for whoever watches, between the steps."""
+        """Tell whoever watches a sentence, between the steps."""
 
     def done(self) -> None: ...
 

@@ -33,7 +33,7 @@ class Recipe:
         return [REGISTRY[name](config) for name, config in self.passes]
 
     def with_settings(self, **settings: Any) -> Recipe:
-        """This recipe with `part={key: value}` settings replaced; None values are left alone."""
+        """Return this recipe with `part={key: value}` settings replaced; None values are left alone."""
         known = {"calibration", *(name for name, _ in self.passes)}
         for part, values in settings.items():
             if part not in known and any(value is not None for value in values.values()):
@@ -46,7 +46,7 @@ class Recipe:
         )
 
     def including(self, name: str, before: str | None = None) -> Recipe:
-        """This recipe with a pass, at its defaults and in front of another or last, unless it has that pass."""
+        """Return this recipe with a pass added at its defaults, before another or last, unless it has that pass."""
         if any(known == name for known, _ in self.passes):
             return self
         place = next((at for at, (known, _) in enumerate(self.passes) if known == before), len(self.passes))
@@ -54,7 +54,7 @@ class Recipe:
         return replace(self, passes=(*self.passes[:place], added, *self.passes[place:]))
 
     def without(self, part: str, *keys: str) -> Recipe:
-        """This recipe with settings of a pass at their defaults."""
+        """Return this recipe with settings of a pass at their defaults."""
         return replace(
             self,
             passes=tuple(
@@ -78,7 +78,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, content: Any) -> Recipe:
-        """Inverse of to_dict; keys left out have their defaults. Raises UsageError for anything unknown."""
+        """Undo to_dict; keys left out have their defaults. Raises UsageError for anything unknown."""
         mapping = _mapping(content, "the recipe")
         _refuse_unknown(mapping, ["version", "calibration", "passes"], "the recipe")
         if not fits(mapping.get("version"), typing.Literal[1]):
@@ -99,7 +99,7 @@ DEFAULT = Recipe(
 
 
 def read_recipe(file: Path) -> Recipe:
-    """The recipe in a YAML file; raises UsageError that says what is wrong with it."""
+    """Return the recipe in a YAML file; raises UsageError that says what is wrong with it."""
     try:
         content = read_yaml(file)
     except (OSError, ValueError) as error:
@@ -108,14 +108,14 @@ def read_recipe(file: Path) -> Recipe:
 
 
 def without_text(wanted: list[Pass]) -> tuple[list[Pass], list[str]]:
-    """The passes of a run that has no calibration text, and notes on those that are left out or do something else."""
+    """Return the passes of a run without calibration text, and notes on those left out or doing something else."""
     pairs = [(item, item.uncalibrated()) for item in wanted]
     notes = [_describe_change(item, other) for item, other in pairs if item is not other]
     return [other for _, other in pairs if other is not None], notes
 
 
 def from_mapping(kind: type, content: Any, where: str) -> Any:
-    """A frozen dataclass from a mapping: unknown keys and wrong types are UsageErrors."""
+    """Return a frozen dataclass made from a mapping: unknown keys and wrong types are UsageErrors."""
     mapping = _mapping(content, where)
     assert is_dataclass(kind)
     hints = typing.get_type_hints(kind)
@@ -185,7 +185,7 @@ PRESETS: dict[str, Recipe] = {
 
 
 def preset(name: str) -> Recipe:
-    """The recipe of this name; raises UsageError with the nearest known name."""
+    """Return the recipe of this name; raises UsageError with the nearest known name."""
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)
         raise UsageError(

@@ -21,7 +21,7 @@ REPORT_FILE = "report.json"
 TOTALS = {"bits_per_weight": float, "expert_fallbacks": int}  # in the file, but computed
 # What notes call unusual: a share of the output's energy. At 4 bits 1 % is usual, at 3 bits 4 %, at 2 bits 20 %.
 UNUSUAL_RATIO, UNUSUAL_ERROR = 10, 0.02
-LARGEST_ERROR, FINE_BITS = 0.3, 4  # in so many bits or more nothing loses so much
+LARGEST_ERROR, FINE_BITS = 0.3, 4  # with FINE_BITS or more no linear should lose LARGEST_ERROR
 WORST = 3  # that a note names
 
 
@@ -33,7 +33,7 @@ class LinearReport:
         Gram matrix G of the calibration inputs; without calibration G is the identity.
     method: "gptq", "rtn", or "gptq+rtn" for a stack in which some experts fell back.
     rows: calibration rows seen (summed over experts); fallbacks: experts that saw too few of them. dead_inputs: inputs
-        that were 0 in all of them, of the expert with most.
+    that were 0 in every row, of the expert with most.
     why: what the plan says about the choice of its spec.
     lost_rows: rows of weights so far from the others in size that float16 scales hold them badly, or not at all.
     """
@@ -53,7 +53,7 @@ class LinearReport:
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> LinearReport:
-        """Inverse of dataclasses.asdict, after JSON; what this version does not know is left out."""
+        """Undo dataclasses.asdict, after JSON; what this version does not know is left out."""
         n, k = mapping["shape"]
         known = {item.name: mapping[item.name] for item in fields(cls) if item.name in mapping}
         return cls(**{**known, "spec": QuantSpec.from_dict(mapping["spec"]), "shape": (n, k)})
@@ -97,18 +97,18 @@ class Report:
         return sum(linear.fallbacks for linear in self.linears)
 
     def count_costs(self, started: float, cpu_started: float) -> None:
-        """Take the time since then, by time.perf_counter and time.process_time, and the peak memory."""
+        """Record the time since then, by time.perf_counter and time.process_time, and the peak memory."""
         self.wall_seconds = time.perf_counter() - started
         self.cpu_seconds = time.process_time() - cpu_started
         self.peak_rss_bytes = peak_rss_bytes()
 
     def count_rewrite(self, by: str, kind: str) -> None:
-        """One more activation of a kind was rewritten by a pass."""
+        """Count one more activation of a kind that a pass has rewritten."""
         counts = self.rewrites.setdefault(by, {})
         counts[kind] = counts.get(kind, 0) + 1
 
     def summary(self) -> dict[str, Any]:
-        """The totals: what `quantc quantize --json` prints."""
+        """Return the totals: what `quantc quantize --json` prints."""
         return {
             "model": self.model,
             "output": self.output,
@@ -132,7 +132,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Report:
-        """Inverse of `to_dict`, after JSON."""
+        """Undo `to_dict`, after JSON."""
         report = cls(**{item.name: mapping[item.name] for item in fields(cls)})
         report.linears = [LinearReport.from_dict(linear) for linear in mapping["linears"]]
         return report
@@ -142,7 +142,7 @@ class Report:
 
 
 def notes_on_errors(linears: Sequence[LinearReport]) -> list[str]:
-    """Sentences about linears that lost far more than others of their kind, or more than their bits explain."""
+    """Return sentences on linears that lost far more than others of their kind, or more than their bits explain."""
     notes = []
     found = sorted(_outliers(linears), key=lambda linear: -linear.error)
     if found:
@@ -185,7 +185,7 @@ def _kind(linear: LinearReport) -> tuple[str, int]:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """report.json of a checkpoint as a mapping; raises CheckpointError when it is missing or damaged.
+    """Return report.json of a checkpoint as a mapping; raises CheckpointError when it is missing or damaged.
 
     Every key is there and of its type, so that whoever shows the report need not ask.
     """

@@ -1,4 +1,4 @@
-"""A budget of bits shared out: which candidate each linear gets, so that the predicted losses are least.
+"""Mixed precision within a budget of bits: which candidate each linear gets, so that predicted losses are least.
 
 A unit is a linear, a table outside the blocks, or linears that a runtime fuses into one matrix and that therefore have
 one spec: those that read the same activation (q, k and v; gate and up), and all experts of a block.
@@ -20,8 +20,8 @@ from ..numerics.allocation import Choice, solve, useful
 from ..sensitivity.base import Losses
 from ..spec import QuantSpec
 
-LOSS_STEPS = 1 << 30  # in which a limit of losses is counted: solve() takes whole numbers
-KEPT_BITS = 16  # that a rule says to keep a linear as it is
+LOSS_STEPS = 1 << 30  # that a limit of losses is divided into: solve() takes whole numbers
+KEPT_BITS = 16  # by which a rule says to keep a linear as it is
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class Rules:
     fused: bool = False
 
     def pinned(self, name: str) -> int | None:
-        """The bits that a linear has to have."""
+        """Return the bits that a linear has to have."""
         found = [bits for pattern, bits in self.pins.items() if fnmatchcase(name, pattern)]
         return found[-1] if found else None
 
     def allows(self, name: str, spec: QuantSpec | None) -> bool:
-        """Whether a linear may be stored so; None: as it is."""
+        """Return whether a linear may be stored like this; None: as it is."""
         pinned, whole = self.pinned(name), spec is None or not (spec.wide_rows or spec.sparse)
         if pinned is not None and (pinned != (KEPT_BITS if spec is None else spec.bits) or not whole):
             return False
         return spec is None or self.takes(format_label(spec))
 
     def takes(self, label: str) -> bool:
-        """Whether specs of a label may be used."""
+        """Return whether specs of a label may be used."""
         return not self.formats or label in self.formats
 
     def check(self, names: Iterable[str]) -> None:
@@ -85,7 +85,7 @@ class Rules:
 
 
 class Budget:
-    """What every linear could be stored as, ready to be shared out for any number of bits."""
+    """What every linear could be stored as, from which plans for any number of bits are chosen."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Budget:
     ):
         """losses: as an estimator found them. kept_bits: what each linear or table takes as it is.
 
-        tables: shapes of what lies outside the blocks and is shared out too; averages do not count it. uniform: by
+        tables: shapes of tensors outside the blocks that the budget covers too; averages do not count them. uniform: by
         width, the specs of the plan that has it everywhere.
         """
         rules.check(losses)
@@ -111,7 +111,7 @@ class Budget:
         self.uniform = {bits: plan for bits, plan in plans.items() if plan is not None}
 
     def quantized(self) -> Budget:
-        """The same without keeping linears as they are, where there is another way."""
+        """Return the budget without the option to keep linears as they are, where there is another."""
         twin = copy(self)
         quantized = [[option for option in unit if None not in option.specs.values()] for unit in self._units]
         twin._units = [some or unit for some, unit in zip(quantized, self._units, strict=True)]
@@ -128,11 +128,12 @@ class Budget:
         return sum(max(option.bits for option in unit) for unit in self._units)
 
     def bits_for(self, average: float) -> int:
-        """How many bits an average is, as it is written: 3.8 as a float is a bit less, and would miss a plan of it."""
+        """Return the bits of an average as it is written: 3.8 as a float is a bit less, and would miss a plan of
+        3.8."""
         return int(Fraction(str(average)) * self.weights)
 
     def share(self, bits: int) -> Shared:
-        """The plan of least loss within a number of bits; raises allocation.Infeasible below `least`.
+        """Return the plan of least loss within a number of bits; raises allocation.Infeasible below `least`.
 
         A uniform plan within these bits never loses less: where the solver merges states, or sums up in another order,
         that plan is taken.
@@ -143,9 +144,9 @@ class Budget:
         return min([found, *fitting], key=lambda plan: plan.loss)
 
     def smallest(self, loss: float) -> Shared:
-        """The smallest plan that loses at most so many nats per token; raises allocation.Infeasible if none does.
+        """Return the smallest plan that loses at most `loss` nats per token; raises allocation.Infeasible if none does.
 
-        A uniform plan that loses at most so many is never smaller.
+        No uniform plan within that loss is smaller.
         """
         unit = loss / LOSS_STEPS
         units = [[Choice(option.bits, ceil(option.loss / unit)) for option in options] for options in self._units]
@@ -155,11 +156,11 @@ class Budget:
         return min([found, *fitting], key=lambda plan: plan.bits)
 
     def share_average(self, average: float) -> Shared:
-        """The plan of least loss whose weights take so many bits on average, as `share` raises."""
+        """Return the plan of least loss within `average` bits a weight; raises as `share` does."""
         return self.share(self.bits_for(average))
 
     def _uniform(self, specs: Mapping[str, QuantSpec]) -> Shared | None:
-        """The plan that stores linears as these specs say, but for pins; None where a rule or a candidate lacks one."""
+        """Return the plan of these specs, but for pins; None where the rules or candidates do not have one of them."""
         wanted = {name: self._pinned(name, spec) for name, spec in specs.items()}
         chosen = [
             next((o for o in unit if all(wanted[n] == o.specs[n] for n in o.specs)), None) for unit in self._units
@@ -172,21 +173,21 @@ class Budget:
         return None if bits == KEPT_BITS else replace(spec, bits=bits or spec.bits)
 
     def useful_options(self) -> list[list[Option]]:
-        """Of every unit, those that no other one beats in both loss and bits, by rising bits."""
+        """Return for every unit the options that no other one beats in both loss and bits, by rising bits."""
         return [[unit[at] for at in useful(_choices(unit))] for unit in self._units]
 
     def plan_of(self, options: Sequence[Option]) -> Shared:
-        """The plan that takes one option for each unit, in the order of `useful_options`."""
+        """Return the plan that takes one option for each unit, in the order of `useful_options`."""
         specs = {name: spec for option in options for name, spec in option.specs.items()}
         losses = {name: self._loss(name, specs[name]) for name in self._losses}
         return Shared({name: specs[name] for name in self._losses}, losses, sum(option.bits for option in options))
 
     def average(self, shared: Shared) -> float:
-        """Bits that a weight inside the blocks takes in a plan."""
+        """Return the average bits that a weight inside the blocks takes in a plan."""
         return (shared.bits - sum(self._bits(name, shared.specs[name]) for name in self._tables)) / self.weights
 
     def _options(self, names: list[str]) -> list[Option]:
-        """Every format that all linears of a unit have among their candidates, and keeping them all."""
+        """Return every format that all linears of a unit have among their candidates, and keeping them all."""
         by_format = [{format_label(spec): spec for spec in self._losses[name]} for name in names]
         shared = [label for label in by_format[0] if all(label in specs for specs in by_format)]
         ways: list[dict[str, QuantSpec | None]] = [
@@ -199,7 +200,7 @@ class Budget:
         return [self._option(way) for way in allowed]
 
     def _refusal(self, names: list[str], labels: list[str], by_format: list[dict[str, QuantSpec]]) -> str:
-        """Keeping a linear is ruled out by pins alone, so it is they that fit none of these formats."""
+        """Return why no format is left: only pins rule out keeping a linear, so it is they that fit none of these."""
         wanted = " and ".join(map(str, dict.fromkeys(self._rules.pinned(name) for name in names)))
         widths = ", ".join(map(str, sorted({by_format[0][label].bits for label in labels})))
         fused = "" if len(names) == 1 else f" and what is fused with it ({len(names)} linears, stored alike)"
@@ -230,12 +231,12 @@ def _choices(unit: list[Option]) -> list[Choice]:
 
 
 def stored_bits(linear: Linear, spec: QuantSpec) -> int:
-    """Of a linear, or of all experts of a stack."""
+    """Return the stored bits of a linear, or of all experts of a stack."""
     return spec.stored_bits(linear.shape) * max(1, linear.experts)
 
 
 def format_label(spec: QuantSpec) -> str:
-    """What a runtime has to know of a spec: the label without rotation and rank."""
+    """Return what a runtime has to know of a spec: the label without rotation and rank."""
     return spec.label().removesuffix("-had").partition("-r")[0]
 
 
@@ -252,7 +253,7 @@ def _units(graph: ModelGraph, names: Iterable[str], fused: bool) -> list[list[st
 
 
 def _fused_with(block: Block, linear: Linear) -> str:
-    """The same for all linears of a block that are one matrix at run time.
+    """Return a key that linears of a block share where they are one matrix at run time.
 
     Experts are stacks, or modules in a numbered list.
     """

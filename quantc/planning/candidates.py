@@ -1,4 +1,4 @@
-"""What a weight could be stored as when a budget is shared out: widths, group sizes, and along which dimension."""
+"""What a weight could be stored as when a budget chooses: widths, group sizes, and along which dimension."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ STEPS = (32, 16, 8)
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)  # 7 has no fast kernel
 CANDIDATE_GROUPS = (32, 64, 128)
 LARGEST_GROUP = 256  # that is tried, besides whole rows
-# Along the outputs. On stories15M, not rotated, they take 2 and 4 % off the KL divergence at 2.5 and 3.3 bits; with 64
-# alone, or with 128 too, nothing is left of that.
+# Group sizes along the outputs. On stories15M, not rotated, they take 2 and 4 % off the KL divergence at 2.5 and 3.3
+# bits; with 64 alone, or with 128 too, nothing is left of that.
 PER_IC_GROUPS = (32, 64)
-# What is dropped where sparsity is shared out too. Of 51 ways tried on stories15M (2 to 4 bits, groups of 8, 16 and 32,
-# 10 to 70 % of them dropped, 2:4), those in 2 bits and groups of 32 were on the convex front of loss and size, some in
-# groups of 16 beside them, and 2:4 never: one way of it is there because hardware knows it.
+# What may be dropped where the budget chooses sparsity too. Of 51 ways tried on stories15M (2 to 4 bits, groups of 8,
+# 16 and 32, 10 to 70 % of them dropped, 2:4), those in 2 bits and groups of 32 were on the convex front of loss and
+# size, some in groups of 16 beside them, and 2:4 never: one way of it is there because hardware knows it.
 SPARSE_BITS, SPARSE_GROUP, SHARES = 2, 32, (0.3, 0.5, 0.7)
 TWO_OF_FOUR_BITS = 4
-# Of embeddings and heads, which are rounded to nearest: at 2 bits those are of no use.
+# For embeddings and heads, which are rounded to nearest: at 2 bits they would be useless.
 TABLE_BITS = (3, 4, 5, 6, 8)
 
 
 def of_linear(spec: QuantSpec, linear: Linear, any_group: bool, sparse: bool = False) -> list[QuantSpec]:
-    """Every width, with a spec's group size or, where that is left free, every group size.
+    """Return every width, with a spec's group size or, where that is left free, every group size.
 
     sparse: also some that drop weights.
     Groups along the outputs are tried beside those along the inputs where inputs are not rotated: a rotation makes them
@@ -44,7 +44,7 @@ def of_linear(spec: QuantSpec, linear: Linear, any_group: bool, sparse: bool = F
 
 
 def _sparse(spec: QuantSpec, any_group: bool) -> list[QuantSpec]:
-    """Shares of the groups dropped, where groups may have a length for that, and two of four weights."""
+    """Return specs that drop shares of the groups, where groups may have a length for that, or two of four weights."""
     two = replace(spec, bits=TWO_OF_FOUR_BITS, group_size=WHOLE_ROW if any_group else spec.group_size, two_of_four=True)
     group = SPARSE_GROUP if any_group else spec.group_size
     shares = SHARES if group in SPARSE_GROUPS else ()
@@ -52,7 +52,7 @@ def _sparse(spec: QuantSpec, any_group: bool) -> list[QuantSpec]:
 
 
 def of_table(spec: QuantSpec, shape: tuple[int, int], any_group: bool) -> list[QuantSpec]:
-    """The same of an embedding or a head (V, K), in the spec's grouping."""
+    """Return the candidates of an embedding or a head (V, K), in the spec's grouping."""
     return _candidates(spec, shape, TABLE_BITS, any_group)
 
 
@@ -63,7 +63,7 @@ def _candidates(spec: QuantSpec, shape: tuple[int, int], widths: tuple[int, ...]
 
 
 def candidate_groups(width: int) -> list[int]:
-    """Group sizes worth trying: what divides the width of 32, 64, 128 and up to 256, and whole rows.
+    """Return group sizes worth trying: what divides the width of 32, 64, 128 and up to 256, and whole rows.
 
     A rotated weight looks alike all along a row, and few scales serve it as well: on SmolLM2-135M at 3.3 bits the
     losses predicted are 11 % below uniform ones with groups of 64 alone, 26 % with these.
@@ -73,7 +73,7 @@ def candidate_groups(width: int) -> list[int]:
 
 
 def best_group_size(width: int) -> int:
-    """128 or 64 where they divide the width; else its largest divisor up to 128 in steps of 32, 16 or 8.
+    """Return 128 or 64 where they divide the width; else its largest divisor up to 128 in steps of 32, 16 or 8.
 
     A width without such a divisor is grouped by 128 with a shorter last group, or whole when it is below 128.
     """

@@ -17,7 +17,7 @@ from random import Random
 Levels = tuple[int, ...]
 
 DRAWN = 64  # children of a generation, before the first stage
-DRAWS = 8 * DRAWN  # at most, in search of so many that differ
+DRAWS = 8 * DRAWN  # at most, to find DRAWN that differ
 MOST_RAISED = 3  # units that go up at once; few of them most of the time
 
 
@@ -56,7 +56,7 @@ class State:
 
 
 def advance(problem: Problem, state: State) -> State:
-    """The state one generation later; of an empty one, that with the start measured."""
+    """Return the state one generation later; for an empty one, the state with the start measured."""
     last = problem.stages[-1]
     if not state.history:
         return State(((problem.start, last.measure([problem.start])[0]),), frozenset([problem.start]))
@@ -78,7 +78,7 @@ def _best(stage: Stage, plans: list[Levels]) -> list[tuple[Levels, float]]:
 
 
 def _children(problem: Problem, parent: Levels, tried: frozenset[Levels], random: Random) -> list[Levels]:
-    """DRAWN different ones, or as many as were found."""
+    """Return DRAWN different children, or as many as were found."""
     found: dict[Levels, None] = {}
     for _ in range(DRAWS):
         child = _mutate(problem, parent, random)
@@ -90,7 +90,7 @@ def _children(problem: Problem, parent: Levels, tried: frozenset[Levels], random
 
 
 def _mutate(problem: Problem, parent: Levels, random: Random) -> Levels | None:
-    """Some units a level up and as many others down as the budget needs; None where that is not enough."""
+    """Return the plan with some units a level up and others down to fit the budget; None where that is not enough."""
     raisable = [unit for unit, level in enumerate(parent) if level + 1 < problem.counts[unit]]
     wanted = min(random.randint(1, MOST_RAISED), random.randint(1, MOST_RAISED), len(raisable))
     raised = random.sample(raisable, wanted)

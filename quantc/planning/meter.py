@@ -4,7 +4,7 @@ All plans run through the model together: a block is loaded once, and each of th
 weights. Plans that are alike up to a block share what they have run until then. Matrix products are float32 and hidden
 states are stored so: see sensitivity/kl.py.
 
-In memory are one block and its weights in each of the ways that the plans store them, or what lies outside the blocks
+Memory holds one block and its weights in each of the ways that the plans store them, or the tensors outside the blocks
 and the logits of two samples. On disk are samples * T * width * 8 bytes for each plan.
 """
 
@@ -32,7 +32,7 @@ Specs = Mapping[str, QuantSpec | None]  # by the linear's name; None, or no entr
 
 
 class Meter:
-    """Measures plans on tokens (samples, T). What lies outside the blocks has to be loaded when it is made.
+    """Measures plans on tokens (samples, T). The tensors outside the blocks have to be loaded when it is made.
 
     rounded: the weights of all plans. folder: for temporary files.
     """
@@ -47,7 +47,7 @@ class Meter:
         self._original.close()
 
     def measure(self, plans: Sequence[Specs]) -> list[float]:
-        """KL(original || plan) of each, in nats per token; infinite where predictions are not finite."""
+        """Return KL(original || plan) of each, in nats per token; infinite where predictions are not finite."""
         states, slots = self._run(plans)
         totals = dict.fromkeys(slots, 0.0)
         with self.run.outside_loaded():
@@ -60,7 +60,7 @@ class Meter:
         return [mean if math.isfinite(mean) else math.inf for mean in means]
 
     def _run(self, plans: Sequence[Specs]) -> tuple[HiddenStates, list[int]]:
-        """What the last block puts out, and for every plan the slot of it that is its own."""
+        """Return the last block's outputs, and for every plan the slot of its own among them."""
         states, slots = self._first(), [0] * len(plans)
         for block in self.run.graph.blocks:
             ways = [(slot, _ways(block, plan)) for slot, plan in zip(slots, plans, strict=True)]
@@ -76,7 +76,7 @@ class Meter:
         return states, slots
 
     def _weight(self, block: Block, name: str, spec: QuantSpec) -> tuple[str, torch.Tensor]:
-        """Its name inside the block, and what it is as the model stores it."""
+        """Return a weight's name inside the block, and its values as the model stores them."""
         linear = self.run.graph.linears[name]
         return weight_name(block, linear), self.rounded.read(linear, spec, self.run.device)
 
@@ -114,6 +114,6 @@ class Meter:
 
 
 def _ways(block: Block, plan: Specs) -> tuple[tuple[str, QuantSpec], ...]:
-    """How a plan stores the linears of a block that it does not keep."""
+    """Return how a plan stores the linears of a block that it does not keep."""
     chosen = ((linear.name, plan.get(linear.name)) for linear in block.quantized)
     return tuple((name, spec) for name, spec in chosen if spec is not None)

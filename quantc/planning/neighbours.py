@@ -27,15 +27,15 @@ class Neighbours:
 
     @property
     def counts(self) -> Levels:
-        """How many levels each unit has."""
+        """The number of levels of each unit."""
         return tuple(len(unit) for unit in self.options)
 
     def plan(self, levels: Levels) -> Shared:
-        """What a level for every unit means."""
+        """Return the plan that has these levels, one for every unit."""
         return self._budget.plan_of([unit[at] for unit, at in zip(self.options, levels, strict=True)])
 
     def candidates(self) -> dict[str, list[QuantSpec]]:
-        """What each linear has to be rounded as."""
+        """Return the specs that each linear has to be rounded to."""
         found: dict[str, list[QuantSpec]] = {}
         for unit in self.options:
             for option in unit:
@@ -44,7 +44,7 @@ class Neighbours:
         return found
 
     def facts(self) -> list[Any]:
-        """What the levels are, as JSON writes it."""
+        """Return what the levels are, as a JSON value."""
         return [
             [
                 [{name: spec and spec.to_dict() for name, spec in option.specs.items()}, option.loss, option.bits]

@@ -39,10 +39,10 @@ class Measured:
 class Point:
     """A plan of the curve.
 
-    option: how `quantc quantize` is asked for it. bits_per_weight: of the linears inside the blocks, all that is stored
-    counted. weights_bytes: of all weight files. predicted_kl: in nats per token. widths: bits -> share of the weights
-    of these linears; 16 stands for linears kept as they are, 0 for weights that are dropped. measured: None for a point
-    that was not built.
+    option: what to pass to `quantc quantize` to build it. bits_per_weight: of the linears inside the blocks, all that
+    is stored counted. weights_bytes: of all weight files. predicted_kl: in nats per token. widths: bits -> share of the
+    weights of these linears; 16 are linears kept as they are, 0 are weights that are dropped. measured: None for a
+    point that was not built.
     """
 
     option: str
@@ -54,14 +54,14 @@ class Point:
     measured: Measured | None = None
 
     def verified(self, scores: Scores, weights_bytes: int) -> Point:
-        """The point with what its build showed beside the original."""
+        """Return the point with what its build showed beside the original."""
         assert scores.mean_kl is not None
         assert scores.perplexity_original is not None
         found = Measured(scores.mean_kl, scores.perplexity, scores.perplexity_original, weights_bytes)
         return replace(self, measured=found)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the plan."""
+        """Return all fields but the plan."""
         return {name: value for name, value in asdict(self).items() if name != "plan"}
 
 
@@ -85,13 +85,13 @@ class Curve:
         return [point for point in self.points if point.measured is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `quantc pareto --json` prints."""
+        """Return what `quantc pareto --json` prints."""
         points = {name: [point.to_dict() for point in getattr(self, name)] for name in ("points", "uniform")}
         return {"model": self.model, **points, "text": self.text, "files": self.files, "notes": self.notes}
 
 
 def trace_curve(run: Run, budget: Budget) -> Curve:
-    """The predicted points of a run whose linears have their specs at some width, and the uniform ones beside them.
+    """Return the predicted points of a run whose linears have their specs at some width, and uniform ones to compare.
 
     A point of as many bits as a uniform one, or more, is predicted to lose no more. That does not hold for bytes of
     files: headers have names and shapes of as many tensors as a plan needs.
@@ -110,9 +110,9 @@ def trace_curve(run: Run, budget: Budget) -> Curve:
 
 
 def spread(point: Callable[[float], Point], low: float, high: float) -> list[Point]:
-    """About POINTS points for averages from low to high; those that lose no less than a smaller one are left out.
+    """Return about POINTS points for averages from low to high, without those that lose no less than a smaller one.
 
-    A curve that falls lies inside the box between two neighbours, as wide as their bits differ and as high as the
+    A falling curve stays inside the box between two neighbours, as wide as their bits differ and as high as the
     logarithms of their losses: the next point divides the largest box, so that they are dense where the curve is steep.
     """
     found = {average: point(average) for average in (low, high)}
@@ -131,7 +131,7 @@ def spread(point: Callable[[float], Point], low: float, high: float) -> list[Poi
 
 
 def readable_between(low: float, high: float) -> float | None:
-    """The roundest number in the middle half of an interval, None where two decimals find none."""
+    """Return the roundest number in the middle half of an interval, None where two decimals find none."""
     middle = (low + high) / 2
     for step in READABLE:
         near = round(round(middle / step) * step, 2)
@@ -141,14 +141,14 @@ def readable_between(low: float, high: float) -> float | None:
 
 
 def spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` places, evenly over the middle of equal parts; all where more are wanted."""
+    """Return `wanted` of `count` places, the middles of equal parts; all where more are wanted."""
     wanted = min(count, wanted)
     return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
 
 
 def explained(curve: Curve) -> str:
-    """What the figures of a curve are, in a sentence or two."""
-    text = "Quality against size: losses predicted from one measurement, widths shared out for every size."
+    """Return a sentence or two on what the figures of a curve are."""
+    text = "Quality against size: losses predicted from one measurement, widths chosen for every size."
     built = next((point.measured for point in curve.verified), None)
     if built is None:
         return text
@@ -157,7 +157,7 @@ def explained(curve: Curve) -> str:
 
 
 def table(points: list[Point]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows for a person to read; what was measured only where something was."""
+    """Return heads and rows for a person to read, with measurements only where there are some."""
     measured = any(point.measured for point in points)
     heads = ["to build it", "bits/weight", "weights", "predicted KL"]
     heads += ["measured KL", "perplexity"] if measured else []

@@ -17,7 +17,7 @@ from ..spec import QuantSpec
 
 
 class RoundedWeights:
-    """By linear, expert and spec. folder: where the file lies, without a name."""
+    """Packed weights by linear, expert and spec, in a file without a name. folder: where that is."""
 
     def __init__(self, folder: Path):
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
@@ -33,7 +33,7 @@ class RoundedWeights:
         self._places[name, expert, tensor.spec] = start, layout
 
     def read(self, linear: Linear, spec: QuantSpec, device: torch.device) -> torch.Tensor:
-        """float32, all of a linear's weight, or of a stack's, as the model stores it."""
+        """Return all of a linear's weight, or of a stack's, float32, as the model stores it."""
         found = [self._read(linear, expert, spec, device) for expert in range(max(1, linear.experts))]
         whole = torch.stack(found) if linear.kind == "stack" else found[0]
         return whole.mT if linear.transposed else whole
@@ -58,7 +58,7 @@ def round_all(
     """Round every linear that the plan quantizes as each of its specs says, on the original model's statistics.
 
     tokens: (samples, T), what guides the rounding. folder: for temporary files. Of the model, one block at a time is in
-    memory. What lies outside the blocks has to be loaded.
+    memory. The tensors outside the blocks have to be loaded.
     """
     calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device, folder)
     run.progress.stage("Rounding for the search", len(run.graph.blocks))

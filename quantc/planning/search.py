@@ -26,7 +26,7 @@ FORMAT = 1  # of an entry; also raised when the search finds something else
 # Samples of the calibration set, at most a quarter, on which plans are measured. Differences of plans vary between
 # samples: on stories15M 10 generations took 4 % off the divergence of 8 samples, and 0.4 +- 0.6 % off that of others.
 MEASURED = 16
-FEW = 4  # of these, one in so many is what the first selection is measured on
+FEW = 4  # one of this many samples is for the first selection
 OFFSPRING, SURVIVORS = 16, 4  # of a generation: measured on few samples, and on all
 
 
@@ -41,7 +41,7 @@ class Refined:
 
     @property
     def note(self) -> str:
-        """For the report."""
+        """The note for the report."""
         return (
             f"search: KL divergence {number(self.found)} measured, {number(self.before)} of the plan it started from, "
             f"on {self.tokens:,} tokens"
@@ -58,11 +58,11 @@ def refine(
     generations: int,
     **question: Any,
 ) -> Refined:
-    """The plan of lowest measured KL divergence that so many generations find near the solver's, or that one itself.
+    """Return the plan of lowest measured KL divergence that the search finds near the solver's, or that one itself.
 
     tokens: the calibration set (samples, T); what is measured on guides no rounding, if there are four samples or
-    more. folder: for temporary files. fits: whether a plan is within the budget. question: on what else the search
-    depends besides the model, the tokens and the options near the plan, as JSON writes it.
+    more. folder: for temporary files. fits: whether a plan is within the budget. question: what the search depends on
+    besides the model, the tokens and the options near the plan, as JSON values.
     """
     near = Neighbours(budget, plan)
     key = key_of(run, tokens, search=FORMAT, start=near.start, options=near.facts(), **question)
@@ -78,7 +78,7 @@ def refine(
 
 
 def split(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of calibration samples (S, T): those that guide rounding, and those that are measured on, spread evenly.
+    """Split calibration samples (S, T) into those that guide rounding and those to measure on, spread evenly.
 
     Where there are fewer than four samples, all of them do both.
     """
@@ -94,7 +94,7 @@ def split(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _meters(
     run: Run, near: Neighbours, guides: torch.Tensor, measured: torch.Tensor, folder: Path
 ) -> Iterator[list[Meter]]:
-    """On few samples, where there are enough for that, and on all; with the weights rounded in all ways."""
+    """Yield meters on few samples, where there are enough, and on all; with the weights rounded in all ways."""
     sets = [measured[::FEW], measured] if len(measured) >= FEW else [measured]
     load_outside(run)
     with ExitStack() as files:
@@ -105,7 +105,7 @@ def _meters(
 
 
 def _stages(near: Neighbours, meters: list[Meter]) -> tuple[Stage, ...]:
-    """What is predicted costs nothing and comes first."""
+    """Return the stages of selection: by predictions first, which cost nothing, then by each meter."""
 
     def measured(meter: Meter) -> Callable[[Sequence[Levels]], list[float]]:
         return lambda plans: meter.measure([near.plan(levels).specs for levels in plans])

@@ -19,7 +19,7 @@ Stored = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 def weights_bytes(run: Run, specs: Mapping[str, QuantSpec | None]) -> int:
-    """Bytes of all weight files for a plan, as the build will write them.
+    """Return the bytes of all weight files for a plan, as the build will write them.
 
     Tensors that a pass edits may take more: what their dtype cannot hold is stored as float32.
     """
@@ -74,7 +74,7 @@ class _Shard:
 
 
 def _stored(run: Run, specs: Mapping[str, QuantSpec | None]) -> Iterator[Stored]:
-    """(name, dtype, shape) of everything that is written, in the order of the build."""
+    """Yield (name, dtype, shape) of everything that is written, in the order of the build."""
     blocks = [block.name for block in run.graph.blocks]
     packed = {
         (run.graph.linears[name].weight_name if name in run.graph.linears else name): (name, spec)

@@ -116,7 +116,7 @@ class _Step:
 
 
 def _compiled_call(model: Any, config: CompileConfig | None) -> Callable[..., Any]:
-    """In place of transformers' own, which `generate` asks for once: the same without guards on the model's modules.
+    """Return the compiled call that `generate` asks for once, without transformers' guards on the model's modules.
 
     There are thousands, checked for every token. Here the modules are looked through once for each text, and compiled
     anew where they are others than before. The backend is one of its own each time, as torch takes any graph of the
@@ -138,7 +138,7 @@ def _compile(model: Any, watch: _Watch) -> Callable[..., Any]:
 
 
 def _announced(call: Callable[..., Any], watch: _Watch) -> Callable[..., Any]:
-    """The call, the first of which compiles: torch reads the model's Python for seconds before it asks the backend."""
+    """Return the call with progress: its first use compiles, and torch reads Python for seconds before the backend."""
     called = False
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -161,7 +161,7 @@ def _structure(model: torch.nn.Module) -> list[Any]:
 
 
 def _guards_beside_modules(model: torch.nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
-    """Which guards stay: all but those on what is inside the model, in functions whose self is the model itself.
+    """Return a filter of guards: drop those on what is inside the model, in functions whose self is the model itself.
 
     Where a model is compiled in parts, those of its blocks share their code, and guards tell the blocks apart.
     """
@@ -176,7 +176,7 @@ def _guards_beside_modules(model: torch.nn.Module) -> Callable[[Sequence[Any]], 
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], watch: _Watch | None = None, **_: Any) -> Callable[..., Any]:
-    """torch.compile's backend: the rewrites, then torch's own."""
+    """Compile a graph for torch.compile: make the rewrites, then call torch's own backend."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     watch = watch or _Watch(None)
@@ -198,7 +198,7 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], watch: _Watch | None =
 
 
 def _options() -> dict[str, Any]:
-    """Settings of torch's compiler; `attend`, a function that it does not know, is cached by what its source says."""
+    """Return settings of torch's compiler; `attend`, a function that it does not know, is cached by its source."""
     ours = {f"{attend.__module__}.{attend.__name__}": hashlib.sha256(inspect.getsource(attend).encode()).hexdigest()}
     options = OPTIONS | {"unsafe_marked_cacheable_functions": ours}
     return options | (WITHOUT_PYTHON if steps.available() else {})
@@ -247,7 +247,7 @@ def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], hadamard: Any, int8
 
 
 def open_attention(graph: fx.GraphModule) -> None:
-    """`attend` in place of torch's attention where there is one query."""
+    """Put `attend` in place of torch's attention where there is one query."""
     for node in graph.graph.nodes:
         if node.target is F.scaled_dot_product_attention and _has_one_query(node):
             node.target = attend

@@ -42,7 +42,7 @@ def examine(
 
 
 def examine_machine() -> dict[str, str]:
-    """Libraries, processor, memory and accelerators, a phrase or sentence each."""
+    """Return libraries, processor, memory and accelerators, a phrase or sentence each."""
     name, features = read_cpu()
     memory = psutil.virtual_memory()
     return {
@@ -91,7 +91,7 @@ def examine_kernels(folder: Path, device: str, dtype: str | None) -> dict[str, A
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -99,7 +99,7 @@ def installed_version(package: str) -> str | None:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

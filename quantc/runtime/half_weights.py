@@ -43,7 +43,7 @@ def keep_half(model: nn.Module, stored: torch.dtype) -> list[str]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, Any]]]:
-    """By identity of each parameter called weight: the modules that share it, with their names."""
+    """Return, by identity of each parameter called weight, the modules that share it, with their names."""
     found: dict[int, list[tuple[str, Any]]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -53,7 +53,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, Any]]]:
 
 
 def _is_slow(weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a weight is one that panels of a dtype are good for."""
+    """Return whether a weight gains from panels of a dtype."""
     large = weight.device.type == "cpu" and weight.numel() >= LEAST_VALUES
     return large and dtype in HALF and not multiplies(dtype)
 
@@ -65,9 +65,9 @@ def _fits(weight: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _replace(module: Any, half: torch.Tensor) -> None:
-    """In place, so that hooks stay, and whatever else holds the module sees it too.
+    """Replace a module's weight in place, so that hooks stay, and whatever else holds the module sees it too.
 
-    The table is a buffer: under the same name in the state dict, but not what a model is asked for its dtype by.
+    The table is a buffer: under the same name in the state dict, but not counted for the model's dtype.
     """
     dtype = module._parameters.pop("weight").dtype
     module.register_buffer("weight", half)
@@ -86,7 +86,7 @@ class _Half(nn.Module):
     dtype: torch.dtype
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
-        """A cast of the model is one of what comes out."""
+        """Apply a change of the model, and cast the dtype of the outputs along with it."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
@@ -117,7 +117,7 @@ _KINDS: dict[type[nn.Module], type[_Half]] = {nn.Embedding: HalfEmbedding, nn.Li
 
 @torch.no_grad()
 def _through_panels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Float32 (M, N) of x (M, K) and half floats (N, K)."""
+    """Return float32 (M, N), the product of x (M, K) and half floats (N, K)."""
     y, step = x.new_empty(len(x), len(weight)), _rows(weight)
     room = x.new_empty(step, weight.shape[1])
     for start in range(0, len(weight), step):

@@ -64,7 +64,7 @@ def measure_kernels() -> dict[str, Any] | str:
 
 
 def _rows_of(bits: int) -> list[dict[str, Any]]:
-    """What is measured of one width, for both dtypes of x."""
+    """Return what is measured of one width, for both dtypes of x."""
     cached, cold = _Weights(bits, CACHED), _Weights(bits, COLD)
     dtypes = {name_of(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
     of_cached = best_in_turns({name: cached.calls(dtype, 1) for name, dtype in dtypes.items()}, SECONDS)

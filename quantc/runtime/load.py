@@ -83,7 +83,7 @@ def unpacked_values(reader: CheckpointReader) -> int:
 
 
 def _read_config(reader: CheckpointReader, trusted: bool) -> PreTrainedConfig:
-    """The config as transformers reads it, once it is sure that the file is still the one that was checked."""
+    """Return the config as transformers reads it, once it is sure that the file is still the one that was checked."""
     _check_layers(reader)
     with asking_in_words(reader.folder):
         config = AutoConfig.from_pretrained(reader.folder, trust_remote_code=trusted)
@@ -93,7 +93,7 @@ def _read_config(reader: CheckpointReader, trusted: bool) -> PreTrainedConfig:
 
 
 def _class_of(config: PreTrainedConfig, folder: Path, trusted: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class that transformers would take, and the config it gets: some take the one of their text model."""
+    """Return the class that transformers would take, and the config it gets: some take the one of their text model."""
     auto = auto_class(config)
     mapping = auto._model_mapping
     own_code = getattr(config, "auto_map", {}).get(auto.__name__)
@@ -114,7 +114,7 @@ def _class_of(config: PreTrainedConfig, folder: Path, trusted: bool) -> tuple[ty
 
 
 def _check_layers(reader: CheckpointReader) -> None:
-    """Building a skeleton of 100,000 layers takes an hour; the files say how many there are at most."""
+    """Raise CheckpointError for more layers than the files can hold: a skeleton of 100,000 would take an hour."""
     for name, layers in layer_counts(reader.config):
         if isinstance(layers, int) and layers > len(reader.weight_map):
             raise CheckpointError(
@@ -131,7 +131,7 @@ def _read_generation_config(folder: Path) -> GenerationConfig:
 
 @contextmanager
 def _one_sentence(folder: Path) -> Iterator[None]:
-    """Whatever transformers makes of a config that somebody else wrote is a CheckpointError; out of memory is not."""
+    """Raise CheckpointError for whatever transformers makes of somebody else's config; not for out of memory."""
     try:
         yield
     except (QuantcError, MemoryError):
@@ -165,7 +165,7 @@ def load(
     """
     reader, place = CheckpointReader(path), torch.device(device)
     model = read_model(reader, dtype or choose_for(reader, place), verify, trust_remote_code)
-    if place.type == "cpu" and not compile:  # a compiler takes panels for so many operations
+    if place.type == "cpu" and not compile:  # a compiler sees every panel as operations of its own
         keep_half(model, stored_dtype(reader.config))
     model.eval().to(place)
     if compile:

@@ -127,7 +127,7 @@ def _check_alike(folder: Path, name: str, stored: Any, needed: Any) -> None:
 
 
 def _tied_groups(model: Any) -> dict[str, set[str]]:
-    """Tensor -> the others that share its weights; the files hold one of them."""
+    """Return tensor -> the others that share its weights; the files hold one of them."""
     groups: dict[str, set[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
@@ -135,7 +135,7 @@ def _tied_groups(model: Any) -> dict[str, set[str]]:
 
 
 def _may_be_missing(model: Any, name: str) -> bool:
-    """Whether transformers computes it from the config: some buffers, never a parameter."""
+    """Return whether transformers computes it from the config: some buffers, never a parameter."""
     is_parameter = any(name == known for known, _ in model.named_parameters())
     return not is_parameter and _matches(name, model._keys_to_ignore_on_load_missing)
 

@@ -93,7 +93,8 @@ class _Packed(nn.Module):
 
     @torch.no_grad()
     def _prepare(self, x: torch.Tensor, expert: int | None) -> _PreparedWeight:
-        """The parts as the kernel for x wants them, for calls in every mode: inference tensors could not train."""
+        """Return the parts as the kernel for x wants them, for calls in every mode: inference tensors could not
+        train."""
         if not x.is_floating_point():
             found = f"{_name(x.dtype)} and {_name(self.dtype)}"
             raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {found}")
@@ -114,7 +115,7 @@ class _Packed(nn.Module):
         return tensor.effective_weight().to(dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Packed:
-        """Moving to a device moves the parts; casting (`model.half()`) leaves the stored dtypes as they are."""
+        """Move the parts to a device; casting (`model.half()`) leaves the stored dtypes as they are."""
         self._prepared.clear()
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, part in self._parts.items():
@@ -220,7 +221,7 @@ class PackedWeight(_Packed):
         return DENSE.unpack(*self._rows_of(rows), shape).effective_weight().to(self.dtype)
 
     def _rows_of(self, rows: torch.Tensor) -> tuple[Parts, QuantSpec]:
-        """Parts and spec of the table that has just these rows; a per_ic group then holds a single row."""
+        """Return parts and spec of the table that has just these rows; a per_ic group then holds a single row."""
         parts = self.parts()
         if self.spec.grouping == "per_oc":
             return {name: part if name == "low_rank_a" else part[rows] for name, part in parts.items()}, self.spec
@@ -259,7 +260,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _bias_of(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> torch.Tensor | None:
-    """Of a call of F.linear or matmul; the latter has none."""
+    """Return the bias of a call of F.linear; matmul has none."""
     bias: torch.Tensor | None = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
     return bias
 

@@ -39,7 +39,7 @@ def attach(model: nn.Module, rotation: ResidualRotation) -> None:
 def _turn_input(
     rotation: ResidualRotation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the hidden state, the first that looks like one, rotated."""
+    """Return the arguments with the hidden state, the first that looks like one, rotated."""
     for place, value in enumerate(args):
         if _is_state(value, rotation):
             return (*args[:place], _turn(value, rotation.order, False), *args[place + 1 :]), kwargs
@@ -53,7 +53,7 @@ def _turn_input(
 
 
 def _turn_output(rotation: ResidualRotation, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The output with the hidden state, alone or the first in a tuple that looks like one, rotated back."""
+    """Return the output with the hidden state, alone or the first in a tuple that looks like one, rotated back."""
     if isinstance(output, torch.Tensor):
         return _turn(output, rotation.order, True)
     for place, value in enumerate(output):

@@ -30,11 +30,10 @@ def measure(
     candidates: Candidates,
     tables: dict[str, list[QuantSpec]] | None = None,
 ) -> Losses:
-    """The candidates of every linear that the plan quantizes, with their losses.
+    """Return the candidates of every linear that the plan quantizes, with their losses.
 
-    tokens: the calibration set (samples, T), int64. folder: for temporary files. tables: candidates of what lies
-    outside the blocks, by the weight's name; only fisher rates them. All that lies there may be gone from memory
-    afterwards.
+    tokens: the calibration set (samples, T), int64. folder: for temporary files. tables: candidates of the weights
+    outside the blocks, by name; only fisher rates them. Tensors there may be gone from memory afterwards.
     """
     if estimator == "fisher":
         return fisher.measure(run, tokens, folder, candidates, tables)

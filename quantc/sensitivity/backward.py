@@ -4,7 +4,7 @@ To second order, the KL divergence that a change of an output costs is its Fishe
 draw is |d log p(y) / d output|^2 with y drawn once per token from the model itself.
 
 Streams like the build: a forward sweep writes the hidden states before every block to files, a backward sweep runs
-each block again from there. In memory are one block, or what lies outside the blocks and the logits of one sample.
+each block again from there. Memory holds one block, or the tensors outside the blocks and the logits of one sample.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ STORED_DTYPE = torch.bfloat16  # of hidden states and gradients in files
 
 
 class Reader:
-    """What looks on while a block runs backward; does nothing itself."""
+    """Sees gradients while blocks run backward; subclasses override what they need, this does nothing."""
 
     def watching(self, block: Block, module: nn.Module) -> AbstractContextManager[object]:
-        """Entered before every run of a block, left when its forward part is over."""
+        """Return a context entered before every run of a block and left when its forward part is over."""
         return nullcontext()
 
     def gradient(self, linear: Linear, batch: Batch, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        """What a linear that is a module received (..., K) in a batch, and the gradient (..., N) at its output."""
+        """Receive a module linear's inputs (..., K) in a batch, and the gradient (..., N) at its output."""
 
     def stack_gradient(self, linear: Linear, gradient: torch.Tensor) -> None:
-        """The gradient (E, N, K) at the weights of a stack, summed over a batch; only where `reads_stacks`."""
+        """Receive the gradient (E, N, K) at the weights of a stack, summed over a batch; only where `reads_stacks`."""
 
     @property
     def reads_stacks(self) -> bool:
@@ -47,10 +47,10 @@ class Reader:
         return type(self).stack_gradient is not Reader.stack_gradient
 
     def end(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
-        """The hidden states (1, T, ...) that the last block makes of a sample's tokens (1, T)."""
+        """Receive the hidden states (1, T, ...) that the last block makes of a sample's tokens (1, T)."""
 
     def done(self, block: Block, module: nn.Module) -> None:
-        """All batches have run through a block, whose weights are still loaded."""
+        """Finish a block after all batches have run through it; its weights are still loaded."""
 
 
 class BackwardSweep:
@@ -63,7 +63,7 @@ class BackwardSweep:
         self.run, self.calibration, self.tokens, self.folder, self.reader = run, calibration, tokens, folder, reader
         self.files = ExitStack()
         self.inputs: list[HiddenStates] = []  # before every block
-        self.gradients: HiddenStates  # at what the block in work puts out
+        self.gradients: HiddenStates  # at the outputs of the current block
 
     def __enter__(self) -> BackwardSweep:
         return self
@@ -72,21 +72,21 @@ class BackwardSweep:
         self.files.close()
 
     def forward(self) -> None:
-        """Through all blocks, what each receives kept."""
+        """Run all blocks, and store what each receives."""
         for block in self.run.graph.blocks:
             self.inputs.append(self._snapshot())
             with self.run.loaded(block):
                 self.calibration.advance(block)
 
     def backward(self, seed: int) -> None:
-        """From tokens drawn from the model, to the first block, whose inputs' gradients stand then in `gradients`."""
+        """Run back from tokens drawn from the model; `gradients` then holds those at the first block's inputs."""
         self._start_backward(seed)
         for block in reversed(self.run.graph.blocks):
             with self.run.loaded(block) as module:
                 self._backward(block, module)
 
     def _start_backward(self, seed: int) -> None:
-        """Gradients of the log-likelihood of the drawn tokens, at what the last block puts out."""
+        """Compute gradients of the log-likelihood of drawn tokens, at the last block's outputs."""
         generator = torch.Generator(self.run.device).manual_seed(seed)
         self.gradients = self._snapshot()  # each sample's states give way to its gradient
         with self.run.outside_loaded():
@@ -149,7 +149,7 @@ class BackwardSweep:
 
 @contextmanager
 def _with_gradients(weights: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, what is computed from these weights knows its gradient to them."""
+    """Record gradients to these weights for what is computed inside the context."""
     for weight in weights:
         weight.requires_grad_(True)
     try:

@@ -42,7 +42,7 @@ class Losses(dict[str, list[Candidate]]):
 
 
 def original_blocks(run: Run, calibration: CalibrationRun) -> Iterator[CalibratedWork]:
-    """Every block with its weights loaded and the calibration set before it, as the original model has both."""
+    """Yield every block with its original weights loaded and the calibration set's original states before it."""
     for block in run.graph.blocks:
         with run.loaded(block) as module:
             yield CalibratedWork(run, block, module, calibration)
@@ -50,13 +50,13 @@ def original_blocks(run: Run, calibration: CalibrationRun) -> Iterator[Calibrate
 
 
 def planned_activations(run: Run, block: Block) -> list[Activation]:
-    """Those that linears read which the plan quantizes."""
+    """Return the activations read by linears that the plan quantizes."""
     specs = run.plan.specs
     return [item for item in block.activations if any(specs[r.name] is not None for r in block.readers(item))]
 
 
 def sampled_channels(linear: Linear, specs: list[QuantSpec]) -> torch.Tensor:
-    """int64 (M,): output channels on which all of these candidates can be tried."""
+    """Return int64 (M,), output channels on which all of these candidates can be tried."""
     least = max(8, SAMPLED_OF_STACK // linear.experts) if linear.experts else SAMPLED_CHANNELS
     along = max(spec.rows_together(linear.shape) for spec in specs)
     return sample_rows(linear.shape[0], along, least)
@@ -65,7 +65,7 @@ def sampled_channels(linear: Linear, specs: list[QuantSpec]) -> torch.Tensor:
 def rounded(
     work: BlockWork, weight: torch.Tensor, gram: Gram, specs: list[QuantSpec], salience: torch.Tensor | None = None
 ) -> Iterator[QTensor]:
-    """A weight (M, K) as each spec says, as the recipe rounds it, on the statistics of what it multiplies.
+    """Yield a weight (M, K) rounded to each spec, as the recipe rounds it, on the statistics of its inputs.
 
     A rank is left out: its low-rank addition is made after rounding. salience: (M,), where rows have two widths.
     """
@@ -85,7 +85,7 @@ def rounded(
 def errors(
     work: BlockWork, weight: torch.Tensor, gram: Gram, specs: list[QuantSpec]
 ) -> Iterator[tuple[QuantSpec, torch.Tensor]]:
-    """What rounding as each spec says changes a weight (M, K) by, float32 (M, K), as it multiplies unrotated inputs.
+    """Yield each spec with the change its rounding makes to a weight (M, K) of unrotated inputs, float32 (M, K).
 
     Rounded as the recipe does it, with the rotations of the specs. A weight that float16 scales cannot hold is tried at
     a size that they can, as a fold will give it: else all widths would lose the same.

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def kept_losses(
     run: Run, tokens: torch.Tensor, estimator: str, specs: dict[str, list[QuantSpec]], measure: Callable[[], Losses]
 ) -> Losses:
-    """What `measure` finds, or found for the same question in an earlier run.
+    """Return what `measure` finds, or found for the same question in an earlier run.
 
     specs: the candidates of every linear. tokens: the calibration set (samples, T).
     """

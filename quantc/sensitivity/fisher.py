@@ -4,19 +4,18 @@ A change D of a weight (N, K) costs, to second order,
 
     1/2 E <G, D>^2,    G = sum over tokens of g x^T, for one draw of the tokens that the model predicts
 
-with g the gradient of the draw's log-likelihood at the linear's output and x its input (see quantc/backward.py). What
-one sum over all weights measures is exact and noisy: one number for each draw. Taking the output channels as
-independent,
+with g the gradient of the draw's log-likelihood at the linear's output and x its input (see backward.py). What one sum
+over all weights measures is exact and noisy: one number for each draw. Taking the output channels as independent,
 
     1/2 sum over channels i of  E (G_i . D_i)^2
 
 is as many numbers as there are channels, and still counts how the errors of different tokens and input channels add
-up. For 56 linears of SmolLM2-135M at 3 bits, rotated, this is 0.89 times the measured KL divergence in all, with a
+up. For 56 linears of SmolLM2-135M at 3 bits, rotated, this sums up to 0.89 times the measured KL divergence, with a
 spread of 16 % and a rank correlation of 0.986; without that assumption 0.89 times, 27 % and 0.966; with tokens
 independent as well 0.84 times, 18 % and 0.975.
 
 A large change costs more than its second order says: at 2 bits the same 35 linears are measured at 1.6 times the sum
-above, at 3 bits at 1.1 times. What lies beyond is counted as growing with the share of the weights' energy that is
+above, at 3 bits at 1.1 times. What is beyond it is counted as growing with the share of the weights' energy that is
 lost, BEYOND_SECOND_ORDER times that share.
 
 Sources: the second order is K-FAC's (Martens and Grosse 2015, arXiv:1503.05671) without its Kronecker factors, which
@@ -57,7 +56,7 @@ def measure(
     tables: dict[str, list[QuantSpec]] | None = None,
     seed: int = 0,
 ) -> Losses:
-    """The candidates of every linear that the plan quantizes, and of tables outside the blocks, with their losses.
+    """Return the candidates of every linear that the plan quantizes, and of tables outside the blocks, with losses.
 
     tokens: the calibration set (samples, T), of which the first SAMPLES are used. folder: for temporary files. Linears
     that no sampled token reached are rated like the others, by how much of their weights' energy is lost.
@@ -158,7 +157,8 @@ class _Fisher(Reader):
             self._found[linear.name] = {spec: lost[spec] * (1 + BEYOND_SECOND_ORDER * shares[spec]) for spec in specs}
 
     def losses(self) -> dict[str, list[Candidate]]:
-        """Of every linear; those without gradients lose for a share of energy what the others do on average."""
+        """Return the losses of every linear; one without gradients loses per share of energy what others do on
+        average."""
         known = [spec for name in self._found for spec in self._found[name].items()]
         energy = sum(share for name in self._found for share in self._shares[name].values())
         worth = sum(lost for _, lost in known) / energy if energy else 1.0

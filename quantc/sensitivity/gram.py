@@ -30,7 +30,7 @@ SAMPLES = 16  # of the calibration set: as many as fisher sweeps, so that both r
 
 
 def measure(run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates) -> Losses:
-    """The candidates of every linear that the plan quantizes, with their losses: shares of the output's energy.
+    """Return the candidates of every linear that the plan quantizes, with losses: shares of the output's energy.
 
     tokens: the calibration set (samples, T), of which the first SAMPLES run forward through the original model.
     folder: for temporary files.

@@ -2,11 +2,11 @@
 
 A variant is the model with one linear rounded as one candidate says, all output channels of it. One sweep over the
 blocks runs all of them: a block is loaded once, the variants made in earlier blocks pass through it, and each of its
-own starts from the hidden states before it. At the end stands the KL divergence of the variant's predictions from the
-original's. Matrix products are float32 and hidden states are stored so: bfloat16's own divergence is larger than that
-of one linear in 8 bits.
+own starts from the hidden states before it. Its loss is the KL divergence of its predictions from the original's.
+Matrix products are float32 and hidden states are stored so: bfloat16's own divergence is larger than that of one linear
+in 8 bits.
 
-In memory are one block (and its rounded weights, given a base), or what lies outside the blocks and the logits of two
+Memory holds one block (and its rounded weights, given a base), or the tensors outside the blocks and the logits of two
 samples. On disk are SAMPLES * T * width * 4 bytes for each variant: 6 GB for SmolLM2-135M (210 linears, 6 candidates,
 512 tokens a sample). Time grows with the square of the number of blocks.
 """
@@ -33,14 +33,14 @@ from ..spec import QuantSpec
 from .base import Candidate, Candidates, Losses, errors, original_blocks
 
 SAMPLES = 4  # of the calibration set, on which the divergence is measured
-CHUNK_VALUES = 2**23  # logits turned to float64 at a time: 64 MiB
+CHUNK_VALUES = 2**23  # logits converted to float64 at a time: 64 MiB
 ORIGINAL, START, FIRST = 0, 1, 2  # slots of the state file: START is what variants start from, FIRST the first one's
 
 Weights = dict[str, torch.Tensor]  # by their names inside the block, as the model stores them
 
 
 def measure(run: Run, tokens: torch.Tensor, folder: Path, candidates: Candidates, base: int | None = None) -> Losses:
-    """The candidates of every linear that the plan quantizes, with their losses: mean KL(original || variant) in nats.
+    """Return candidates of every linear that the plan quantizes, with losses: mean KL(original || variant) in nats.
 
     tokens: the calibration set (samples, T). The first SAMPLES are measured on, the others guide the rounding; where
     there are no others, the same do both. folder: for temporary files, see above.
@@ -76,7 +76,7 @@ class _Variants:
                 self._file.write(slot * len(tokens) + start, hidden)
 
     def _slots(self) -> int:
-        """How many hidden states of all samples there will be."""
+        """Return how many slots, each for the hidden states of all samples, are needed."""
         specs = self.run.plan.specs
         planned = [linear for name, linear in self.run.graph.linears.items() if specs[name] is not None]
         variants = [self.candidates(linear) for linear in planned]
@@ -131,7 +131,7 @@ class _Variants:
             self._file.write(target * len(self.tokens) + batch.start, work.block.returns.unwrap(output, called))
 
     def losses(self) -> Losses:
-        """Of the variants, once they are through all blocks."""
+        """Return the losses of the variants, once they are through all blocks."""
         found = dict(zip(self._made, self._divergences(), strict=True))
         return Losses({
             name: [
@@ -142,7 +142,7 @@ class _Variants:
         })  # fmt: skip
 
     def _divergences(self) -> list[float]:
-        """Of every variant from the original, in nats per token."""
+        """Return every variant's divergence from the original, in nats per token."""
         totals = [0.0] * len(self._made)
         with self.run.outside_loaded():
             for sample in range(len(self.tokens)):
@@ -159,7 +159,7 @@ class _Variants:
 
 
 def divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL(expected || logits) for logits (T, V), in nats, summed over T; float64, since the terms nearly cancel."""
+    """Return KL(expected || logits) for logits (T, V), in nats, summed over T; float64, as the terms nearly cancel."""
     rows = max(1, CHUNK_VALUES // logits.shape[-1])
     total = 0.0
     for ours, theirs in zip(expected.split(rows), logits.split(rows), strict=True):
@@ -179,7 +179,7 @@ def _finite(found: float, linear: str, spec: QuantSpec | None) -> float:
 
 
 def _rounded(work: BlockWork, linear: Linear, grams: list[Gram], spec: QuantSpec) -> torch.Tensor:
-    """All of a linear's weight, or of a stack's, as the model stores it."""
+    """Return all of a linear's rounded weight, or of a stack's, as the model stores it."""
     experts = []
     for expert, gram in enumerate(grams):
         weight = work.weight(linear, expert)

@@ -6,7 +6,7 @@ A rounded table changes the model in at most two places, and tied tables in both
   that arrive there: half the mean over draws of the squared inner product of gradient and change, channel by channel;
 - the logits, from the last block's hidden states as they were. That is measured: their KL divergence.
 
-The two are added. In memory is what lies outside the blocks, one of its tables once more, and the logits of a few
+The two are added. Memory holds the tensors outside the blocks, one of the tables once more, and the logits of a few
 positions.
 """
 
@@ -27,13 +27,13 @@ from ..spec import QuantSpec
 from .base import Candidate
 from .kl import divergence
 
-STRIDE = 16  # every so many positions of a sample the logits are measured: 512 positions of 16 samples of 512
+STRIDE = 16  # logits are measured at one of this many positions: 512 positions of 16 samples of 512
 
 States = list[tuple[int, torch.Tensor]]  # (first sample, hidden states) of every batch
 
 
 class Tables:
-    """Rates candidates of what lies outside the blocks, once a backward sweep has passed by."""
+    """Rates candidates of the tables outside the blocks, after a backward sweep."""
 
     def __init__(self, run: Run, tokens: torch.Tensor, folder: Path, candidates: dict[str, list[QuantSpec]]):
         """tokens: what is swept (samples, T). candidates: by the names of the tables (V, K)."""
@@ -41,15 +41,15 @@ class Tables:
         self._ends: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens (1, T'), and what the last block made of them
 
     def see_end(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
-        """The last block's hidden states (1, T, ...) of a sample's tokens (1, T)."""
+        """Keep some of the last block's hidden states (1, T, ...) of a sample's tokens (1, T)."""
         if self.candidates:
             self._ends.append((tokens[:, ::STRIDE], hidden.detach()[:, ::STRIDE].clone()))
 
     def losses(self, gradients: HiddenStates, beyond: float) -> dict[str, list[Candidate]]:
-        """Of all candidates.
+        """Return the losses of all candidates.
 
         gradients: of every sample, at what the first block receives. beyond: by how much losing a share of a table's
-        energy raises what is lost there. What lies outside the blocks is gone from memory afterwards.
+        energy raises what is lost there. Tensors outside the blocks are gone from memory afterwards.
         """
         if not self.candidates:
             return {}
@@ -69,7 +69,7 @@ class Tables:
         return self._entering(starts, changed, gradients) * (1 + beyond * share) + self._leaving(table, rounded)
 
     def _starts(self) -> States:
-        """What the first block receives."""
+        """Return what the first block receives."""
         model, graph = self.run.source.model, self.run.graph
         return list(CalibrationRun(model, graph, self.tokens, self.run.device, self.folder).states())
 
@@ -91,7 +91,7 @@ class Tables:
 
 @contextmanager
 def _replaced(parameter: nn.Parameter, data: torch.Tensor) -> Iterator[None]:
-    """Inside, a parameter has other values."""
+    """Give a parameter other values inside the context."""
     original, parameter.data = parameter.data, data
     try:
         yield

@@ -5,7 +5,7 @@ rounding errors as alike but for their size, that is in proportion to the energy
 tokens of g_i^2: one number for each row, summed up as batches pass by.
 
 On SmolLM2-135M it chooses better than losses of the rows themselves do, whose few draws are noisy. At 3.3 bits, with
-eighths of rows in neighbouring widths, what 32 draws of every row predict is 0.2155 in all; 0.2216 where 16 of these
+eighths of rows in neighbouring widths, what 32 draws of every row predict sums up to 0.2155; 0.2216 where 16 of these
 draws choose and the others predict; 0.2447 with one width for each linear.
 """
 
@@ -17,19 +17,19 @@ TRUSTED = 0.9  # share of what is measured; the rest says that all channels are 
 
 
 class Salience:
-    """Of linears, float16 (N,) of mean 1 in `found`: one batch after the other is added, then a linear is finished."""
+    """Salience of linears, float16 (N,) of mean 1 in `found`: batches are added, then a linear is finished."""
 
     def __init__(self) -> None:
         self.found: dict[str, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, squares: torch.Tensor) -> None:
-        """squares: float32 (E, N), of a batch's gradients at the outputs; of a stack of experts, whose tokens are not
-        told apart, at the weights of every row."""
+        """Add squares, float32 (E, N), of a batch's gradients at the outputs, or at each row's weights for stacks,
+        which mix tokens."""
         self._squares[name] = self._squares.get(name, 0) + squares
 
     def finish(self, name: str, energies: list[torch.Tensor]) -> None:
-        """energies: (N,) for each expert, the sum of squares of every row's weights."""
+        """Finish a linear; energies: (N,) for each expert, the sum of squares of every row's weights."""
         squares = self._squares.pop(name, None)
         if squares is None:
             return

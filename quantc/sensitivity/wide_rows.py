@@ -10,11 +10,12 @@ import torch
 from .base import Candidate, Losses
 
 EIGHTHS = range(1, 8)  # of the rows, that have one bit more
-ROW_STEP = 16  # kernels multiply so many rows together
+ROW_STEP = 16  # rows that kernels multiply together
 
 
 def with_wide_rows(losses: Losses) -> Losses:
-    """The same, and rows of two widths for every linear of known salience, where both widths are dense candidates."""
+    """Return losses with rows of two widths added for linears of known salience, where both widths are dense
+    candidates."""
     return Losses(
         {
             name: [*found, *_mixed(found, losses.salience[name])] if name in losses.salience else found
@@ -38,7 +39,7 @@ def _mixed(candidates: list[Candidate], salience: torch.Tensor) -> Iterator[Cand
 
 
 def _shares(salience: torch.Tensor) -> dict[int, float]:
-    """Share of a linear's loss that its most salient rows have, by how many they are."""
+    """Return the share of a linear's loss that its most salient rows have, by how many they are."""
     n = len(salience)
     sums = salience.double().sort(descending=True).values.cumsum(0)
     counts = sorted({round(n * part / 8 / ROW_STEP) * ROW_STEP for part in EIGHTHS} - {0, n})
