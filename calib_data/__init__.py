@@ -26,7 +26,7 @@ SOURCE_NAMES = ("builtin", *HUB_DATASETS)
 
 
 def load_documents(source: str, *, also_known: Sequence[str] = (), notes: list[str] | None = None) -> list[Document]:
-    """The non-empty documents of a calibration source, in an order that never changes.
+    """Return the non-empty documents of a calibration source, in an order that never changes.
 
     source: "builtin", a name from `HUB_DATASETS`, or the path of a .txt, .jsonl or .parquet file. A file is
         read whole, so memory holds all of its text.

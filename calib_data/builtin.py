@@ -8,7 +8,7 @@ from .sources import split_documents
 
 
 def load_builtin() -> list[str]:
-    """All built-in documents, interleaved: any prefix holds the genres in about their overall shares."""
+    """Return all built-in documents, interleaved: any prefix holds the genres in about their overall shares."""
     placed = [
         (i / len(documents), genre, document)
         for genre, documents in load_genres().items()
@@ -18,7 +18,7 @@ def load_builtin() -> list[str]:
 
 
 def load_genres() -> dict[str, list[str]]:
-    """Genre (the file name without its ending) -> its documents in file order; genres sorted by name."""
+    """Return genre (the file name without its ending) -> its documents in file order; genres sorted by name."""
     texts = [entry for entry in (files(__package__) / "text").iterdir() if entry.name.endswith(".txt")]
     return {
         entry.name.removesuffix(".txt"): split_documents(entry.read_text(encoding="utf-8"))

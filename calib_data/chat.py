@@ -27,7 +27,7 @@ Document = str | Conversation
 
 
 def read_row(row: dict[str, Any]) -> Document | None:
-    """What a row says, by the first of SHAPES that says something; None where all are null, "" where one is blank.
+    """Return what a row says, by the first of SHAPES that fits; None where all are null, "" where one is blank.
 
     Raises ValueError that says what is wrong with it.
     """
@@ -52,7 +52,7 @@ def _conversation(name: str) -> Callable[[dict[str, Any]], Conversation | None]:
 
 
 def _chosen(row: dict[str, Any]) -> Document | None:
-    """Of two answers the preferred one; data sets put the prompt into it, or beside it, or into one text."""
+    """Return the preferred one of two answers; data sets put the prompt into it, or beside it, or into one text."""
     if isinstance(row["chosen"], str) and row.get("prompt") is None:
         return row["chosen"]
     return _prompt_and("chosen")(row)
@@ -91,7 +91,7 @@ FIELDS = (*SHAPES, "completion", "response", "input", "output", "system", "tools
 
 
 def _talk(row: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation | None:
-    """The conversation of a row with its own system prompt and tools; None where nobody says anything."""
+    """Return the conversation of a row with its own system prompt and tools; None where nobody says anything."""
     if not any(message["content"] or message.get("tool_calls") for message in messages):
         return None
     system = _string(row, "system")
@@ -101,7 +101,7 @@ def _talk(row: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation |
 
 
 def _turn(row: dict[str, Any], name: str, role: str) -> list[dict[str, Any]]:
-    """A field that is one speaker's text, or messages."""
+    """Return the messages of a field that is one speaker's text, or messages already."""
     if isinstance(row.get(name), (list, tuple)):
         return _messages(row, name)
     content = _string(row, name)
@@ -159,5 +159,5 @@ def _from_json(text: str, name: str) -> Any:
 
 
 def is_blank(document: Document) -> bool:
-    """Whether there is nothing to read in a document."""
+    """Return whether there is nothing to read in a document."""
     return isinstance(document, str) and not document.strip()

@@ -48,7 +48,7 @@ def split_documents(text: str) -> list[str]:
 
 
 def join_articles(lines: Iterable[str]) -> Iterator[str]:
-    """wikitext comes line by line; an article starts at a line ` = Title = `."""
+    """Join lines of wikitext to articles; an article starts at a line ` = Title = `."""
     article: list[str] = []
     for line in lines:
         if article and _WIKITEXT_TITLE.match(line.rstrip("\n")):
@@ -66,7 +66,7 @@ HUB_DATASETS = {
 
 
 def load_hub(name: str) -> list[Document]:
-    """The documents of `HUB_DATASETS[name]`, train split; raises CalibrationError when out of reach."""
+    """Return the documents of `HUB_DATASETS[name]`, train split; raises CalibrationError when out of reach."""
     spec = HUB_DATASETS[name]
     try:
         from datasets import load_dataset
@@ -88,7 +88,7 @@ def load_hub(name: str) -> list[Document]:
 
 
 def load_file(path: Path, notes: list[str] | None = None) -> list[Document]:
-    """The documents of a .txt, .jsonl or .parquet file.
+    """Return the documents of a .txt, .jsonl or .parquet file.
 
     notes: gets a sentence where rows were skipped.
     Raises UsageError for another ending, CalibrationError for one that is missing, damaged or without text.
@@ -115,7 +115,7 @@ def load_file(path: Path, notes: list[str] | None = None) -> list[Document]:
 
 
 def sift(rows: Rows, what: str, notes: list[str] | None) -> list[Document]:
-    """The documents of a file without blank ones; raises CalibrationError where too many rows are null."""
+    """Return the documents of a file without blank ones; raises CalibrationError where too many rows are null."""
     count = len(rows.documents) + len(rows.null)
     if len(rows.null) > max(1, MOST_NULL * count):
         raise CalibrationError(
@@ -179,7 +179,7 @@ def _collect(places: Iterable[tuple[str, Document | None]]) -> Rows:
 
 
 def _parquet_rows(stream: BinaryIO, path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """The names of all columns, and the rows, of which only columns are read that say something."""
+    """Return the names of all columns, and the rows with those columns that quantc understands."""
     try:
         import pyarrow
         import pyarrow.parquet

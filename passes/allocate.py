@@ -48,9 +48,9 @@ class AllocateConfig:
     where only these may be used. target: a runtime that has to load the result, such as vllm.
 
     estimator: of losses, see quantc/sensitivity. search: generations that refine the plan by what it measures, see
-    quantc/search.
+    quantc/planning/search.py.
 
-    sparsity: auto, where there is a budget: candidates that drop weights take part too; null leaves every linear dense.
+    sparsity: auto, with a budget: candidates that drop weights take part too; null leaves every linear dense.
 
     head_bits: of the token embedding and the head. keep leaves them as they are; auto, where there is a size, chooses
     their widths too; null is 8 bits, or keep where target or formats are given or blocks have 6 bits or more
@@ -107,7 +107,7 @@ class AllocateConfig:
 
     @property
     def has_budget(self) -> bool:
-        """Whether widths are shared out within an average or a size."""
+        """Whether widths are chosen within an average or a size."""
         return self.avg_bits is not None or self.size is not None
 
 
@@ -135,21 +135,21 @@ class Allocate(Pass):
         return self
 
     def plan(self, run: Run) -> None:
-        if run.plan.specs:  # a plan that was handed in stands
+        if run.plan.specs:  # a given plan stays as it is
             return
         for name, linear in run.graph.linears.items():
             run.plan.specs[name] = self._spec(self.config.bits, linear.shape)
         self._check_head()
         self._plan_head(run)
         if self.config.has_budget:
-            self._share(run, self._budget(run, self._without_losses))  # a budget that is too small is refused now
+            self._share(run, self._budget(run, self._without_losses))  # a budget that is too small is refused here
         else:
             self._refuse_without_budget()
             self._pin(run)
             self._note_groups(run)
 
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
-        """Share out the budget among the linears."""
+        """Choose the mixed precision of least predicted loss within the budget."""
         if run.plan.given:
             return
         budget = self.budget(run, tokens, folder)
@@ -163,11 +163,11 @@ class Allocate(Pass):
             run.plan.specs[name] = spec
             run.plan.remark(name, f"predicted to add {shared.losses[name]:.2g} to the KL divergence")
         run.report.notes.append(
-            f"{budget.average(shared):.3f} bits a weight shared out; predicted KL divergence {shared.loss:.3g}"
+            f"{budget.average(shared):.3f} bits a weight in mixed precision; predicted KL divergence {shared.loss:.3g}"
         )
 
     def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
-        """What every linear could be stored as, with losses measured now or in an earlier run."""
+        """Return what every linear could be stored as, with losses measured now or in an earlier run."""
 
         def losses(specs: dict[str, list[QuantSpec]]) -> Losses:
             estimator: Estimator = self.config.estimator
@@ -390,9 +390,9 @@ class Allocate(Pass):
 
 
 def _within_size(run: Run, budget: Budget, limit: int) -> Shared:
-    """The plan of least loss whose weight files take at most `limit` bytes; raises Infeasible where none does.
+    """Return the plan of least loss whose weight files take at most `limit` bytes; raises Infeasible where none does.
 
-    A uniform plan whose files take at most as many never loses less.
+    No uniform plan within that limit loses less.
     """
 
     def taken(shared: Shared) -> int:
@@ -407,5 +407,5 @@ def _within_size(run: Run, budget: Budget, limit: int) -> Shared:
 
 
 def _kept_bits(run: Run, name: str, weights: int) -> int:
-    """Of a tensor that stays as it is."""
+    """Return the stored bits of a tensor that stays as it is."""
     return 8 * run.source.stored_dtype(name).itemsize * weights

@@ -1,8 +1,8 @@
 """distill: trains the scales of the whole quantized model on the original's predictions, after all blocks are rounded.
 
-`tune` makes every block put out what its float twin would; here all blocks are trained at once for what counts in the
-end, the divergence of the predicted distributions. Codes and zero points stay. What is kept is the best state on
-calibration batches that were not trained on, which may be the one it started from.
+`tune` trains every block to reproduce its float twin; here all blocks are trained at once for what counts in the end,
+the divergence of the predicted distributions. Codes and zero points stay. What is kept is the best state on calibration
+batches that were not trained on, which may be the one it started from.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Distill(Pass):
         return True
 
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
-        """Keep what the original's last block puts out."""
+        """Keep the outputs of the original's last block."""
         run.progress.stage("Original predictions", len(run.graph.blocks))
         for block in run.graph.blocks:
             with run.loaded(block):
@@ -70,4 +70,4 @@ class Distill(Pass):
         with TemporaryDirectory(prefix="distill-", dir=work.writer.folder) as folder:
             found = Distillation(work, self._tokens, self._teacher, Path(folder), RATE).train(self.config.steps)
         self._teacher = HiddenStates((0,))  # memory of all hidden states is free again
-        report.notes.append(f"distill: KL divergence on text kept aside {found.after:.4f}, {found.before:.4f} before")
+        report.notes.append(f"distill: KL divergence on held-out text {found.after:.4f}, {found.before:.4f} before")

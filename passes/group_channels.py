@@ -1,8 +1,8 @@
 """group_channels: chooses for every linear whether its groups run along the inputs (per_oc) or the outputs (per_ic).
 
 In a per_oc group, inputs of one output channel share a scale: a channel with large weights takes the steps away from
-its neighbours, and a channel with small weights under large activations drowns in theirs. A per_ic group lies inside
-one input channel, which then has scales of its own, but output channels share them. Which of the two loses less is
+its neighbours, and a channel with small weights under large activations is lost in theirs. A per_ic group is inside one
+input channel, which then has scales of its own, but output channels share them. Which of the two loses less is
 measured: both are rounded as the plan says (bits, rotation) and as the recipe will, on a sample of the groups along N.
 
 Compared is the share of its energy that an output channel loses, averaged over channels, and not tr(D G D^T) with
@@ -30,8 +30,8 @@ from ..pipeline.work import BlockWork
 from ..spec import Grouping, QuantSpec
 
 SAMPLED_ROWS = 256  # output channels, at least, on which both are tried: whole groups of them
-# Share of the error that per_ic must save. Fewer kernels run it (torch's int4 operator does not), so that a draw goes
-# to per_oc.
+# Share of the error that per_ic must save. Fewer kernels run it (torch's int4 operator does not), so that a tie goes to
+# per_oc.
 LEAST_GAIN = 0.02
 GROUP_STEP = 8  # group sizes stay friendly to SIMD
 
@@ -47,7 +47,7 @@ class GroupChannelsConfig:
 class GroupChannels(Pass):
     """Sets the grouping of every planned linear; the plan says what was measured.
 
-    A plan that was handed in is left as it is, and so is one that shares out a budget: groupings took part in that.
+    A given plan is left as it is, and so is one chosen within a budget: that chose groupings too.
     """
 
     name = "group_channels"
@@ -64,7 +64,7 @@ class GroupChannels(Pass):
 
     def plan(self, run: Run) -> None:
         if run.plan.given:
-            run.report.notes.append("group_channels left the plan that was handed in as it is")
+            run.report.notes.append("group_channels left the given plan as it is")
 
     def build(self, work: BlockWork) -> None:
         plan = work.run.plan
@@ -118,7 +118,7 @@ class Choice:
             self._lost[grouping] += float(torch.where(energies > 0, shares, 0.0).sum())
 
     def decide(self, error: str) -> tuple[QuantSpec, str]:
-        """The spec that loses less, and why; `error` says what was measured."""
+        """Return the spec that loses less, and why; `error` says what was measured."""
         if self.other is None:
             if self.planned.sparse:
                 return self.planned, "per_oc: weights are dropped along the inputs"
@@ -131,7 +131,7 @@ class Choice:
 
 
 def turn_groups(spec: QuantSpec, shape: tuple[int, int]) -> QuantSpec | None:
-    """The spec with groups along the other dimension of a weight (N, K), at no more bits; None if there is none.
+    """Return the spec with groups along the other dimension of a weight (N, K), at no more bits, or None.
 
     Groups keep their length where they can. Where the other dimension is no multiple of it, so that more groups would
     be needed, they are longer, by as little as saves the difference. Weights are dropped along K.

@@ -1,8 +1,8 @@
 """importance: calibration rows count by what an error at their token costs.
 
 A Gram matrix counts a unit of output error alike at every token. What it costs in KL divergence is, to second order,
-the error times the Fisher information of the output: see quantc/backward.py. It is summed over the outputs of the
-linears that read a row. A weight is the square root of that: one draw is noisy.
+the error times the Fisher information of the output: see quantc/sensitivity/backward.py. It is summed over the outputs
+of the linears that read a row. A weight is the square root of that: one draw is noisy.
 
 Sources: RSQ (Sung et al. 2025, arXiv:2503.01820) weighs tokens by attention; GuidedQuant (Kim et al. 2025,
 arXiv:2505.07004) uses gradients.
@@ -78,6 +78,6 @@ class _Squares(Reader):
 
 
 def _tempered(squares: torch.Tensor) -> torch.Tensor:
-    """Weights of mean 1 from squared gradients (samples, T), not all of them zero."""
+    """Return weights of mean 1 from squared gradients (samples, T), not all of them zero."""
     weights = (squares / squares.mean()).clamp(max=LARGEST_WEIGHT).pow(TEMPER)
     return weights / weights.mean()

@@ -72,7 +72,7 @@ class Quantize(Pass):
 
     def __init__(self, config: QuantizeConfig):
         super().__init__(config)
-        self._far: set[str] = set()  # linears of the block in work
+        self._far: set[str] = set()  # linears of the current block
 
     @property
     def calibrated(self) -> bool:
@@ -187,7 +187,8 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """tr(D G D^T) / tr(W G W^T) with D = W' - W, over all experts; W is corrected where that was asked for."""
+        """Return tr(D G D^T) / tr(W G W^T) with D = W' - W, over all experts; W is corrected where that was asked
+        for."""
         return self._lost / self._energy if self._energy > 0 else 0.0
 
     def qtensor(self) -> QTensor:
@@ -224,7 +225,7 @@ def _bases(
 
 
 def _far_from_zero(work: BlockWork) -> set[str]:
-    """Names of the block's linears whose weights are all far from 0. Where the plan is free they get a rank of 1."""
+    """Return the block's linears whose weights are all far from 0, by name; a free plan gives them a rank of 1."""
     run, plan, found = work.run, work.run.plan, set()
     free = run.target is None and not plan.given
     for linear in work.block.quantized:

@@ -98,7 +98,7 @@ class Rotate(Pass):
             run.report.notes.append("rotate was left out: a rotated model loses by rounding to nearest")
         elif run.plan.given:
             self._measures = False
-            run.report.notes.append("rotate put no online rotation into the plan that was handed in")
+            run.report.notes.append("rotate put no online rotation into the given plan")
         else:
             for name, linear in run.graph.linears.items():
                 spec, block = run.plan.specs[name], block_order(linear.shape[1])
@@ -106,7 +106,7 @@ class Rotate(Pass):
                     run.plan.specs[name] = replace(spec, hadamard=block)
 
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
-        """Prove the residual fold on every block, before any is changed: one that cannot turn keeps all from it."""
+        """Prove the residual fold on every block, before any is changed: if one cannot be rotated, none is."""
         run.progress.stage("Proving rotations", len(run.graph.blocks))
         try:
             turns = self._prove(run, calibration)
@@ -126,7 +126,7 @@ class Rotate(Pass):
         turns: dict[str, BlockTurn] = {}
         writers: dict[Any, dict[str, int]] = {}
         config = run.source.model.config
-        if config.get_text_config() is not config:  # features of images may be added behind any block, unrotated
+        if config.get_text_config() is not config:  # image features may be added after any block, unrotated
             raise Refusal("the model has other parts than text, which may add to the hidden states between blocks")
         if run.graph.blocks[0].returns.carry is not None:
             raise Refusal("blocks hand on more than one hidden state of plain rows")
@@ -201,7 +201,7 @@ class Rotate(Pass):
 
 
 def error_ratio(work: BlockWork, item: Activation, readers: list[Linear], grams: list[Gram]) -> float | None:
-    """Output error of an activation's readers with their rotation to that without; None without enough rows.
+    """Return the output error of an activation's readers with rotation over that without; None without enough rows.
 
     Raises ArithmeticError where the statistics are not finite.
     """

@@ -62,7 +62,7 @@ class Scale(Pass):
         return best_scales(work, item, readers, gram)
 
     def _scale(self, work: BlockWork, item: Activation, readers: list[Linear], gram: Gram) -> str:
-        """Why the activation cannot be scaled, or "" when it is, or is best left alone."""
+        """Scale an activation; return why it cannot be, or "" when it was or is best left alone."""
         try:
             scales = self.search(work, item, readers, gram)
         except Refusal as refusal:
@@ -74,7 +74,7 @@ class Scale(Pass):
 
 
 def best_scales(work: BlockWork, item: Activation, readers: list[Linear], gram: Gram) -> torch.Tensor | None:
-    """Scales (K,) of least error, or None where not scaling is as good.
+    """Return scales (K,) of least error, or None where not scaling is as good.
 
     Only what can be folded exactly is tried: powers of two where a bias is divided, one scale for all query heads of
     a value channel. Raises Refusal where nothing can.
@@ -96,7 +96,7 @@ def best_scales(work: BlockWork, item: Activation, readers: list[Linear], gram: 
 
 
 def _error(work: BlockWork, readers: list[Linear], gram: torch.Tensor, rows: int, scales: torch.Tensor) -> float:
-    """Output error of the readers, rounded with these scales on a sample of their output channels."""
+    """Return the output error of the readers, rounded with these scales on a sample of their output channels."""
     inverse = (1 / scales).to(gram)
     divided = gram * inverse[:, None] * inverse
     specs = {linear: spec for linear in readers if (spec := work.run.plan.specs[linear.name])}

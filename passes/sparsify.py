@@ -45,7 +45,7 @@ class SparsifyConfig:
         self.sparse(QuantSpec())
 
     def sparse(self, spec: QuantSpec) -> QuantSpec:
-        """The spec with what it drops; raises UsageError where it cannot."""
+        """Return the spec with what it drops; raises UsageError where it cannot."""
         if self.sparsity == TWO_OF_FOUR:
             return replace(spec, group_size=self.group_size or spec.group_size, two_of_four=True)
         return replace(spec, group_size=self.group_size or DEFAULT_GROUP, sparsity=self.sparsity)
@@ -53,7 +53,7 @@ class SparsifyConfig:
 
 @register
 class Sparsify(Pass):
-    """Gives every planned linear a sparsity; a plan that was handed in stays."""
+    """Gives every planned linear a sparsity; a given plan stays as it is."""
 
     name = "sparsify"
     Config = SparsifyConfig
@@ -62,7 +62,7 @@ class Sparsify(Pass):
 
     def plan(self, run: Run) -> None:
         if run.plan.given:
-            run.report.notes.append("sparsify left the plan that was handed in as it is")
+            run.report.notes.append("sparsify left the given plan as it is")
             return
         run.report.notes.append(RECOMMENDED)
         for name in run.graph.linears:

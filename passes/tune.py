@@ -1,4 +1,4 @@
-"""tune: refines the rounded weights of a block so that it puts out what the float block does.
+"""tune: refines the rounded weights of a block so that its output is nearer to the float block's.
 
 Error feedback looks at one linear at a time. Here a block's weights are trained together, on what the quantized model
 delivers to it: every code may go to a neighbour, every scale may change. The stored format stays the same. What is
@@ -36,9 +36,9 @@ from ..units import duration
 
 # Of Adam's first step, falling to 0: in codes, and as a share of a scale. benchmarks/notebook/training.md has others.
 OFFSET_RATE, SCALE_RATE = 0.002, 0.004
-# Rates are halved where a block gets no better, so often for one block; the blocks behind it start there. SmolLM2-135M
-# wants a half to a quarter, stories15M all of it. Looks at the error under way cannot tell: it is higher than at first
-# until rates have fallen.
+# How often rates are halved for one block that gets no better; the blocks after it start there. SmolLM2-135M wants a
+# half to a quarter, stories15M all of it. The error under way does not tell: it is above the first one until rates have
+# fallen.
 RETRIES = 1
 
 
@@ -48,9 +48,9 @@ class TuneConfig:
 
     budget: wall seconds for all blocks together; a block then gets fewer steps where its share holds fewer. The result
     depends on the machine then, and on what else it does.
-    window: blocks whose output is to be reproduced, the rounded one and those behind it, which are not rounded yet. 2
-    weighs errors by what the next block makes of them: 6 % less KL divergence on stories15M than 1, at 1.35 times the
-    cost; 3 gains nothing more.
+    window: blocks to reproduce the output of, the rounded one and those after it, which are not rounded yet. 2 weighs
+    errors by their effect after the next block: 6 % less KL divergence on stories15M than 1, at 1.35 times the cost; 3
+    gains nothing more.
     codes, scales: whether these are trained.
     """
 
@@ -126,7 +126,7 @@ class Tune(Pass):
 
     @contextmanager
     def _behind(self, work: BlockWork, dtype: torch.dtype) -> Iterator[list[tuple[Block, nn.Module]]]:
-        """The blocks of the window behind the one in work, loaded, their linears in a dtype.
+        """Load the blocks of the window after the current one, their linears in a dtype.
 
         There are none where the stream between blocks is rotated.
         """
@@ -163,13 +163,13 @@ class Tune(Pass):
         return train(target, trainable, steps, keep, torch.Generator().manual_seed(work.block.index))
 
     def _steps(self, run: Run, target: Reconstruction, trainable: Trainable) -> int:
-        """Of the block in work; before the first one says how long all will take."""
+        """Return the steps of the current block; before the first one, note how long all will take."""
         if self._found and self.config.budget is None:
             return self._pace.steps(lambda _: 0.0)
         cost = cost_of(target, trainable)
         steps = self._pace.steps(cost)
         if not self._found:
-            run.progress.note(f"tune: {steps} steps a block, about {duration(self._pace.estimate(cost))} in all")
+            run.progress.note(f"tune: {steps} steps a block, about {duration(self._pace.estimate(cost))} total")
         return steps
 
     def _trainable(
@@ -206,13 +206,13 @@ class Tune(Pass):
         middle = f", squared errors {ratios[len(ratios) // 2]:.2f} times as large (median)" if ratios else ""
         seconds, steps = sorted(self._pace.seconds), sorted(self._pace.taken)
         return [
-            f"tune: {better} of {len(self._found)} blocks are nearer to the original on text kept aside{middle}",
+            f"tune: {better} of {len(self._found)} blocks are nearer to the original on held-out text{middle}",
             f"tune: {steps[len(steps) // 2]} steps and {duration(seconds[len(seconds) // 2])} a block (median)",
         ]
 
 
 def _turned(weight: torch.Tensor, tensor: QTensor) -> torch.Tensor:
-    """float32 (..., N, K), rotated as the spec says, less the low-rank addition: what codes are to stand for."""
+    """Return float32 (..., N, K), rotated as the spec says, less the low-rank addition: the target of codes."""
     block = tensor.spec.hadamard
     turned = rotate(weight.double(), block).float() if block else weight.float()
     if tensor.low_rank_a is None or tensor.low_rank_b is None:

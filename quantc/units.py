@@ -12,7 +12,7 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")  # torch's names of what a mod
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units with three digits, such as 97.3 MB; n/a TB when not finite."""
+    """Return bytes in decimal units with three digits, such as 97.3 MB; n/a TB when not finite."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5:
@@ -35,7 +35,7 @@ SIZE_UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes from text such as 300MiB, 1.5 GB or 123456; raises UsageError for anything else."""
+    """Return bytes from text such as 300MiB, 1.5 GB or 123456; raises UsageError for anything else."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if found is None or found[2] not in SIZE_UNITS:
         raise UsageError(f"{text!r} is no size; 300MiB, 1.5GB and 300000000 are examples.")
@@ -46,7 +46,7 @@ def parse_size(text: str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 4.2 s, 3 min 05 s or 2 h 07 min; n/a when not finite."""
+    """Return seconds as 4.2 s, 3 min 05 s or 2 h 07 min; n/a when not finite."""
     if not isfinite(seconds):
         return "n/a"
     if seconds < 59.95:
@@ -61,7 +61,7 @@ DURATION_UNITS = {"s": 1, "": 1, "min": 60, "m": 60, "h": 3600}
 
 
 def parse_duration(text: str) -> float:
-    """Seconds from text such as 90s, 10min or 1.5h; raises UsageError for anything else."""
+    """Return seconds from text such as 90s, 10min or 1.5h; raises UsageError for anything else."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in DURATION_UNITS:
         raise UsageError(f"{text!r} is no time; 90s, 10min and 1.5h are examples.")
@@ -72,14 +72,14 @@ def parse_duration(text: str) -> float:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a running clock, such as 3:05 or 2:07:00."""
+    """Return seconds as a running clock, such as 3:05 or 2:07:00."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure with so many significant digits, without an exponent where possible; n/a when not finite."""
+    """Return a figure with `digits` significant digits, without an exponent where possible; n/a when not finite."""
     if value is None or not isfinite(value):
         return "n/a"
     if value != 0 and not 1e-5 <= abs(value) < 1e6:
@@ -89,24 +89,24 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ratio(part: float, whole: float) -> str:
-    """part / whole with three digits; n/a where the whole is unknown."""
+    """Return part / whole with three digits; n/a where the whole is unknown."""
     return number(part / whole) if whole else "n/a"
 
 
 def plural(count: int, noun: str) -> str:
-    """A count with its noun, such as 1 linear or 3 linears."""
+    """Return a count with its noun, such as 1 linear or 3 linears."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def rewritten(rewrites: dict[str, dict[str, int]]) -> list[str]:
-    """A line for each pass: how many activations of which kind, or how many tensors, it has rewritten."""
+    """Return a line for each pass: how many activations of which kind, or how many tensors, it has rewritten."""
     return [
         f"{by}: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) for by, kinds in rewrites.items()
     ]
 
 
 def to_printable(value: Any) -> Any:
-    """Nested mappings and sequences with every text in them such that a terminal can show it."""
+    """Return nested mappings and sequences with every text in them safe to show on a terminal."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, dict):

@@ -58,7 +58,7 @@ class Groups:
         return 1 if self.per_oc else self.length(shape)
 
     def size_label(self) -> str:
-        """Return the size as labels have it: g64, or grow."""
+        """Return the size as it appears in labels: g64, or grow."""
         return "grow" if self.size == WHOLE_ROW else f"g{self.size}"
 
     def label(self) -> str:

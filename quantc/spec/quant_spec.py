@@ -41,7 +41,7 @@ class QuantSpec:
         but an index of one bit for each group is stored of those that are dropped.
     two_of_four: of every four consecutive inputs of an output channel two are dropped (2:4); per_oc only. The places of
         the others, two bits each, are stored too.
-    code: name of the grid (spec/grids/), what values a code stands for.
+    code: name of the grid (spec/grids/), which says what values codes have.
 
     Raises UsageError when a field is out of range, or where parts do not go together.
     """
@@ -64,7 +64,7 @@ class QuantSpec:
 
     @cached_property
     def grid(self) -> Grid:
-        """What values a code stands for."""
+        """The grid: what values codes have."""
         return grid_of(self)
 
     @cached_property
@@ -151,12 +151,12 @@ class QuantSpec:
         return {key: value for key, value in kept if key not in NEWER_FIELDS or value != defaults[key]}
 
     def difference(self, other: QuantSpec) -> dict[str, Any]:
-        """Return the fields that another spec has otherwise."""
+        """Return the fields in which another spec differs."""
         return {key: value for key, value in asdict(self).items() if value != getattr(other, key)}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> QuantSpec:
-        """Inverse of to_dict; raises UsageError for a key this version does not know."""
+        """Undo to_dict; raises UsageError for a key this version does not know."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(mapping) - known, key=str)
         if unknown:

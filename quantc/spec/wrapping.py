@@ -1,4 +1,4 @@
-"""Wrapping: what stands around the product with the stored weight, a rotation of its input and a low-rank addition."""
+"""Wrapping: what is done around the product with the stored weight, a rotation of its input and a low-rank addition."""
 
 from __future__ import annotations
 

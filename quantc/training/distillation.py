@@ -1,8 +1,8 @@
 """The scales of a finished model, trained so that it predicts what the original predicts.
 
-A step runs one batch through all blocks and back: blocks are read from the checkpoint in work one after the other, run
-forward, and run once more on the way back, where each one's factors take their step by Adam. In memory is one block;
-the batch's hidden states before the others, factors and Adam's state lie in files between their uses.
+A step runs one batch through all blocks and back: blocks are read from the unfinished checkpoint one after the other,
+run forward, and run once more on the way back, where each one's factors take their step by Adam. Memory holds one
+block; the batch's hidden states before the others, factors and Adam's state are in files between their uses.
 
 Source: the second stage of EfficientQAT (Chen et al. 2024, arXiv:2407.11062) trains scales end to end, there with the
 whole model in memory and on the text's own next tokens; here the target is the original's distribution.
@@ -34,7 +34,7 @@ CHUNK_VALUES = 2**22  # logits of one chunk of tokens: 16 MiB in float32, for ea
 
 
 class Distillation:
-    """One run of it. tokens: int64 (samples, T). teacher: what the original's last block puts out for them."""
+    """One run of it. tokens: int64 (samples, T). teacher: the outputs of the original's last block."""
 
     def __init__(self, work: FinishWork, tokens: torch.Tensor, teacher: HiddenStates, folder: Path, rate: float):
         self.work, self.tokens, self.teacher, self.rate = work, tokens, teacher, rate
@@ -46,7 +46,7 @@ class Distillation:
         self._chunk = max(1, CHUNK_VALUES // vocabulary)
 
     def train(self, steps: int) -> Trained:
-        """Take so many steps, and write the scales that were best on batches kept aside; those it had where none were.
+        """Take the steps, and write the scales that did best on held-out batches, if any did better than the first.
 
         Returns mean KL divergences, nats per token.
         """
@@ -72,7 +72,7 @@ class Distillation:
             if is_check_due(step, steps) and (found := self._error(aside)) < best:
                 best = found
                 shutil.copytree(self._factors, self._best, dirs_exist_ok=True)
-            self.work.run.progress.step(f"KL divergence {best:.4f} on text kept aside, {before:.4f} at first")
+            self.work.run.progress.step(f"KL divergence {best:.4f} on held-out text, {before:.4f} at first")
         return Trained(before, best)
 
     def _cast_outside(self) -> None:
@@ -106,7 +106,7 @@ class Distillation:
     def _backward(
         self, block: Block, batch: Batch, hidden: torch.Tensor, gradient: torch.Tensor, rate: float
     ) -> torch.Tensor:
-        """Step the block's factors; the gradient at its input."""
+        """Step the block's factors, and return the gradient at its input."""
         factors, adam = self._read(block)
         leaf = hidden.requires_grad_()
         with torch.enable_grad():
@@ -128,7 +128,7 @@ class Distillation:
         return block.returns.unwrap(output, call).float()
 
     def _weights(self, block: Block, factors: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """All of the block's tensors, by their names inside it."""
+        """Return all of the block's tensors, by their names inside it."""
         device = self.work.run.device
         weights = {name: tensor.to(device) for name, tensor in self.work.floats(block).items()}
         for linear, tensor in self.work.qtensors(block).items():
@@ -147,7 +147,8 @@ class Distillation:
         return total / len(batches)
 
     def _compare(self, batch: Batch, hidden: torch.Tensor, with_gradient: bool = False) -> tuple[float, torch.Tensor]:
-        """Mean KL divergence from the original's predictions, and its gradient at hidden (B, T, ...), or zeros."""
+        """Return the mean KL divergence from the original's predictions, and its gradient at hidden (B, T, ...), or
+        zeros."""
         total, gradient = 0.0, torch.zeros_like(hidden)
         count = hidden.shape[0] * hidden.shape[1]
         wanted = self.teacher.read(batch.start, batch.count).to(hidden.device)
@@ -165,7 +166,7 @@ class Distillation:
         return total, gradient
 
     def _predictions(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """float32: logarithms of probabilities."""
+        """Return the logarithms of probabilities, float32."""
         with self.work.calibration.products():
             return torch.log_softmax(output_logits(self.work.run, tokens, hidden).float(), -1)
 
@@ -175,7 +176,7 @@ class Distillation:
                 yield sample, slice(start, start + self._chunk)
 
     def _read(self, block: Block) -> tuple[dict[str, nn.Parameter], torch.optim.Adam | None]:
-        """The block's factors by the names of linears, all 0 at first; no Adam where no scales can be trained."""
+        """Return the block's factors by linear, all 0 at first, and its Adam, None where no scales can be trained."""
         device, stored = self.work.run.device, None
         if self._file(block).exists():
             stored = torch.load(self._file(block), map_location=device, weights_only=True)

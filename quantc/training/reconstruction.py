@@ -1,7 +1,7 @@
-"""Blocks trained to reproduce themselves: parameters of a rounded block against what the float block puts out.
+"""Blocks trained to reproduce themselves: parameters of a rounded block against the float block's outputs.
 
 Both run on the hidden states that the quantized blocks before them deliver. A step is a batch of the calibration set;
-some batches are kept aside and decide which state of the parameters is the best one, the first included.
+held-out batches decide which state of the parameters is the best one, the first included.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..graph.model_graph import Block
 from ..numerics.adam import LeanAdam
 from .step_budget import Cost
 
-HELD_OUT = 8  # of so many batches one is kept aside
-CHECKS = 5  # times that the batches kept aside are looked at after the first step, at most
-STEPS_BETWEEN_CHECKS = 10  # at least: 8 batches kept aside take as long as 3 steps
+HELD_OUT = 8  # one batch of this many is held out
+CHECKS = 5  # evaluations of the held-out batches after the first step, at most
+STEPS_BETWEEN_CHECKS = 10  # at least: 8 held-out batches take as long as 3 steps
 
-# Tokens of a step, where samples are not longer. stories15M, 3 bits, KL on two texts and CPU seconds: 100 steps of 512
+# Tokens of a step, unless samples are longer. stories15M, 3 bits, KL on two texts and CPU seconds: 100 steps of 512
 # 0.162 and 0.196 in 47, 50 of 2048 0.167 and 0.198 in 61, 50 of 1024 0.173 and 0.205 in 41, 50 of 512 0.177 and 0.211.
 STEP_TOKENS = 512
 
@@ -33,7 +33,7 @@ Weights = Mapping[str, torch.Tensor]  # by their names inside the block
 
 
 class Reconstruction:
-    """A block's calibration batches, and what the float block makes of them."""
+    """A block's calibration batches, and the float block's outputs for them."""
 
     def __init__(
         self,
@@ -44,25 +44,25 @@ class Reconstruction:
     ):
         """module: the block's, unrounded.
 
-        ahead: the blocks that follow, unrounded; then what the last of these puts out is to be reproduced.
+        ahead: the blocks that follow, unrounded; then the output of the last of these is the target.
         """
         self._calibration, self._block, self._module, self._ahead = calibration, block, module, ahead
         self._batches = [(part, calibration.call(block, part)) for part in calibration.parts(STEP_TOKENS)]
         self._targets, self._known = calibration.empty_states(), set[int]()
 
     def split(self) -> tuple[list[int], list[int]]:
-        """The batches to train on, and those kept aside; a single batch is both."""
+        """Return the batches to train on, and the held-out ones; a single batch is both."""
         numbers = range(len(self._batches))
         aside = [at for at in numbers if at % HELD_OUT == 0]
         return [at for at in numbers if at not in aside] or aside, aside
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which matrix products run: weights in it are not copied."""
+        """The dtype in which matrix products run: weights in it are not copied."""
         return self._calibration.product_dtype
 
     def loss(self, at: int, weights: Weights) -> torch.Tensor:
-        """Mean squared error of the output on a batch, with these weights in place."""
+        """Return the mean squared error of the output on a batch, with these weights in place."""
         batch, call = self._batches[at]
         with self._calibration.products():
             found = self._output(weights, batch, call).float()
@@ -70,7 +70,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def _target(self, at: int) -> torch.Tensor:
-        """What the float block makes of a batch: found when it is first wanted, as few steps need few batches."""
+        """Return the float block's output for a batch, computed when first needed, as few steps need few batches."""
         batch, call = self._batches[at]
         if at not in self._known:
             self._known.add(at)
@@ -98,7 +98,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is trained: parameters, and what they make of the block's weights.
+    """What is trained: parameters, and the block's weights as a function of them.
 
     settle: called after every step, moves parameters back to where they may be.
     """
@@ -110,20 +110,20 @@ class Trainable:
 
 @dataclass(frozen=True)
 class Trained:
-    """Mean squared errors on the batches kept aside, before and of the best state."""
+    """Mean squared errors on the held-out batches, before training and of the best state."""
 
     before: float
     after: float
 
 
 def is_check_due(step: int, steps: int) -> bool:
-    """Whether the batches kept aside are looked at after this one of `steps` steps; after the last one they are."""
+    """Return whether to evaluate the held-out batches after this one of `steps` steps; after the last one, always."""
     checks = _checks(steps)
     return step * checks // steps > (step - 1) * checks // steps
 
 
 def _checks(steps: int) -> int:
-    """How often the batches kept aside are looked at after the first step."""
+    """Return how often the held-out batches are evaluated after the first step."""
     return max(1, min(CHECKS, steps // STEPS_BETWEEN_CHECKS))
 
 
@@ -155,9 +155,9 @@ def train(
 
 
 def cost_of(target: Reconstruction, trainable: Trainable) -> Cost:
-    """Wall seconds that `train` needs for so many steps, from one that is not taken.
+    """Return a function of steps: the wall seconds that `train` needs for them, from timing one that is not taken.
 
-    A forward pass is a third of a step. What the float block puts out is part of a step: it is found batch by batch.
+    A forward pass is a third of a step. The float block's output is part of a step: it is computed batch by batch.
     """
     own, aside = target.split()
     started = perf_counter()
@@ -185,12 +185,12 @@ class _StepsInBackward:
         ]
 
     def set_rates(self, share: float) -> None:
-        """Of the next steps, as a share of the first ones."""
+        """Set the rates of the next steps, as a share of the first ones."""
         for optimizer, rate in self._optimizers:
             optimizer.rate = rate * share
 
     def end(self) -> None:
-        """Parameters and optimizers let go of each other: a cycle would keep them in memory beside the next block's."""
+        """Unlink parameters and optimizers: a cycle would keep them in memory beside the next block's."""
         for hook in self._hooks:
             hook.remove()
 

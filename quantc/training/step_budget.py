@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
-Cost = Callable[[int], float]  # wall seconds that a block still needs for so many steps
+Cost = Callable[[int], float]  # steps -> wall seconds that a block still needs for them
 
 
 class Pace:
@@ -23,22 +23,22 @@ class Pace:
         self._started = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON has it."""
+        """Return what `restore` needs, as a JSON value."""
         return {"left": self._left, "blocks": self._blocks, "seconds": self.seconds, "taken": self.taken}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on behind the blocks that had been worked on when `state` was asked for."""
+        """Continue after the blocks that were done when `state` was called."""
         self._left, self._blocks = state["left"], state["blocks"]
         self.seconds, self.taken = list(state["seconds"]), list(state["taken"])
 
     def begin(self) -> None:
-        """Work on a block begins."""
+        """Start the clock of a block."""
         self._started = perf_counter()
 
     def steps(self, cost: Cost) -> int:
-        """How many steps the block in work takes.
+        """Return how many steps the current block takes.
 
-        One at least: a budget that is used up already ends the run soonest that way.
+        At least one: that ends the run soonest when the budget is used up already.
         """
         steps = self.most
         if self._left is not None:
@@ -48,11 +48,11 @@ class Pace:
         return steps
 
     def estimate(self, cost: Cost) -> float:
-        """Seconds that all blocks will take, where all are as the first one; to be asked before its steps."""
+        """Return the seconds that all blocks will take if all are like the first one; call it before its steps."""
         return (perf_counter() - self._started + cost(self.taken[0])) * self._blocks
 
     def end(self) -> None:
-        """The block in work is done."""
+        """Stop the clock of the current block, which is done."""
         self.seconds.append(perf_counter() - self._started)
         if self._left is not None:
             self._left = max(0.0, self._left - self.seconds[-1])

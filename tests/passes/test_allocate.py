@@ -1,4 +1,4 @@
-"""Averages of bits: kept to the bit, shared out by loss, refused where impossible."""
+"""Averages of bits: kept to the bit, mixed precision by loss, refused where impossible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""distill: scales trained on the original's predictions, kept only where text kept aside gains."""
+"""distill: scales trained on the original's predictions, kept only where held-out text gains."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_other_text_gains_too(steps: int, settings: dict[str, Any], tmp_path: Pa
     after, trained = quantized(tmp_path, "allocate", "quantize", f"distill: {{steps: {steps}}}", **settings)
     assert trained < 0.95 * plain
     assert after.weights_bytes == before.weights_bytes
-    assert after.notes[-1].startswith("distill: KL divergence on text kept aside 0.")
+    assert after.notes[-1].startswith("distill: KL divergence on held-out text 0.")
     verify(tmp_path / "out")
     assert not list((tmp_path / "out").glob("*actors*"))
 
@@ -89,7 +89,7 @@ def test_other_kinds_of_models_and_every_pass_before_it(family: str, tmp_path: P
     save_with_tokenizer(build(family), tmp_path / "model")
     passes = ("allocate", "scale", "rotate", "quantize", "tune: {steps: 2}", "distill: {steps: 4}")
     report = quantize_saved(tmp_path, recipe=recipe(tmp_path, *passes), bits=3, group_size=16)
-    assert report.notes[-1].startswith("distill: KL divergence on text kept aside")
+    assert report.notes[-1].startswith("distill: KL divergence on held-out text")
     after, before = (float(word.rstrip(",")) for word in report.notes[-1].split() if word[0].isdecimal())
     assert after <= before
     model = quantc.load(tmp_path / "packed", dtype=torch.float32)

@@ -279,7 +279,7 @@ def test_the_plan_it_wrote_makes_the_same_checkpoint(
     one, two = (CheckpointReader(tmp_path / name).manifest["tensors"] for name in ("one", "two"))
     assert one == two
     assert plan.read_text() == (tmp_path / "two/plan.yaml").read_text()
-    assert ("group_channels left the plan that was handed in as it is" in report.notes) == bool(again)
+    assert ("group_channels left the given plan as it is" in report.notes) == bool(again)
 
 
 def test_a_remark_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_plan_that_was_handed_in_stays() -> None:
     step.plan(run)
     assert not step.calibrated
     assert run.plan.specs == before
-    assert run.report.notes == ["rotate put no online rotation into the plan that was handed in"]
+    assert run.report.notes == ["rotate put no online rotation into the given plan"]
 
 
 @pytest.mark.parametrize("placement", ["online", "folded"])

@@ -1,4 +1,4 @@
-"""Grids, one file each: what values a code can stand for. Importing this package registers them."""
+"""Grids, one file each: what values a code can have. Importing this package registers them."""
 
 from .base import GRIDS, Grid, Trained, grid_of, register
 from .ggml import Ggml

@@ -1,4 +1,4 @@
-"""What a grid is, without its arithmetic: what values a code can stand for, and what codes and scales cost.
+"""What a grid is, without its arithmetic: what values a code can have, and what codes and scales cost.
 
 The arithmetic is in numerics/grids/, under the same name: importing a spec imports no torch.
 """
@@ -23,9 +23,9 @@ class Grid(ABC):
     bits: code width.
 
     name: the `code` of a spec. most_bits: the largest width. trainable: what training may move, codes to a neighbour or
-    scales by a factor; then a weight is what its code stands for times the scale of its group. holds_zero: whether a
-    code stands for exactly 0 at any scale, without which no weight can be dropped. rows_together: output channels that
-    are coded together. since: first version of the file format that has the grid.
+    scales by a factor; then a weight is the value of its code times the scale of its group. holds_zero: whether some
+    code means exactly 0 at any scale, without which no weight can be dropped. rows_together: output channels that are
+    coded together. since: first version of the file format that has the grid.
     """
 
     bits: int

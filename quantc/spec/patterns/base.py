@@ -31,7 +31,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def check(self, grid: Grid, groups: Groups, others: Sequence[Pattern]) -> None:
-        """Raise UsageError where it does not go with a grid, groups, or other patterns that were asked for too."""
+        """Raise UsageError where it does not go with a grid, groups, or other patterns of the same spec."""
 
     @abstractmethod
     def stored_bits(self, grid: Grid, groups: Groups, shape: tuple[int, int]) -> int:

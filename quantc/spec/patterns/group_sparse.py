@@ -14,7 +14,7 @@ from ..groups import Groups
 from ..record import Record
 from .base import Pattern
 
-SPARSE_GROUPS = (8, 16, 32)  # what one index may stand for: shorter ones cost too much of it, longer ones quality
+SPARSE_GROUPS = (8, 16, 32)  # weights under one index bit: shorter groups cost too many of them, longer ones quality
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class GroupSparse(Pattern):
             )
 
     def stored_bits(self, grid: Grid, groups: Groups, shape: tuple[int, int]) -> int:
-        """A short last group takes as much as the others."""
+        """Return every bit that is stored; a short last group takes as much as the others."""
         rows, columns = groups.counts(shape)
         kept = self.kept_groups(groups, shape)
         codes = grid.code_bits(kept, groups.length(shape))
