@@ -12,7 +12,7 @@ LIBRARY.define("rotate(Tensor x, int block) -> Tensor")
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x (..., K) rotated in blocks of an order: see rotate in numerics/hadamard.py, whose errors it raises.
+    """Rotate x (..., K) in blocks of an order: see rotate in numerics/hadamard.py, whose errors it raises.
 
     The kernel passes no gradients on: where they are wanted torch rotates. torch.compile sees an operator, as it can
     look neither into the kernel's launch nor into the making of Hadamard matrices.

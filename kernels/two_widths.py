@@ -32,7 +32,7 @@ class TwoWidths:
 
     @property
     def name(self) -> str:
-        """That of both kernels, or the two of them."""
+        """The name of both kernels, or the two names."""
         return " + ".join(dict.fromkeys((self.narrow.name, self.wide.name)))
 
     def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:

@@ -27,7 +27,7 @@ def pack(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def image_shape(image: torch.Tensor) -> tuple[int, int]:
-    """(N, K) of the weight of an image; raises ValueError for what is none that this version packs."""
+    """Return (N, K) of an image's weight; raises ValueError for anything this version does not pack."""
     n, k = ctypes.c_int64(), ctypes.c_int64()
     if image.dtype != torch.uint8 or not image.is_contiguous() or not image.is_cpu:
         raise ValueError(f"an image is contiguous uint8 on the CPU, and this is {image.dtype} on {image.device}.")
@@ -39,7 +39,7 @@ def image_shape(image: torch.Tensor) -> tuple[int, int]:
 
 
 def in_strips(b: torch.Tensor) -> torch.Tensor:
-    """b (N, R) as the library reads it: (ceil(N / 16), R, 16), filled up with zeros."""
+    """Return b (N, R) as the library reads it: (ceil(N / 16), R, 16), filled up with zeros."""
     padded = F.pad(b, (0, 0, 0, -b.shape[0] % STRIP))
     return padded.unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
 
@@ -71,7 +71,8 @@ def _pack_kept(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.T
 
 
 def _room(size: int) -> torch.Tensor:
-    """In large pages where the system has some: one row then takes 0.95 of the time, where weights are many (Zen 5)."""
+    """Allocate bytes, in large pages where there are some: a row then takes 0.95 of the time for many weights (Zen
+    5)."""
     if size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         room = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
         return room[-room.data_ptr() % ALIGNMENT :][:size]

@@ -135,7 +135,7 @@ def loaded() -> Library:
 
 
 def levels() -> list[str]:
-    """Instruction sets that this processor and this build have, the best last."""
+    """Return the instruction sets that this processor and this build have, the best last."""
     names: str = loaded().levels().decode()
     return names.split()
 

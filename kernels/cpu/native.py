@@ -39,8 +39,8 @@ LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips
 # products of bfloat16. With half of the groups of 16 dropped, own bfloat16 products take 0.5 times as long as panels
 # at 32 rows, 0.8 and 1.5 times at 64 (K 1536 and 4096), 1.3 and 1.9 times at 128; float32 ones half up to 256 rows.
 PANEL_FROM = {torch.bfloat16: 64}
-# Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input lies in a page of its own,
-# and writing them takes 20 times as long.
+# Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input is in a page of its own, and
+# writing them takes 20 times as long.
 PANEL_ROWS = 128
 
 # Looked up once: a product of one row takes 16 us in its smallest shape here, and every name on the way 0.05.
@@ -95,7 +95,7 @@ class NativeWeight:
                 raise ValueError(f"a low-rank factor must be contiguous {shape} float16 on the CPU, and is {found}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has memory, and so addresses, of its own."""
+        """Rebuild copies from the parts: a copy has memory, and so addresses, of its own."""
         return NativeWeight, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
 
@@ -183,7 +183,7 @@ def _fake_native_matmul(x: torch.Tensor, *weight_and_bias: object) -> torch.Tens
 
 
 def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype.
+    """Return y (..., N) for x (..., K) in x's dtype; bias (N,) of any floating dtype.
 
     Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that is not in TYPES.
     """
@@ -214,12 +214,12 @@ def _is_for_panels(w: NativeWeight, rows: int, dtype: torch.dtype) -> bool:
 
 
 def _readable(bias: torch.Tensor) -> torch.Tensor:
-    """As the library reads it."""
+    """Return a bias as the library reads it."""
     return bias if bias.is_contiguous() and bias.dtype in TYPES else bias.contiguous().float()
 
 
 def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
-    """Rows [start, stop) of W into out (K, stop - start), in the order of `_panel`; both on its steps, or stop is N."""
+    """Unpack rows [start, stop) of W, on `_panel`'s steps or up to N, into out (K, stop - start), in its order."""
     assert (out.T if _has_kept_groups(w) else out).is_contiguous()
     lib, room = library.loaded(), (out.data_ptr(), out.numel(), TYPES[out.dtype])
     lib.unpack(w.image.data_ptr(), start, stop, *room, torch.get_num_threads())
@@ -230,7 +230,7 @@ def _has_kept_groups(w: NativeWeight) -> bool:
 
 
 def _panel(w: NativeWeight, room: torch.Tensor, rows: int) -> torch.Tensor:
-    """(K, rows) in the order that the library writes: by inputs, or by outputs where groups are dropped."""
+    """Return (K, rows) in the order that the library writes: by inputs, or by outputs where groups are dropped."""
     values = room[: w.k * rows]
     return values.view(rows, w.k).T if _has_kept_groups(w) else values.view(w.k, rows)
 
@@ -257,7 +257,7 @@ def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None,
 
 
 def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same product through the unpacked weight, so that gradients reach x (adapters train on packed weights)."""
+    """Multiply through the unpacked weight, so that gradients reach x (adapters train on packed weights)."""
     x = rotate(x, w.hadamard) if w.hadamard else x
     weight = _panel(w, x.new_empty(w.k * w.n), w.n)
     unpack(w, 0, w.n, weight)
@@ -268,7 +268,7 @@ def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None)
 
 
 def _low_rank(x: torch.Tensor, w: NativeWeight) -> torch.Tensor:
-    """b (a x) by torch, where it has multiplied with unpacked weights; x rotated."""
+    """Return b (a x) by torch, for products with unpacked weights; x rotated."""
     assert w.low_rank_a is not None
     assert w.low_rank_b is not None
     b = w.low_rank_b.transpose(1, 2).flatten(0, 1)[: w.n]

@@ -11,7 +11,7 @@ import torch
 from ...numerics.hadamard import base_order, hadamard_matrix, signs
 from . import library
 
-WORD = 16  # inputs whose signs lie in one word
+WORD = 16  # inputs whose signs share a word
 
 
 class Tables(ctypes.Structure):
@@ -48,7 +48,7 @@ def rotation(width: int, block: int) -> Rotation:
 
 
 def sign_words(width: int) -> np.ndarray:
-    """uint8 (2 ceil(width / 16),): bit i % 8 of byte i // 8 is set where input i changes its sign."""
+    """Return uint8 (2 ceil(width / 16),): bit i % 8 of byte i // 8 is set where input i changes its sign."""
     negative = np.zeros(-(-width // WORD) * WORD, dtype=bool)
     negative[:width] = signs(width).numpy() < 0
     return np.packbits(negative, bitorder="little")
@@ -56,7 +56,8 @@ def sign_words(width: int) -> np.ndarray:
 
 @functools.cache
 def quarters(base: int) -> np.ndarray:
-    """uint8 (base, base // 4): bit b of (i, g) is set where H_base[4 g + b, i] is -1; four inputs are one look-up."""
+    """Return uint8 (base, base // 4), bit b of (i, g) set where H_base[4 g + b, i] is -1; four inputs are one
+    look-up."""
     negative = (hadamard_matrix(base) < 0).numpy().T
     four = negative[:, : base // 4 * 4].reshape(base, -1, 4)
     return np.ascontiguousarray((four << np.arange(4)).sum(2), dtype=np.uint8)

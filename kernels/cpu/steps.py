@@ -62,7 +62,7 @@ def _fake_step(x: torch.Tensor, *rest: object) -> torch.Tensor:
 
 
 def _torch_library() -> ctypes.CDLL | None:
-    """torch's own, which is loaded already, if it has all functions."""
+    """Return torch's own library, which is loaded already, if it has all functions."""
     folder = Path(torch.__file__).parent / "lib"
     file = next((file for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (file := folder / name).exists()), None)
     try:

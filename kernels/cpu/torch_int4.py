@@ -26,7 +26,7 @@ class Int4Weight:
     """A weight in the order that torch's operator reads."""
 
     packed: torch.Tensor  # uint8 (N, K / 2), torch's own order
-    scales_and_zeros: torch.Tensor  # bfloat16 (K / g, N, 2): scale, and what code 8 stands for
+    scales_and_zeros: torch.Tensor  # bfloat16 (K / g, N, 2): scale, and the value of code 8
     group_size: int
     hadamard: int  # order of the input's rotation, 0 for none
 

@@ -55,7 +55,7 @@ class Request:
     options: tuple[str, ...]
 
     def key(self) -> str:
-        """Hexadecimal sha256 over the texts, the options and the versions of NVRTC and CuPy."""
+        """Return the hexadecimal sha256 over the texts, the options and the versions of NVRTC and CuPy."""
         parts = [CACHE_FORMAT, asdict(self), nvrtc_version(), cupy_version()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -86,7 +86,7 @@ def read_request(program: Program, architecture: str) -> Request:
 
 
 def load_nvrtc() -> Any:
-    """CuPy's module for NVRTC. Raises what importing CuPy raises."""
+    """Return CuPy's module for NVRTC. Raises what importing CuPy raises."""
     from cupy.cuda import nvrtc
 
     return nvrtc
@@ -158,7 +158,7 @@ def parse_resources(log: str, entry: str) -> Resources | None:
 
 
 def _encode(compiled: Compiled) -> bytes:
-    """A line of JSON, then the cubin."""
+    """Return the bytes of an entry: a line of JSON, then the cubin."""
     facts = None if compiled.resources is None else asdict(compiled.resources)
     return json.dumps(facts).encode() + b"\n" + compiled.cubin
 

@@ -9,7 +9,7 @@ TOKENS = {75: 17, 80: 512, 86: 512, 89: 512, 90: 256, 100: 256, 120: 512}
 
 
 def crossover(capability: int) -> int:
-    """Tokens for a GPU such as 90 for compute capability 9.0."""
+    """Return the tokens for a GPU such as 90 for compute capability 9.0."""
     return TOKENS[max(known for known in TOKENS if known <= max(capability, min(TOKENS)))]
 
 

@@ -120,7 +120,7 @@ LAYOUT = Layout(packed.dequantize_launch, _launches, _unpacked_from)
 def _programs(
     variant: Variant, rotated: bool, dtype: torch.dtype, capability: int, limit: int
 ) -> list[tuple[Program, int]]:
-    """With the dynamic shared memory of each."""
+    """Return the programs, with the dynamic shared memory of each."""
     needed = [(packed.decode_program(variant, dtype, tokens), 0) for tokens in packed.DECODE_TOKENS]
     if rotated:
         needed.append((packed.decode_program(variant, dtype, packed.DECODE_TOKENS[0], True), 0))

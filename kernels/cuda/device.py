@@ -58,7 +58,7 @@ def architecture(index: int) -> str:
 
 @functools.cache
 def shared_limit(index: int) -> int:
-    """Bytes of shared memory that one block can ask for."""
+    """Return the bytes of shared memory that one block can ask for."""
     from cupy.cuda import runtime
 
     return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index))
@@ -107,7 +107,7 @@ def _without_compiler() -> str | None:
 
 
 def _nvrtc_package(major: int) -> str:
-    """What to pip install for a CuPy built for a major version of CUDA."""
+    """Return what to pip install for a CuPy built for a major version of CUDA."""
     return "nvidia-cuda-nvrtc-cu12" if major == 12 else f"'nvidia-cuda-nvrtc=={major}.*'"
 
 
@@ -126,13 +126,13 @@ def _refused_device(index: int) -> str | None:
 
 
 def _capability(index: int) -> int:
-    """Such as 90 for compute capability 9.0."""
+    """Return a number such as 90 for compute capability 9.0."""
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
 def _newest_known(capability: int) -> int | None:
-    """Code for an architecture also runs on later ones with the same major number."""
+    """Return the newest architecture NVRTC knows for a GPU: code also runs on later ones with the same major number."""
     ask = getattr(build.load_nvrtc(), "getSupportedArchs", None)
     known = [capability] if ask is None else ask()
     return max((arch for arch in known if capability // 10 * 10 <= arch <= capability), default=None)

@@ -67,7 +67,7 @@ def _program(size: int) -> Program:
 
 
 def _shared(size: int) -> int:
-    """Bytes for the panel's part of the factor."""
+    """Return the bytes for the panel's part of the factor."""
     return size * size * 4
 
 
@@ -77,7 +77,7 @@ def _uniform(sweep: Sweep) -> UniformColumns:
 
 
 def _checked(sweep: Sweep) -> dict[str, torch.Tensor]:
-    """The kernel's tensors in the order of its arguments."""
+    """Return the kernel's tensors in the order of its arguments."""
     (k, n), columns = sweep.left.shape, _uniform(sweep)
     r = columns.scales.shape[0]
     needed = {

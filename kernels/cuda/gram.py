@@ -46,7 +46,7 @@ def programs() -> dict[Program, Budget]:
 
 
 def gram_launch(x: torch.Tensor, h: torch.Tensor) -> Launch:
-    """h (K, K) float32 += x^T x on and above the diagonal, for x (M, K) float16 or bfloat16; both contiguous.
+    """Return the launch of h (K, K) float32 += x^T x from the diagonal up, x (M, K) float16 or bfloat16; contiguous.
 
     Below the diagonal h is changed in some places and means nothing. The same x and h always give the same result.
     Raises ValueError for tensors that the kernel does not take.
@@ -65,8 +65,8 @@ def gram_launch(x: torch.Tensor, h: torch.Tensor) -> Launch:
 
 
 class Bfloat16Products:
-    """Adds Gram matrices of float32 rows rounded to bfloat16: what the products of those rows are made of too, where
-    calibration runs them in bfloat16.
+    """Adds Gram matrices of float32 rows rounded to bfloat16: products of those rows are in bfloat16 too, where
+    calibration runs them so.
 
     Rounding adds about (2^-9)^2 / 12 of each diagonal entry, a share of 3e-7, and the damping adds 1e-2. The output
     error of GPTQ on 256 x 512 weights at 3 and 4 bits moved by less than 0.2 %, up as often as down.
@@ -89,7 +89,7 @@ def products_for(device: torch.device) -> Bfloat16Products | None:
 
 
 def add_gram(x: torch.Tensor, h: torch.Tensor) -> None:
-    """Run `gram_launch` on the GPU that x (M, K) and h lie on, MOST_ROWS rows at a time."""
+    """Run `gram_launch` on the GPU that holds x (M, K) and h, MOST_ROWS rows at a time."""
     for rows in x.split(MOST_ROWS):
         launch(gram_launch(rows, h))
 
@@ -99,7 +99,7 @@ def _program(dtype: torch.dtype, tile: int) -> Program:
 
 
 def _shared(tile: int) -> int:
-    """Bytes of two bands of 16-bit values, twice."""
+    """Return the bytes of two bands of 16-bit values, twice."""
     return 2 * 2 * STEP_ROWS * tile * 2
 
 

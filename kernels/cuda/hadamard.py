@@ -65,7 +65,7 @@ def refused(width: int, block: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
-    """out (M, K) = rotate(x (M, K), block), both contiguous, 16-byte aligned, of one dtype, in memory of their own.
+    """Return the launch of out (M, K) = rotate(x (M, K), block), both contiguous, 16-byte aligned, of one dtype, apart.
 
     The tables of a width are made at its first call: make that one before a graph is captured. Raises ValueError for
     tensors or a block that the kernel does not take.
@@ -85,7 +85,8 @@ def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
-    """rotate(x (..., K), block) of numerics/hadamard.py for x on a GPU; raises ValueError as `hadamard_launch` does."""
+    """Return rotate(x (..., K), block) of numerics/hadamard.py on a GPU; raises ValueError as `hadamard_launch`
+    does."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if rows.data_ptr() % ALIGNMENT:
         rows = rows.clone()
@@ -96,13 +97,13 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
 
 @functools.cache
 def tables(width: int, base: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 (1, ceil(width / 32)) of the signs and (base, ceil(base / 32)) of H_base: see `pack_signs`."""
+    """Return int32 (1, ceil(width / 32)) of the signs and (base, ceil(base / 32)) of H_base: see `pack_signs`."""
     with torch.inference_mode(False):
         return pack_signs(signs(width)[None]).to(device), pack_signs(hadamard_matrix(base)).to(device)
 
 
 def pack_signs(matrix: torch.Tensor) -> torch.Tensor:
-    """int32 (R, ceil(C / 32)) of a matrix (R, C) of +-1: bit c % 32 of word (r, c / 32) is set where (r, c) is -1."""
+    """Pack a matrix (R, C) of +-1 as int32 (R, ceil(C / 32)): bit c % 32 of word (r, c / 32) is set where it is -1."""
     negative = torch.nn.functional.pad((matrix < 0).long(), (0, -matrix.shape[1] % 32)).unflatten(1, (-1, 32))
     words = (negative << torch.arange(32, device=matrix.device)).sum(2)
     return torch.where(words < 1 << 31, words, words - (1 << 32)).to(torch.int32)
@@ -140,7 +141,7 @@ def _program(dtype: torch.dtype, values: int, outputs: int) -> Program:
 
 
 def _check(x: torch.Tensor, out: torch.Tensor, block: int) -> None:
-    """Raises ValueError for what the kernel would read or write wrongly."""
+    """Raise ValueError for what the kernel would read or write wrongly."""
     alike = x.shape == out.shape and x.dtype == out.dtype
     if x.dim() != 2 or not alike or not x.is_contiguous() or not out.is_contiguous():
         found = f"x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype}"

@@ -110,7 +110,7 @@ def multiply(x: torch.Tensor, weight: KeptWeight, bias: torch.Tensor | None) -> 
 
 
 def _launches(wanted: Product[KeptWeight], device: Device, workspace: Workspace) -> list[Launch]:
-    """One for every few rows, as shared memory holds rows of x."""
+    """Return a launch for every few rows, as shared memory holds rows of x."""
     tokens = tokens_at_once(wanted.weight.width, device.shared_limit)
     launches = []
     for start in range(0, wanted.x.shape[0], tokens):
@@ -131,7 +131,7 @@ LAYOUT = Layout(_unpack, _launches, lambda _: KEPT_FROM)
 def _programs(
     variant: KeptVariant, rotated: bool, dtype: torch.dtype, width: int, limit: int
 ) -> list[tuple[Program, int]]:
-    """With the dynamic shared memory of each."""
+    """Return the programs, with the dynamic shared memory of each."""
     one, most = TOKENS
     needed = [(kept_launch.decode_program(variant, dtype, one), rows_bytes(1, width))]
     if tokens_at_once(width, limit) > one:

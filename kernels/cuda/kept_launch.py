@@ -16,7 +16,7 @@ ELEMENT_BYTES = 2
 
 
 def decode_launch(product: Product[KeptWeight], device: Device, workspace: Workspace) -> Launch:
-    """y for at most tokens_at_once tokens."""
+    """Return the launch that computes y for at most tokens_at_once tokens."""
     m, weight = product.x.shape[0], product.weight
     tokens = next(count for count in TOKENS if m <= count)
     steps, octets = weight.owners.numel(), weight.rows.shape[0]
@@ -38,7 +38,7 @@ def decode_launch(product: Product[KeptWeight], device: Device, workspace: Works
 
 
 def dequantize_launch(weight: KeptWeight, out: torch.Tensor) -> Launch:
-    """Write the kept groups as out's dtype, in their places in out (N, K); the others are left as they are."""
+    """Return the launch that writes kept groups, as out's dtype, into out (N, K); it leaves the others as they are."""
     n, k = weight.shape
     steps = weight.owners.numel()
     tensors = (weight.codes, weight.groups, weight.zeros, weight.owners, weight.rows, out)
@@ -47,7 +47,7 @@ def dequantize_launch(weight: KeptWeight, out: torch.Tensor) -> Launch:
 
 
 def rows_bytes(m: int, width: int) -> int:
-    """Shared memory for m rows of x: one, or an even number of them."""
+    """Return the shared memory for m rows of x: one, or an even number of them."""
     return (m + m % 2 if m > 1 else 1) * width * ELEMENT_BYTES
 
 
@@ -64,12 +64,12 @@ def longest_row(variant: KeptVariant, shared_limit: int) -> int:
 
 
 def decode_program(variant: KeptVariant, dtype: torch.dtype, tokens: int, rotated: bool = False) -> Program:
-    """kept_decode.cu for up to `tokens` tokens, one of TOKENS; rotated: with the rotation of x, for one."""
+    """Return kept_decode.cu for up to `tokens` tokens, one of TOKENS; rotated: with the rotation of x, for one."""
     return _program("kept_decode", variant, dtype, TOKENS=tokens, ROTATED=int(rotated))
 
 
 def dequantize_program(variant: KeptVariant, dtype: torch.dtype) -> Program:
-    """kept_dequantize.cu."""
+    """Return kept_dequantize.cu."""
     return _program("kept_dequantize", variant, dtype)
 
 
@@ -79,7 +79,7 @@ def _program(name: str, variant: KeptVariant, dtype: torch.dtype, **more: int) -
 
 
 def programs() -> dict[Program, Budget]:
-    """Variants to prove: every width in groups of 16, and the other groups for two widths."""
+    """Return the variants to prove: every width in groups of 16, and the other groups for two widths."""
     variants = [KeptVariant(bits, 16) for bits in (2, 3, 4, 5, 6, 8)]
     variants += [KeptVariant(bits, group) for bits in (4, 5) for group in (8, 32)]
     budgets: dict[Program, Budget] = {}

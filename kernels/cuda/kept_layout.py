@@ -17,7 +17,7 @@ from .layout import PAIRS, contiguous, low_rank_shapes, pairs_as_words
 
 OCTET = 8  # rows side by side
 STEP = 128  # inputs of a row in a step
-ZERO_BITS = 4  # before a column's 12, with codes of up to as many bits
+ZERO_BITS = 4  # before a column's 12, for codes of up to ZERO_BITS bits
 STEPS_AT_ONCE = 1 << 12  # codes are arranged for 4 million inputs at a time: they take 12 bytes each meanwhile
 
 
@@ -34,7 +34,7 @@ class KeptWeight:
     """A prepared weight (N, K) of which some groups are dropped.
 
     With S steps and O octets: codes int32 (S, bits / v, 32, v); groups int32 (S, 8, h, w); zeros uint8 like groups,
-    None for up to 4 bits; owners int32 (S,); starts int32 (O + 1,); rows int32 (O, 8); as include/kept.cuh has them.
+    None for up to 4 bits; owners int32 (S,); starts int32 (O + 1,); rows int32 (O, 8); as in include/kept.cuh.
     low_rank_a, low_rank_b: float16 (R, K) and (N, R), or None. hadamard: order of the input's rotation, 0 for none.
     """
 
@@ -75,7 +75,7 @@ class KeptWeight:
 
     @property
     def width(self) -> int:
-        """See row_width."""
+        """The width of a row of x, see row_width."""
         return row_width(self.shape[1], self.variant.group)
 
 
@@ -90,7 +90,7 @@ class _Order:
 
 
 def row_width(k: int, group: int) -> int:
-    """Inputs of a row of x where it is met: K in whole groups, and a group of zeros for what is empty."""
+    """Return the inputs of a row of x as kernels read it: K in whole groups, and a group of zeros for empty places."""
     return (ceil(k / group) + 1) * group
 
 
@@ -129,7 +129,7 @@ def prepare(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> KeptWeight
 
 
 def _order(kept: torch.Tensor, in_step: int) -> _Order:
-    """Of groups kept (N, G), in_step of a row to a step."""
+    """Return the order of the groups kept (N, G), with in_step groups of a row in a step."""
     n, device = kept.shape[0], kept.device
     counts = kept.sum(1)
     by_count = counts.argsort(descending=True, stable=True)
@@ -149,7 +149,7 @@ def _order(kept: torch.Tensor, in_step: int) -> _Order:
 
 
 def _placed(values: torch.Tensor, order: _Order, steps: int, group: int, empty: int = 0) -> torch.Tensor:
-    """Values (C, ...) of groups as (steps, 8, groups of a step, ...); `empty` where there is no group."""
+    """Return values (C, ...) of groups as (steps, 8, groups of a step, ...); `empty` where there is no group."""
     in_step = STEP // group
     room = values.new_full((steps * OCTET * in_step, *values.shape[1:]), empty)
     room[order.places] = values
@@ -159,7 +159,8 @@ def _placed(values: torch.Tensor, order: _Order, steps: int, group: int, empty: 
 def _group_words(
     scales: torch.Tensor, zeros: torch.Tensor | None, kept: torch.Tensor, spec: QuantSpec
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """int32 (C,): scale and column, with up to 4 bits the zero point too; wider ones are uint8 (C,) of their own."""
+    """Return int32 (C,) of scale, column and zero points up to 4 bits; wider zero points are uint8 (C,) of their
+    own."""
     _, column = kept.nonzero(as_tuple=True)
     zeros = torch.full_like(column, spec.mid) if zeros is None else zeros.long()
     words = _word(scales.contiguous().view(torch.int16).long() & 0xFFFF, column, zeros, spec.bits)
@@ -167,7 +168,7 @@ def _group_words(
 
 
 def _word(scale: torch.Tensor, column: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 of int64: bits of a float16 scale, column, and zero point where there is room for it."""
+    """Return int32 from int64: bits of a float16 scale, column, and zero point where there is room for it."""
     word = scale | (column << ZERO_BITS | zero if bits <= ZERO_BITS else column) << 16
     return torch.where(word < 1 << 31, word, word - (1 << 32)).int()
 
@@ -178,13 +179,14 @@ def vector_of(bits: int) -> int:
 
 
 def _by_lanes(values: torch.Tensor) -> torch.Tensor:
-    """(steps, 8, groups of a step) as (steps, 8, h, w): groups of 8 inputs change between two halves of a slot."""
+    """Return (steps, 8, groups of a step) as (steps, 8, h, w): groups of 8 inputs alternate between halves of a
+    slot."""
     halves = 2 if values.shape[-1] == STEP // 8 else 1
     return values.unflatten(-1, (-1, halves)).transpose(-1, -2).contiguous()
 
 
 def _arrange(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 (steps, 8, groups, group) as int32 (steps, bits / v, 32, v)."""
+    """Return codes uint8 (steps, 8, groups, group) as int32 (steps, bits / v, 32, v)."""
     return torch.cat([_words(part, bits, vector_of(bits)) for part in codes.split(STEPS_AT_ONCE)])
 
 

@@ -68,7 +68,7 @@ def warm(program: Program, device: torch.device, shared: int = 0) -> None:
 
 
 def launch(item: Launch) -> None:
-    """Start a program on the current stream of the device that its tensors lie on; a grid of no blocks is nothing.
+    """Start a program on the current stream of its tensors' device; an empty grid starts nothing.
 
     Raises ValueError for arguments a kernel cannot take, KernelError for what `warm` raises it and where the driver
     refuses the launch.
@@ -104,17 +104,17 @@ def _common_device(arguments: tuple[Argument, ...]) -> int:
     places = {argument.device for argument in arguments if isinstance(argument, torch.Tensor)}
     if len(places) != 1 or next(iter(places)).type != "cuda":
         found = ", ".join(sorted(map(str, places))) or "none"
-        raise ValueError(f"the tensors lie on {found}; a launch needs all of them on one CUDA device.")
+        raise ValueError(f"the tensors are on {found}; a launch needs all of them on one CUDA device.")
     return device_index(places.pop())
 
 
 def _on(index: int) -> AbstractContextManager[Any]:
-    """The device made current, where it is not."""
+    """Make the device current, where it is not."""
     return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
 def _load(program: Program, index: int, shared: int) -> Loaded:
-    """The program's function on the current device, which is `index`."""
+    """Return the program's function on the current device, which is `index`."""
     if _driver().ctxGetCurrent() == 0:  # a thread that has not used the GPU yet
         _runtime().setDevice(index)
     found = _loaded.get((program, index))

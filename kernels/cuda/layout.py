@@ -78,7 +78,7 @@ def low_rank_shapes(a: torch.Tensor | None, n: int, k: int) -> dict[str, tuple[t
 
 
 def sets_in_tile(spec: QuantSpec, shape: tuple[int, int]) -> int | None:
-    """Sets of scales in a tile of a weight (N, K); None if groups do not fit the tiles."""
+    """Return the sets of scales in a tile of a weight (N, K); None if groups do not fit the tiles."""
     rows, columns = spec.scales_shape(shape)
     if (columns if spec.grouping == "per_oc" else rows) == 1:
         return 1
@@ -91,7 +91,7 @@ def sets_in_tile(spec: QuantSpec, shape: tuple[int, int]) -> int | None:
 def prepare(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> CudaWeight:
     """Rearrange the parts of the dense format, on the device that they are on.
 
-    spec: of a code width in CODE_BITS, and such that sets_in_tile knows an answer.
+    spec: of a code width in CODE_BITS, and one for which sets_in_tile is not None.
     """
     tensor = DENSE.unpack(parts, spec, shape)
     per_ic, sets = spec.grouping == "per_ic", sets_in_tile(spec, shape)
@@ -122,18 +122,19 @@ def contiguous(factor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def arrange_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 (N, K) as int32 (strips, tiles_k, bits, 32, 4); what is missing in the last tiles is code 0."""
+    """Return codes uint8 (N, K) as int32 (strips, tiles_k, bits, 32, 4); what is missing in the last tiles is code
+    0."""
     return torch.cat([_arrange(part, bits) for part in codes.split(STRIPS_AT_ONCE * TILE)])
 
 
 def _arrange(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The lower plane of all quarters, then the upper, as 16-byte words of the lanes."""
+    """Return the lower plane of all quarters, then the upper, as 16-byte words of the lanes."""
     planes = (plane.flatten(2, 3).unflatten(2, (-1, 4)) for plane in pairs_as_words(_pairs_of_lanes(codes), bits))
     return torch.cat([plane.transpose(-1, -2).contiguous() for plane in planes], dim=2)
 
 
 def pairs_as_words(pairs: torch.Tensor, bits: int) -> list[torch.Tensor]:
-    """Planes of int32 (..., bits, 32), the lanes' words as include/codes.cuh has them, of pairs (..., 16, 32, 2)."""
+    """Return planes of int32 (..., bits, 32), the lanes' words of include/codes.cuh, from pairs (..., 16, 32, 2)."""
     low = LOWER_PLANE[bits]
     planes = [_plane(pairs & ((1 << low) - 1), low, [low_place(pair, low) for pair in range(PAIRS)])]
     if bits > low:
@@ -142,13 +143,13 @@ def pairs_as_words(pairs: torch.Tensor, bits: int) -> list[torch.Tensor]:
 
 
 def low_place(pair: int, low: int) -> tuple[int, int]:
-    """Word and bit of a pair in the lower plane of a quarter: as low_word and low_bit in codes.cuh."""
+    """Return word and bit of a pair in the lower plane of a quarter: as low_word and low_bit in codes.cuh."""
     word, place = divmod(_other_bits(pair), 8 // low)
     return word, place * low + pair % 2 * 8
 
 
 def high_place(pair: int, bits: int) -> tuple[int, int]:
-    """Word and bit of a pair in the upper plane of a quarter: as high_word and high_bit in codes.cuh."""
+    """Return word and bit of a pair in the upper plane of a quarter: as high_word and high_bit in codes.cuh."""
     low = LOWER_PLANE[bits]
     high = bits - low
     word, place = divmod(_other_bits(pair), 8 // high)
@@ -160,7 +161,7 @@ def _other_bits(pair: int) -> int:
 
 
 def _pairs_of_lanes(codes: torch.Tensor) -> torch.Tensor:
-    """int32 (strips, tiles_k, 4 quarters, 16 pairs, 32 lanes, 2) of codes (N, K)."""
+    """Return int32 (strips, tiles_k, 4 quarters, 16 pairs, 32 lanes, 2) of codes (N, K)."""
     n, k = codes.shape
     padded = F.pad(codes, (0, -k % TILE, 0, -n % TILE)).to(torch.int32)
     strips, tiles_k = padded.shape[0] // TILE, padded.shape[1] // TILE
@@ -172,7 +173,8 @@ def _pairs_of_lanes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _plane(pairs: torch.Tensor, width: int, places: list[tuple[int, int]]) -> torch.Tensor:
-    """int32 (..., width, 32): the lanes' pairs (..., 16, 32, 2) of width-bit numbers, each at its word and bit."""
+    """Return int32 (..., width, 32), the lanes' pairs (..., 16, 32, 2) of width-bit numbers, each at its word and
+    bit."""
     words = pairs.new_zeros(*pairs.shape[:-3], width, 32)
     for pair, (word, bit) in enumerate(places):
         halves = pairs[..., pair, :, :]
@@ -181,13 +183,13 @@ def _plane(pairs: torch.Tensor, width: int, places: list[tuple[int, int]]) -> to
 
 
 def _sets_per_oc(values: torch.Tensor, groups: int, strips: int) -> torch.Tensor:
-    """(N, G) to (strips, groups, 64), rows in the order of z, r, i, q % 2; zeros where there is nothing."""
+    """Reshape (N, G) to (strips, groups, 64), rows in the order of z, r, i, q % 2; zeros where there is nothing."""
     n, g = values.shape
     padded = F.pad(values, (0, groups - g, 0, strips * TILE - n))
     return padded.view(strips, 2, 2, 2, 8, groups).permute(0, 5, 1, 4, 2, 3).reshape(strips, groups, TILE)
 
 
 def _sets_per_ic(values: torch.Tensor, groups: int, tiles_k: int) -> torch.Tensor:
-    """(G, K) to (groups, tiles_k, 64); zeros where there is nothing."""
+    """Reshape (G, K) to (groups, tiles_k, 64); zeros where there is nothing."""
     g, k = values.shape
     return F.pad(values, (0, tiles_k * TILE - k, 0, groups - g)).view(groups, tiles_k, TILE)

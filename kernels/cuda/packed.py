@@ -61,7 +61,7 @@ class Product(Generic[Weight]):
 
 
 def decode_launch(product: Product[CudaWeight], device: Device, workspace: Workspace) -> Launch:
-    """y for at most 16 tokens."""
+    """Return the launch that computes y for at most 16 tokens."""
     m = product.x.shape[0]
     tokens = next(count for count in DECODE_TOKENS if m <= count)
     strips, tiles_k = product.weight.tiles.shape[:2]
@@ -84,7 +84,7 @@ def rotates(weight: CudaWeight | KeptWeight, m: int) -> bool:
 
 
 def matmul_launch(product: Product[CudaWeight], device: Device, workspace: Workspace) -> Launch:
-    """y for any number of tokens."""
+    """Return the launch that computes y for any number of tokens."""
     m, variant = product.x.shape[0], product.weight.variant
     tokens = next((count for count in MATMUL_TOKENS if m <= count), MATMUL_TOKENS[-1])
     strips, tiles_k = product.weight.tiles.shape[:2]
@@ -97,7 +97,7 @@ def matmul_launch(product: Product[CudaWeight], device: Device, workspace: Works
 
 
 def dequantize_launch(weight: CudaWeight, out: torch.Tensor) -> Launch:
-    """Write the weight (N, K) itself, as out's dtype."""
+    """Return the launch that writes the weight (N, K) itself, as out's dtype."""
     strips, tiles_k = weight.tiles.shape[:2]
     (n, k), group, groups = weight.shape, weight.group, weight.groups
     arguments = (weight.tiles, weight.scales, weight.zeros, out, n, k, tiles_k, group, groups)
@@ -108,7 +108,7 @@ def dequantize_launch(weight: CudaWeight, out: torch.Tensor) -> Launch:
 
 @functools.cache
 def best_splits(blocks: int, tiles_k: int, workers: int, multiprocessors: int, room: int) -> int:
-    """Into how many parts K is cut, so that most of the GPU works most of the time.
+    """Return how many parts to cut K into, so that most of the GPU works most of the time.
 
     blocks: without splitting. workers: warps of a block that share its tiles. room: splits the workspace has room for.
     """
@@ -122,12 +122,12 @@ def best_splits(blocks: int, tiles_k: int, workers: int, multiprocessors: int, r
 
 
 def decode_program(variant: Variant, dtype: torch.dtype, tokens: int, rotated: bool = False) -> Program:
-    """decode.cu for up to `tokens` tokens, one of DECODE_TOKENS; rotated: with the rotation of x."""
+    """Return decode.cu for up to `tokens` tokens, one of DECODE_TOKENS; rotated: with the rotation of x."""
     return _program("decode", variant, dtype, TOKENS=tokens, WARPS=DECODE_WARPS, ROTATED=int(rotated))
 
 
 def matmul_program(variant: Variant, dtype: torch.dtype, tokens: int, stages: int) -> Program:
-    """matmul.cu in steps of `tokens` tokens, one of MATMUL_TOKENS."""
+    """Return matmul.cu in steps of `tokens` tokens, one of MATMUL_TOKENS."""
     shape = {"STRIPS": MATMUL_STRIPS, "SLICES": MATMUL_SLICES, "STAGES": stages}
     return _program("matmul", variant, dtype, TOKENS=tokens, **shape)
 
@@ -139,7 +139,7 @@ def matmul_program_for(variant: Variant, dtype: torch.dtype, tokens: int, shared
 
 
 def dequantize_program(variant: Variant, dtype: torch.dtype) -> Program:
-    """dequantize.cu."""
+    """Return dequantize.cu."""
     return _program("dequantize", variant, dtype, WARPS=DEQUANTIZE_WARPS)
 
 
@@ -156,14 +156,15 @@ def _program(name: str, variant: Variant, dtype: torch.dtype, **more: int) -> Pr
 
 
 def _matmul_shared(variant: Variant, tokens: int, stages: int) -> int:
-    """Bytes: the pipeline's stages, later overlaid by the sums of all rows."""
+    """Return the bytes of the pipeline's stages, later overlaid by the sums of all rows."""
     tiles = MATMUL_STRIPS * MATMUL_SLICES * (variant.bits * 512 + variant.sets * TILE * 3)
     x = MATMUL_SLICES * tokens * TILE * 2
     return max(stages * (tiles + x), MATMUL_STRIPS * tokens * TOKEN_STRIDE * 4)
 
 
 def _rotation_bytes(weight: CudaWeight, m: int, splits: int) -> int:
-    """Dynamic shared memory of decode.cu: a row in float32 and m rows in 16 bits, of the widest split's inputs."""
+    """Return the dynamic shared memory of decode.cu: a float32 row and m rows in 16 bits of the widest split's
+    inputs."""
     k, order, tiles_k = weight.shape[1], weight.hadamard, weight.tiles.shape[1]
     edges = [tiles_k * split // splits * TILE for split in range(splits + 1)]
     widths = [min(k, -(-high // order) * order) - low // order * order for low, high in pairwise(edges)]
@@ -179,7 +180,7 @@ def rotation_arguments(order: int, k: int, device: torch.device) -> tuple[Any, .
 
 
 def _arguments(product: Product[CudaWeight], workspace: Workspace) -> tuple[Any, ...]:
-    """Of decode and matmul."""
+    """Return the arguments of decode and matmul."""
     weight = product.weight
     (n, k), m, rank = weight.shape, product.x.shape[0], 0
     if product.low_rank_t is not None:
@@ -190,7 +191,7 @@ def _arguments(product: Product[CudaWeight], workspace: Workspace) -> tuple[Any,
 
 
 def programs() -> dict[Program, Budget]:
-    """Variants to prove: every width with both groupings, and all sets of scales for three widths."""
+    """Return the variants to prove: every width with both groupings, and all sets of scales for three widths."""
     variants = [Variant(bits, per_ic, False, 1) for bits in (2, 3, 4, 5, 6, 8) for per_ic in (False, True)]
     variants += [
         Variant(bits, per_ic, False, sets) for bits in (3, 4, 8) for per_ic, sets in ((False, 2), (True, 2), (True, 4))

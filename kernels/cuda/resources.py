@@ -14,7 +14,7 @@ WORKSPACE_COUNTERS = 1 << 16
 
 
 def aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Contiguous, at an address that 16-byte loads can start from."""
+    """Return rows contiguous, at an address that 16-byte loads can start from."""
     rows = rows.contiguous()
     return rows.clone() if rows.data_ptr() % 16 else rows
 
@@ -37,7 +37,7 @@ def device_limits(index: int) -> Device:
 
 @functools.cache
 def workspace(index: int, stream: int) -> Workspace:
-    """Room for parts of sums; its counters are zero between launches."""
+    """Return room for parts of sums; its counters are zero between launches."""
     device = torch.device("cuda", index)
     return Workspace(
         torch.empty(WORKSPACE_FLOATS, device=device),
@@ -47,5 +47,5 @@ def workspace(index: int, stream: int) -> Workspace:
 
 @functools.cache
 def unpacked_buffer(index: int, stream: int, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-    """Room for an unpacked weight (N, K), kept for ever: a captured graph goes on writing there."""
+    """Return room for an unpacked weight (N, K), never freed: a captured graph goes on writing there."""
     return torch.empty(shape, dtype=dtype, device=torch.device("cuda", index))

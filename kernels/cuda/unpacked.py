@@ -26,7 +26,7 @@ class Extras(Protocol):
 def multiply_unpacked(
     rows: torch.Tensor, whole: torch.Tensor, weight: Extras, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    """out (M, N) = rows (M, K) whole^T + bias (N,) and the low-rank part; rows are rotated, all are of one dtype."""
+    """Write out (M, N) = rows (M, K) whole^T + bias (N,) and the low-rank part; rows are rotated, all of one dtype."""
     if bias is None:
         torch.mm(rows, whole.T, out=out)
     else:

@@ -113,9 +113,9 @@ def test_a_grid_without_blocks_is_nothing(machine: FakeMachine, built: Any, scal
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((1, 2), "the tensors lie on none; a launch needs all of them on one CUDA device."),
-        ((torch.zeros(1),), "the tensors lie on cpu; a launch needs"),
-        ((on_gpu(torch.zeros(1)), on_gpu(torch.zeros(1), 1)), "the tensors lie on cuda:0, cuda:1; a launch needs"),
+        ((1, 2), "the tensors are on none; a launch needs all of them on one CUDA device."),
+        ((torch.zeros(1),), "the tensors are on cpu; a launch needs"),
+        ((on_gpu(torch.zeros(1)), on_gpu(torch.zeros(1), 1)), "the tensors are on cuda:0, cuda:1; a launch needs"),
         ((on_gpu(torch.zeros(1)), 2**31), "the argument 2147483648 is no 32-bit int, and kernels take no other."),
     ],
 )
