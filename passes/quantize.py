@@ -187,8 +187,7 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """Return tr(D G D^T) / tr(W G W^T) with D = W' - W, over all experts; W is corrected where that was asked
-        for."""
+        """The error tr(D G D^T) / tr(W G W^T) with D = W' - W, over all experts; W as corrected, if it was."""
         return self._lost / self._energy if self._energy > 0 else 0.0
 
     def qtensor(self) -> QTensor:

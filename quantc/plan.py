@@ -41,8 +41,7 @@ class Plan:
         return replace(self, specs=dict(self.specs), why=dict(self.why), salience=dict(self.salience))
 
     def wide_rows(self, name: str) -> torch.Tensor | None:
-        """Return bool (N,), the rows of a linear (of every expert of a stack) with one bit more; None where none
-        have."""
+        """Return bool (N,), the rows of a linear (or of every expert) with one bit more; None where none have."""
         spec = self.specs[name]
         return mark_salient(self.salience[name], spec.wide_rows) if spec and spec.wide_rows else None
 

@@ -71,8 +71,7 @@ def _pack_kept(parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> torch.T
 
 
 def _room(size: int) -> torch.Tensor:
-    """Allocate bytes, in large pages where there are some: a row then takes 0.95 of the time for many weights (Zen
-    5)."""
+    """Allocate bytes, in large pages where available: a row then takes 0.95 of the time for many weights (Zen 5)."""
     if size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         room = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
         return room[-room.data_ptr() % ALIGNMENT :][:size]

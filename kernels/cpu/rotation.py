@@ -56,8 +56,7 @@ def sign_words(width: int) -> np.ndarray:
 
 @functools.cache
 def quarters(base: int) -> np.ndarray:
-    """Return uint8 (base, base // 4), bit b of (i, g) set where H_base[4 g + b, i] is -1; four inputs are one
-    look-up."""
+    """Return uint8 (base, base // 4), bit b of (i, g) set where H_base[4 g + b, i] is -1: one look-up for 4 inputs."""
     negative = (hadamard_matrix(base) < 0).numpy().T
     four = negative[:, : base // 4 * 4].reshape(base, -1, 4)
     return np.ascontiguousarray((four << np.arange(4)).sum(2), dtype=np.uint8)

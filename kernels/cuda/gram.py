@@ -46,10 +46,10 @@ def programs() -> dict[Program, Budget]:
 
 
 def gram_launch(x: torch.Tensor, h: torch.Tensor) -> Launch:
-    """Return the launch of h (K, K) float32 += x^T x from the diagonal up, x (M, K) float16 or bfloat16; contiguous.
+    """Return the launch of h (K, K) float32 += x^T x on and above the diagonal, for x (M, K) float16 or bfloat16.
 
-    Below the diagonal h is changed in some places and means nothing. The same x and h always give the same result.
-    Raises ValueError for tensors that the kernel does not take.
+    Both are contiguous. Below the diagonal h is changed in some places and means nothing. The same x and h always give
+    the same result. Raises ValueError for tensors that the kernel does not take.
     """
     _check(x, h)
     rows, width = x.shape
@@ -65,8 +65,7 @@ def gram_launch(x: torch.Tensor, h: torch.Tensor) -> Launch:
 
 
 class Bfloat16Products:
-    """Adds Gram matrices of float32 rows rounded to bfloat16: products of those rows are in bfloat16 too, where
-    calibration runs them so.
+    """Adds Gram matrices of float32 rows rounded to bfloat16, as calibration's own products round them if in bfloat16.
 
     Rounding adds about (2^-9)^2 / 12 of each diagonal entry, a share of 3e-7, and the damping adds 1e-2. The output
     error of GPTQ on 256 x 512 weights at 3 and 4 bits moved by less than 0.2 %, up as often as down.

@@ -65,10 +65,11 @@ def refused(width: int, block: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
-    """Return the launch of out (M, K) = rotate(x (M, K), block), both contiguous, 16-byte aligned, of one dtype, apart.
+    """Return the launch of out (M, K) = rotate(x (M, K), block).
 
-    The tables of a width are made at its first call: make that one before a graph is captured. Raises ValueError for
-    tensors or a block that the kernel does not take.
+    x and out are contiguous, 16-byte aligned, of one dtype, and do not overlap. The tables of a width are made at its
+    first call: make that one before a graph is captured. Raises ValueError for tensors or a block that the kernel does
+    not take.
     """
     _check(x, out, block)
     rows, width = x.shape
@@ -85,8 +86,7 @@ def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Return rotate(x (..., K), block) of numerics/hadamard.py on a GPU; raises ValueError as `hadamard_launch`
-    does."""
+    """Return rotate(x (..., K), block) of numerics/hadamard.py on a GPU; raises what `hadamard_launch` raises."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if rows.data_ptr() % ALIGNMENT:
         rows = rows.clone()

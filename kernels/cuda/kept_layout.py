@@ -159,8 +159,7 @@ def _placed(values: torch.Tensor, order: _Order, steps: int, group: int, empty: 
 def _group_words(
     scales: torch.Tensor, zeros: torch.Tensor | None, kept: torch.Tensor, spec: QuantSpec
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return int32 (C,) of scale, column and zero points up to 4 bits; wider zero points are uint8 (C,) of their
-    own."""
+    """Return int32 (C,) of scale, column and zero points up to 4 bits; wider zero points are a uint8 (C,)."""
     _, column = kept.nonzero(as_tuple=True)
     zeros = torch.full_like(column, spec.mid) if zeros is None else zeros.long()
     words = _word(scales.contiguous().view(torch.int16).long() & 0xFFFF, column, zeros, spec.bits)
@@ -179,8 +178,7 @@ def vector_of(bits: int) -> int:
 
 
 def _by_lanes(values: torch.Tensor) -> torch.Tensor:
-    """Return (steps, 8, groups of a step) as (steps, 8, h, w): groups of 8 inputs alternate between halves of a
-    slot."""
+    """Return (steps, 8, groups of a step) as (steps, 8, h, w): groups of 8 alternate between halves of a slot."""
     halves = 2 if values.shape[-1] == STEP // 8 else 1
     return values.unflatten(-1, (-1, halves)).transpose(-1, -2).contiguous()
 

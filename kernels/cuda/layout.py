@@ -122,8 +122,7 @@ def contiguous(factor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def arrange_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return codes uint8 (N, K) as int32 (strips, tiles_k, bits, 32, 4); what is missing in the last tiles is code
-    0."""
+    """Return codes uint8 (N, K) as int32 (strips, tiles_k, bits, 32, 4); the last tiles are padded with code 0."""
     return torch.cat([_arrange(part, bits) for part in codes.split(STRIPS_AT_ONCE * TILE)])
 
 
@@ -173,8 +172,7 @@ def _pairs_of_lanes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _plane(pairs: torch.Tensor, width: int, places: list[tuple[int, int]]) -> torch.Tensor:
-    """Return int32 (..., width, 32), the lanes' pairs (..., 16, 32, 2) of width-bit numbers, each at its word and
-    bit."""
+    """Return int32 (..., width, 32) of the lanes' pairs (..., 16, 32, 2) of width-bit numbers, each at its place."""
     words = pairs.new_zeros(*pairs.shape[:-3], width, 32)
     for pair, (word, bit) in enumerate(places):
         halves = pairs[..., pair, :, :]

@@ -163,8 +163,7 @@ def _matmul_shared(variant: Variant, tokens: int, stages: int) -> int:
 
 
 def _rotation_bytes(weight: CudaWeight, m: int, splits: int) -> int:
-    """Return the dynamic shared memory of decode.cu: a float32 row and m rows in 16 bits of the widest split's
-    inputs."""
+    """Return decode.cu's dynamic shared memory: a float32 row and m rows in 16 bits of the widest split's inputs."""
     k, order, tiles_k = weight.shape[1], weight.hadamard, weight.tiles.shape[1]
     edges = [tiles_k * split // splits * TILE for split in range(splits + 1)]
     widths = [min(k, -(-high // order) * order) - low // order * order for low, high in pairwise(edges)]

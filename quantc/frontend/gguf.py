@@ -65,8 +65,7 @@ class GgufSource(Source):
 
     @contextlib.contextmanager
     def _parsed_once(self) -> Iterator[None]:
-        """Give transformers our reader inside the context: parsing a vocabulary takes seconds, and it parses per
-        question.
+        """Give transformers our reader for the context: parsing a vocabulary takes seconds, and it parses per question.
 
         Its own progress bar is off too; it does not ask transformers' logging settings. Its other reader gets the
         names of all parts' tensors: a head in a later part tells that the head is not the embedding.
@@ -85,8 +84,7 @@ class GgufSource(Source):
             yield
 
     def _check_headers(self) -> list[str]:
-        """Return notes on tensors that the model does not take; raises ModelError where it needs some that are
-        missing."""
+        """Return notes on tensors that the model does not take; raises ModelError where it needs missing ones."""
         shared = self.model.all_tied_weights_keys
         missing = [name for name, _ in self.model.named_parameters() if name not in self.tensors | shared]
         if missing:

@@ -49,8 +49,7 @@ class Rounding:
         return {name: value for name, value in vars(self).items() if name != "panel"}
 
     def basis(self, gram: torch.Tensor | None, rows: int, block: int, bits: int) -> Basis:
-        """Return one activation's statistics, ready for rounding; raises ArithmeticError where they cannot be
-        factorised.
+        """Return one activation's statistics, ready for rounding; raises ArithmeticError if they cannot be factorised.
 
         block: order of the rotation, 0 for none. bits: the smallest code width among the weights that read them.
         """
@@ -92,8 +91,7 @@ class Basis:
 
     @classmethod
     def unguided(cls, gram: torch.Tensor | None, rows: int, block: int) -> Basis:
-        """Return a basis without a factor: weights are rounded to nearest; a Gram matrix, if any, only measures
-        errors."""
+        """Return a basis without a factor, for rounding to nearest; a Gram matrix, if any, only measures errors."""
         return cls(rows, block, rotate_gram(gram, block) if block and gram is not None else gram)
 
     @classmethod
@@ -237,8 +235,7 @@ def _to_nearest(weight: torch.Tensor, spec: QuantSpec) -> QTensor:
 
 
 def _held(start: _Start, spec: QuantSpec) -> tuple[Parameters, QuantSpec]:
-    """Return the grid to sweep over and its spec: where weights are dropped, each has its own scale, HELD if
-    dropped."""
+    """Return the grid to sweep over and its spec: with dropped weights, each has its own scale, HELD if dropped."""
     stays = start.stays
     if stays is None:
         return start.parameters, spec

@@ -49,8 +49,7 @@ def base_order(order: int) -> int | None:
 
 @functools.cache
 def block_order(width: int) -> int:
-    """Return the order of blocks that rotate a width: its largest divisor with base_order up to LARGEST_BASE (1 if
-    odd)."""
+    """Return the block order for a width: its largest divisor with base_order up to LARGEST_BASE (1 if odd)."""
     if width < 1:
         raise ValueError(f"a width is at least 1, not {width}")
     counts = (count for count in range(1, width + 1) if width % count == 0)

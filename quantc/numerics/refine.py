@@ -123,8 +123,7 @@ class _Layer:
         return replace(self.before, scales=scales.T.to(torch.float16).contiguous())
 
     def _fitted_blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Fit all scales, block by block; yield the channels (B,) of each block and, after its fit, their slopes (B,
-        N)."""
+        """Fit all scales; yield the channels (B,) of every block and, after its fit, their slopes (B, N)."""
         if self.scaled is None:
             for channels in self.order.split(BLOCK_CHANNELS):
                 yield channels, self.gram[channels] @ self.errors

@@ -47,8 +47,7 @@ class RelaxedWeight(nn.Module):
         self.offsets = nn.Parameter(exact.sub_(tensor.codes).clamp_(-INSIDE, INSIDE))
 
     def forward(self) -> torch.Tensor:
-        """Return float32 (..., N, K), what unrotated inputs are multiplied with; offsets as clamp_offsets leaves
-        them."""
+        """Return float32 (..., N, K), what unrotated inputs are multiplied with; offsets are as clamped."""
         return _completed(self.tensor, _Dequantized.apply(self, self.offsets, self.factors))
 
     @torch.no_grad()
@@ -106,8 +105,7 @@ class RescaledWeight(nn.Module):
 
 
 def relax(tensor: QTensor, turned: torch.Tensor) -> RelaxedWeight | RescaledWeight:
-    """Return the weight with those parts trainable that its grid lets training move; for the arguments see
-    RelaxedWeight."""
+    """Return the weight with the parts that its grid lets training move; arguments: see RelaxedWeight."""
     return RelaxedWeight(tensor, turned) if "codes" in tensor.spec.grid.trainable else RescaledWeight(tensor)
 
 

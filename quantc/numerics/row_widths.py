@@ -39,8 +39,7 @@ def mark_salient(salience: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def write_rows(rows: torch.Tensor) -> str:
-    """Return marks (N,) in hexadecimal, two digits a byte: bit i % 8 of byte i // 8, 0 the least significant, is row
-    i."""
+    """Return marks (N,) as hexadecimal digits, two a byte: row i is bit i % 8 (0 the least) of byte i // 8."""
     return bytes(pack_bits(rows.to(torch.uint8), 1).tolist()).hex()
 
 

@@ -50,8 +50,7 @@ class Spectrum:
 
 
 def by_magnitude(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Return bool (N, K), the weights that stay of weight (N, K) when those of least squares drop in the spec's
-    pattern."""
+    """Return bool (N, K), the weights that stay when those of least squares drop in the spec's pattern."""
     return _two_of_four(weight) if spec.pattern.drops == "weights" else _largest_groups(weight, spec)
 
 
@@ -76,8 +75,7 @@ def _padded_squares(weight: torch.Tensor, g: int, filler: float) -> torch.Tensor
 
 
 def by_admm(weight: torch.Tensor, spectrum: Spectrum, spec: QuantSpec) -> torch.Tensor:
-    """Return bool (N, K), the weights with which weight (N, K) can come nearest to its outputs, in the spec's
-    pattern."""
+    """Return bool (N, K), the weights to keep, in the spec's pattern, to come nearest to the outputs."""
     wanted = weight.float() * spectrum.lengths
     pulls = wanted @ (spectrum.vectors * spectrum.values)  # W H, in the basis of the eigenvectors
     sparse, multiplier = wanted, torch.zeros_like(wanted)

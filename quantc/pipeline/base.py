@@ -69,7 +69,7 @@ class Pass:
         return None
 
     def plan(self, run: Run) -> None:
-        """Decide how linears are stored, by looking at numbers only."""
+        """Decide what to do, from numbers alone."""
 
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
         """Look at the original model before the build, in sweeps of its own; `folder` holds temporary files."""
@@ -84,8 +84,7 @@ class Pass:
         """Work on the tensors outside the blocks."""
 
     def state(self) -> Any:
-        """Return what `rewrite` and `build` remember of the blocks they have seen, as a JSON value; None for
-        nothing."""
+        """Return what `rewrite` and `build` remember of the blocks seen, as a JSON value; None for nothing."""
         return None
 
     def restore(self, state: Any) -> None:

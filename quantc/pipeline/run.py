@@ -82,8 +82,7 @@ def load_outside(run: Run) -> None:
 
 
 def output_logits(run: Run, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, T, V) for tokens (B, T) that left the last block as hidden (B, T, ...); see
-    `load_outside`."""
+    """Return logits (B, T, V) of tokens (B, T) from the last block's hidden (B, T, ...); see `load_outside`."""
     model, blocks = run.source.model, run.graph.blocks
     modules: list[nn.Module] = [model.get_submodule(block.name) for block in blocks]
     with blocks_replaced(modules, lambda i, *_: blocks[i].returns.wrap(hidden)):

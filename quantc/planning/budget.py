@@ -128,8 +128,7 @@ class Budget:
         return sum(max(option.bits for option in unit) for unit in self._units)
 
     def bits_for(self, average: float) -> int:
-        """Return the bits of an average as it is written: 3.8 as a float is a bit less, and would miss a plan of
-        3.8."""
+        """Return the bits of an average as written: 3.8 as a float is a bit less, and would miss a plan of 3.8."""
         return int(Fraction(str(average)) * self.weights)
 
     def share(self, bits: int) -> Shared:

@@ -93,8 +93,7 @@ class _Packed(nn.Module):
 
     @torch.no_grad()
     def _prepare(self, x: torch.Tensor, expert: int | None) -> _PreparedWeight:
-        """Return the parts as the kernel for x wants them, for calls in every mode: inference tensors could not
-        train."""
+        """Return the parts as the kernel for x wants them, usable in every mode: inference tensors cannot train."""
         if not x.is_floating_point():
             found = f"{_name(x.dtype)} and {_name(self.dtype)}"
             raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {found}")

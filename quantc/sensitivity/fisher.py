@@ -157,8 +157,7 @@ class _Fisher(Reader):
             self._found[linear.name] = {spec: lost[spec] * (1 + BEYOND_SECOND_ORDER * shares[spec]) for spec in specs}
 
     def losses(self) -> dict[str, list[Candidate]]:
-        """Return the losses of every linear; one without gradients loses per share of energy what others do on
-        average."""
+        """Return every linear's losses; without gradients it loses per share of energy what others do on average."""
         known = [spec for name in self._found for spec in self._found[name].items()]
         energy = sum(share for name in self._found for share in self._shares[name].values())
         worth = sum(lost for _, lost in known) / energy if energy else 1.0

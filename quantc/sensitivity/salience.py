@@ -24,8 +24,10 @@ class Salience:
         self._squares: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, squares: torch.Tensor) -> None:
-        """Add squares, float32 (E, N), of a batch's gradients at the outputs, or at each row's weights for stacks,
-        which mix tokens."""
+        """Add the squared gradients of a batch, float32 (E, N), at the outputs of a linear.
+
+        For a stack of experts, whose tokens are not told apart, they are those at the weights of every row.
+        """
         self._squares[name] = self._squares.get(name, 0) + squares
 
     def finish(self, name: str, energies: list[torch.Tensor]) -> None:

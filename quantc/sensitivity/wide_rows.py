@@ -14,8 +14,7 @@ ROW_STEP = 16  # rows that kernels multiply together
 
 
 def with_wide_rows(losses: Losses) -> Losses:
-    """Return losses with rows of two widths added for linears of known salience, where both widths are dense
-    candidates."""
+    """Return losses with rows of two widths added where salience is known and both widths are dense candidates."""
     return Losses(
         {
             name: [*found, *_mixed(found, losses.salience[name])] if name in losses.salience else found

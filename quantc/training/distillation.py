@@ -147,8 +147,7 @@ class Distillation:
         return total / len(batches)
 
     def _compare(self, batch: Batch, hidden: torch.Tensor, with_gradient: bool = False) -> tuple[float, torch.Tensor]:
-        """Return the mean KL divergence from the original's predictions, and its gradient at hidden (B, T, ...), or
-        zeros."""
+        """Return the mean KL divergence from the original's predictions, and its gradient at hidden, or zeros."""
         total, gradient = 0.0, torch.zeros_like(hidden)
         count = hidden.shape[0] * hidden.shape[1]
         wanted = self.teacher.read(batch.start, batch.count).to(hidden.device)

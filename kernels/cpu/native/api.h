@@ -42,7 +42,7 @@ EXPORT int32_t quantc_cpu_pack_kept(int32_t bits, int64_t n, int64_t k, int64_t 
                                     const void* codes, const void* scales, const void* zeros, int32_t symmetric,
                                     void* image, int64_t image_bytes, int32_t threads);
 
-// The size of the weight of an image of so many bytes; REFUSED for what is no image of this version, or of other bytes.
+// Write the size of an image's weight; REFUSED for anything but an image of this version of image_bytes bytes.
 EXPORT int32_t quantc_cpu_image_shape(const void* image, int64_t image_bytes, int64_t* n, int64_t* k);
 
 // The products of x [m][k] with 1 to LARGEST_GROUP weights of this k: `products` are Product structs (weight.h), each

@@ -11,7 +11,7 @@ namespace {
 // bytes take more registers than there are.
 constexpr int side_by_side(int bits, int m) { return LANES == 8 && m == 1 && bits <= 4 ? 2 : 1; }
 // Sums of a row that are added up at a group's end, eight registers of them: an addition takes 4 cycles, and two start in
-// each. The same for a strip that is left over, or its sums would depend on how strips are shared out.
+// each. The same for a strip that is left over, or its sums would depend on how strips are divided among threads.
 constexpr int chains_of(int bits, int m) {
   const int most = 8 / PARTS / (m * side_by_side(bits, m));
   return most > 1 ? most : 1;

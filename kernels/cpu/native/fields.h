@@ -37,7 +37,7 @@ INLINE Words joined(const uint32_t* block) {
   return words;
 }
 
-// Where field j stands when it is converted: the upper half of a word is moved down first, as a code in the last field
+// The first bit of field j when it is converted: the upper half of a word is moved down first, as a code in the last field
 // would have the sign's bit, and as masks are few then.
 constexpr int place_of_field(int bits, int j) { return j * field_width(bits) % 16; }
 

@@ -24,7 +24,7 @@ struct Kept {
 
 struct Image {
   uint32_t magic, version;
-  int32_t bits;          // 2, 3, 4, 5, 6 or 8; a code of 7 bits lies in 8
+  int32_t bits;          // 2, 3, 4, 5, 6 or 8; a code of 7 bits takes 8
   int32_t mid;           // what the kernels subtract from a code: the zero point of symmetric codes
   int32_t per_ic, symmetric;
   int64_t n, k;          // the weight's true size
@@ -43,7 +43,7 @@ struct Image {
 constexpr int low_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : 2; }
 constexpr int high_width(int bits) { return bits - low_width(bits); }
 
-// The code of input k (0..31) lies in the word of its row in vector low_vector, from bit low_bit on. Halves of a word
+// The code of input k (0..31) is in the word of its row in vector low_vector, from bit low_bit on. Halves of a word
 // are even and odd inputs, as bfloat16 dot products want them; bytes never share a code, as int8 ones want it.
 constexpr int inputs_in_vector(int bits) { return 32 / low_width(bits); }
 constexpr int low_vector(int bits, int k) { return k / inputs_in_vector(bits); }
@@ -51,12 +51,12 @@ constexpr int low_bit(int bits, int k) {
   return k % 2 * 16 + k % inputs_in_vector(bits) / 2 * low_width(bits);
 }
 
-// Where the planes of a code are joined (words.h), it lies in a field of 2, 4 or 8 bits: words of the lower plane hold
+// Where the planes of a code are joined (words.h), it is in a field of 2, 4 or 8 bits: words of the lower plane hold
 // those of `joints` words, side by side.
 constexpr int field_width(int bits) { return bits == 2 ? 2 : bits <= 4 ? 4 : 8; }
 constexpr int joints(int bits) { return field_width(bits) / low_width(bits); }
 
-// Its upper part lies in the same field of another vector, so that one shift joins all fields (or bytes, or halves) at
+// Its upper part is in the same field of another vector, so that one shift joins all fields (or bytes, or halves) at
 // once.
 constexpr int high_share(int bits) {  // vectors of the lower plane that share one of the upper
   return high_width(bits) ? low_width(bits) / high_width(bits) : 1;
@@ -67,7 +67,7 @@ constexpr int high_bit(int bits, int k) {
   return low_bit(bits, k) / field * field + (low_vector(bits, k) % high_share(bits) * joints(bits) + joint) * high_width(bits);
 }
 
-// The int8 kernel multiplies four inputs of a row at once: those whose codes lie at the same bit of the word's bytes.
+// The int8 kernel multiplies four inputs of a row at once: those whose codes are at the same bit of the word's bytes.
 constexpr int quad_input(int bits, int quad, int byte) {
   const int per_byte = 8 / low_width(bits);
   const int vector = quad / per_byte, place = quad % per_byte;
@@ -89,7 +89,7 @@ inline __attribute__((always_inline)) void with_bits(int bits, Step step) {
 }
 }  // namespace
 
-// Whether so many bytes are an image of this version, as long as its header says.
+// Whether w is an image of this version of as many bytes as its header says.
 inline bool is_image(const Image* w, int64_t bytes) {
   return bytes >= static_cast<int64_t>(sizeof(Image)) && w->magic == MAGIC && w->version == VERSION && w->bytes == bytes;
 }

@@ -231,7 +231,7 @@ size_t take_room(Multiplication& job, const Multiplication* loaded, int64_t rows
   return used;
 }
 
-// The products of a call. Their pieces are shared out as one list: waking threads costs as much as a small product.
+// The products of a call. Threads take their pieces from one list: waking threads costs as much as a small product.
 struct Together {
   Multiplication jobs[LARGEST_GROUP];
   int count;

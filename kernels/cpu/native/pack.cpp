@@ -8,7 +8,7 @@
 
 namespace {
 
-// A block of a strip takes up to 512 bytes of codes and 96 of scales and zeros: so many have sizes that 64 bits count.
+// A block of a strip takes up to 512 bytes of codes and 96 of scales and zeros: MOST_BLOCKS of them fit 64 bits.
 constexpr int64_t LARGEST_SIDE = int64_t{1} << 31, MOST_BLOCKS = int64_t{1} << 50;
 
 int64_t aligned(int64_t bytes) { return divide_up(bytes, VECTOR) * VECTOR; }

@@ -96,7 +96,7 @@ class Pool {
   void start(int helpers) try {
     for (; started_ < helpers; ++started_) std::thread([this, index = started_] { serve(index); }).detach();
   } catch (const std::system_error&) {
-    // There are no more threads to be had: those that run, and the caller, do the work.
+    // The system has no more threads: those that run, and the caller, do the work.
   }
 
   void serve(int index) {

@@ -1,5 +1,5 @@
 // Sixteen rows side by side in PARTS registers of LANES lanes. Each instruction set compiles its own copy: all of it
-// lies in an anonymous namespace, or the linker could give AVX-512 code to a processor without.
+// is in an anonymous namespace, or the linker could give AVX-512 code to a processor without.
 #pragma once
 
 #include <cstdint>

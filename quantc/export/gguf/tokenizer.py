@@ -77,8 +77,7 @@ def _byte_level(backend: dict[str, Any], vocabulary: int, pre: str | None) -> Me
 
 
 def _sentence_pieces(backend: dict[str, Any], vocabulary: int) -> Metadata:
-    """Return the metadata of a BPE with scores, which say how late a token is merged: llama.cpp takes the highest
-    first."""
+    """Return the metadata of a BPE with scores of how late a token is merged: llama.cpp takes the highest first."""
     model = backend["model"]
     tokens, types = _tokens(backend, vocabulary)
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
