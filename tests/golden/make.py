@@ -4,7 +4,8 @@
 
 A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
 can store; in version 2 its residual stream is rotated too, in version 3 some linears have rows of two widths, or groups
-of which some are dropped, or drop two of four weights (v3_sparse).
+of which some are dropped, or drop two of four weights (v3_sparse), and in version 4 all are on block types of
+GGUF.
 `expected_<version>.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
 """
 
@@ -25,7 +26,7 @@ from quantc.checkpoint.reader import CheckpointReader
 from quantc.formats import format_of
 from quantc.plan import Plan
 from quantc.recipe import Recipe
-from quantc.spec import WHOLE_ROW, QuantSpec
+from quantc.spec import GRIDS, WHOLE_ROW, Ggml, QuantSpec
 from tests.helpers import save_with_tokenizer
 
 HERE = Path(__file__).parent
@@ -71,9 +72,29 @@ PLAN_SPARSE = Plan(
 )
 
 
-def build_tiny() -> torch.nn.Module:
+def spec_of(code: str) -> QuantSpec:
+    grid = GRIDS[code]
+    assert issubclass(grid, Ggml)
+    return QuantSpec(grid.width, grid.block, code=code)
+
+
+SIMPLE = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), ("q4_0", "q4_1", "q5_0", "q5_1"), strict=True))
+NESTED = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+PLAN_BLOCKS = Plan(
+    {
+        f"model.layers.{index}.{name}": code and spec_of(code)
+        for index, nested in enumerate(NESTED)
+        for name, code in {
+            **{f"self_attn.{name}": code for name, code in SIMPLE.items()},
+            "mlp.gate_proj": "q8_0", "mlp.up_proj": None, "mlp.down_proj": nested,
+        }.items()
+    }
+)  # fmt: skip
+
+
+def build_tiny(layers: int = 1, intermediate: int = 44) -> torch.nn.Module:
     config = AutoConfig.for_model(
-        "llama", vocab_size=160, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=2,
+        "llama", vocab_size=160, hidden_size=32, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         tie_word_embeddings=True,
     )  # fmt: skip
@@ -100,13 +121,13 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def make(version: str, passes: list[object], plan: Plan = PLAN) -> None:
+def make(version: str, passes: list[object], plan: Plan = PLAN, **shape: int) -> None:
     """Quantize the tiny model by a plan and keep the folder and what its codes stand for."""
     folder = HERE / version
     recipe = Recipe.from_dict({"version": 1, "passes": passes})
     # Relative paths, because the checkpoint keeps those it was made from.
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
-        save_with_tokenizer(build_tiny(), Path("tiny"))
+        save_with_tokenizer(build_tiny(**shape), Path("tiny"))
         Path("plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
         quantc.quantize(
             "./tiny", plan="plan.yaml", recipe=recipe, calib="tiny/text.txt", samples=8, seq_len=32, out=version
@@ -129,3 +150,5 @@ if __name__ == "__main__":
         make("v3", ["allocate", "quantize"], PLAN_3)
     if not (HERE / "v3_sparse").exists():
         make("v3_sparse", ["allocate", "quantize"], PLAN_SPARSE)
+    if not (HERE / "v4").exists():
+        make("v4", ["allocate", "quantize"], PLAN_BLOCKS, layers=len(NESTED), intermediate=256)
