@@ -15,7 +15,7 @@ from .files.whole_file import write_whole
 from .graph.model_graph import ModelGraph
 from .numerics.hadamard import fits
 from .numerics.row_widths import mark_salient, read_rows, write_rows
-from .spec import QuantSpec, packed_bytes
+from .spec import Ggml, QuantSpec, packed_bytes
 
 KEEP = "keep"
 MOST_ROWS = 1 << 24  # of a weight: vocabularies have up to 2**19
@@ -83,6 +83,7 @@ class Plan:
             if name not in graph.linears and name not in extra:
                 near = untrusted.nearest(name, graph.linears) or "-"
                 raise UsageError(f"the plan names {name}, which is no linear of this model; did you mean {near}?")
+        self._check_blocks(graph)
         self._check_rotations(graph)
         self._fit_masks(graph)
         missing = [name for name in graph.linears if name not in self.specs]
@@ -91,6 +92,17 @@ class Plan:
                 f"the plan leaves out {missing[0]} and {len(missing) - 1} more linears; every linear needs a spec, "
                 f"or `{KEEP}`."
             )
+
+    def _check_blocks(self, graph: ModelGraph) -> None:
+        for name, spec in self.specs.items():
+            if spec is None or name not in graph.linears or not isinstance(spec.grid, Ggml):
+                continue
+            width = graph.linears[name].shape[1]
+            if not spec.grid.divides(width):
+                raise UsageError(
+                    f"the plan gives {name} the code {spec.code}, whose blocks of {spec.group_size} do not divide its "
+                    f"rows of {width}; choose a type with blocks of 32, or write `{KEEP}`."
+                )
 
     def _check_rotations(self, graph: ModelGraph) -> None:
         for name, spec in self.specs.items():
