@@ -95,8 +95,8 @@ PLAN_BLOCKS = Plan(
 def build_tiny(layers: int = 1, intermediate: int = 44) -> torch.nn.Module:
     config = AutoConfig.for_model(
         "llama", vocab_size=160, hidden_size=32, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=True,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
