@@ -1,4 +1,4 @@
-"""How the command line treats what goes wrong: one line on stderr and an exit code, never a traceback."""
+"""Types of option values: whole numbers, shares, words; bad ones are refused in one sentence that names the option."""
 
 from __future__ import annotations
 

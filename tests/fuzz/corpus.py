@@ -49,7 +49,8 @@ def resume(folder: Path) -> None:
 
 def _mixed_plan(folder: Path) -> Path:
     """A plan in which linears are stored in several ways; written once without a text, then edited."""
-    quantc.quantize(folder / "model", out=folder / "first", bits=4, group_size=16, method="rtn", calib="none")
+    plain = {"bits": 4, "group_size": 16, "method": "rtn", "calib": "none", "head_bits": "keep"}
+    quantc.quantize(folder / "model", out=folder / "first", **plain)  # type: ignore[arg-type]
     plan = read_plan(folder / "first" / "plan.yaml")
     kinds: list[dict[str, Any]] = [
         {"bits": 3, "rank": 2}, {"symmetric": True}, {"bits": 5, "grouping": "per_ic"}, {"hadamard": 16},
