@@ -262,7 +262,10 @@ class Allocate(Pass):
         config = self.config
         smallest = least / budget.weights
         ruled = " within the pins and formats given" if config.pins or config.formats else ""
-        head = "" if config.head_bits == "auto" else ", or let the embedding and the head have fewer (--head-bits auto)"
+        less = (
+            "quantize the embedding and the head too" if config.head_bits == "keep" else "fewer for embedding and head"
+        )
+        head = "" if config.head_bits == "auto" else f", or {less} (--head-bits auto)"
         if config.avg_bits is not None:
             return (
                 f"an average of {config.avg_bits:g} bits cannot be met: the smallest plan{ruled} takes {smallest:.3f} "

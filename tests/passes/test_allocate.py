@@ -36,7 +36,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(saved: Path, average: float | None = None, **settings: Any) -> api.Run:
     text = str(saved / "model/text.txt")
     return api.plan(
-        saved / "model", **{"avg_bits": average, "group_size": 16, "calib": text, **CALIBRATION, **settings}
+        saved / "model",
+        **{"avg_bits": average, "group_size": 16, "calib": text, "head_bits": "keep", **CALIBRATION, **settings},
     )
 
 
@@ -107,7 +108,7 @@ def test_what_cannot_be_met_is_refused_with_what_can(saved: Path) -> None:
 def test_a_size_is_used_up_and_never_exceeded(saved: Path, share: float) -> None:
     whole = sum(file.stat().st_size for file in (saved / "model").glob("*.safetensors"))
     limit = int(whole * share)
-    report = quantize_saved(saved, size=limit, preset="balanced", force=True)
+    report = quantize_saved(saved, size=limit, preset="balanced", head_bits="keep", force=True)
     files = list((saved / "packed").glob("*.safetensors"))
     assert report.weights_bytes == sum(file.stat().st_size for file in files)
     assert 0.985 * limit < report.weights_bytes <= limit
@@ -273,6 +274,7 @@ def test_groups_along_the_outputs_take_part_where_inputs_are_not_rotated(tmp_pat
         "calib": str(TRAINED.parent / "heldout.txt"),
         "samples": 16,
         "seq_len": 64,
+        "head_bits": "keep",
     }
     report = quantc.quantize(TRAINED, recipe=recipe, out=tmp_path / "packed", **settings)
     planned_specs = api.plan(TRAINED, **settings).plan.specs

@@ -38,7 +38,9 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def planned(saved: Path, **settings: Any) -> api.Run:
     text = str(saved / "model/text.txt")
-    return api.plan(saved / "model", **{"sparsity": "auto", "calib": text, **CALIBRATION, **settings})
+    return api.plan(
+        saved / "model", **{"sparsity": "auto", "calib": text, "head_bits": "keep", **CALIBRATION, **settings}
+    )
 
 
 def taken(run: api.Run) -> float:

@@ -29,7 +29,9 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def planned(saved: Path, average: float, **settings: Any) -> api.Run:
     calibration = {"calib": str(saved / "model/text.txt"), "samples": 4, "seq_len": 32}
-    return api.plan(saved / "model", avg_bits=average, **{"group_size": 16, **calibration, **settings})
+    return api.plan(
+        saved / "model", avg_bits=average, **{"group_size": 16, "head_bits": "keep", **calibration, **settings}
+    )
 
 
 def two_widths(run: api.Run) -> set[str]:
