@@ -317,7 +317,7 @@ class Allocate(Pass):
             for name, shape in table_shapes(run).items():
                 run.plan.specs[name] = self._spec(config.head_bits, shape)
         elif config.head_bits is None and self._packs_head:
-            specs = default_specs(run, config.symmetric)
+            specs = default_specs(run)
             if self._own_grids is not None:
                 shapes = {name: run.source.model.get_parameter(name).shape for name in specs}
                 specs = self._of_width(DEFAULT_BITS, {name: (shape[0], shape[1]) for name, shape in shapes.items()})

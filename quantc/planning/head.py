@@ -28,11 +28,14 @@ def table_shapes(run: Run) -> dict[str, tuple[int, int]]:
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 
-def default_specs(run: Run, symmetric: bool) -> dict[str, QuantSpec]:
-    """Return specs of the embedding and the head, in groups that divide their width; none for what is no matrix."""
+def default_specs(run: Run) -> dict[str, QuantSpec]:
+    """Return specs of the embedding and the head, in groups that divide their width; none for what is no matrix.
+
+    Codes are symmetric, so that other runtimes hold them exactly (GGUF's Q8_0).
+    """
     shapes = {name: run.source.model.get_parameter(name).shape for name in run.graph.outside_weights}
     return {
-        name: QuantSpec(DEFAULT_BITS, best_group_size(shape[1]), symmetric=symmetric)
+        name: QuantSpec(DEFAULT_BITS, best_group_size(shape[1]), symmetric=True)
         for name, shape in shapes.items()
         if len(shape) == 2
     }

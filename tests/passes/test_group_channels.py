@@ -247,7 +247,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_with_tokenizer(llama, tmp_path_factory.mktemp("group_channels") / "model")
 
 
-CHOSEN = ({"allocate": {"bits": 3, "group_size": 16}}, "group_channels")
+CHOSEN = ({"allocate": {"bits": 3, "group_size": 16, "head_bits": "keep"}}, "group_channels")
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])

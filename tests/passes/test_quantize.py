@@ -23,7 +23,7 @@ from quantc.numerics.qtensor import QTensor
 from quantc.numerics.rounding import round_to_nearest
 from quantc.numerics.statistics import Drift, Gram
 from quantc.passes.quantize import Quantize, QuantizeConfig
-from quantc.pipeline import work as handed
+from quantc.pipeline import calibrated_work
 from quantc.recipe import Recipe
 from quantc.report import LinearReport, Report, read_report
 from quantc.spec import QuantSpec
@@ -86,7 +86,7 @@ def test_without_calibration_nothing_counts_as_a_fallback(moe: Path, tmp_path: P
 def test_rounding_to_nearest_stays_that_where_another_pass_asked_for_statistics(tmp_path: Path) -> None:
     """The codes are those of the plain run; the report then knows the rows, and measures errors of outputs."""
     save_with_tokenizer(build("llama"), tmp_path / "model")
-    passes = [{"allocate": {}}, {"group_channels": {}}, {"quantize": {}}]
+    passes = [{"allocate": {"head_bits": "keep"}}, {"group_channels": {}}, {"quantize": {}}]
     recipe = Recipe.from_dict({"version": 1, "passes": passes})
     measured = run(tmp_path / "model", tmp_path / "out", method="rtn", recipe=recipe)
     assert {(linear.method, linear.rows, linear.fallbacks) for linear in measured.linears} == {("rtn", 12, 0)}
@@ -174,7 +174,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_with(model: Path, out: Path, run_settings: dict[str, Any] | None = None, **quantize: Any) -> dict[str, str]:
     """Checksums of the tensors that a 3-bit recipe with these settings of quantize wrote."""
-    passes = [{"allocate": {}}, {"quantize": quantize}]
+    passes = [{"allocate": {"head_bits": "keep"}}, {"quantize": quantize}]
     settings = {"bits": 3, "samples": 6, "seq_len": 32, **(run_settings or {})}
     run(model, out, recipe=Recipe.from_dict({"version": 1, "passes": passes}), **settings)
     return {name: entry["sha256"] for name, entry in CheckpointReader(out).manifest["tensors"].items()}
@@ -255,8 +255,13 @@ def test_rounds_of_statistics_and_reruns_do_not_change_corrected_bytes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     rounds: list[int] = []  # activations of each
-    gathered = handed.gather_drifting
-    monkeypatch.setattr(handed, "gather_drifting", lambda *args: (rounds.append(len(args[3])), gathered(*args))[1])
+    gathered = calibrated_work.gather_drifting
+
+    def counted(*args: Any) -> Any:
+        rounds.append(len(args[3]))
+        return gathered(*args)
+
+    monkeypatch.setattr(calibrated_work, "gather_drifting", counted)
     expected = run_with(models / name, tmp_path / "one", correct=0.5)
     few = len(rounds)
     assert run_with(models / name, tmp_path / "again", correct=0.5) == expected

@@ -8,7 +8,7 @@ import pytest
 
 import quantc
 from quantc import api
-from quantc.export.gguf import llama_cpp
+from quantc.evaluation import llama_cpp
 
 pytest.importorskip("gguf")
 MODEL = "demo:smollm2"

@@ -81,14 +81,15 @@ def test_architectures_are_exported(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
 def test_floats_keep_their_type(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
     build("qwen3").to(dtype).save_pretrained(tmp_path / "model")
-    quantc.quantize(tmp_path / "model", out=tmp_path / "packed", bits=4, group_size=32, method="rtn", calib="none")
+    settings = {"bits": 4, "group_size": 32, "method": "rtn", "calib": "none", "head_bits": "keep"}
+    quantc.quantize(tmp_path / "model", out=tmp_path / "packed", **settings)
     found = export(tmp_path / "packed", out=tmp_path / "tiny.gguf")
     assert {kind: count for kind, (count, _) in found.types.items()} == {name: 2, "F32": 9, "Q4_1": 14}
 
 
 def test_groups_of_several_blocks_repeat_their_scale(tmp_path: Path) -> None:
     found = export(packed(tmp_path, group_size=64, symmetric=True), out=tmp_path / "tiny.gguf")
-    assert set(found.types) == {"F32", "Q4_0"}
+    assert set(found.types) == {"F32", "Q4_0", "Q8_0"}  # the embedding and the head are Q8_0
 
 
 def test_a_window_that_llama_cpp_does_not_have_is_noted(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quantc.export.gguf import llama_cpp, proof
+from quantc.evaluation import llama_cpp
+from quantc.export.gguf import proof
 from quantc.export.gguf.architectures import architecture_of
 from quantc.export.gguf.blocks import TYPES, Blocks, BlockType
 from quantc.export.gguf.file import GgufWriter

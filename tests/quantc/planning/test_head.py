@@ -83,7 +83,7 @@ def test_groups_divide_the_width_whatever_the_group_size_of_the_blocks(folders: 
 def test_what_is_no_matrix_stays_as_it_is(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = opened_run(folders / "untied")
     monkeypatch.setattr(run.source.model, "get_parameter", lambda name: torch.empty(3, 4, 5))
-    assert default_specs(run, symmetric=False) == {}
+    assert default_specs(run) == {}
 
 
 def test_a_model_that_fits_as_it_is_keeps_both(folders: Path) -> None:
