@@ -15,7 +15,7 @@ from .files.whole_file import write_whole
 from .graph.model_graph import ModelGraph
 from .numerics.hadamard import fits
 from .numerics.row_widths import mark_salient, read_rows, write_rows
-from .spec import Ggml, QuantSpec, packed_bytes
+from .spec import QuantSpec, packed_bytes
 
 KEEP = "keep"
 MOST_ROWS = 1 << 24  # of a weight: vocabularies have up to 2**19
@@ -95,14 +95,25 @@ class Plan:
 
     def _check_blocks(self, graph: ModelGraph) -> None:
         for name, spec in self.specs.items():
-            if spec is None or name not in graph.linears or not isinstance(spec.grid, Ggml):
+            if spec is None:
+                continue
+            if name not in graph.linears:
+                self._check_table(name, spec)
                 continue
             width = graph.linears[name].shape[1]
             if not spec.grid.divides(width):
                 raise UsageError(
                     f"the plan gives {name} the code {spec.code}, whose blocks of {spec.group_size} do not divide its "
-                    f"rows of {width}; choose a type with blocks of 32, or write `{KEEP}`."
+                    f"rows of {width}; choose a code with smaller blocks, or write `{KEEP}`."
                 )
+
+    @staticmethod
+    def _check_table(name: str, spec: QuantSpec) -> None:
+        if not spec.grid.rowwise:
+            raise UsageError(
+                f"the plan gives {name} the code {spec.code}, whose rows cannot be read one by one; choose another "
+                f"code for it, or write `{KEEP}`."
+            )
 
     def _check_rotations(self, graph: ModelGraph) -> None:
         for name, spec in self.specs.items():

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, UsageError
 from ..formats import Part, format_of
 from ..numerics.hadamard import fits
-from ..spec import Ggml, QuantSpec
+from ..spec import QuantSpec
 from . import integrity
 
 METHOD = "quantc"
@@ -170,7 +170,7 @@ def _check_uneven(entries: dict[str, PackedEntry], version: int) -> None:
             raise ValueError(f"{name} has dropped weights, in version {version}")
         if version < entry.spec.since:
             raise ValueError(f"{name} has the code {entry.spec.code}, in version {version}")
-        if isinstance(entry.spec.grid, Ggml) and not entry.spec.grid.divides(entry.shape[1]):
+        if not entry.spec.grid.divides(entry.shape[1]):
             raise ValueError(
                 f"{name} has rows of {entry.shape[1]} weights, which blocks of {entry.spec.code} do not divide"
             )

@@ -221,6 +221,11 @@ class PackedWeight(_Packed):
 
     def _rows_of(self, rows: torch.Tensor) -> tuple[Parts, QuantSpec]:
         """Return parts and spec of the table that has just these rows; a per_ic group then holds a single row."""
+        if not self.spec.grid.rowwise:
+            raise CheckpointError(
+                f"an embedding has the code {self.spec.code}, whose rows cannot be read one by one; quantize the model "
+                "with another code for it."
+            )
         parts = self.parts()
         if self.spec.grouping == "per_oc":
             return {name: part if name == "low_rank_a" else part[rows] for name, part in parts.items()}, self.spec

@@ -1,7 +1,7 @@
 """How one weight is stored: a grid, groups, a pattern and what wraps it; QuantSpec is the record that names them."""
 
 from .counts import LARGEST_COUNT, SCALE_BITS, packed_bytes
-from .grids import GRIDS, MAX_BITS, MIN_BITS, Ggml, Grid, Uniform
+from .grids import GRIDS, MAX_BITS, MIN_BITS, Fixed, Ggml, Grid, Table, Uniform
 from .groups import WHOLE_ROW, Groups
 from .patterns import PATTERNS, PLACE_BITS, SPARSE_GROUPS, Dense, GroupSparse, Pattern, TwoOfFour, TwoWidths, places
 from .quant_spec import QuantSpec
@@ -19,6 +19,7 @@ __all__ = [
     "SPARSE_GROUPS",
     "WHOLE_ROW",
     "Dense",
+    "Fixed",
     "Ggml",
     "Grid",
     "GroupSparse",
@@ -26,6 +27,7 @@ __all__ = [
     "Groups",
     "Pattern",
     "QuantSpec",
+    "Table",
     "TwoOfFour",
     "TwoWidths",
     "Uniform",

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import UsageError
+from ...spec.grids.values import IQ4
 from .pieces import Bits, Numbers, Piece, SixBits, Stored
 
-# Twice the values of FP4 E2M1; the nodes of a 4-bit normal float, times 127.
-E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of FP4
 
 
 @dataclass
@@ -194,9 +193,9 @@ TYPES: dict[str, BlockType] = {
             (Bits("codes", 0, 4, 64), Bits("codes", 4, 2, 32), Bits("subs", 0, 8, 16, flip=128), SCALE),
             subs=16, sub_bits=8, sub_offset=128,
         ),
-        BlockType("IQ4_NL", 20, 32, NON_LINEAR, (SCALE, NIBBLES)),
+        BlockType("IQ4_NL", 20, 32, IQ4, (SCALE, NIBBLES)),
         BlockType(
-            "IQ4_XS", 23, 256, NON_LINEAR,
+            "IQ4_XS", 23, 256, IQ4,
             (SCALE, Bits("subs", 4, 2, 1), Bits("subs", 0, 4, 1), NIBBLES),
             subs=8, sub_bits=6, sub_offset=32,
         ),

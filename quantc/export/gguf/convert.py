@@ -1,8 +1,8 @@
 """From quantc's codes, scales and zeros to GGUF's blocks, where these hold them exactly, and why not where they do not.
 
-Weights on the grids of spec/grids/ggml.py are blocks already. Of uniform ones, a group of any multiple of 32 becomes
-blocks of 32 that repeat its scale. Zero points become minima: w = (q - z) s is
-stored as q d + m, d = s and m = -z s, which float16 rounds.
+Weights on the grids of spec/grids/ggml.py and in MXFP4 are blocks already. Of uniform ones, a group of any multiple of
+32 becomes blocks of 32 that repeat its scale. Zero points become minima: w = (q - z) s is stored as q d + m, d = s and
+m = -z s, which float16 rounds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ...checkpoint.config import PackedEntry
 from ...numerics.grids import GgmlArithmetic
 from ...numerics.qtensor import QTensor
-from ...spec import Ggml
+from ...spec import Ggml, Uniform
 from .blocks import TYPES, Blocks, BlockType
 
 BLOCK = 32
@@ -50,8 +50,10 @@ def choose_type(entry: PackedEntry) -> BlockType | Misfit:
     ):
         if there:
             return Misfit(reason, remedy)
-    if isinstance(spec.grid, Ggml):
+    if spec.code.upper() in TYPES:
         return TYPES[spec.code.upper()]
+    if not isinstance(spec.grid, Uniform):
+        return Misfit(f"it has the code {spec.code}, which no block has", "with --target gguf")
     if k % BLOCK:
         return Misfit(f"blocks of {BLOCK} do not divide its rows of {k} weights", "with --pin '*{name}=16'")
     group = spec.group_length(entry.shape)
@@ -71,6 +73,8 @@ def to_blocks(tensor: QTensor) -> Blocks:
     grid = tensor.spec.grid
     if isinstance(grid, Ggml):
         return _of_grid(tensor, grid)
+    if not isinstance(grid, Uniform):
+        return Blocks(tensor.codes, tensor.scales)  # MXFP4: the same codes and bytes
     scales = _of_blocks(tensor.scales, tensor)
     if tensor.zeros is None:
         return Blocks(tensor.codes, scales)

@@ -10,6 +10,7 @@ from .clipping import LARGEST_SCALE, SMALLEST_NORMAL, SMALLEST_SCALE
 from .columns import Columns, Descent, ScaledColumns, side_by_side
 from .ggml import GgmlArithmetic
 from .parameters import Parameters
+from .table import TableArithmetic
 from .uniform import UniformColumns
 
 
@@ -28,6 +29,7 @@ __all__ = [
     "GgmlArithmetic",
     "Parameters",
     "ScaledColumns",
+    "TableArithmetic",
     "UniformColumns",
     "arithmetic_of",
     "fit_grid",

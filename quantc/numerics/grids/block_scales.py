@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...spec import Ggml
+from .points import points_of
 
 
 @dataclass
@@ -60,9 +61,17 @@ def _of_groups(of_blocks: torch.Tensor, subs: torch.Tensor | None, grid: Ggml) -
 def codes_near(grid: Ggml, weights: torch.Tensor, steps: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     """Return the codes, float32, whose values are nearest to weights; steps and bases broadcast to them."""
     safe = torch.where(steps == 0, torch.inf, steps)  # any code will do where the step is 0
-    return ((weights - bases) / safe).round_().add_(grid.mid).clamp_(grid.least_code, grid.levels - 1)
+    levels = (weights - bases) / safe
+    if grid.table:
+        return points_of(grid.table, levels.device).nearest(levels).float()
+    return levels.round_().add_(grid.mid).clamp_(grid.least_code, grid.levels - 1)
+
+
+def levels_of(grid: Ggml, codes: torch.Tensor) -> torch.Tensor:
+    """Return the levels of float32 codes: what steps are multiplied with."""
+    return points_of(grid.table, codes.device).of_codes(codes) if grid.table else codes - grid.mid
 
 
 def values_of(grid: Ggml, codes: torch.Tensor, steps: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     """Return the values of float32 codes, by llama.cpp's operations in their order."""
-    return codes * steps + bases if grid.minima else (codes - grid.mid) * steps
+    return codes * steps + bases if grid.minima else levels_of(grid, codes) * steps

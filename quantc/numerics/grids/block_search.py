@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import torch
 
 from ...spec import Ggml
-from .block_scales import BlockScales, codes_near, values_of
+from .block_scales import BlockScales, codes_near, levels_of, values_of
 from .clipping import CHUNK_WEIGHTS, LARGEST_SCALE
 
 # Ranges that a grid covers: steps more or fewer than it has, which decide from 4 bits on, and shares of the whole,
 # which decide below.
 MORE_STEPS = tuple(step / 5 - 1.0 for step in range(11))
 SHARES = (0.9, 0.8, 0.7, 0.6)
+TABLE_SHARES = (1.2, 1.15, 1.1, 1.05, 1.0, 0.95)  # in place of steps, where these are not even
 FITS = 2  # least squares after each rounding
 D_SHARES = (1.0, 0.97, 0.94, 1.04)  # of the d that makes the largest sub-scale the largest number
 NEIGHBOURS = (-1, 0, 1)  # of a sub-scale or sub-minimum that are tried
@@ -85,8 +86,9 @@ class _Search:
         return best_step, best_base
 
     def _ranges(self, low: torch.Tensor, high: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        longest = self.grid.levels - 1 if self.grid.minima else self.grid.mid - self.grid.least_code
-        for ratio in (*(longest / (longest + more) for more in MORE_STEPS), *SHARES):
+        longest = self.grid.reach
+        around = TABLE_SHARES if self.grid.table else tuple(longest / (longest + more) for more in MORE_STEPS)
+        for ratio in (*around, *SHARES):
             if self.grid.minima:
                 yield (high - low) * (ratio / longest), low * ratio
             else:
@@ -95,7 +97,7 @@ class _Search:
 
     def _fitted(self, step: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return step and base that fit the codes best; no base above 0 where sub-minima have no sign."""
-        levels = codes_near(self.grid, self.blocks, step[..., None], base[..., None]).sub_(self.grid.mid)
+        levels = levels_of(self.grid, codes_near(self.grid, self.blocks, step[..., None], base[..., None]))
         h = self.importance
         square, product = (h * levels * levels).sum(-1), (h * levels * self.blocks).sum(-1)
         if not self.grid.minima:
@@ -140,7 +142,7 @@ class _Search:
         """Fit d and dmin to codes and whole numbers, where that lowers the error of a block."""
         h, one = self.importance, torch.ones((), device=self.blocks.device)
         codes = codes_near(self.grid, self.blocks, scales.steps()[..., None], scales.bases()[..., None])
-        a = (codes - self.grid.mid) * (one if scales.subs is None else scales.subs.float()[..., None])
+        a = levels_of(self.grid, codes) * (one if scales.subs is None else scales.subs.float()[..., None])
         aa, ay = (h * a * a).sum((-1, -2)), (h * a * self.blocks).sum((-1, -2))
         if scales.dmin is None:
             tried = BlockScales(self.grid, _float16(ay / aa), None, scales.subs)

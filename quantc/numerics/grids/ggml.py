@@ -61,9 +61,7 @@ class GgmlArithmetic(Arithmetic):
         grouped = weight.float().unflatten(-1, (-1, self.grid.group))
         return codes_near(self.grid, grouped, steps[..., None], bases[..., None]).flatten(-2).to(torch.uint8)
 
-    def value(
-        self, codes: torch.Tensor, parameters: Parameters, groups: Groups, levels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def value(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
         steps, bases = self._steps_and_bases(parameters)
         grouped = codes.float().unflatten(-1, (-1, self.grid.group))
         return values_of(self.grid, grouped, steps[..., None], bases[..., None]).flatten(-2)
@@ -78,7 +76,7 @@ class GgmlArithmetic(Arithmetic):
         largest = sub_limits(self.grid)[1] if self.grid.sub_bits else 1
         if self.grid.minima:
             return (high - low) / ((self.grid.levels - 1) * largest)
-        return torch.maximum(-low, high) / (self.grid.mid * largest)
+        return torch.maximum(-low, high) / ((self.grid.reach if self.grid.table else self.grid.mid) * largest)
 
     def layout_parameters(self, size: Sequence[int]) -> dict[str, Part]:
         parts = super().layout_parameters(size)

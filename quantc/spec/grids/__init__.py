@@ -1,7 +1,21 @@
 """Grids, one file each: what values a code can have. Importing this package registers them."""
 
 from .base import GRIDS, Grid, Trained, grid_of, register
+from .fixed import Fixed
 from .ggml import Ggml
+from .table import Table
 from .uniform import MAX_BITS, MIN_BITS, Uniform
 
-__all__ = ["GRIDS", "MAX_BITS", "MIN_BITS", "Ggml", "Grid", "Trained", "Uniform", "grid_of", "register"]
+__all__ = [
+    "GRIDS",
+    "MAX_BITS",
+    "MIN_BITS",
+    "Fixed",
+    "Ggml",
+    "Grid",
+    "Table",
+    "Trained",
+    "Uniform",
+    "grid_of",
+    "register",
+]

@@ -23,9 +23,9 @@ class Grid(ABC):
     bits: code width.
 
     name: the `code` of a spec. most_bits: the largest width. trainable: what training may move, codes to a neighbour or
-    scales by a factor; then a weight is the value of its code times the scale of its group. holds_zero: whether some
-    code means exactly 0 at any scale, without which no weight can be dropped. rows_together: output channels that are
-    coded together. since: first version of the file format that has the grid.
+    scales by a factor; then a weight is the value of its code times the scale of its group. holds_zero: whether
+    weights can be dropped: some code means exactly 0 at any scale, and scales are stored group by group. rows_together:
+    output channels that are coded together. since: first version of the file format that has the grid.
     """
 
     bits: int
@@ -46,9 +46,19 @@ class Grid(ABC):
         """Raise UsageError for groups that the grid cannot have; it can have any."""
         return
 
+    @classmethod
+    def divides(cls, k: int) -> bool:
+        """Return whether a row may have k weights: whole blocks, for grids that have blocks."""
+        return True
+
     def wider(self) -> Self | None:
         """Return the grid of one bit more; None where there is none."""
         return replace(self, bits=self.bits + 1) if self.bits < self.most_bits else None
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether stored rows can be read one by one, as those of an embedding are."""
+        return True
 
     @property
     def levels(self) -> int:

@@ -7,54 +7,30 @@ they are. The native format stores the same numbers in as many bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from ...errors import UsageError
 from ..counts import SCALE_BITS, packed_bytes
-from ..groups import Groups
-from ..record import Record
-from .base import Grid, register
-
-VERSION = 4  # of the file format, the first with these grids
+from .base import register
+from .fixed import Fixed
+from .values import IQ4
 
 
 @dataclass(frozen=True)
-class Ggml(Grid):
+class Ggml(Fixed):
     """A weight is d * level for simple blocks, d * s * level for nested ones, plus the base of its group.
 
-    width: bits of a code. block: weights that share d. group: weights that share a step. minima: whether groups have a
-    base: m of a block where there are no sub-scales, else -dmin * t. sub_bits: of a sub-scale s and a sub-minimum t, 0
-    where d is the step. signed: whether sub-scales have a sign. least_code: codes below it are not used.
+    block: weights that share d. group: weights that share a step. minima: whether groups have a base: m of a block
+    where there are no sub-scales, else -dmin * t. sub_bits: of a sub-scale s and a sub-minimum t, 0 where d is the
+    step. least_code: codes below it are not used. table: the level of each code where they are not evenly spaced.
     """
 
-    width: ClassVar[int]
-    block: ClassVar[int]
     group: ClassVar[int]
     minima: ClassVar[bool] = False
     sub_bits: ClassVar[int] = 0
     least_code: ClassVar[int] = 0
+    table: ClassVar[tuple[int, ...]] = ()
 
-    most_bits = 8
     trainable = frozenset({"codes"})
-    since = VERSION
-
-    @classmethod
-    def of(cls, record: Record) -> Self:
-        if record.bits != cls.width:
-            raise UsageError(f"bits is {record.bits!r}, but codes of {cls.name} have {cls.width} bits; write that.")
-        if record.symmetric:
-            raise UsageError(f"symmetric is true, but {cls.name} has its own zero points; leave it out.")
-        return cls(record.bits)
-
-    def check_groups(self, groups: Groups) -> None:
-        if not groups.per_oc or groups.size != self.block:
-            raise UsageError(
-                f"group_size is {groups.size} {groups.grouping}, but blocks of {self.name} have {self.block} weights "
-                "per_oc; write that."
-            )
-
-    def wider(self) -> Self | None:
-        return None
 
     @property
     def groups_in_block(self) -> int:
@@ -65,21 +41,17 @@ class Ggml(Grid):
         """The code of 0 where groups have no base."""
         return 0 if self.minima else 1 << (self.bits - 1)
 
-    @classmethod
-    def divides(cls, k: int) -> bool:
-        """Return whether rows of k weights are whole blocks."""
-        return k % cls.block == 0
-
-    def code_bits(self, n: int, k: int) -> int:
-        return n * packed_bytes(k, self.bits) * 8
+    @property
+    def reach(self) -> int:
+        """The level that is farthest from 0; without a base there is no other as far."""
+        if self.table:
+            return -self.table[0]
+        return self.levels - 1 if self.minima else self.mid - self.least_code
 
     def parameter_bits(self, rows: int, columns: int) -> int:
         each = 1 + self.minima  # a scale, and a minimum
         subs = rows * packed_bytes(columns * self.groups_in_block, self.sub_bits) * 8
         return each * (rows * columns * SCALE_BITS + subs)
-
-    def label(self, size: str) -> str:
-        return self.name
 
 
 class Simple(Ggml):
@@ -162,3 +134,17 @@ class Q6K(Nested):
     """6 bits in groups of 16, symmetric, with scales of 8 bits."""
 
     name, width, group, sub_bits = "q6_k", 6, 16, 8
+
+
+@register
+class IQ4NL(Simple):
+    """4 bits, unevenly spaced: the levels of a normal distribution. None of them is 0."""
+
+    name, width, table = "iq4_nl", 4, IQ4
+
+
+@register
+class IQ4XS(Nested):
+    """The levels of iq4_nl in groups of 32, with scales of 6 bits."""
+
+    name, width, group, sub_bits, table = "iq4_xs", 4, 32, 6, IQ4

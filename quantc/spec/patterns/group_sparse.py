@@ -43,7 +43,7 @@ class GroupSparse(Pattern):
                 f"not {groups.grouping} ones of {groups.size}; change them, or leave sparsity out."
             )
         if not grid.holds_zero:
-            raise UsageError(f"{self.describe()}, but no code of {grid.name} means 0; leave sparsity out.")
+            raise UsageError(f"{self.describe()}, but no weight of {grid.name} can be dropped; leave sparsity out.")
         if others:
             raise UsageError(
                 f"{self.describe()} and {others[0].describe()}, but a weight has one of the two; leave the other out."

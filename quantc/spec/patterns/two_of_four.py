@@ -39,7 +39,7 @@ class TwoOfFour(Pattern):
                 "two_of_four out, or the others."
             )
         if not grid.holds_zero:
-            raise UsageError(f"{self.describe()}, but no code of {grid.name} means 0; leave two_of_four out.")
+            raise UsageError(f"{self.describe()}, but no weight of {grid.name} can be dropped; leave two_of_four out.")
 
     def stored_bits(self, grid: Grid, groups: Groups, shape: tuple[int, int]) -> int:
         n, count = shape[0], places(shape[1])

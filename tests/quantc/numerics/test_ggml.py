@@ -113,7 +113,7 @@ def test_what_a_spec_cannot_say() -> None:
         QuantSpec(3, 256, code="q4_k")
     with pytest.raises(UsageError, match="group_size is 64 per_oc, but blocks of q4_k have 256 weights"):
         QuantSpec(4, 64, code="q4_k")
-    with pytest.raises(UsageError, match="no code of q4_k means 0; leave two_of_four out"):
+    with pytest.raises(UsageError, match="no weight of q4_k can be dropped; leave two_of_four out"):
         QuantSpec(4, 256, code="q4_k", two_of_four=True)
     assert QuantSpec(4, 256, code="q4_k").label() == "q4_k"
     assert QuantSpec.from_dict(spec_of("q2_k").to_dict()) == spec_of("q2_k")
