@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..spec import GRIDS, Ggml, QuantSpec
+from ..spec import GRIDS, Fixed, Ggml, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,34 @@ class Runtime:
 
     def of_width(self, bits: int, shape: tuple[int, int]) -> QuantSpec | None:
         """Return the smallest of the candidates for a weight (N, K) whose codes have this many bits, or else more;
-        of two alike the one with sub-scales.
+        of two alike the one with sub-scales. Only a budget chooses codes whose values are not evenly spaced.
 
         None where no block divides its rows.
         """
-        found = self.candidates(shape)
+        found = [spec for spec in self.candidates(shape) if spec.code in EVEN]
         wide = [spec for spec in found if spec.bits >= bits]
         return min(wide or found, key=lambda spec: (spec.bits, spec.stored_bits(shape), -spec.group_size), default=None)
 
 
 def spec_of_code(code: str) -> QuantSpec:
-    """Return the spec of a block type by its name."""
+    """Return the spec of a code with blocks by its name."""
     grid = _grid(code)
     return QuantSpec(grid.width, grid.block, code=code)
 
 
-def _grid(code: str) -> type[Ggml]:
+def _grid(code: str) -> type[Fixed]:
     grid = GRIDS[code]
-    assert issubclass(grid, Ggml)
+    assert issubclass(grid, Fixed)
     return grid
+
+
+GGML = {name: grid for name, grid in GRIDS.items() if issubclass(grid, Ggml)}
+EVEN = frozenset(name for name, grid in GGML.items() if not grid.table)
 
 
 RUNTIMES = {
     # vLLM's Marlin kernels; siblings of other widths fail to load or give garbage (vllm#50214, intel/auto-round#2174).
     "vllm": Runtime(fused=True, bits=(4, 8), groups=(32, 64, 128, -1)),
-    # llama.cpp: a type for each tensor.
-    "gguf": Runtime(fused=False, codes=tuple(name for name, grid in GRIDS.items() if issubclass(grid, Ggml))),
+    # llama.cpp: a type for each tensor. MXFP4 too: made for experts, but any tensor may have it.
+    "gguf": Runtime(fused=False, codes=(*GGML, "mxfp4")),
 }

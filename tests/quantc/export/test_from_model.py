@@ -74,7 +74,8 @@ def test_rotations_are_refused(model: Path, tmp_path: Path) -> None:
 
 def test_types_are_those_whose_blocks_divide_a_row() -> None:
     target = RUNTIMES["gguf"]
-    assert {spec.code for spec in target.candidates((8, 576))} == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0"}
+    of_32 = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4"}
+    assert {spec.code for spec in target.candidates((8, 576))} == of_32
     assert {spec.code for spec in target.candidates((8, 512))} >= {"q2_k", "q6_k", "q4_0"}
     assert target.candidates((8, 40)) == []
     assert target.of_width(4, (8, 512)) == spec_of_code("q4_k")
