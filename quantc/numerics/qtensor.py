@@ -63,6 +63,22 @@ class QTensor:
         groups = self.spec.groups
         return self.by_width(codes, lambda grid, codes, parameters: grid.steps_(codes, parameters, groups))
 
+    def strides_(self, values: torch.Tensor) -> torch.Tensor:
+        """Multiply float32 values (..., N, K), in place, by how far codes are apart before they are scaled."""
+        return arithmetic_of(self.spec.grid).strides_(values, self.parameters, self.spec.groups)
+
+    def bases(self) -> torch.Tensor | None:
+        """Return what minima add to the weights, float32 (..., N, K), or None."""
+        return arithmetic_of(self.spec.grid).bases(self.parameters, self.spec.groups, self.shape)
+
+    def positions(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return where weights (..., N, K) are among the codes, as fractions of codes, float32."""
+
+        def compute(grid: Arithmetic, weight: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+            return grid.positions(weight, parameters, self.spec.groups)
+
+        return self.by_width(weight, compute)
+
     def zero_points(self) -> torch.Tensor:
         """Return the codes of 0, float32 (..., N, K), or as broadcasts to it; for grids that hold 0."""
 

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 
 from ..spec import QuantSpec
-from .grids import Parameters, ScaledColumns, arithmetic_of
+from .grids import MINIMA, Parameters, ScaledColumns, arithmetic_of
 from .groups import group_sums
 
 BLOCK_CHANNELS = 64  # channels that share one product with all errors; 32 to 128 differ by less than 3 %
@@ -120,7 +120,10 @@ class _Layer:
         if self.scaled is None:
             return self.before
         scales = self.scaled.scales if self.groups.per_oc else self.scaled.scales[:, :: self.group]
-        return replace(self.before, scales=scales.T.to(torch.float16).contiguous())
+        more = dict(self.before.more)
+        if self.scaled.minima is not None:
+            more[MINIMA] = _stored(self.scaled.minima)
+        return replace(self.before, scales=_stored(scales), more=more)
 
     def _fitted_blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Fit all scales; yield the channels (B,) of every block and, after its fit, their slopes (B, N)."""
@@ -158,12 +161,12 @@ class _Layer:
         for start in range(low, high, self.group):
             row, stop = start // self.group, min(start + self.group, high)
             part, own = slice(start, stop), slice(start - low, stop - low)
-            levels = columns.steps(self.codes[part], row)
-            bends = block[:, part] @ levels
-            step = _scale_step(columns.scales[row], (slopes[own] * levels).sum(0), (bends[own] * levels).sum(0))
-            columns.scales[row] += step
-            self.errors[part].addcmul_(levels, step)
-            slopes.addcmul_(bends, step)
+            for scales, levels in columns.terms(self.codes[part], row):
+                bends = block[:, part] @ levels
+                step = _scale_step(scales, (slopes[own] * levels).sum(0), (bends[own] * levels).sum(0))
+                scales += step
+                self.errors[part].addcmul_(levels, step)
+                slopes.addcmul_(bends, step)
         return slopes
 
     def _fit_channels(self, columns: ScaledColumns, channels: torch.Tensor) -> torch.Tensor:
@@ -205,6 +208,11 @@ def _walk(corner: torch.Tensor, slopes: torch.Tensor, steps: torch.Tensor, visit
         visit(position)
         if position + 1 < high:
             slopes[position + 1 : high].addr_(corner[position, position + 1 : high], steps[position])
+
+
+def _stored(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales (R, N) as parameters hold them, float16 (N, R)."""
+    return scales.T.to(torch.float16).contiguous()
 
 
 def _scale_step(scales: torch.Tensor, slopes: torch.Tensor, curvatures: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .groups import by_group, spread_groups, sums_of_groups
+from .grids import MINIMA
+from .groups import by_group, sums_of_groups
 from .hadamard import rotate_back
 from .qtensor import QTensor
 
@@ -25,7 +26,8 @@ class RelaxedWeight(nn.Module):
     """The effective weight (..., N, K) of a QTensor as a function of `offsets` and `factors`.
 
     offsets: float32 (..., N, K), added to codes before they are rounded; at first what rounding has taken from them.
-    factors: float32, shaped as the scales, which are multiplied by 1 + factors. A low-rank addition stays as it is.
+    factors: float32 (S, ...), shaped as the scales, which are multiplied by 1 + factors; S is 2 where there are minima,
+    which are multiplied by those that come second. A low-rank addition stays as it is.
     """
 
     def __init__(self, tensor: QTensor, turned: torch.Tensor):
@@ -36,14 +38,14 @@ class RelaxedWeight(nn.Module):
         """
         super().__init__()
         self.tensor = tensor
-        self.factors = nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32))
-        zeros, self._top = tensor.zero_points(), tensor.levels() - 1
-        self._bottom = torch.zeros_like(self._top)
+        self.factors = nn.Parameter(no_factors(tensor))
+        self._top = tensor.levels() - 1
+        self._bottom = torch.full_like(self._top, tensor.spec.grid.least_code)
         stays = tensor.stays()
         if stays is not None:  # what is dropped stays at its zero point
+            zeros = tensor.zero_points()
             self._top, self._bottom = (torch.where(stays, end, zeros) for end in (self._top, self._bottom))
-        scales = spread_groups(tensor.scales.float(), tensor.spec.groups, tensor.shape)
-        exact = (turned / scales).add_(zeros)
+        exact = tensor.positions(turned)
         self.offsets = nn.Parameter(exact.sub_(tensor.codes).clamp_(-INSIDE, INSIDE))
 
     def forward(self) -> torch.Tensor:
@@ -61,7 +63,7 @@ class RelaxedWeight(nn.Module):
     def qtensor(self) -> QTensor:
         """Return the weight as it is now."""
         codes = self.codes(self.offsets).clamp_(self._bottom, self._top).to(torch.uint8)
-        return replace(self.tensor, codes=codes, scales=self.scales(self.factors).to(torch.float16))
+        return replace(with_scales(self.tensor, self.factors), codes=codes)
 
     def codes(self, offsets: torch.Tensor) -> torch.Tensor:
         """Return rounded codes, float32 (..., N, K)."""
@@ -70,13 +72,6 @@ class RelaxedWeight(nn.Module):
     def steps(self, offsets: torch.Tensor) -> torch.Tensor:
         """Return what scales multiply, float32 (..., N, K)."""
         return self.tensor.steps_(self.codes(offsets))
-
-    def scales(self, factors: torch.Tensor) -> torch.Tensor:
-        return _stored(self.tensor, factors)
-
-    def times_scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """Multiply `values` (..., N, K) in place by the scales of their groups, and return them."""
-        return by_group(values, self.scales(factors), self.tensor.spec.groups, torch.Tensor.mul_)
 
 
 class RescaledWeight(nn.Module):
@@ -88,8 +83,7 @@ class RescaledWeight(nn.Module):
     def __init__(self, tensor: QTensor):
         super().__init__()
         self.tensor, self.offsets = tensor, None
-        trained = "scales" in tensor.spec.grid.trainable
-        self.factors = nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32)) if trained else None
+        self.factors = nn.Parameter(no_factors(tensor)) if "scales" in tensor.spec.grid.trainable else None
 
     def forward(self) -> torch.Tensor:
         """Return float32 (..., N, K)."""
@@ -120,15 +114,15 @@ class _Dequantized(torch.autograd.Function):
     def forward(ctx: Any, weight: RelaxedWeight, offsets: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         ctx.weight = weight
         ctx.save_for_backward(offsets, factors)
-        return weight.times_scales(weight.steps(offsets), factors)
+        return _scaled_(weight.steps(offsets), with_scales(weight.tensor, factors))
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         weight: RelaxedWeight = ctx.weight
         (offsets, factors), (slope,) = ctx.saved_tensors, slopes
-        sums = sums_of_groups(weight.steps(offsets).mul_(slope), weight.tensor.spec.groups)
-        by_scale = sums * weight.tensor.scales.float()
-        return None, weight.times_scales(slope.clone(memory_format=torch.contiguous_format), factors), by_scale
+        by_factor = _by_factors(weight.tensor, weight.steps(offsets), slope)
+        by_offset = slope.clone(memory_format=torch.contiguous_format)
+        return None, weight.tensor.strides_(_times_scales(by_offset, with_scales(weight.tensor, factors))), by_factor
 
 
 class _Rescaled(torch.autograd.Function):
@@ -137,14 +131,12 @@ class _Rescaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
         ctx.tensor = tensor
-        steps = tensor.steps_(tensor.codes.float())
-        return by_group(steps, _stored(tensor, factors), tensor.spec.groups, torch.Tensor.mul_)
+        return _scaled_(tensor.steps_(tensor.codes.float()), with_scales(tensor, factors))
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor]:
         tensor: QTensor = ctx.tensor
-        steps = tensor.steps_(tensor.codes.float())
-        return None, sums_of_groups(steps.mul_(slopes[0]), tensor.spec.groups) * tensor.scales.float()
+        return None, _by_factors(tensor, tensor.steps_(tensor.codes.float()), slopes[0])
 
 
 def rescaled(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
@@ -152,14 +144,42 @@ def rescaled(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
     return _completed(tensor, _Rescaled.apply(tensor, factors))
 
 
+def no_factors(tensor: QTensor) -> torch.Tensor:
+    """Return the factors that leave a weight as it is, float32 (S, ...); see RelaxedWeight."""
+    return torch.zeros((1 + (MINIMA in tensor.more), *tensor.scales.shape), device=tensor.scales.device)
+
+
 def with_scales(tensor: QTensor, factors: torch.Tensor) -> QTensor:
-    """Return the weight with its scales multiplied by 1 + factors."""
-    return replace(tensor, scales=_stored(tensor, factors).to(torch.float16))
+    """Return the weight with its scales, and its minima if it has any, multiplied by 1 + factors."""
+    more = dict(tensor.more)
+    if MINIMA in more:
+        more[MINIMA] = _stored(more[MINIMA], factors[1])
+    return replace(tensor, scales=_stored(tensor.scales, factors[0]), more=more)
 
 
-def _stored(tensor: QTensor, factors: torch.Tensor) -> torch.Tensor:
-    """Return float32 scales multiplied by 1 + factors, as float16 holds them."""
-    return (tensor.scales.float() * (1 + factors)).to(torch.float16).float()
+def _stored(scales: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return float16 scales multiplied by 1 + factors."""
+    return (scales.float() * (1 + factors)).to(torch.float16)
+
+
+def _times_scales(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:
+    """Multiply values (..., N, K) in place by the scales of their groups, and return them."""
+    return by_group(values, tensor.scales.float(), tensor.spec.groups, torch.Tensor.mul_)
+
+
+def _scaled_(steps: torch.Tensor, tensor: QTensor) -> torch.Tensor:
+    """Convert steps (..., N, K) in place into the weights that they are with a tensor's scales and minima."""
+    scaled, bases = _times_scales(steps, tensor), tensor.bases()
+    return scaled if bases is None else scaled.add_(bases)
+
+
+def _by_factors(tensor: QTensor, steps: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of factors, float32 (S, ...), from that of weights (..., N, K); steps are overwritten."""
+    sums = sums_of_groups(steps.mul_(slope), tensor.spec.groups)
+    found, bases = [sums * tensor.scales.float()], tensor.bases()
+    if bases is not None:
+        found.append(sums_of_groups(bases.mul_(slope), tensor.spec.groups))
+    return torch.stack(found)
 
 
 def _completed(tensor: QTensor, weight: torch.Tensor) -> torch.Tensor:

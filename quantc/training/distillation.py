@@ -25,7 +25,7 @@ from ..frontend.source import cast_parameter, set_parameter
 from ..graph.model_graph import Block
 from ..graph.rewrite import weight_name
 from ..numerics.adam import BETAS
-from ..numerics.relaxed import rescaled, with_scales
+from ..numerics.relaxed import no_factors, rescaled, with_scales
 from ..pipeline.run import output_logits
 from ..pipeline.work import FinishWork
 from .reconstruction import HELD_OUT, Trained, is_check_due
@@ -182,7 +182,7 @@ class Distillation:
             factors = {name: nn.Parameter(tensor) for name, tensor in stored["factors"].items()}
         else:
             factors = {
-                linear.name: nn.Parameter(torch.zeros_like(tensor.scales, dtype=torch.float32, device=device))
+                linear.name: nn.Parameter(no_factors(tensor).to(device))
                 for linear, tensor in self.work.qtensors(block).items()
                 if "scales" in tensor.spec.grid.trainable
             }

@@ -9,7 +9,7 @@ from .base import Arithmetic, arithmetic_of, register
 from .clipping import LARGEST_SCALE, SMALLEST_NORMAL, SMALLEST_SCALE
 from .columns import Columns, Descent, ScaledColumns, side_by_side
 from .ggml import GgmlArithmetic
-from .parameters import Parameters
+from .parameters import MINIMA, Parameters
 from .table import TableArithmetic
 from .uniform import UniformColumns
 
@@ -21,6 +21,7 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | N
 
 __all__ = [
     "LARGEST_SCALE",
+    "MINIMA",
     "SMALLEST_NORMAL",
     "SMALLEST_SCALE",
     "Arithmetic",

@@ -56,7 +56,7 @@ class Arithmetic(ABC):
         """Return whether a code of the grid of one bit more may have another value under the same parameters."""
         return True
 
-    # For grids whose values are steps times the scale of a group; others have a `value` of their own.
+    # Values are steps times the scale of a group, and what minima add, or a grid has a `value` of its own.
 
     def value(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
         """Return float32 W (..., N, K), the values of codes: the reference that every kernel is checked against."""
@@ -66,6 +66,20 @@ class Arithmetic(ABC):
     def steps_(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
         """Convert contiguous float32 codes (..., N, K) into what scales multiply, in place."""
         raise NotImplementedError
+
+    def bases(self, parameters: Parameters, groups: Groups, shape: tuple[int, int]) -> torch.Tensor | None:
+        """Return what minima add to scaled steps, float32 (..., N, K); None for grids without minima."""
+        return None
+
+    def strides_(self, values: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
+        """Multiply contiguous float32 values (..., N, K) in place by the steps from each code to the next."""
+        return values
+
+    def positions(self, weight: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
+        """Return where float32 weights (..., N, K) are among the codes, float32: 2.5 is between codes 2 and 3."""
+        shape = (weight.shape[-2], weight.shape[-1])
+        scales = spread_groups(parameters.scales.float(), groups, shape)
+        return (weight / scales).add_(self.zero_points(parameters, groups, shape))
 
     # For grids that hold 0.
 

@@ -48,8 +48,10 @@ class Columns(ABC):
 class ScaledColumns(Columns):
     """Columns of a grid whose values are steps times the scale of a group.
 
-    scales: float32 (R, N). row_of: for each column the row of them that it uses.
+    scales: float32 (R, N). row_of: for each column the row of them that it uses. minima: like scales, where there are.
     """
+
+    minima: torch.Tensor | None = None
 
     def __init__(self, scales: torch.Tensor, row_of: list[int]):
         self.scales, self.row_of = scales, row_of
@@ -57,6 +59,13 @@ class ScaledColumns(Columns):
     @abstractmethod
     def steps(self, codes: torch.Tensor, rows: int | torch.Tensor) -> torch.Tensor:
         """Return float32 steps of codes (N,) or (B, N), which use a row of parameters, or rows (B,)."""
+
+    def terms(self, codes: torch.Tensor, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the numbers (N,) of a row that make the values of codes (B, N), each with its multiples (B, N).
+
+        Who changes a number in place changes the grid.
+        """
+        return [(self.scales[row], self.steps(codes, row))]
 
     def values(self, codes: torch.Tensor, column: int) -> torch.Tensor:
         row = self.row_of[column]

@@ -10,12 +10,12 @@ from ...spec import GRIDS, Ggml, Groups, packed_bytes
 from ..packing import pack_bits, unpack_bits
 from ..parts import Part, Parts
 from .base import Arithmetic, register
-from .block_scales import BlockScales, codes_near, values_of
+from .block_scales import BlockScales, codes_near, levels_of, values_of
 from .block_search import search_blocks, sub_limits
-from .columns import Columns
-from .parameters import Parameters
+from .columns import ScaledColumns
+from .parameters import MINIMA, Parameters
 
-SUBS, MINIMA, SUB_MINIMA = "sub_scales", "minima", "sub_minima"
+SUBS, SUB_MINIMA = "sub_scales", "sub_minima"
 
 
 class GgmlArithmetic(Arithmetic):
@@ -69,8 +69,26 @@ class GgmlArithmetic(Arithmetic):
     def columns(
         self, parameters: Parameters, groups: Groups, shape: tuple[int, int], order: Sequence[int]
     ) -> GgmlColumns:
-        steps, bases = (values.T.contiguous() for values in self._steps_and_bases(parameters))
-        return GgmlColumns(self.grid, steps, bases, [column // self.grid.group for column in order])
+        return GgmlColumns(self.grid, self.block_scales(parameters), order)
+
+    def steps_(self, codes: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
+        return self.strides_(codes.copy_(levels_of(self.grid, codes)), parameters, groups)
+
+    def strides_(self, values: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
+        subs = self.block_scales(parameters).subs
+        if subs is not None:
+            values.view(*values.shape[:-1], -1, self.grid.group).mul_(subs.float().flatten(-2)[..., None])
+        return values
+
+    def bases(self, parameters: Parameters, groups: Groups, shape: tuple[int, int]) -> torch.Tensor | None:
+        if not self.grid.minima:
+            return None
+        return self._steps_and_bases(parameters)[1].repeat_interleave(self.grid.group, -1)
+
+    def positions(self, weight: torch.Tensor, parameters: Parameters, groups: Groups) -> torch.Tensor:
+        steps, bases = (each[..., None] for each in self._steps_and_bases(parameters))
+        grouped = weight.unflatten(-1, (-1, self.grid.group)) - bases
+        return grouped.div_(torch.where(steps == 0, torch.inf, steps)).add_(self.grid.mid).flatten(-2)
 
     def wanted_scales(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         largest = sub_limits(self.grid)[1] if self.grid.sub_bits else 1
@@ -106,20 +124,64 @@ class GgmlArithmetic(Arithmetic):
         return found
 
 
-class GgmlColumns(Columns):
-    """Columns of a block type. steps, bases: float32 (G, N), by group; row_of: the group of each column."""
+class GgmlColumns(ScaledColumns):
+    """Columns of a block type.
 
-    def __init__(self, grid: Ggml, steps: torch.Tensor, bases: torch.Tensor, row_of: list[int]):
-        self._grid, self._row_of = grid, row_of
-        self._rows = list(zip(steps.unbind(0), bases.unbind(0), strict=True))
+    scales, minima: float32 (B, N), of blocks. subs, sub_minima: float32 (G, N), of groups, where there are any.
+    """
+
+    def __init__(self, grid: Ggml, stored: BlockScales, order: Sequence[int]):
+        super().__init__(_by_row(stored.d), [column // grid.block for column in order])
+        self.minima = None if stored.dmin is None else _by_row(stored.dmin)
+        self._grid, self._group_of = grid, [column // grid.group for column in order]
+        self._subs, self._sub_minima = (
+            None if each is None else _by_row(each.flatten(-2)) for each in (stored.subs, stored.sub_minima)
+        )
+        self._lines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # steps and bases of a group
 
     def round(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        step, base = self._rows[self._row_of[column]]
+        step, base = self._line(column)
         codes = codes_near(self._grid, values, step, base)
         return codes, values_of(self._grid, codes, step, base)
 
     def values(self, codes: torch.Tensor, column: int) -> torch.Tensor:
-        return values_of(self._grid, codes.float(), *self._rows[self._row_of[column]])
+        return values_of(self._grid, codes.float(), *self._line(column))
+
+    def steps(self, codes: torch.Tensor, rows: int | torch.Tensor) -> torch.Tensor:
+        levels = levels_of(self._grid, codes.float())
+        return levels if self._subs is None else levels.mul_(self._of_block(self._subs, int(rows)))
+
+    def terms(self, codes: torch.Tensor, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        for group in self._groups(row):
+            self._lines.pop(group, None)
+        found = super().terms(codes, row)
+        if self.minima is None:
+            return found
+        one = torch.ones_like(codes, dtype=torch.float32)
+        falls = one if self._sub_minima is None else self._of_block(self._sub_minima, row)
+        return [*found, (self.minima[row], -falls)]
+
+    def _line(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        group, block = self._group_of[column], self.row_of[column]
+        if group not in self._lines:
+            step = self.scales[block] if self._subs is None else self.scales[block] * self._subs[group]
+            base = torch.zeros_like(step) if self.minima is None else -self.minima[block]
+            self._lines[group] = step, base if self._sub_minima is None else base * self._sub_minima[group]
+        return self._lines[group]
+
+    def _groups(self, block: int) -> range:
+        count = self._grid.groups_in_block
+        return range(block * count, (block + 1) * count)
+
+    def _of_block(self, subs: torch.Tensor, block: int) -> torch.Tensor:
+        """Return float32 (K of a block, N), the numbers of a block's groups for its columns."""
+        groups = self._groups(block)
+        return subs[groups.start : groups.stop].repeat_interleave(self._grid.group, 0)
+
+
+def _by_row(values: torch.Tensor) -> torch.Tensor:
+    """Return numbers (N, G) as float32 (G, N)."""
+    return values.float().T.contiguous()
 
 
 for _name, _grid in GRIDS.items():

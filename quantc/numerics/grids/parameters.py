@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+MINIMA = "minima"
+
 
 @dataclass
 class Parameters:
     """One value of each tensor for a group, or for a group of groups where scales have scales of their own.
 
     scales: float16, shaped as groups.counts; more exact during a sweep. zeros: uint8 like scales, or None for grids
-    without. more: by name, what else a grid keeps, such as sub-scales and minima.
+    without. more: by name, what else a grid keeps, such as sub-scales; its
+    minima are float16 like scales, and a multiple of each is taken off the weights of its group.
     """
 
     scales: torch.Tensor

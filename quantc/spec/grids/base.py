@@ -23,7 +23,8 @@ class Grid(ABC):
     bits: code width.
 
     name: the `code` of a spec. most_bits: the largest width. trainable: what training may move, codes to a neighbour or
-    scales by a factor; then a weight is the value of its code times the scale of its group. holds_zero: whether
+    scales by a factor; then a weight is the value of its code times the scale of its group, and what a
+    minimum adds. least_code: codes below it are not used. holds_zero: whether
     weights can be dropped: some code means exactly 0 at any scale, and scales are stored group by group. rows_together:
     output channels that are coded together. since: first version of the file format that has the grid.
     """
@@ -33,6 +34,7 @@ class Grid(ABC):
     name: ClassVar[str]
     most_bits: ClassVar[int]
     trainable: ClassVar[frozenset[Trained]] = frozenset()
+    least_code: ClassVar[int] = 0
     holds_zero: ClassVar[bool] = False
     rows_together: ClassVar[int] = 1
     since: ClassVar[int] = 1

@@ -21,16 +21,15 @@ class Ggml(Fixed):
 
     block: weights that share d. group: weights that share a step. minima: whether groups have a base: m of a block
     where there are no sub-scales, else -dmin * t. sub_bits: of a sub-scale s and a sub-minimum t, 0 where d is the
-    step. least_code: codes below it are not used. table: the level of each code where they are not evenly spaced.
+    step. table: the level of each code where they are not evenly spaced.
     """
 
     group: ClassVar[int]
     minima: ClassVar[bool] = False
     sub_bits: ClassVar[int] = 0
-    least_code: ClassVar[int] = 0
     table: ClassVar[tuple[int, ...]] = ()
 
-    trainable = frozenset({"codes"})
+    trainable = frozenset({"codes", "scales"})
 
     @property
     def groups_in_block(self) -> int:
@@ -141,6 +140,7 @@ class IQ4NL(Simple):
     """4 bits, unevenly spaced: the levels of a normal distribution. None of them is 0."""
 
     name, width, table = "iq4_nl", 4, IQ4
+    trainable = frozenset({"scales"})
 
 
 @register
@@ -148,3 +148,4 @@ class IQ4XS(Nested):
     """The levels of iq4_nl in groups of 32, with scales of 6 bits."""
 
     name, width, group, sub_bits, table = "iq4_xs", 4, 32, 6, IQ4
+    trainable = frozenset({"scales"})
