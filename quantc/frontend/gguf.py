@@ -6,7 +6,6 @@ The config and the tensor names come from transformers' GGUF support, the block 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from ..errors import ModelError
+from .gguf_files import PART, open_parts, parts_of
 from .source import (
     COMPUTE_DTYPE,
     Source,
@@ -35,7 +35,6 @@ from .unchanged import Span, read_bytes
 from .weight_files import some
 
 PIECE = 1 << 20  # weights that are decoded at a time
-PART = re.compile(r"-(\d{5})-of-(\d{5})$")  # ends the stem of a part's name
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -46,10 +45,10 @@ class GgufSource(Source):
     """
 
     def __init__(self, file: Path, name: str | None = None):
-        self._files = _parts(file)
+        self._files = parts_of(file)
         self.path = self._files[0]
         self.name = name or PART.sub("", file.stem)
-        self.reader, self._file_of = _open_parts(self._files)
+        self.reader, self._file_of = open_parts(self._files)
         with self._parsed_once():
             self._config = _read_config(self.path)
         self.model = build_skeleton(self._config)
@@ -230,61 +229,6 @@ class _NamesOnly:
 
     def named_children(self) -> list[tuple[str, _NamesOnly]]:
         return self._children
-
-
-def _parts(file: Path) -> list[Path]:
-    """Return all parts of the GGUF file this one belongs to, in order; raises ModelError that names missing ones."""
-    found = PART.search(file.stem)
-    if found is None:
-        return [file]
-    stem, count = file.stem[: found.start()], int(found[2])
-    parts = [file.with_name(f"{stem}-{number:05d}-of-{found[2]}.gguf") for number in range(1, count + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise ModelError(
-            f"{file} is one of {count} parts, but not all are beside it: {some(missing)} missing; fetch the rest."
-        )
-    return parts
-
-
-def _open_parts(files: list[Path]) -> tuple[Any, dict[str, Path]]:
-    """Return a reader of all parts (the first one's, with the tensors of all), and tensor name -> its file."""
-    readers = [open_reader(file) for file in files]
-    reader = readers[0]
-    places = {tensor.name: file for file, each in zip(files, readers, strict=True) for tensor in each.tensors}
-    count = reader.fields.get("split.count")
-    if count is not None and int(count.contents()) != len(files):
-        raise ModelError(
-            f"{files[0]} is one of {count.contents()} parts, but {len(files)} were found by their names; give all "
-            "parts their names back, such as name-00001-of-00002.gguf."
-        )
-    reader.tensors = [tensor for each in readers for tensor in each.tensors]
-    return reader, places
-
-
-def open_reader(file: Path) -> Any:
-    """Return gguf-py's reader of a file; raises ModelError where the package is missing or the file is damaged."""
-    try:
-        from gguf import GGUFReader
-
-        class PlainReader(GGUFReader):
-            """Slices plain arrays: parsing a vocabulary of 50,000 makes a million slices, and numpy's memmap adds
-            3 us to each."""
-
-            @property
-            def data(self) -> Any:
-                return self._plain
-
-            @data.setter
-            def data(self, mapped: Any) -> None:
-                self._plain = mapped.view(np.ndarray)
-
-    except ImportError as error:
-        raise ModelError(f"{file} needs the package gguf, which is not installed; run `pip install gguf`.") from error
-    try:
-        return PlainReader(str(file))
-    except Exception as error:  # the package checks little: RecursionError, UnicodeDecodeError and others come too
-        raise ModelError(f"{file} is not a readable GGUF file ({error}); fetch it again.") from error
 
 
 def _read_config(file: Path) -> Any:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import CheckpointError
 from ...evaluation.llama_cpp import LlamaCpp
-from ...frontend.gguf import open_reader
+from ...frontend.gguf_files import open_reader
 from ...frontend.token_ids import leading_bos
 from ...progress import Progress
 from .contents import Contents

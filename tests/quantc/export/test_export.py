@@ -20,7 +20,7 @@ from quantc.evaluation import llama_cpp
 from quantc.export.gguf import job, proof
 from quantc.export.gguf.convert import BLOCK, Rounding, choose_type, to_blocks
 from quantc.export.gguf.file import GgufWriter
-from quantc.frontend.gguf import open_reader
+from quantc.frontend.gguf_files import open_reader
 from quantc.numerics.qtensor import QTensor
 from quantc.spec import QuantSpec
 from tests import families

@@ -20,7 +20,7 @@ from quantc.export.gguf.architectures.gemma2 import gain
 from quantc.export.gguf.layout import FileTensor, ModelTensor
 from quantc.export.gguf.pre_tokenizers import WORDS_OF_BYTES
 from quantc.export.gguf.tokenizer import describe_tokenizer
-from quantc.frontend.gguf import open_reader
+from quantc.frontend.gguf_files import open_reader
 from tests.quantc.export.tiny import MODELS, ROPE, SHARED, build, write_floats
 from tests.quantc.export.tiny_tokenizers import TEXTS, byte_level
 
