@@ -12,11 +12,12 @@ from ..graph.model_graph import Activation, Linear
 from ..numerics.basis import Basis, Rounding
 from ..numerics.grids import Parameters
 from ..numerics.lowrank import compensate
-from ..numerics.offsets import common_row, pays_off
+from ..numerics.offsets import Offset, common_row, pays_off
 from ..numerics.qtensor import QTensor
-from ..numerics.ranges import range_loss
+from ..numerics.ranges import RangeLoss, range_loss
 from ..numerics.rounding import Factor
 from ..numerics.statistics import Drift, Gram, output_energy
+from ..numerics.strips import goes_by_rows, join, round_strip
 from ..pipeline.base import Fact, Pass, register
 from ..pipeline.range_folds import fold_into_range
 from ..pipeline.run import Run
@@ -134,16 +135,31 @@ class Quantize(Pass):
         name, spec = work.name, work.run.plan.specs.get(work.name)
         if spec is None:
             return
-        weight = work.weight()
-        lost = range_loss(weight, spec)
-        if lost.share > LARGEST_LOSS:
+        table = StripByStrip(spec)
+        for strip in work.strips() if goes_by_rows(spec) else [work.weight()]:
+            table.add(strip)
+        if table.lost.share > LARGEST_LOSS:
             _keep(work.run, name)
             return
-        if lost.rows:
-            work.run.report.notes.append(f"{name}: {out_of_range(lost.rows)}")
-        if pays_off(weight, spec):
+        if table.lost.rows:
+            work.run.report.notes.append(f"{name}: {out_of_range(table.lost.rows)}")
+        if table.offset.pays:
             work.run.report.notes.append(f"{name}: {FAR_FROM_ZERO}keep it")
-        work.quantized[name] = Basis.unguided(None, 0, 0).round(weight, spec)
+        work.quantized[name] = join(table.tensors)
+
+
+class StripByStrip:
+    """A table rounded to nearest in strips of rows, and what that loses."""
+
+    def __init__(self, spec: QuantSpec):
+        self.spec, self.lost, self.offset = spec, RangeLoss(), Offset(spec)
+        self.tensors: list[QTensor] = []
+
+    def add(self, strip: torch.Tensor) -> None:
+        """Round more rows (N, K)."""
+        self.lost += range_loss(strip, self.spec)
+        self.offset.add(strip)
+        self.tensors.append(round_strip(strip, self.spec))
 
 
 class Outcome:

@@ -6,6 +6,7 @@ The config and the tensor names come from transformers' GGUF support, the block 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib.util import find_spec
@@ -19,6 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from ..errors import ModelError
+from ..numerics.statistics import all_finite
+from ..numerics.strips import strip_rows
+from .finite import non_finite
 from .gguf_files import PART, open_parts, parts_of
 from .source import (
     COMPUTE_DTYPE,
@@ -34,7 +38,6 @@ from .source import (
 from .unchanged import Span, read_bytes
 from .weight_files import some
 
-PIECE = 1 << 20  # weights that are decoded at a time
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -137,17 +140,53 @@ class GgufSource(Source):
                 return torch.from_numpy(np.ascontiguousarray(result.weights, dtype=np.float32))
         return merged["tensors"][name].to(COMPUTE_DTYPE)
 
-    def _dequantize(self, part: Any) -> np.ndarray[Any, Any]:
-        """Return a tensor's values, float32, decoded in pieces: decoding a whole table takes four times its values."""
+    def strips(self, name: str) -> Iterator[torch.Tensor]:
+        """See Source; decoded strip by strip where the file has the tensor as the model has it."""
+        parts = self.tensors[name]
+        if len(parts) != 1 or not self._is_as_stored(name, parts[0]):
+            yield from super().strips(name)
+            return
+        with self.unchanged:
+            for values in self._decoded(parts[0]):
+                strip = torch.from_numpy(values)
+                if not all_finite(strip):
+                    raise self._non_finite(name)
+                yield strip
+
+    def _is_as_stored(self, name: str, part: Any) -> bool:
+        """Return whether transformers leaves a tensor's values and order as they are: it returns what it was given."""
+        given = np.broadcast_to(np.float32(0), tuple(reversed(part.shape.tolist())))
+        if given.shape != self.model.get_parameter(name).shape:
+            return False
+        merged: dict[str, Any] = {"tensors": {}, "config": self._config.to_dict()}
+        made = self._processor.process(
+            weights=given, name=part.name, tensor_key_mapping=self._names, parsed_parameters=merged
+        )
+        return made.weights is given and made.name is not None
+
+    def _non_finite(self, name: str) -> ModelError:
+        bad = sum(int((~np.isfinite(values)).sum()) for values in self._decoded(self.tensors[name][0]))
+        return non_finite(self.path, name, bad, int(self.tensors[name][0].n_elements))
+
+    def _decoded(self, part: Any) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield a tensor's rows in strips, float32: decoding a whole table takes four times its values."""
         from gguf import dequantize
 
-        content = self.read(part)
-        rows = content.reshape(-1, content.shape[-1])
+        rows = math.prod(part.data.shape[:-1])
+        size, step = int(part.n_bytes) // max(1, rows), strip_rows(int(part.shape[0]))
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            place = int(part.data_offset) + start * size
+            content = read_bytes(self._file_of[part.name], place, count * size).numpy().view(part.data.dtype)
+            yield dequantize(content.reshape(count, -1), part.tensor_type)
+
+    def _dequantize(self, part: Any) -> np.ndarray[Any, Any]:
+        """Return a tensor's values, float32."""
         values = np.empty(tuple(reversed(part.shape.tolist())), dtype=np.float32)
-        flat = values.reshape(len(rows), -1)
-        step = max(1, PIECE // flat.shape[1])
-        for start in range(0, len(rows), step):
-            flat[start : start + step] = dequantize(rows[start : start + step], part.tensor_type)
+        rows, start = values.reshape(-1, values.shape[-1]), 0
+        for strip in self._decoded(part):
+            rows[start : start + len(strip)] = strip
+            start += len(strip)
         return values
 
     def read(self, part: Any) -> np.ndarray[Any, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -97,7 +96,6 @@ def open_reader(file: Path) -> GGUFReader:
     return reader
 
 
-@cache
 def _reader_class() -> type[GGUFReader]:
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
     from gguf.gguf_reader import ReaderField

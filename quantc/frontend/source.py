@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 from ..errors import ModelError
 from ..files.whole_file import utf8_path
 from ..numerics.statistics import all_finite
+from ..numerics.strips import strips_of
 from ..progress import Progress
 from .finite import non_finite
 from .unchanged import Span, Unchanged, fingerprint, safetensors_spans, small_files, whole_digest
@@ -57,6 +58,11 @@ class Source(ABC):
         `prefix` is a module or tensor name. Raises ModelError that names the tensor for a missing, mis-shaped
         or non-finite one.
         """
+
+    def strips(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield the rows of a parameter (N, K) in strips, float32; raises as `load` does, which may load it whole."""
+        self.load(name)
+        yield from strips_of(self.model.get_parameter(name).detach())
 
     @abstractmethod
     def stored_dtype(self, name: str) -> torch.dtype:

@@ -26,6 +26,31 @@ def pays_off(weight: torch.Tensor, spec: QuantSpec) -> bool:
     return _gain(weight, weight - means, spec) >= LEAST_GAIN
 
 
+class Offset:
+    """Tells whether that `pays_off` for a weight whose rows are seen some at a time."""
+
+    def __init__(self, spec: QuantSpec):
+        self.spec = spec
+        self._rows = self._columns = 0
+        self._means = self._energy = self._before = self._after = 0.0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """See more rows (N, K)."""
+        means = rows.mean(1, keepdim=True)
+        self._rows, self._columns = self._rows + rows.shape[0], rows.shape[1]
+        self._means += float(means.square().sum()) * rows.shape[1]
+        self._energy += float(rows.square().sum())
+        self._before += _squares(rows, self.spec)
+        self._after += _squares(rows - means, self.spec)
+
+    @property
+    def pays(self) -> bool:
+        """Whether it does for the rows seen so far."""
+        n, k = self._rows, self._columns
+        worth = 16 * (n + k) <= n * k and self._means > LEAST_SHARE * self._energy
+        return worth and self._before >= LEAST_GAIN * self._after
+
+
 def common_row(weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return a float16 (1, K) and b (N, 1) whose product is nearest to weight (N, K); None where that does not pay.
 
@@ -37,5 +62,9 @@ def common_row(weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, tor
 
 def _gain(before: torch.Tensor, after: torch.Tensor, spec: QuantSpec) -> float:
     """Return how many times smaller squared scales are; infinite where nothing is left."""
-    squares = [float(wanted_scales(weight, spec).double().square().mean()) for weight in (before, after)]
+    squares = [_squares(weight, spec) for weight in (before, after)]
     return squares[0] / squares[1] if squares[1] > 0 else torch.inf
+
+
+def _squares(weight: torch.Tensor, spec: QuantSpec) -> float:
+    return float(wanted_scales(weight, spec).double().square().sum())

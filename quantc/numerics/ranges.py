@@ -32,14 +32,23 @@ def wanted_scales(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RangeLoss:
-    """What the range of float16 scales costs a weight.
+    """What the range of float16 scales costs a weight, or some rows of it; those of its rows add up.
 
-    share: of the squared error of rounding that comes on top; at 1, scales without limits would halve the error.
-    rows: how many rows lose more than that, and are too small to show in the share.
+    added: to the squared error of rounding. expected: that error with scales without limits. rows: how many rows lose
+    more than they are expected to, and are too small to show in the share.
     """
 
-    share: float = 0.0
+    added: float = 0.0
+    expected: float = 0.0
     rows: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the expected error that comes on top; at 1, scales without limits would halve the error."""
+        return self.added / self.expected if self.added else 0.0
+
+    def __add__(self, other: RangeLoss) -> RangeLoss:
+        return RangeLoss(self.added + other.added, self.expected + other.expected, self.rows + other.rows)
 
 
 def range_loss(weight: torch.Tensor, spec: QuantSpec) -> RangeLoss:
@@ -50,14 +59,14 @@ def range_loss(weight: torch.Tensor, spec: QuantSpec) -> RangeLoss:
     along = weight if spec.grouping == "per_oc" else weight.T
     spec = replace(spec, grouping="per_oc")
     scales = wanted_scales(along, spec).double()
+    expected = scales.square() * spec.group_length((along.shape[0], along.shape[1])) / 12
+    total = float(expected.sum())
     outside = ((scales < COARSE_SCALE) & (scales > 0)) | (scales > LARGEST_SCALE)
     rows = outside.any(1)
     if not bool(rows.any()):
-        return RangeLoss()
-    expected = scales.square() * spec.group_length((along.shape[0], along.shape[1])) / 12
+        return RangeLoss(expected=total)
     added = (_errors(along[rows], spec) - expected[rows]).mul_(outside[rows]).clamp_(min=0).sum(1)
-    worse = int((added > expected[rows].sum(1)).sum())
-    return RangeLoss(float(added.sum() / expected.sum()), worse)
+    return RangeLoss(float(added.sum()), total, int((added > expected[rows].sum(1)).sum()))
 
 
 def _errors(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

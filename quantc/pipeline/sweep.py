@@ -237,13 +237,28 @@ def _run_again(sweep: CalibratedSweep, blocks: Sequence[Block]) -> None:
 def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: CheckpointWriter) -> None:
     for name in outside_names(run.source.model, blocks):
         to_meta(run.source.model)  # one of them at a time: embedding and head may outweigh many blocks
-        run.source.load(name)
         work = OutsideWork(run, name)
         for item in passes:
             item.build_outside(work)
-        _write(run, name, work.quantized, writer)
+        _write_outside(work, writer)
     to_meta(run.source.model)
     run.free_memory.release(RELEASE_BYTES)
+
+
+def _write_outside(work: OutsideWork, writer: CheckpointWriter) -> None:
+    """Write a tensor outside the blocks; a matrix that no pass has loaded whole is cast in strips."""
+    run, name = work.run, work.name
+    if work.quantized or not work.by_strips:
+        if not work.quantized:
+            work.weight()
+        _write(run, name, work.quantized, writer)
+        return
+    shape = run.source.model.get_parameter(name).shape
+    stored, start = torch.empty(shape, dtype=run.source.stored_dtype(name)), 0
+    for strip in work.strips():
+        stored[start : start + len(strip)] = strip
+        start += len(strip)
+    writer.add(name, stored)
 
 
 def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: CheckpointWriter) -> None:

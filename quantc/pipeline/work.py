@@ -21,6 +21,7 @@ from ..graph.rewrite import Edits, Proof, Refusal, divide_writer, fold_scales, w
 from ..numerics.basis import Rounding
 from ..numerics.qtensor import QTensor
 from ..numerics.statistics import Drift, Gram
+from ..numerics.strips import strips_of
 from ..spec import QuantSpec
 from .run import Run
 
@@ -167,15 +168,29 @@ class BlockWork:
 
 @dataclass
 class OutsideWork:
-    """One tensor outside the blocks, loaded; what a pass rounds goes into `quantized`."""
+    """One tensor outside the blocks, read when it is asked for; what a pass rounds goes into `quantized`."""
 
     run: Run
     name: str
     quantized: dict[str, QTensor] = field(default_factory=dict)
+    loaded: bool = False
+
+    @property
+    def by_strips(self) -> bool:
+        """Whether it is a matrix that is not in memory, so that its rows are best read in strips."""
+        tensor = self.run.source.model.state_dict(keep_vars=True)[self.name]
+        return isinstance(tensor, nn.Parameter) and tensor.ndim == 2 and not self.loaded
 
     def weight(self) -> torch.Tensor:
         """Return the tensor in float32, as the model stores it."""
+        if not self.loaded:
+            self.run.source.load(self.name)
+            self.loaded = True
         return self.run.source.model.state_dict()[self.name]
+
+    def strips(self) -> Iterator[torch.Tensor]:
+        """Yield the rows of a matrix in strips, float32 (N, K)."""
+        return self.run.source.strips(self.name) if self.by_strips else strips_of(self.weight())
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..calibration.hidden_states import HiddenStates
 from ..calibration.stream import CalibrationRun
-from ..numerics.basis import Basis
+from ..numerics.strips import nearest_values
 from ..pipeline.run import Run, output_logits
 from ..spec import QuantSpec
 from .base import Candidate
@@ -62,8 +62,8 @@ class Tables:
 
     def _loss(self, name: str, spec: QuantSpec, starts: States, gradients: HiddenStates, beyond: float) -> float:
         table = self.run.source.model.get_parameter(name)
-        rounded = Basis.unguided(None, 0, 0).round(table.data, spec).dequantize()
-        share = float((rounded - table.data).square().sum() / table.data.square().sum().clamp(min=1e-30))
+        rounded = nearest_values(table.data, spec)
+        share = float((rounded - table.data).square_().sum() / table.data.square().sum().clamp(min=1e-30))
         with _replaced(table, rounded):
             changed = self._starts()
         return self._entering(starts, changed, gradients) * (1 + beyond * share) + self._leaving(table, rounded)

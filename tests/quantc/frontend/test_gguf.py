@@ -38,7 +38,7 @@ def test_a_tensor_that_the_model_does_not_take(tmp_path: Path) -> None:
 
 def test_a_table_is_decoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, decoding 6-bit blocks takes five times the values."""
-    monkeypatch.setattr("quantc.frontend.gguf.PIECE", 1 << 16)
+    monkeypatch.setattr("quantc.numerics.strips.STRIP", 1 << 16)
     kind = TYPES["Q6_K"]
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(256, (4000, kind.row_bytes(1024)), generator=draw).to(torch.uint8)
