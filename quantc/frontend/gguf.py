@@ -24,6 +24,7 @@ from ..numerics.statistics import all_finite
 from ..numerics.strips import strip_rows
 from .finite import non_finite
 from .gguf_files import PART, open_parts, parts_of
+from .gguf_types import check_scales, check_types, dtype_of
 from .source import (
     COMPUTE_DTYPE,
     Source,
@@ -37,8 +38,6 @@ from .source import (
 )
 from .unchanged import Span, read_bytes
 from .weight_files import some
-
-FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufSource(Source):
@@ -94,9 +93,12 @@ class GgufSource(Source):
                 f"{self.path}: the tensor {some(missing)} is not in the file; a complete GGUF file is needed, so fetch "
                 "it again."
             )
-        taken = {part.name for parts in self.tensors.values() for part in parts}
-        left = [tensor.name for tensor in self.reader.tensors if tensor.name not in taken]
-        return [f"tensors of the file are no part of the model and were left out: {some(left)}"] if left else []
+        taken = {part.name: part for parts in self.tensors.values() for part in parts}
+        left = [tensor for tensor in self.reader.tensors if tensor.name not in taken]
+        check_types(self.path, taken.values())
+        check_scales(self.path, taken.values(), left)
+        names = some(tensor.name for tensor in left)
+        return [f"tensors of the file are no part of the model and were left out: {names}"] if left else []
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -201,9 +203,8 @@ class GgufSource(Source):
         return [(0, min((start for start, _ in found), default=0)), *found]
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """Return the type of a float tensor; float16 for dequantized blocks, which fit it to its last bit."""
         parts = self.tensors.get(name, [])
-        return FLOAT_TYPES.get(parts[0].tensor_type.name, torch.float16) if parts else torch.float16
+        return dtype_of(parts[0]) if parts else torch.float16
 
     def stored_bits(self, name: str) -> float:
         parts = self.tensors[name]
