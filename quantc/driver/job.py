@@ -95,7 +95,7 @@ class Job:
 
     def open(self, source: Source, output: str) -> Run:
         """Return the run on a model as far as its plan: the first steps of `build`."""
-        graph = derive(source.model, source.load, to_meta)
+        graph = derive(source.model, source.load_for_tokens, to_meta)
         run = self._make_run(source, graph, output)
         self._plan(run)
         return run
@@ -118,7 +118,7 @@ class Job:
         """
         started = time.perf_counter(), time.process_time()
         with CheckpointWriter(folder, force, resume, resumable) as writer:
-            graph = derive(source.model, source.load, to_meta)  # runs one block of each kind
+            graph = derive(source.model, source.load_for_tokens, to_meta)  # runs one block of each kind
             run = self._make_run(source, graph, output or str(folder))
             self._plan(run)  # every pass, by numbers alone; the plan is checked against the graph
             self._check_tokenizer(run)

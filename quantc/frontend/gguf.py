@@ -6,9 +6,8 @@ The config and the tensor names come from transformers' GGUF support, the block 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from ..errors import ModelError
 from ..numerics.statistics import all_finite
-from ..numerics.strips import strip_rows
 from .finite import non_finite
 from .gguf_files import PART, open_parts, parts_of
+from .gguf_tensors import StoredTensors
+from .gguf_transformers import NamesOnly, read_config, replaced
 from .gguf_types import check_scales, check_types, dtype_of
+from .on_demand import OnDemand
 from .source import (
     COMPUTE_DTYPE,
     Source,
     build_skeleton,
     cast_parameter,
-    first_line,
-    is_under,
     quiet_transformers,
     read_tokenizer,
     set_parameter,
 )
-from .unchanged import Span, read_bytes
+from .unchanged import Span
 from .weight_files import some
+
+LARGE = 64 << 20  # bytes of an embedding in float32 of which only the rows are read that tokens look up
 
 
 class GgufSource(Source):
@@ -50,9 +51,10 @@ class GgufSource(Source):
         self._files = parts_of(file)
         self.path = self._files[0]
         self.name = name or PART.sub("", file.stem)
-        self.reader, self._file_of = open_parts(self._files)
+        self.reader, files = open_parts(self._files)
+        self._stored = StoredTensors(files)
         with self._parsed_once():
-            self._config = _read_config(self.path)
+            self._config = read_config(self.path)
         self.model = build_skeleton(self._config)
         self.notes = self._check_headers()
         # GGUF has no float dtype of its own for the model; bfloat16 is what nearly all of them were trained in.
@@ -76,11 +78,11 @@ class GgufSource(Source):
 
         names = tuple(tensor.name for tensor in self.reader.tensors)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_replaced(gguf, "GGUFReader", lambda *_, **__: self.reader))
-            stack.enter_context(_replaced(hf_gguf, "tqdm", lambda items, **_: items))
+            stack.enter_context(replaced(gguf, "GGUFReader", lambda *_, **__: self.reader))
+            stack.enter_context(replaced(hf_gguf, "tqdm", lambda items, **_: items))
             if find_spec("transformers.integrations.gguf") is not None:  # of transformers 5.23, not of 5.10
                 plain = integrations.gguf.read_gguf_metadata
-                whole = _replaced(integrations.gguf, "read_gguf_metadata", lambda *args: (plain(*args)[0], names))
+                whole = replaced(integrations.gguf, "read_gguf_metadata", lambda *args: (plain(*args)[0], names))
                 stack.enter_context(whole)
             yield
 
@@ -103,7 +105,7 @@ class GgufSource(Source):
     @cached_property
     def _names(self) -> dict[str, str]:
         """GGUF tensor name -> model tensor name."""
-        return hf_gguf.get_gguf_hf_weights_map(_NamesOnly.of(self.model), self._processor)
+        return hf_gguf.get_gguf_hf_weights_map(NamesOnly.of(self.model), self._processor)
 
     @cached_property
     def tensors(self) -> dict[str, list[Any]]:
@@ -124,9 +126,32 @@ class GgufSource(Source):
         self.share_tied(prefix)
         self.check_loaded(prefix)
 
+    def load_for_tokens(self, prefix: str) -> None:
+        """See Source; rows of a large embedding are decoded when tokens look them up."""
+        parameter = dict(self.model.named_parameters()).get(prefix)
+        large = parameter is not None and parameter.nbytes >= LARGE
+        if parameter is self.model.get_input_embeddings().weight and large and self._as_stored(prefix):
+            table = OnDemand.of(tuple(parameter.shape), partial(self._rows, prefix), partial(self._whole, prefix))
+            set_parameter(self.model, prefix, nn.Parameter(table, requires_grad=False))
+            self.share_tied(prefix)
+        else:
+            self.load(prefix)
+
+    def _whole(self, name: str) -> torch.Tensor:
+        """Return a large embedding, float32 (V, K)."""
+        return self._rows(name, torch.arange(self.model.get_parameter(name).shape[0]))
+
+    def _rows(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
+        """Return rows of a large embedding by their sorted numbers, float32 (R, K)."""
+        with self.unchanged:
+            found = torch.from_numpy(self._stored.rows(self.tensors[name][0], numbers))
+        if not all_finite(found):
+            raise self._non_finite(name)
+        return found
+
     def decode(self, name: str) -> torch.Tensor:
         """Return a tensor of the model, float32."""
-        return self.convert(name, ((part.name, self._dequantize(part)) for part in self.tensors[name]))
+        return self.convert(name, ((part.name, self._stored.values(part)) for part in self.tensors[name]))
 
     def convert(self, name: str, parts: Iterable[tuple[str, np.ndarray[Any, Any]]]) -> torch.Tensor:
         """Return a tensor of the model, float32, from tensors of the file: their names, and values that may be changed.
@@ -144,22 +169,22 @@ class GgufSource(Source):
 
     def strips(self, name: str) -> Iterator[torch.Tensor]:
         """See Source; decoded strip by strip where the file has the tensor as the model has it."""
-        parts = self.tensors[name]
-        if len(parts) != 1 or not self._is_as_stored(name, parts[0]):
+        if not self._as_stored(name):
             yield from super().strips(name)
             return
         with self.unchanged:
-            for values in self._decoded(parts[0]):
+            for values in self._stored.strips(self.tensors[name][0]):
                 strip = torch.from_numpy(values)
                 if not all_finite(strip):
                     raise self._non_finite(name)
                 yield strip
 
-    def _is_as_stored(self, name: str, part: Any) -> bool:
-        """Return whether transformers leaves a tensor's values and order as they are: it returns what it was given."""
-        given = np.broadcast_to(np.float32(0), tuple(reversed(part.shape.tolist())))
-        if given.shape != self.model.get_parameter(name).shape:
+    def _as_stored(self, name: str) -> bool:
+        """Return whether a parameter is a tensor of the file as it is: transformers then returns what it is given."""
+        part, shape = self.tensors[name][0], self.model.get_parameter(name).shape
+        if len(self.tensors[name]) != 1 or tuple(reversed(part.shape.tolist())) != shape:
             return False
+        given = np.broadcast_to(np.float32(0), shape)
         merged: dict[str, Any] = {"tensors": {}, "config": self._config.to_dict()}
         made = self._processor.process(
             weights=given, name=part.name, tensor_key_mapping=self._names, parsed_parameters=merged
@@ -167,38 +192,16 @@ class GgufSource(Source):
         return made.weights is given and made.name is not None
 
     def _non_finite(self, name: str) -> ModelError:
-        bad = sum(int((~np.isfinite(values)).sum()) for values in self._decoded(self.tensors[name][0]))
+        bad = sum(int((~np.isfinite(values)).sum()) for values in self._stored.strips(self.tensors[name][0]))
         return non_finite(self.path, name, bad, int(self.tensors[name][0].n_elements))
-
-    def _decoded(self, part: Any) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield a tensor's rows in strips, float32: decoding a whole table takes four times its values."""
-        from gguf import dequantize
-
-        rows = math.prod(part.data.shape[:-1])
-        size, step = int(part.n_bytes) // max(1, rows), strip_rows(int(part.shape[0]))
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            place = int(part.data_offset) + start * size
-            content = read_bytes(self._file_of[part.name], place, count * size).numpy().view(part.data.dtype)
-            yield dequantize(content.reshape(count, -1), part.tensor_type)
-
-    def _dequantize(self, part: Any) -> np.ndarray[Any, Any]:
-        """Return a tensor's values, float32."""
-        values = np.empty(tuple(reversed(part.shape.tolist())), dtype=np.float32)
-        rows, start = values.reshape(-1, values.shape[-1]), 0
-        for strip in self._decoded(part):
-            rows[start : start + len(strip)] = strip
-            start += len(strip)
-        return values
 
     def read(self, part: Any) -> np.ndarray[Any, Any]:
         """Return a tensor's bytes as the reader has them, but not mapped."""
-        content = read_bytes(self._file_of[part.name], int(part.data_offset), int(part.n_bytes)).numpy()
-        return content.view(part.data.dtype).reshape(part.data.shape)
+        return self._stored.bytes(part)
 
     def spans(self, file: Path) -> list[Span]:
         """Return where the header and every tensor are."""
-        parts = [part for part in self.reader.tensors if self._file_of[part.name] == file]
+        parts = [part for part in self.reader.tensors if self._stored.files[part.name] == file]
         found = sorted((int(part.data_offset), int(part.n_bytes)) for part in parts)
         return [(0, min((start for start, _ in found), default=0)), *found]
 
@@ -236,50 +239,6 @@ class GgufSource(Source):
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         with quiet_transformers(), self._parsed_once():
             return read_tokenizer(self.path.parent, gguf_file=self.path.name)
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-class _NamesOnly:
-    """What transformers' name mapping asks of a model, two levels deep (the model and its base model).
-
-    Given the model itself it descends into every module and builds gguf's table of names anew for each.
-    """
-
-    def __init__(self, config: Any, names: list[str], children: list[tuple[str, _NamesOnly]]):
-        self.config, self._names, self._children = config, names, children
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _NamesOnly:
-        names = list(model.state_dict())
-        base = model.base_model_prefix
-        inner = [name.removeprefix(base + ".") for name in names if is_under(name, base)]
-        return cls(model.config, names, [(base, cls(model.config, inner, []))])
-
-    def state_dict(self) -> list[str]:
-        return self._names
-
-    def named_children(self) -> list[tuple[str, _NamesOnly]]:
-        return self._children
-
-
-def _read_config(file: Path) -> Any:
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # fields that are missing or of another type end in any kind of exception
-        raise ModelError(
-            f"{file}: transformers cannot read this architecture from GGUF ({first_line(error)}); "
-            "use the model's transformers folder."
-        ) from error
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

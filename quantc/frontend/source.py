@@ -59,6 +59,10 @@ class Source(ABC):
         or non-finite one.
         """
 
+    def load_for_tokens(self, prefix: str) -> None:
+        """Load as `load` does, for running the model on tokens: of a large embedding only rows may be read, later."""
+        self.load(prefix)
+
     def strips(self, name: str) -> Iterator[torch.Tensor]:
         """Yield the rows of a parameter (N, K) in strips, float32; raises as `load` does, which may load it whole."""
         self.load(name)

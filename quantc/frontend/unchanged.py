@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import FileIO
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -77,15 +79,30 @@ def written_at(nanoseconds: int) -> str:
 def read_bytes(file: Path, start: int, count: int) -> torch.Tensor:
     """Return bytes of a file, uint8 (count,); raises ModelError where it ends before."""
     content = torch.empty(count, dtype=torch.uint8)
-    view, done = content.numpy().data, 0
     with file.open("rb", buffering=0) as stream:
-        stream.seek(start)
-        while done < count:
-            more = stream.readinto(view[done:])
-            if not more:
-                raise ModelError(f"{file} ends {count - done} bytes early; fetch or save that file again.")
-            done += more
+        _read_into(content, stream, start)
     return content
+
+
+def read_rows(file: Path, start: int, size: int, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of `size` bytes, by their sorted numbers (R,) from `start` on, uint8 (R, size); see `read_bytes`."""
+    content = torch.empty(len(rows), size, dtype=torch.uint8)
+    ends = [0, *(1 + torch.nonzero(rows.diff() != 1)[:, 0]).tolist(), len(rows)]
+    with file.open("rb", buffering=0) as stream:
+        for first, end in pairwise(ends):  # neighbours are read at once
+            if first < end:
+                _read_into(content[first:end].view(-1), stream, start + size * int(rows[first]))
+    return content
+
+
+def _read_into(content: torch.Tensor, stream: FileIO, start: int) -> None:
+    view, done = content.numpy().data, 0
+    stream.seek(start)
+    while done < len(view):
+        more = stream.readinto(view[done:])
+        if not more:
+            raise ModelError(f"{stream.name} ends {len(view) - done} bytes early; fetch or save that file again.")
+        done += more
 
 
 @dataclass(frozen=True)

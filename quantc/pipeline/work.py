@@ -125,7 +125,7 @@ class BlockWork:
     def _probe(self) -> BlockCall:
         """Return a call of the block on random tokens, at the first block."""
         model, blocks = self.run.source.model, [block.name for block in self.run.graph.blocks]
-        load_outside(model, blocks, self.run.source.load, self.run.graph.idle)
+        load_outside(model, blocks, self.run.source.load_for_tokens, self.run.graph.idle)
         tokens = probe_tokens(model, (1, 24))
         call = CalibrationRun(model, self.run.graph, tokens, self.run.device).probe(self.block)
         for owner in {name.rpartition(".")[0] for name in outside_names(model, blocks)}:
