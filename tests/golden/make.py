@@ -5,7 +5,7 @@
 A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
 can store; in version 2 its residual stream is rotated too, in version 3 some linears have rows of two widths, or groups
 of which some are dropped, or drop two of four weights (v3_sparse), and in version 4 all are on block types of
-GGUF.
+GGUF, or on tables of values (v4_tables).
 `expected_<version>.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
 """
 
@@ -26,7 +26,7 @@ from quantc.checkpoint.reader import CheckpointReader
 from quantc.formats import format_of
 from quantc.plan import Plan
 from quantc.recipe import Recipe
-from quantc.spec import GRIDS, WHOLE_ROW, Ggml, QuantSpec
+from quantc.spec import GRIDS, WHOLE_ROW, Fixed, QuantSpec
 from tests.helpers import save_with_tokenizer
 
 HERE = Path(__file__).parent
@@ -74,7 +74,7 @@ PLAN_SPARSE = Plan(
 
 def spec_of(code: str) -> QuantSpec:
     grid = GRIDS[code]
-    assert issubclass(grid, Ggml)
+    assert issubclass(grid, Fixed)
     return QuantSpec(grid.width, grid.block, code=code)
 
 
@@ -90,6 +90,26 @@ PLAN_BLOCKS = Plan(
         }.items()
     }
 )  # fmt: skip
+
+
+PLAN_TABLES = Plan(
+    {
+        f"{BLOCK}.self_attn.q_proj": QuantSpec(4, 10, code="nf4"),
+        f"{BLOCK}.self_attn.k_proj": QuantSpec(4, 16, "per_ic", code="nf4_dq"),
+        f"{BLOCK}.self_attn.v_proj": spec_of("nvfp4"),
+        f"{BLOCK}.self_attn.o_proj": spec_of("mxfp4"),
+        f"{BLOCK}.mlp.gate_proj": QuantSpec(4, 8, code="nf4_dq"),
+        f"{BLOCK}.mlp.up_proj": QuantSpec(8, WHOLE_ROW, code="fp8"),
+        f"{BLOCK}.mlp.down_proj": spec_of("iq4_xs"),
+        "model.layers.1.self_attn.q_proj": QuantSpec(4, 8, sparsity=0.5, code="nf4"),
+        "model.layers.1.self_attn.k_proj": QuantSpec(8, 16, two_of_four=True, code="fp8"),
+        "model.layers.1.self_attn.v_proj": QuantSpec(4, 9, "per_ic", hadamard=32, code="nf4"),
+        "model.layers.1.self_attn.o_proj": QuantSpec(4, 32, hadamard=32, code="mxfp4"),
+        **{f"model.layers.1.mlp.{name}": QuantSpec(4, WHOLE_ROW, code="nf4_dq") for name in ("gate_proj", "up_proj")},
+        "model.layers.1.mlp.down_proj": QuantSpec(8, 100, code="fp8"),
+        "model.embed_tokens.weight": spec_of("iq4_nl"),
+    }
+)
 
 
 def build_tiny(layers: int = 1, intermediate: int = 44) -> torch.nn.Module:
@@ -152,3 +172,5 @@ if __name__ == "__main__":
         make("v3_sparse", ["allocate", "quantize"], PLAN_SPARSE)
     if not (HERE / "v4").exists():
         make("v4", ["allocate", "quantize"], PLAN_BLOCKS, layers=len(NESTED), intermediate=256)
+    if not (HERE / "v4_tables").exists():
+        make("v4_tables", ["allocate", "quantize"], PLAN_TABLES, layers=2, intermediate=256)

@@ -18,7 +18,7 @@ from quantc.formats import DENSE, format_of
 from quantc.numerics.qtensor import QTensor
 from quantc.plan import read_plan
 from quantc.spec import QuantSpec
-from tests.golden.make import PLAN, PLAN_3, PLAN_SPARSE, digest, unpacked_weights
+from tests.golden.make import PLAN, PLAN_3, PLAN_SPARSE, PLAN_TABLES, digest, unpacked_weights
 
 HERE = Path(__file__).parent
 VERSIONS = sorted(folder.name for folder in HERE.glob("v[0-9]*"))
@@ -202,3 +202,25 @@ def test_the_bytes_of_one_small_weight() -> None:
     assert parts["zeros"].tolist() == [[0b111100], [0b001000]]
     assert parts["scales"].view(torch.uint8).tolist() == [[0x00, 0x3C, 0x00, 0xB8], [0x00, 0x40, 0x00, 0x34]]
     assert tensor.dequantize().tolist() == [[-3, -2, -1, 0, 1, 0.5], [14, 0, 14, 0, 1.5, -0.25]]
+
+
+def test_version_4_has_tables_of_values() -> None:
+    reader = CheckpointReader(HERE / "v4_tables")
+    assert reader.config["quantization_config"]["version"] == 4
+    assert {name: entry.spec for name, entry in reader.entries.items()} == PLAN_TABLES.specs
+    block = "model.layers.0"
+    shapes = {name: (entry["dtype"], *entry["shape"]) for name, entry in reader.manifest["tensors"].items()}
+    assert {name: shape for name, shape in shapes.items() if ".0.self_attn." in name} == {
+        f"{block}.self_attn.q_proj.qweight": ("U8", 32, 16),
+        f"{block}.self_attn.q_proj.scales": ("F16", 32, 4),  # groups of 10
+        f"{block}.self_attn.k_proj.qweight": ("U8", 16, 16),
+        f"{block}.self_attn.k_proj.scales": ("U8", 1, 32),  # per_ic
+        f"{block}.self_attn.k_proj.super_scales": ("F32", 1),
+        f"{block}.self_attn.k_proj.super_minima": ("F32", 1),
+        f"{block}.self_attn.v_proj.qweight": ("U8", 16, 16),
+        f"{block}.self_attn.v_proj.scales": ("U8", 16, 2),
+        f"{block}.self_attn.v_proj.tensor_scale": ("F32", 1),
+        f"{block}.self_attn.o_proj.qweight": ("U8", 32, 16),
+        f"{block}.self_attn.o_proj.scales": ("U8", 32, 1),
+    }
+    assert shapes[f"{block}.mlp.gate_proj.super_scales"] == ("F32", 4)  # 1024 scales
