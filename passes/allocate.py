@@ -30,7 +30,7 @@ from ..planning.sizes import weights_bytes
 from ..planning.targets import RUNTIMES, Runtime
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sensitivity.wide_rows import with_wide_rows
-from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec
+from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec, spec_of_label
 from ..units import plural, size
 
 NEAREST = 4  # formats named in place of one that there is not
@@ -137,8 +137,17 @@ class Allocate(Pass):
     def plan(self, run: Run) -> None:
         if run.plan.specs:  # a given plan stays as it is
             return
+        everywhere = self._everywhere()
         for name, linear in run.graph.linears.items():
-            run.plan.specs[name] = self._spec(self.config.bits, linear.shape)
+            if everywhere is None:
+                run.plan.specs[name] = self._spec(self.config.bits, linear.shape)
+            else:
+                run.plan.specs[name] = everywhere if everywhere.grid.divides(linear.shape[1]) else None
+        if everywhere is not None and not any(run.plan.specs.values()):
+            raise UsageError(
+                f"no layer can be stored as {everywhere.label()}, whose blocks of {everywhere.group_size} divide no "
+                "row of this model; pass other --formats."
+            )
         self._check_head()
         self._plan_head(run)
         if self.config.has_budget:
@@ -223,7 +232,7 @@ class Allocate(Pass):
 
     def _check_formats(self, specs: Iterable[QuantSpec]) -> None:
         known = dict.fromkeys(map(format_label, specs))
-        unknown = [label for label in self.config.formats if label not in known]
+        unknown = [label for label in self._formats if label not in known]
         if unknown:
             near = get_close_matches(unknown[0], known, n=NEAREST, cutoff=0.0)
             raise UsageError(
@@ -281,12 +290,12 @@ class Allocate(Pass):
         config = self.config
         runtime = RUNTIMES.get(config.target or "")
         if runtime is None:
-            return Rules(config.pins, config.formats)
+            return Rules(config.pins, self._formats)
         taken = runtime.formats(config.symmetric)
-        refused = [label for label in config.formats if label not in taken]
+        refused = [label for label in self._formats if label not in taken]
         if refused:
             raise UsageError(f"{config.target} does not load {refused[0]}; it loads {', '.join(taken)}.")
-        return Rules(config.pins, config.formats or taken, runtime.fused)
+        return Rules(config.pins, self._formats or taken, runtime.fused)
 
     def _candidates(self, linear: Linear, spec: QuantSpec | None) -> list[QuantSpec]:
         sparse = self.config.sparsity is not None
@@ -294,7 +303,26 @@ class Allocate(Pass):
             return []
         if self._own_grids is not None:
             return self._own_grids.candidates(linear.shape)
-        return candidates.of_linear(spec, linear, self._any_group, sparse)
+        found = candidates.of_linear(spec, linear, self._any_group, sparse)
+        return [*found, *candidates.of_labels(self._formats, spec, linear.shape)]
+
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        """The labels of the formats allowed, in full."""
+        return tuple(spec.label() if (spec := spec_of_label(label)) else label for label in self.config.formats)
+
+    def _everywhere(self) -> QuantSpec | None:
+        """Return the one format allowed, which every layer then has; None with a budget, or bits that contradict it."""
+        config = self.config
+        if config.has_budget or len(config.formats) != 1:
+            return None
+        spec = spec_of_label(config.formats[0])
+        if spec is None:
+            raise UsageError(
+                f"no layer can be stored as {config.formats[0]}; pass --formats w4g128, nf4-g64, mxfp4 or another."
+            )
+        fits = config.group_size in (None, spec.group_size) and config.symmetric <= spec.symmetric
+        return spec if spec.bits == config.bits and fits else None
 
     def _refuse_without_budget(self) -> None:
         if self.config.search:
@@ -370,6 +398,13 @@ class Allocate(Pass):
         return QuantSpec(bits, group, config.grouping, config.symmetric)
 
     def _note_groups(self, run: Run) -> None:
+        everywhere = self._everywhere()
+        if everywhere is not None:
+            uneven = sum(not everywhere.grid.divides(linear.shape[1]) for linear in run.graph.linears.values())
+            if uneven:
+                blocks = f"blocks of {everywhere.group_size} do not divide their rows"
+                run.report.notes.append(f"{plural(uneven, 'layer')} stay floats: {blocks}")
+            return
         if self._own_grids is not None:
             self._note_blocks(run)
             return

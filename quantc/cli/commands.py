@@ -64,7 +64,8 @@ def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
     \b
     Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
     """
-    if all(settings[name] is None for name in (*ENOUGH, "recipe", "plan")):
+    one_format = len(settings["formats"] or ()) == 1
+    if not one_format and all(settings[name] is None for name in (*ENOUGH, "recipe", "plan")):
         raise UsageError(
             "nothing says how small the model is to be; pass --bits 2 to 8, --size, --max-kl, --recipe or --plan."
         )

@@ -59,7 +59,7 @@ STORAGE_OPTIONS = options(
     stored("--sparsity", type=NumberOr(0, 1, "2:4", "auto"),
            help="Share of the groups to drop, such as 0.2, or 2:4; auto chooses within a budget. [default: none]"),
     stored("--formats", type=Words(), metavar="LABELS",
-           help="Allow only these formats, such as w4g128,w8g128. [default: all]"),
+           help="Allow only these formats, such as w4g128,w8g128; one alone, such as mxfp4, is used everywhere."),
     stored("--target", type=click.Choice(["gguf", "vllm"]),
            help="Store layers as this runtime loads them: gguf for llama.cpp. [default: none]"),
 )  # fmt: skip

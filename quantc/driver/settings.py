@@ -16,7 +16,7 @@ from ..pipeline.base import Pass
 from ..plan import Plan, read_plan
 from ..recipe import DEFAULT, Recipe, read_recipe, without_text
 from ..recipe import preset as named_preset
-from ..spec import QuantSpec
+from ..spec import QuantSpec, spec_of_label
 from ..units import parse_duration, parse_size, size
 
 BUDGETS = ("avg_bits", "size")  # of allocate
@@ -31,8 +31,8 @@ class Settings(TypedDict, total=False):
     bits: of every code; with a fraction it means avg_bits: what a weight inside the blocks takes on average, all that
     is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Within either budget, layers
     get mixed precision by predicted loss, under these rules. pins: pattern of names -> bits. formats: the labels
-    allowed, such as w4g128. target: a runtime that has to load the result. search: generations that then refine the
-    plan by measuring.
+    allowed, such as w4g128 or mxfp4; a single one without a budget is that of every layer. target: a runtime that has
+    to load the result. search: generations that then refine the plan by measuring.
     sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs. auto, with a
     budget: groups may be dropped from any linear.
     tune_steps: training steps for each block after rounding. tune_budget: wall seconds for all of them, or text such as
@@ -70,6 +70,8 @@ def chosen_recipe(settings: Settings) -> Recipe:
     if unknown:
         raise UsageError(f"there is no setting {unknown[0]!r}; there are {', '.join(Settings.__annotations__)}.")
     allocate = _allocation(settings)
+    if all(allocate[name] is None for name in ("bits", *BUDGETS)):
+        allocate["bits"] = _bits_of_format(settings.get("formats"))
     kept = {key: settings.get(key) for key in ("samples", "seq_len", "seed")}
     recipe = named_recipe(settings)
     if any(settings.get(name) is not None for name in ("bits", *BUDGETS)):  # what the recipe says is overridden
@@ -98,6 +100,12 @@ def _allocation(settings: Settings) -> dict[str, Any]:
         "size": None if limit is None else as_bytes(limit),
         "formats": None if formats is None else tuple(formats),
     }
+
+
+def _bits_of_format(formats: Sequence[str] | None) -> int | None:
+    """Return the width of the one format allowed, if it is one: every layer then has it."""
+    spec = spec_of_label(formats[0]) if formats is not None and len(formats) == 1 else None
+    return None if spec is None else spec.bits
 
 
 def as_bytes(limit: int | str) -> int:
@@ -203,6 +211,8 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
         return f"{model}-quantc-{allocate.avg_bits:g}bits"
     if allocate.size is not None:
         return f"{model}-quantc-{size(allocate.size).replace(' ', '')}"
+    if len(allocate.formats) == 1:
+        return f"{model}-quantc-{allocate.formats[0]}"
     spec = QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric)
     for item in passes:
         spec = item.config.sparse(spec) if isinstance(item, Sparsify) else spec

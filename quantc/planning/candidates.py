@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..graph.model_graph import Linear
-from ..spec import SPARSE_GROUPS, WHOLE_ROW, QuantSpec
+from ..spec import SPARSE_GROUPS, WHOLE_ROW, QuantSpec, Uniform, spec_of_label
 
 DEFAULT_GROUP = 128
 # Kernels everywhere handle groups of 128 and 64; after those, what divides the width in SIMD-friendly steps.
@@ -24,6 +24,16 @@ SPARSE_BITS, SPARSE_GROUP, SHARES = 2, 32, (0.3, 0.5, 0.7)
 TWO_OF_FOUR_BITS = 4
 # For embeddings and heads, which are rounded to nearest: at 2 bits they would be useless.
 TABLE_BITS = (3, 4, 5, 6, 8)
+
+
+def of_labels(labels: tuple[str, ...], spec: QuantSpec, shape: tuple[int, int]) -> list[QuantSpec]:
+    """Return the specs of other codes than uniform ones that labels ask for and a weight (N, K) can have."""
+    named = [found for label in labels if (found := spec_of_label(label)) is not None]
+    return [
+        replace(found, hadamard=spec.hadamard, rank=spec.rank)
+        for found in named
+        if found.code != Uniform.name and found.grid.divides(shape[1])
+    ]
 
 
 def of_linear(spec: QuantSpec, linear: Linear, any_group: bool, sparse: bool = False) -> list[QuantSpec]:

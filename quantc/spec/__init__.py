@@ -3,6 +3,7 @@
 from .counts import LARGEST_COUNT, SCALE_BITS, packed_bytes
 from .grids import GRIDS, MAX_BITS, MIN_BITS, Fixed, Ggml, Grid, Table, Uniform
 from .groups import WHOLE_ROW, Groups
+from .labels import spec_of_label
 from .patterns import PATTERNS, PLACE_BITS, SPARSE_GROUPS, Dense, GroupSparse, Pattern, TwoOfFour, TwoWidths, places
 from .quant_spec import QuantSpec
 from .record import Grouping
@@ -34,4 +35,5 @@ __all__ = [
     "Wrapping",
     "packed_bytes",
     "places",
+    "spec_of_label",
 ]
