@@ -1,17 +1,16 @@
 """GGUF files by quantc and by llama.cpp's quantizer, of the same size, measured by llama.cpp.
 
-    python -m benchmarks.quality.gguf MODEL --llama-quantize PROGRAM --text FILE --calib FILE
+    python -m benchmarks.quality.gguf MODEL --llama-cpp FOLDER --text FILE --calib FILE
 
 The float model is written as float16. llama.cpp's quantizer makes each mix from it, with an importance matrix of the
 same calibration windows that quantc takes. Then quantc makes a file of at most the same bytes. All are measured through
-llama.cpp against the original on the same windows. PROGRAM: `llama-quantize`, such as that of ik-llama-cpp-python
-0.1.5, whose mixes with types of its own (where 256 does not divide a row) no other reader takes: leave these out.
+llama.cpp against the original on the same windows. FOLDER: where libllama.so of llama.cpp's release v0.5.0 is, see
+llama_quantizer.py.
 """
 
 from __future__ import annotations
 
 import struct
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 
 import quantc
 from benchmarks.common import describe, machine, markdown, write_json
+from benchmarks.quality.llama_quantizer import run_quantizer
 from quantc.calibration.tokens import CalibrationConfig, calibration_tokens
 from quantc.export.gguf.architectures import architecture_of
 from quantc.export.gguf.file import GgufWriter
@@ -105,8 +105,7 @@ def compare(name: str, model: str, args: Any, scratch: Path) -> list[dict[str, A
     rows = []
     for mix in args.mixes:
         theirs, ours = scratch / f"{mix}.gguf", scratch / f"quantc-{mix}.gguf"
-        command = [args.llama_quantize, "--imatrix", str(importance), str(floats), str(theirs), mix]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run_quantizer(args.llama_cpp, floats, theirs, mix, importance)
         size, started = theirs.stat().st_size, time.process_time()
         quantc.quantize(
             model, size=size, head_bits="auto", recipe=args.recipe, out=ours, calib=args.calib, samples=args.samples,
@@ -129,7 +128,7 @@ def main() -> None:
     parser = describe(__doc__)
     parser.add_argument("model")
     parser.add_argument("--name")
-    parser.add_argument("--llama-quantize", required=True)
+    parser.add_argument("--llama-cpp", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--text", required=True)
     parser.add_argument("--calib", default="builtin")
     parser.add_argument("--recipe", type=Path)
