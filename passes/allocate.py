@@ -26,7 +26,7 @@ from ..planning.budget import KEPT_BITS, Budget, Rules, Shared, format_label
 from ..planning.candidates import DEFAULT_GROUP, best_group_size
 from ..planning.head import DEFAULT_BITS, MOST_BLOCK_BITS, default_specs, table_shapes
 from ..planning.search import refine
-from ..planning.sizes import weights_bytes
+from ..planning.sizes import output_bytes
 from ..planning.targets import RUNTIMES, Runtime
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sensitivity.wide_rows import with_wide_rows
@@ -42,8 +42,8 @@ class AllocateConfig:
     """bits: code width of every linear inside the blocks. group_size: null picks the best divisor of each width.
 
     avg_bits: instead of bits, how many every weight of these linears takes on average, all that is stored counted.
-    size: instead of both, bytes that the weight files may take. For these two budgets a group size of null lets every
-    linear have its own.
+    size: instead of both, bytes that the weight files may take, or the file that they are made into. For these two
+    budgets a group size of null lets every linear have its own.
     pins: pattern of names -> bits of these linears whatever the budget; 16 keeps them. formats: labels such as w4g128,
     where only these may be used. target: a runtime that has to load the result, such as vllm.
 
@@ -198,7 +198,8 @@ class Allocate(Pass):
         kept |= {name: _kept_bits(run, name, n * k) for name, (n, k) in tables.items()}
         rated = with_wide_rows(losses({name: found for name, found in specs.items() if found}))
         run.plan.salience = rated.salience
-        return Budget(run.graph, rated, kept, self._rules(run), tables, self._uniform(run, tables))
+        stored = run.container.tensor_bits if run.container is not None and self.config.size is not None else None
+        return Budget(run.graph, rated, kept, self._rules(run), tables, self._uniform(run, tables), stored)
 
     def _table_candidates(self, shape: tuple[int, int]) -> list[QuantSpec]:
         if self._own_grids is not None:
@@ -259,7 +260,7 @@ class Allocate(Pass):
         def fits(shared: Shared) -> bool:
             if config.avg_bits is not None:
                 return shared.bits <= budget.bits_for(config.avg_bits)
-            return weights_bytes(run, {**others, **shared.specs}) <= config.size
+            return output_bytes(run, {**others, **shared.specs}) <= config.size
 
         planned = {name: spec and spec.to_dict() for name, spec in others.items()}
         question = {"avg_bits": config.avg_bits, "size": config.size, "planned": planned}
@@ -280,7 +281,7 @@ class Allocate(Pass):
                 f"an average of {config.avg_bits:g} bits cannot be met: the smallest plan{ruled} takes {smallest:.3f} "
                 f"with its scales and zero points; ask for {math.ceil(smallest * 100) / 100:.2f} or more."
             )
-        needed = weights_bytes(run, {**run.plan.specs, **budget.share(least).specs})
+        needed = output_bytes(run, {**run.plan.specs, **budget.share(least).specs})
         return (
             f"a size of {size(config.size)} cannot be met: the smallest plan{ruled} takes {size(needed)}; ask for "
             f"{needed} bytes or more{head}."
@@ -355,7 +356,7 @@ class Allocate(Pass):
         """Leave a head that only the default would round as it is too, where the size allows that."""
         config, head = self.config, [name for name in run.plan.specs if name in run.graph.outside_weights]
         kept = {**run.plan.specs, **shared.specs, **dict.fromkeys(head)}
-        if config.head_bits is None and (config.size is None or weights_bytes(run, kept) <= config.size):
+        if config.head_bits is None and (config.size is None or output_bytes(run, kept) <= config.size):
             run.plan.specs.update(dict.fromkeys(head))
 
     def _check_head(self) -> None:
@@ -428,13 +429,13 @@ class Allocate(Pass):
 
 
 def _within_size(run: Run, budget: Budget, limit: int) -> Shared:
-    """Return the plan of least loss whose weight files take at most `limit` bytes; raises Infeasible where none does.
+    """Return the plan of least loss whose output takes at most `limit` bytes; raises Infeasible where none does.
 
     No uniform plan within that limit loses less.
     """
 
     def taken(shared: Shared) -> int:
-        return weights_bytes(run, {**run.plan.specs, **shared.specs})
+        return output_bytes(run, {**run.plan.specs, **shared.specs})
 
     outside = taken(budget.share(budget.least)) * 8 - budget.least
     bits = limit * 8 - outside

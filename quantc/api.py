@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -9,7 +10,7 @@ from .driver.curve import draw_curve
 from .driver.job import Job
 from .driver.quality import Target
 from .driver.quantize import build_as_asked, build_to_quality, plan_alone, refuse_budget
-from .driver.settings import Settings, as_bytes
+from .driver.settings import Settings, with_target
 from .errors import UsageError
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.scores import Evaluation
@@ -56,7 +57,8 @@ def quantize(
     the output, and without resume what an interrupted run has left.
     """
     if is_gguf(out):
-        settings["target"] = settings.get("target") or GGUF_TARGET
+        sized = (settings.get("size"), max_kl, max_ppl_increase) != (None, None, None)
+        settings = with_target(settings, GGUF_TARGET, sized)
     job = Job.of(settings, plan, device, progress)
     if max_kl is None and max_ppl_increase is None:
         if text is not None:
@@ -64,21 +66,21 @@ def quantize(
                 "--text is for measuring a quality target, and there is none; pass --max-kl or --max-ppl-increase too."
             )
         limit = settings.get("size")
-        if not is_gguf(out):
-            return build_as_asked(job, model, out, limit, force, resume)
-        return build_file(
-            lambda folder, bytes_left: build_as_asked(job, model, folder, bytes_left, force, resume),
-            job.source(model), Path(str(out)), None if limit is None else as_bytes(limit), force, resume, job.progress,
-        )  # fmt: skip
+
+        def build(one: Job, to: PathLike | None) -> Report:
+            return build_as_asked(one, model, to, limit, force, resume)
+
+        return build_file(build, job, model, Path(out), force, resume) if is_gguf(out) else build(job, out)
     target = Target(max_kl, max_ppl_increase)
     refuse_budget(target, plan, settings)
     job = Job.of_any_size(settings, device, progress)
+
+    def build_measured(one: Job, to: PathLike | None) -> Report:
+        return build_to_quality(target, one, model, to, text, force, resume)
+
     if not is_gguf(out):
-        return build_to_quality(target, job, model, out, text, force, resume)
-    return build_file(
-        lambda folder, _: build_to_quality(target, job, model, folder, text, force, resume),
-        job.source(model), Path(str(out)), None, force, resume, job.progress,
-    )  # fmt: skip
+        return build_measured(job, out)
+    return build_file(build_measured, job, model, Path(out), force, resume, target=asdict(target), text=text)
 
 
 def plan(

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files.whole_file import json_text, utf8_path
-from ..machine.dtypes import DTYPE_NAMES
+from ..machine.dtypes import DTYPE_NAMES, DTYPES
 from ..progress import Progress
 from .journal import ANEW, JOURNAL, DamagedRun
 from .ownership import LIST, MARK, lasting, mark, marked, remove, survey
@@ -114,6 +114,10 @@ class CheckpointWriter(Workplace):
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor that was added."""
         return self._shard_of[name].read(name)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtypes of the tensors that were added."""
+        return {name: DTYPES[entry["dtype"]] for name, entry in self.tensors.items()}
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
         """Replace a tensor that was added by one of the same dtype and shape."""

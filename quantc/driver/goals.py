@@ -58,7 +58,7 @@ class Output:
 class OneBuild:
     """The model as the settings say, in one build, whatever it measures."""
 
-    at_most: int | None = None  # bytes of the weight files
+    at_most: int | None = None  # bytes of the weight files, or of the file that they are made into
 
     def __init__(self, job: Job, model: PathLike, source: Source, output: Output):
         """source: the model, opened; every build after the first opens it again."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..calibration.tokens import NO_TEXT, calibration_tokens
 from ..checkpoint.writer import CheckpointWriter
 from ..errors import ModelError, UsageError, as_option
+from ..files.whole_file import json_text
 from ..frontend import Source, open_model, to_meta
 from ..frontend.source import PathLike
 from ..graph.derive import derive
@@ -21,11 +24,11 @@ from ..machine.devices import usable_device
 from ..numerics.basis import Rounding
 from ..passes.allocate import Allocate
 from ..pipeline.base import Pass, check_order
-from ..pipeline.run import Run
+from ..pipeline.run import Container, Run
 from ..pipeline.sweep import sweep_of
 from ..plan import Plan
 from ..planning.budget import Budget, Shared
-from ..planning.sizes import weights_bytes
+from ..planning.sizes import disk_bytes
 from ..progress import LogProgress, Progress
 from ..recipe import Recipe
 from ..report import Report
@@ -43,6 +46,8 @@ from .settings import (
     running_passes,
 )
 
+REQUEST_FILE = "request.json"
+
 
 @dataclass
 class Job:
@@ -56,6 +61,8 @@ class Job:
     progress: Progress
     given: tuple[torch.Tensor, str] | None = None  # the calibration set, and what it is
     trusted: bool = False  # whether code that the model brings may be run
+    request: dict[str, Any] | None = None  # what a checkpoint says that it was made for, beside its weights
+    container: Callable[[Run], Container] | None = None  # of the file that the checkpoint is made into
     predicted: Shared = field(default_factory=lambda: Shared({}, {}, 0))  # what planning says of a plan it has made
 
     @classmethod
@@ -113,8 +120,8 @@ class Job:
         """Write the checkpoint, from the opened model to the folder's last name.
 
         resume: continue an interrupted build, if there is one. resumable: whether this one leaves what that needs.
-        output: where the checkpoint will be in the end. at_most: bytes of the weight files; where they are more, as
-        the report says then, no checkpoint is left.
+        output: where the checkpoint will be in the end. at_most: bytes of the weight files, or of the file that they
+        are made into; where they are more, as the report says then, no checkpoint is left.
         """
         started = time.perf_counter(), time.process_time()
         with CheckpointWriter(folder, force, resume, resumable) as writer:
@@ -122,10 +129,12 @@ class Job:
             run = self._make_run(source, graph, output or str(folder))
             self._plan(run)  # every pass, by numbers alone; the plan is checked against the graph
             self._check_tokenizer(run)
-            writer.require_space(weights_bytes(run, run.plan.specs))
+            writer.require_space(disk_bytes(run, run.plan.specs))
             tokens = self.tokens(run) if self.needs_tokens else None
             facts = identity(run, self.recipe.to_dict(), tokens, size=at_most)
             saved = finished_blocks(writer, run, self.passes, facts)
+            if self.request is not None:
+                writer.add_text(REQUEST_FILE, json_text(self.request) + "\n")
             write_companions(run, writer)  # what is wrong with these is found before hours of work
             sweep = sweep_of(run, self.passes, tokens, writer, saved)  # the original model's states at the first block
             sweep.analyse()  # every pass sees the original model, before any block is changed
@@ -162,12 +171,15 @@ class Job:
         run = Run(source, graph, plan, report, self.progress, device, rounding, products_for(device))
         config = allocation(self.passes)
         run.target = config and config.target
+        run.container = None if self.container is None else self.container(run)
         return run
 
     def _plan(self, run: Run) -> None:
         for item in self.passes:
             item.plan(run)
         run.plan.check(run.graph, set(run.graph.outside_weights))
+        if run.container is not None:
+            run.container.check(run.plan.specs)
 
     def _check_tokenizer(self, run: Run) -> None:
         """Find a missing tokenizer before hours of work; runs that need no text do without."""

@@ -60,6 +60,8 @@ def finish_weights(run: Run, writer: CheckpointWriter, started: tuple[float, flo
     """Write the weight files and the report. started: wall and CPU seconds, see `Report.count_costs`."""
     report = run.report
     report.weights_bytes = writer.finish_weights(run.progress)
+    if run.container is not None:
+        report.weights_bytes = run.container.file_bytes(run.plan.specs, writer.dtypes())
     report.source_bytes = sum(file.stat().st_size for file in run.source.weight_files())
     report.notes += notes_on_size(run)
     report.count_costs(*started)

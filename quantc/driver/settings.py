@@ -132,6 +132,24 @@ def named_recipe(settings: Settings) -> Recipe:
     return DEFAULT if recipe is None else read_recipe(Path(recipe))
 
 
+def with_target(settings: Settings, target: str, sized: bool) -> Settings:
+    """Return the settings with a target in their recipe, which also a given plan keeps to.
+
+    sized: whether something limits the size of the output, embedding and head included: then their types are chosen
+    too, unless something says how they are stored. Raises UsageError where another target is named.
+    """
+    recipe = named_recipe(settings)
+    config = next((config for name, config in recipe.passes if name == Allocate.name), None)
+    found = settings.get("target") or (config and config.target)
+    if found not in (None, target):
+        raise UsageError(f"--target is {found}, but the output is a file for {target}; remove --target.")
+    if config is not None:
+        free = sized and config.head_bits is None and config.estimator == "fisher"
+        free &= not (settings.get("search") or config.search)
+        recipe = recipe.with_settings(allocate={"target": target, "head_bits": AUTO if free else None})
+    return {**settings, "recipe": recipe, "preset": None, "target": None}
+
+
 def _sparsified(recipe: Recipe, settings: Settings) -> Recipe:
     """Return the recipe with sparsify where a sparsity is asked for; a group size is that of the groups dropped."""
     sparsity = settings.get("sparsity")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -20,6 +21,25 @@ from ..numerics.statistics import AddProducts, Gram
 from ..plan import Plan
 from ..progress import Progress
 from ..report import Report
+from ..spec import QuantSpec
+
+Specs = Mapping[str, QuantSpec | None]  # linear, or weight outside the blocks -> how it is stored
+
+
+class Container(Protocol):
+    """A file of another format, for which a run's checkpoint is made."""
+
+    def check(self, specs: Specs) -> None:
+        """Raise UsageError that names a weight which the file cannot hold."""
+
+    def tensor_bits(self, name: str, spec: QuantSpec | None) -> int:
+        """Return the bits that a weight takes in the file."""
+
+    def file_bytes(self, specs: Specs, dtypes: Mapping[str, torch.dtype] | None = None) -> int:
+        """Return the size of the file for a plan.
+
+        dtypes: of the tensors in the finished checkpoint that are not packed; None before it is there.
+        """
 
 
 @dataclass
@@ -38,6 +58,7 @@ class Run:
     residual: ResidualRotation | None = None  # that a pass has proven and folds into the blocks
     edited: set[str] = field(default_factory=set)  # tensors that are no longer the source's
     target: str | None = None  # a runtime that has to load the result, so that passes keep to the plan's formats
+    container: Container | None = None  # what sizes are those of; None where it is the checkpoint itself
 
     def gram(self, width: int) -> Gram:
         """Return an empty Gram matrix on the device."""

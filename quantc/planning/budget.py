@@ -7,7 +7,7 @@ one spec: those that read the same activation (q, k and v; gate and up), and all
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -95,15 +95,18 @@ class Budget:
         rules: Rules,
         tables: Mapping[str, tuple[int, int]] | None = None,
         uniform: Mapping[int, Mapping[str, QuantSpec]] | None = None,
+        stored: Callable[[str, QuantSpec | None], int] | None = None,
     ):
         """losses: as an estimator found them. kept_bits: what each linear or table takes as it is.
 
         tables: shapes of tensors outside the blocks that the budget covers too; averages do not count them. uniform: by
-        width, the specs of the plan that has it everywhere.
+        width, the specs of the plan that has it everywhere. stored: bits that a linear or table takes where it is not
+        stored in a checkpoint's own formats; averages do not count what that adds.
         """
         rules.check(losses)
         self._rules, self._graph, self._kept_bits, self._tables = rules, graph, kept_bits, tables or {}
         self.weights = sum(graph.linears[name].weights for name in losses if name in graph.linears)
+        self._stored = stored or self._bits
         self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
         units = [*_units(graph, losses, rules.fused), *([name] for name in self._tables)]
         self._units = [self._options(unit) for unit in units]
@@ -183,7 +186,8 @@ class Budget:
 
     def average(self, shared: Shared) -> float:
         """Return the average bits that a weight inside the blocks takes in a plan."""
-        return (shared.bits - sum(self._bits(name, shared.specs[name]) for name in self._tables)) / self.weights
+        blocks = (self._bits(name, spec) for name, spec in shared.specs.items() if name not in self._tables)
+        return sum(blocks) / self.weights
 
     def _options(self, names: list[str]) -> list[Option]:
         """Return every format that all linears of a unit have among their candidates, and keeping them all."""
@@ -210,7 +214,7 @@ class Budget:
 
     def _option(self, way: dict[str, QuantSpec | None]) -> Option:
         loss = sum(self._loss(name, spec) for name, spec in way.items())
-        return Option(way, loss, sum(self._bits(name, spec) for name, spec in way.items()))
+        return Option(way, loss, sum(self._stored(name, spec) for name, spec in way.items()))
 
     def _bits(self, name: str, spec: QuantSpec | None) -> int:
         if spec is None:

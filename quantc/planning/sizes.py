@@ -1,8 +1,8 @@
-"""How large the weight files of a plan are, to the byte, before any is written."""
+"""How large what a plan describes is, to the byte, before any of it is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -11,14 +11,24 @@ from ..checkpoint.writer import SHARD_BYTES
 from ..formats import format_of
 from ..frontend.source import is_under
 from ..graph.decoder import outside_names
-from ..pipeline.run import Run
+from ..pipeline.run import Run, Specs
 from ..spec import QuantSpec
 from ..units import size
 
 Stored = tuple[str, torch.dtype, tuple[int, ...]]
 
 
-def weights_bytes(run: Run, specs: Mapping[str, QuantSpec | None]) -> int:
+def output_bytes(run: Run, specs: Specs) -> int:
+    """Return the bytes of a plan that a size limits: of all weight files, or of the file that they are made into."""
+    return weights_bytes(run, specs) if run.container is None else run.container.file_bytes(specs)
+
+
+def disk_bytes(run: Run, specs: Specs) -> int:
+    """Return the bytes that a plan takes on the disk until its output has its name."""
+    return weights_bytes(run, specs) + (0 if run.container is None else run.container.file_bytes(specs))
+
+
+def weights_bytes(run: Run, specs: Specs) -> int:
     """Return the bytes of all weight files for a plan, as the build will write them.
 
     Tensors that a pass edits may take more: what their dtype cannot hold is stored as float32.
@@ -73,7 +83,12 @@ class _Shard:
         return len(header(self.entries)) + self.bytes
 
 
-def _stored(run: Run, specs: Mapping[str, QuantSpec | None]) -> Iterator[Stored]:
+def float_tensors(run: Run) -> Iterator[Stored]:
+    """Yield (name, dtype, shape) of everything that is written where nothing is packed."""
+    return _stored(run, {})
+
+
+def _stored(run: Run, specs: Specs) -> Iterator[Stored]:
     """Yield (name, dtype, shape) of everything that is written, in the order of the build."""
     blocks = [block.name for block in run.graph.blocks]
     packed = {

@@ -14,7 +14,7 @@ from ...formats import format_of
 from ...machine.dtypes import DTYPES
 from ...numerics.qtensor import QTensor
 from .blocks import BlockType
-from .convert import Misfit, Rounding, choose_type, to_blocks
+from .convert import Misfit, Rounding, choose_type, refusal, to_blocks
 from .layout import FileTensor, ModelTensor, Verbatim
 
 PIECE = 1 << 22  # weights that are packed at a time
@@ -39,7 +39,7 @@ class Contents:
             self._entries[parameter] = name, entry
             self.tensors[parameter] = ModelTensor((*entry.leading, *entry.shape), kind)
         if misfits:
-            raise _misfit(misfits)
+            raise refusal(misfits)
         parts = {f"{prefix}.{part}" for prefix, entry in self._entries.values() for part in entry.layout()}
         for name, stored in reader.slices().items():
             if name not in parts:
@@ -95,10 +95,3 @@ def _refuse_rotation(reader: CheckpointReader) -> None:
             f"{reader.folder} has a rotated residual stream, which llama.cpp cannot rotate back; quantize the model "
             "again with --preset fast, or with a recipe without rotate."
         )
-
-
-def _misfit(misfits: dict[str, Misfit]) -> UsageError:
-    name, first = next(iter(misfits.items()))
-    remedy = first.remedy.format(name=name[name.rfind(".") :])
-    others = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
-    return UsageError(f"GGUF cannot hold {name}{others}: {first.reason}; quantize the model again {remedy}.")

@@ -7,11 +7,13 @@ m = -z s, which float16 rounds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ...checkpoint.config import PackedEntry
+from ...errors import UsageError
 from ...numerics.grids import GgmlArithmetic
 from ...numerics.qtensor import QTensor
 from ...spec import Ggml, Uniform
@@ -28,6 +30,14 @@ class Misfit:
 
     reason: str
     remedy: str
+
+
+def refusal(misfits: Mapping[str, Misfit]) -> UsageError:
+    """Return the error for weights that GGUF cannot hold: it names the first."""
+    name, first = next(iter(misfits.items()))
+    remedy = first.remedy.format(name=name[name.rfind(".") :])
+    others = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
+    return UsageError(f"GGUF cannot hold {name}{others}: {first.reason}; quantize the model again {remedy}.")
 
 
 def choose_type(entry: PackedEntry) -> BlockType | Misfit:

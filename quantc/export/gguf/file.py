@@ -19,10 +19,9 @@ import torch
 from ...errors import CheckpointError, ModelError, UsageError
 from ...units import size
 from ...version import __version__
-from .layout import FileTensor
+from .layout import ALIGNMENT, FileTensor
 
 MARK = "quantc.version"  # a key of files that quantc wrote
-ALIGNMENT = 32
 BYTE = np.dtype(np.uint8)
 MARKED_WITHIN = 512  # bytes of a file in which that key is, as the second one
 
@@ -155,11 +154,15 @@ def appearing(file: Path) -> Iterator[Path]:
 
 def file_bytes(architecture: str, metadata: Metadata, tensors: Sequence[FileTensor]) -> int:
     """Return the size of a file to the byte, metadata counted, before it is written."""
+    return header_bytes(architecture, metadata, tensors) + sum(tensor.filled_bytes for tensor in tensors)
+
+
+def header_bytes(architecture: str, metadata: Metadata, tensors: Sequence[FileTensor]) -> int:
+    """Return the size of what comes before the tensors, on which their types have no influence."""
     with tempfile.TemporaryDirectory(prefix="quantc-header-") as folder:
         writer = GgufWriter(Path(folder) / "header.gguf", architecture, metadata, tensors)
         writer.close()
-        header = (Path(folder) / "header.gguf").stat().st_size
-    return header + sum(tensor.nbytes + -tensor.nbytes % ALIGNMENT for tensor in tensors)
+        return (Path(folder) / "header.gguf").stat().st_size
 
 
 def check_space(file: Path, needed: int) -> None:

@@ -20,13 +20,12 @@ from ...progress import Progress
 from ...runtime.load import read_model, unpacked_values
 from ...units import size
 from . import proof
-from .architectures import architecture_of, check_type, window_of
+from .architectures import check_type, window_of
 from .contents import Contents
 from .file import GgufWriter, Metadata, appearing, check_place, check_space, file_bytes, gguf_package
 from .layout import FileTensor, bits_per_weight, lay_out
-from .metadata import describe_model, describe_storage
+from .metadata import Described, describe_file, describe_storage
 from .origin import copy_metadata, find_origin, from_gguf, lay_out_as
-from .tokenizer import describe_tokenizer, without_tokenizer
 
 ROOM = 0.8  # the share of free memory that weights may take: the rest is for activations and logits
 UNVERIFIED = "nothing was verified by llama.cpp"
@@ -62,15 +61,19 @@ class Exported:
 class _Plan:
     """What the file will be.
 
-    tokenizer: the checkpoint's, None without one. described: whether the file's tokenizer was made from it.
+    tokenizer: the checkpoint's, None without one. compared: whether the file's tokenizer was made from it.
     """
 
-    architecture: str
-    metadata: Metadata
+    described: Described
     tensors: list[FileTensor]
     tokenizer: PreTrainedTokenizerBase | None
-    described: bool
+    compared: bool
     notes: list[str]
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the file says of the model and of its weights."""
+        return self.described.metadata | describe_storage(self.tensors)
 
 
 def export_gguf(
@@ -79,25 +82,30 @@ def export_gguf(
     force: bool,
     tokenizer: bool,
     pre_tokenizer: str | None,
-    metadata: Path | None,
+    metadata: Path | Described | None,
     progress: Progress,
 ) -> Exported:
     """Write a GGUF file with the weights of a checkpoint; raises a QuantcError before any work where it cannot.
 
     tokenizer: whether the file has one. pre_tokenizer: llama.cpp's name for how it cuts texts into words, None to find
-    it. metadata: the GGUF file whose metadata is kept, None for the one that the checkpoint was made from, if any. The
-    file has its name only once gguf-py, and llama.cpp where it is installed, have read it.
+    it. metadata: the GGUF file whose metadata is kept, None for the one that the checkpoint was made from, if any; or
+    all that the file is to say. The file has its name only once gguf-py, and llama.cpp where it is installed, have read
+    it.
     """
     check_place(out, force)
     gguf_package()
     reader = CheckpointReader(checkpoint)
     contents = Contents(reader)
-    origin = metadata or find_origin(reader)
-    plan = _plan_as(origin, contents, tokenizer) if origin else _plan_anew(reader, contents, tokenizer, pre_tokenizer)
-    needed = file_bytes(plan.architecture, plan.metadata, plan.tensors)
+    if isinstance(metadata, Described):
+        plan = _plan_anew(reader, contents, tokenizer, metadata)
+    elif (origin := metadata or find_origin(reader)) is not None:
+        plan = _plan_as(origin, contents, tokenizer)
+    else:
+        plan = _plan_anew(reader, contents, tokenizer, _describe(reader, tokenizer, pre_tokenizer))
+    needed = file_bytes(plan.described.architecture, plan.metadata, plan.tensors)
     check_space(out, needed)
 
-    exported = Exported(str(checkpoint), str(out), plan.architecture, needed, notes=plan.notes)
+    exported = Exported(str(checkpoint), str(out), plan.described.architecture, needed, notes=plan.notes)
     with appearing(out) as fresh:
         _write(fresh, plan, contents, progress)
         reader.check_unchanged()
@@ -109,31 +117,33 @@ def export_gguf(
 
 def _plan_as(origin: Path, contents: Contents, tokenizer: bool) -> _Plan:
     source = GgufSource(origin)
-    architecture, metadata = copy_metadata(source)
     tensors = lay_out_as(source, contents)
     notes = [f"metadata and tokenizer are those of {origin}"]
     words = source.optional_tokenizer if tokenizer else None
-    return _Plan(architecture, metadata | describe_storage(tensors), tensors, words, False, notes)
+    return _Plan(copy_metadata(source), tensors, words, False, notes)
 
 
-def _plan_anew(reader: CheckpointReader, contents: Contents, tokenizer: bool, pre_tokenizer: str | None) -> _Plan:
-    config = _read_config(reader)
-    architecture = architecture_of(config)
-    tensors = lay_out(contents.tensors, architecture, config)
+def _describe(reader: CheckpointReader, tokenizer: bool, pre_tokenizer: str | None) -> Described:
     words = _read_tokenizer(reader.folder) if tokenizer else None
-    metadata = describe_model(architecture, config, _name(reader)) | describe_storage(tensors)
-    metadata |= describe_tokenizer(words, config.vocab_size, pre_tokenizer) if words else without_tokenizer()
+    return describe_file(_read_config(reader), words, _name(reader), pre_tokenizer)
+
+
+def _plan_anew(reader: CheckpointReader, contents: Contents, tokenizer: bool, described: Described) -> _Plan:
+    config, table = _read_config(reader), described.table
+    assert table is not None
+    tensors = lay_out(contents.tensors, table, config)
+    words = _read_tokenizer(reader.folder) if tokenizer else None
     notes = []
     if from_gguf(reader):
         notes.append(
             "the GGUF file that the checkpoint was made from is not where it was: metadata was made from config.json; "
             "pass --metadata to keep that of a file"
         )
-    if (window := window_of(config, architecture)) is not None:
+    if (window := window_of(config, table)) is not None:
         notes.append(
             f"the model attends in a window of {window} tokens, and llama.cpp to all: longer texts give other results"
         )
-    return _Plan(architecture.name, metadata, tensors, words, True, notes)
+    return _Plan(described, tensors, words, True, notes)
 
 
 def _read_config(reader: CheckpointReader) -> Any:
@@ -164,7 +174,7 @@ def _name(reader: CheckpointReader) -> str:
 
 
 def _write(file: Path, plan: _Plan, contents: Contents, progress: Progress) -> None:
-    writer = GgufWriter(file, plan.architecture, plan.metadata, plan.tensors)
+    writer = GgufWriter(file, plan.described.architecture, plan.metadata, plan.tensors)
     try:
         progress.stage("Writing", len(plan.tensors))
         for tensor in plan.tensors:
@@ -188,7 +198,7 @@ def _ask_llama_cpp(
     with torch.no_grad():
         expected = model(input_ids=tokens[None], use_cache=False).logits[0].float()
     del model
-    compared = plan.tokenizer if plan.described else None
+    compared = plan.tokenizer if plan.compared else None
     agreement = proof.check_logits(file, plan.tensors, expected, tokens, compared)
     progress.step("llama.cpp")
     progress.done()

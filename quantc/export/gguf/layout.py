@@ -16,6 +16,7 @@ from .architectures import Architecture, Tensor
 from .blocks import FLOAT_NAMES, FLOAT_NUMBERS, BlockType, stored_bytes
 
 NUMBER = re.compile(r"\.(\d+)\.")  # the first one in a name is a block's
+ALIGNMENT = 32  # bytes that every tensor is filled up to a multiple of
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class FileTensor:
         return self.kind.nbytes if isinstance(self.kind, Verbatim) else stored_bytes(self.kind, self.shape)
 
     @property
+    def filled_bytes(self) -> int:
+        """Bytes in the file with what fills it up."""
+        return self.nbytes + -self.nbytes % ALIGNMENT
+
+    @property
     def number(self) -> int:
         """The type's number in the file."""
         return FLOAT_NUMBERS[self.kind] if isinstance(self.kind, torch.dtype) else self.kind.number
@@ -98,16 +104,23 @@ def _take_rows(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def lay_out(tensors: Mapping[str, ModelTensor], architecture: Architecture, config: Any) -> list[FileTensor]:
     """Return the tensors of the file; raises ModelError that names a tensor which the architecture has no place for."""
-    found = [part for name in sorted(tensors, key=_order) for part in _parts(name, tensors[name], architecture, config)]
-    for name, values in architecture.extra(config).items():
-        found.append(
-            FileTensor(name, tuple(values.shape), torch.float32, None, Tensor(name), read=partial(_itself, values))
-        )
+    names = sorted(tensors, key=_order)
+    found = [part for name in names for part in parts_of(name, tensors[name], architecture, config)]
+    found += extra_tensors(architecture, config)
     _check_names(found)
     return found
 
 
-def _parts(name: str, tensor: ModelTensor, architecture: Architecture, config: Any) -> list[FileTensor]:
+def extra_tensors(architecture: Architecture, config: Any) -> list[FileTensor]:
+    """Return the tensors of the file that follow from the config."""
+    return [
+        FileTensor(name, tuple(values.shape), torch.float32, None, Tensor(name), read=partial(_itself, values))
+        for name, values in architecture.extra(config).items()
+    ]
+
+
+def parts_of(name: str, tensor: ModelTensor, architecture: Architecture, config: Any) -> list[FileTensor]:
+    """Return what a tensor of the model becomes in the file; raises ModelError where it has no place there."""
     module, ending = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
     block = NUMBER.search(module)
     pattern = NUMBER.sub(".{}.", module, count=1)

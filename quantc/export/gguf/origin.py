@@ -7,6 +7,8 @@ architecture that quantc reads. Tensors that quantc left as they were are copied
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from ...frontend.gguf import GgufSource
 from .architectures import Tensor
 from .blocks import FLOAT_NUMBERS, BlockType
 from .contents import Contents
-from .file import Metadata, Typed
-from .layout import FileTensor, ModelTensor, Verbatim
+from .file import Typed
+from .layout import FileTensor, Kind, ModelTensor, Verbatim
+from .metadata import Described
 
 # What belongs to the old file's storage, or is written anew.
 DROPPED = ("GGUF.", "split.", "quantize.", "quantc.", "general.architecture", "general.alignment", "general.file_type",
@@ -50,15 +53,21 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def copy_metadata(source: GgufSource) -> tuple[str, Metadata]:
-    """Return the architecture of a file, and its metadata but for what describes how its weights are stored."""
+def copy_metadata(source: GgufSource) -> Described:
+    """Return what a file says, but for how its weights are stored."""
     fields = source.reader.fields
     kept = {
         name: Typed(field.contents(), int(field.types[0]), int(field.types[1]) if len(field.types) > 1 else None)
         for name, field in fields.items()
         if not name.startswith(DROPPED)
     }
-    return str(fields["general.architecture"].contents()), kept
+    return Described(str(fields["general.architecture"].contents()), kept)
+
+
+def parts_as(source: GgufSource) -> list[FileTensor]:
+    """Return the tensors of a file as they are; source: the tensor of the model that each is a part of, if any."""
+    owners = {part.name: name for name, parts in source.tensors.items() for part in parts}
+    return [replace(_verbatim(source, part), source=owners.get(part.name)) for part in source.reader.tensors]
 
 
 def lay_out_as(source: GgufSource, contents: Contents) -> list[FileTensor]:
@@ -106,10 +115,18 @@ def _made_of(source: GgufSource, part: Any, owners: dict[str, str], contents: Co
         raise ModelError(f"the checkpoint has no tensor {name}, which {part.name} of {source.path} is made from; pass "
                          "--metadata with the GGUF file that the checkpoint was made from.")  # fmt: skip
     change, rows = _undone(source, name, part, tensor)
-    kind = tensor.kind
-    if not tensor.packed and (len(part.shape) == 1 or part.tensor_type.name == "F32" or kind not in FLOAT_NUMBERS):
-        kind = torch.float32
+    kind = (
+        tensor.kind
+        if isinstance(tensor.kind, BlockType)
+        else kind_of_floats(part.tensor_type.name, part.shape, tensor.kind)
+    )
     return FileTensor(part.name, _shape(part), kind, name, change, rows)
+
+
+def kind_of_floats(before: str, shape: Sequence[int], dtype: torch.dtype) -> Kind:
+    """Return the type of a tensor whose values are others than in the file, where its type was `before`."""
+    keeps = len(shape) > 1 and before != "F32" and dtype in FLOAT_NUMBERS
+    return dtype if keeps else torch.float32
 
 
 def _undone(source: GgufSource, name: str, part: Any, tensor: ModelTensor) -> tuple[Tensor, torch.Tensor | None]:

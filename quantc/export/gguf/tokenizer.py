@@ -19,11 +19,20 @@ LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<unused\d+>|<pad>|<mask>")  # control toke
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 
 
+class UnknownTokenizer(ModelError):
+    """A tokenizer that llama.cpp does not have."""
+
+    @property
+    def found(self) -> str:
+        """What was found, without what to do about it."""
+        return str(self).rpartition("; ")[0]
+
+
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre: str | None = None) -> Metadata:
     """Return the metadata of a tokenizer for an embedding of `vocabulary` rows.
 
-    pre: llama.cpp's name for how it cuts texts into words, where the caller knows it. Raises ModelError for a kind of
-    tokenizer that llama.cpp does not have, and for rules that it has no name for.
+    pre: llama.cpp's name for how it cuts texts into words, where the caller knows it. Raises UnknownTokenizer for a
+    kind of tokenizer that llama.cpp does not have, and for rules that it has no name for.
     """
     backend = _backend(tokenizer)
     model = backend["model"]
@@ -32,7 +41,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre:
     elif model.get("type") == "BPE" and model.get("byte_fallback"):
         described = _sentence_pieces(backend, vocabulary)
     else:
-        raise ModelError(
+        raise UnknownTokenizer(
             f"the tokenizer is of the kind {model.get('type')}, but llama.cpp has byte-level BPE and SentencePiece BPE "
             "here; pass --no-tokenizer for a file that takes token ids alone."
         )
@@ -47,7 +56,7 @@ def without_tokenizer() -> Metadata:
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError(
+        raise UnknownTokenizer(
             f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json, which its rules are read from; save it "
             "as a fast tokenizer, or pass --no-tokenizer for a file that takes token ids alone."
         )
@@ -61,7 +70,7 @@ def _is_byte_level(backend: dict[str, Any]) -> bool:
 def _byte_level(backend: dict[str, Any], vocabulary: int, pre: str | None) -> Metadata:
     pre = pre or pre_tokenizers.name_of(backend)
     if pre is None:
-        raise ModelError(
+        raise UnknownTokenizer(
             "llama.cpp has no name for how this tokenizer cuts texts into words; pass --pre-tokenizer with one of its "
             "names if you know it (qwen2, llama-bpe, ...), or --no-tokenizer for a file that takes token ids alone."
         )

@@ -55,15 +55,24 @@ def test_a_size_is_that_of_the_file(model: Path, tmp_path: Path) -> None:
     quantc.quantize(model, bits=8, head_bits=8, out=whole, **settings(model))  # type: ignore[arg-type]
     limit = int(whole.stat().st_size * 0.85)
     out = tmp_path / "small.gguf"
-    quantc.quantize(model, size=limit, head_bits="auto", out=out, **settings(model))  # type: ignore[arg-type]
-    assert 0.6 * limit < out.stat().st_size <= limit
-    assert len(set(types_of(out).values()) - {"F32"}) > 1
+    quantc.quantize(model, size=limit, out=out, **settings(model))  # type: ignore[arg-type]
+    left = limit - out.stat().st_size
+    matrices = [t for t in gguf.GGUFReader(out).tensors if t.tensor_type.name not in ("F32", "Q8_0")]
+    assert len({tensor.tensor_type for tensor in matrices}) > 1
+    steps = [int(tensor.n_elements) // 32 * 34 - int(tensor.n_bytes) for tensor in matrices]
+    assert 0 <= left < min(steps)
 
 
-def test_a_size_too_small_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"1000 bytes"):
-        quantc.quantize(model, size=1000, out=tmp_path / "none.gguf", **settings(model))  # type: ignore[arg-type]
+def test_a_size_too_small_names_the_smallest_there_is(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "least.gguf"
+    with pytest.raises(UsageError, match=r"a size of 1.00 kB cannot be met: .* ask for \d+ bytes or more\.$") as found:
+        quantc.quantize(model, size=1000, out=out, **settings(model))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+    least = int(str(found.value).split("ask for ")[1].split()[0])
+    with pytest.raises(UsageError, match="cannot be met"):
+        quantc.quantize(model, size=least - 1, out=out, **settings(model))  # type: ignore[arg-type]
+    quantc.quantize(model, size=least, out=out, **settings(model))  # type: ignore[arg-type]
+    assert out.stat().st_size == least
 
 
 def test_rotations_are_refused(model: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_in_the_file_size_of_a_uniform_plan_no_more_is_lost(monkeypatch: pytest.
     budget = Budget(graph, Losses(losses), dict.fromkeys(linears, 1 << 16), Rules({}), uniform=uniform)
     four = budget.uniform[4]
     assert len(set(budget.share(four.bits).specs.values())) == 3
-    monkeypatch.setattr(allocate, "weights_bytes", file_bytes)
+    monkeypatch.setattr(allocate, "output_bytes", file_bytes)
     run: Any = SimpleNamespace(plan=SimpleNamespace(specs={}))
     for plan in budget.uniform.values():
         limit = file_bytes(None, plan.specs)  # type: ignore[arg-type]
