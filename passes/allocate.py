@@ -170,7 +170,7 @@ class Allocate(Pass):
             self._keep_head(run, shared)
         for name, spec in shared.specs.items():
             run.plan.specs[name] = spec
-            run.plan.remark(name, f"predicted to add {shared.losses[name]:.2g} to the KL divergence")
+            run.plan.remark(name, _remark(shared, name, of_all=run.container is not None))
         run.report.notes.append(
             f"{budget.average(shared):.3f} bits a weight in mixed precision; predicted KL divergence {shared.loss:.3g}"
         )
@@ -420,12 +420,18 @@ class Allocate(Pass):
         blocks = {spec.group_size for spec in run.plan.specs.values() if spec is not None}
         uneven = [name for name, linear in run.graph.linears.items() if linear.shape[1] % LARGE_BLOCK]
         kept = [name for name in run.graph.linears if run.plan.specs[name] is None]
-        if uneven and len(uneven) > len(kept):
+        if uneven and len(uneven) > len(kept) and run.container is None:  # of a file every tensor is known
             run.report.notes.append(
                 f"{plural(len(uneven), 'layer')} have blocks of {min(blocks)}: {LARGE_BLOCK} does not divide their rows"
             )
         if kept:
             run.report.notes.append(f"{plural(len(kept), 'layer')} stay floats: no block divides their rows")
+
+
+def _remark(shared: Shared, name: str, of_all: bool) -> str:
+    """Return what a plan predicts of a weight. of_all: with its share of the loss of all."""
+    share = f", {shared.losses[name] / shared.loss:.2%} of the plan's" if of_all and shared.loss else ""
+    return f"predicted to add {shared.losses[name]:.2g} to the KL divergence{share}"
 
 
 def _within_size(run: Run, budget: Budget, limit: int) -> Shared:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -10,12 +9,11 @@ from .driver.curve import draw_curve
 from .driver.job import Job
 from .driver.quality import Target
 from .driver.quantize import build_as_asked, build_to_quality, plan_alone, refuse_budget
-from .driver.settings import Settings, with_target
+from .driver.settings import Settings
 from .errors import UsageError
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.scores import Evaluation
-from .export.gguf.from_model import TARGET as GGUF_TARGET
-from .export.gguf.from_model import build_file, is_gguf
+from .export.gguf.from_model import Wanted, is_gguf, quantize_to_file
 from .frontend.source import PathLike
 from .pipeline.run import Run
 from .planning.pareto import Curve
@@ -41,6 +39,7 @@ def quantize(
     max_kl: float | None = None,
     max_ppl_increase: float | None = None,
     text: str | None = None,
+    like: str | None = None,
     **settings: Unpack[Settings],
 ) -> Report:
     """Quantize a model into a packed checkpoint and return the report.
@@ -49,38 +48,29 @@ def quantize(
     that ends in .gguf gives a file for llama.cpp, quantized on its own grids, whose size is that of `size`.
     plan: a plan.yaml whose specs are used as they are. max_kl, max_ppl_increase: instead of bits, what the smallest
     model that is made may lose, in nats per token, or as a share of the perplexity, 0.02 for 2 %; measured on `text`,
-    or on a held-out eighth of the calibration windows. settings: see Settings. Raises a QuantcError whose message is
-    one sentence.
+    or on a held-out eighth of the calibration windows. like: instead of bits, a mix of llama.cpp's quantizer, such as
+    Q4_K_M: a GGUF file of at most the size that it would have. settings: see Settings. Raises a QuantcError whose
+    message is one sentence.
 
     A run that is interrupted, or fails after its first block, leaves `<out>.unfinished`. resume: continue it, with the
     same settings on the same kind of machine, to the same bytes; where there is none this one starts. force: replace
     the output, and without resume what an interrupted run has left.
     """
-    if is_gguf(out):
-        sized = (settings.get("size"), max_kl, max_ppl_increase) != (None, None, None)
-        settings = with_target(settings, GGUF_TARGET, sized)
+    target = None if max_kl is None and max_ppl_increase is None else Target(max_kl, max_ppl_increase)
+    if target is not None:
+        refuse_budget(target, plan, settings)
+    elif text is not None:
+        raise UsageError(
+            "--text is for measuring a quality target, and there is none; pass --max-kl or --max-ppl-increase too."
+        )
+    if is_gguf(out) or like is not None:
+        wanted = Wanted(target, text, like)
+        return quantize_to_file(model, out, plan, wanted, device, force, resume, progress, settings)
     job = Job.of(settings, plan, device, progress)
-    if max_kl is None and max_ppl_increase is None:
-        if text is not None:
-            raise UsageError(
-                "--text is for measuring a quality target, and there is none; pass --max-kl or --max-ppl-increase too."
-            )
-        limit = settings.get("size")
-
-        def build(one: Job, to: PathLike | None) -> Report:
-            return build_as_asked(one, model, to, limit, force, resume)
-
-        return build_file(build, job, model, Path(out), force, resume) if is_gguf(out) else build(job, out)
-    target = Target(max_kl, max_ppl_increase)
-    refuse_budget(target, plan, settings)
+    if target is None:
+        return build_as_asked(job, model, out, settings.get("size"), force, resume)
     job = Job.of_any_size(settings, device, progress)
-
-    def build_measured(one: Job, to: PathLike | None) -> Report:
-        return build_to_quality(target, one, model, to, text, force, resume)
-
-    if not is_gguf(out):
-        return build_measured(job, out)
-    return build_file(build_measured, job, model, Path(out), force, resume, target=asdict(target), text=text)
+    return build_to_quality(target, job, model, out, text, force, resume)
 
 
 def plan(

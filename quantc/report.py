@@ -70,6 +70,7 @@ class Report:
     bits_per_weight counts all that is stored for the linears inside the blocks; weights_bytes is the size of
     all weight files. kept: linears left as they are, with the reason. rewrites: by pass and kind of activation, how
     many were rewritten. refused: rewrites that were not made, with the reason. notes: sentences worth reading.
+    tensors: of a GGUF file, where one was written: their names, types, shapes and bytes, and why they have these types.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Report:
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     peak_rss_bytes: int = 0
+    tensors: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def bits_per_weight(self) -> float:
@@ -125,6 +127,7 @@ class Report:
             "rewrites": self.rewrites,
             "refused": self.refused,
             "notes": self.notes,
+            **({"tensors": self.tensors} if self.tensors else {}),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class Report:
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Report:
         """Undo `to_dict`, after JSON."""
-        report = cls(**{item.name: mapping[item.name] for item in fields(cls)})
+        report = cls(**{item.name: mapping[item.name] for item in fields(cls) if item.name in mapping})
         report.linears = [LinearReport.from_dict(linear) for linear in mapping["linears"]]
         return report
 
@@ -192,6 +195,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     file = folder / REPORT_FILE
     try:
         content = read_json(file)
+        if isinstance(content, dict):
+            content.setdefault("tensors", [])
         _check(content, typing.get_type_hints(Report) | TOTALS | {"linears": list[dict[str, Any]]}, "the report")
         for linear in content["linears"]:
             _check_linear(linear)

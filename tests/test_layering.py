@@ -23,7 +23,7 @@ MOST_FILES_AT_THE_ROOT = 12
 MAY_NAME_FAMILIES = {"quantc.frontend.gguf", "quantc.frontend.resolve"}
 # GGUF names architectures, with a table for each, and kinds of tokenizers; llama.cpp's functions begin with llama.
 GGUF = "quantc.export.gguf."
-MAY_NAME_FAMILIES |= {"quantc.evaluation.llama_cpp", GGUF + "pre_tokenizers", GGUF + "tokenizer"}
+MAY_NAME_FAMILIES |= {"quantc.evaluation.llama_cpp", GGUF + "pre_tokenizers", GGUF + "tokenizer", GGUF + "mixes"}
 MAY_NAME_FAMILIES |= {name for name in FILES if name.startswith(GGUF + "architectures.")}
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen", "gemma", "phi3", "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon",

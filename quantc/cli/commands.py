@@ -56,10 +56,10 @@ def main(context: click.Context) -> None:
 @click.argument("model")
 @QUANTIZE_OPTIONS
 def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
-    """Quantize MODEL into a packed checkpoint.
+    """Quantize MODEL into a packed checkpoint, or into a GGUF file for llama.cpp.
 
     MODEL is a transformers folder, a .gguf file, a hub id (owner/name), or demo:smollm2. Say how small with --bits,
-    --size, --avg-bits, --max-kl or --max-ppl-increase, or pass a --recipe or --plan that says it.
+    --size, --avg-bits, --like, --max-kl or --max-ppl-increase, or pass a --recipe or --plan that says it.
 
     \b
     Example: quantc quantize Qwen/Qwen3-0.6B --bits 4 --out qwen3-w4
@@ -78,14 +78,15 @@ def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
     if as_json:
         console.show_json(report.summary())
     elif not quiet:
-        _show_summary(model, report, as_words({"trust_remote_code": settings["trust_remote_code"]}))
+        _show_summary(model, report, verbose, as_words({"trust_remote_code": settings["trust_remote_code"]}))
 
 
-def _show_summary(model: str, report: Report, trust: list[str]) -> None:
+def _show_summary(model: str, report: Report, verbose: bool, trust: list[str]) -> None:
     from . import tables
 
     command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2", *trust]
-    console.show(tables.quantized(to_printable(report.to_dict()), command))
+    shown = to_printable(report.to_dict())
+    console.show(tables.quantized(shown, command), *(tables.tensors(shown.get("tensors", [])) if verbose else []))
 
 
 @main.command()

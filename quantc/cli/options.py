@@ -34,7 +34,8 @@ BITS_OPTION = size(
 )
 BUDGET_OPTIONS = options(
     size("--size", metavar="SIZE",
-         help="Largest size of the weight files, such as 300MiB; each layer's bits are chosen by predicted loss."),
+         help="Largest size of the weight files, or of the GGUF file, such as 300MiB; each layer's bits are chosen by "
+              "predicted loss."),
     size("--avg-bits", type=Number(0, 16),
          help="Average bits per weight, scales included; each layer's bits are chosen by predicted loss."),
 )  # fmt: skip
@@ -45,6 +46,10 @@ QUALITY_OPTIONS = options(
          help="Build the smallest model whose perplexity rises by at most this, such as 2%."),
     size("--text", metavar="SOURCE",
          help="Text that --max-kl or --max-ppl-increase is measured on. [default: held-out calibration windows]"),
+)  # fmt: skip
+LIKE_OPTION = size(
+    "--like", metavar="MIX",
+    help="Write a GGUF file no larger than llama.cpp's quantizer makes with this mix, such as Q4_K_M.",
 )  # fmt: skip
 PLAN_OPTION = size("--plan", type=YAML_FILE, metavar="FILE", help="Build this plan (YAML) of `quantc plan`.")
 STORAGE_OPTIONS = options(
@@ -98,13 +103,14 @@ DEVICE_OPTION = run("--device", default="cpu", help="Where to compute: cpu, cuda
 TRUST_OPTION = run("--trust-remote-code", is_flag=True, help="Run Python code that the model brings. [default: no]")
 MODEL_OPTIONS = options(DEVICE_OPTION, TRUST_OPTION)
 
-ENOUGH = ("bits", "avg_bits", "size", "max_kl", "max_ppl_increase")  # any of these says how small
+ENOUGH = ("bits", "avg_bits", "size", "like", "max_kl", "max_ppl_increase")  # any of these says how small
 QUANTIZE_OPTIONS = options(
-    BITS_OPTION, BUDGET_OPTIONS, QUALITY_OPTIONS, PLAN_OPTION,
+    BITS_OPTION, BUDGET_OPTIONS, LIKE_OPTION, QUALITY_OPTIONS, PLAN_OPTION,
     STORAGE_OPTIONS,
     RECIPE_OPTIONS, METHOD_OPTION, SEARCH_OPTION, TRAINING_OPTIONS,
     CALIBRATION_OPTIONS,
-    output("--out", "-o", metavar="FOLDER", help="Folder to write. [default: <model>-quantc-w4g128 or so]"),
+    output("--out", "-o", metavar="FOLDER",
+           help="Folder to write, or a file for llama.cpp: model.gguf. [default: <model>-quantc-w4g128 or so]"),
     output("--force", is_flag=True, help="Replace the output, or without --resume what an interrupted run left."),
     OUTPUT_OPTIONS,
     MODEL_OPTIONS,

@@ -35,6 +35,14 @@ def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType
     return Group(*parts)
 
 
+def tensors(rows: list[dict[str, Any]]) -> list[RenderableType]:
+    """Return the table of a GGUF file's tensors; nothing where there are none."""
+    table = _table(["tensor", "type", "shape", "bytes", "why"], numeric={"shape", "bytes"})
+    for row in rows:
+        table.add_row(row["name"], row["type"], _shape(row["shape"]), f"{row['bytes']:,}", row.get("why", ""))
+    return [_heading("Tensors"), table] if rows else []
+
+
 def widths(run: Run) -> list[dict[str, Any]]:
     """Return what a plan gives to linears of one name, over every block: count, average, smallest and largest bits.
 

@@ -83,11 +83,6 @@ class _Shard:
         return len(header(self.entries)) + self.bytes
 
 
-def float_tensors(run: Run) -> Iterator[Stored]:
-    """Yield (name, dtype, shape) of everything that is written where nothing is packed."""
-    return _stored(run, {})
-
-
 def _stored(run: Run, specs: Specs) -> Iterator[Stored]:
     """Yield (name, dtype, shape) of everything that is written, in the order of the build."""
     blocks = [block.name for block in run.graph.blocks]

@@ -11,38 +11,24 @@ from dataclasses import replace
 import torch
 
 from ...checkpoint.config import PackedEntry
-from ...frontend.gguf import GgufSource
 from ...pipeline.run import Run, Specs
-from ...planning.sizes import float_tensors
 from ...spec import QuantSpec
 from .blocks import BlockType
 from .convert import Misfit, choose_type, refusal
-from .file import header_bytes
-from .layout import FileTensor, ModelTensor, extra_tensors, parts_of
-from .metadata import Described, describe_storage
-from .origin import kind_of_floats, parts_as
+from .draft import Draft
+from .layout import FileTensor, ModelTensor, parts_of
+from .origin import kind_of_floats
 
 
 class GgufContainer:
-    """The GGUF file that the weights of a run will be in; raises ModelError that names a tensor with no place there."""
+    """The GGUF file that the weights of a run will be in."""
 
-    def __init__(self, described: Described, run: Run):
-        self._run, self._described = run, described
-        source = run.source
-        if described.table is None:
-            assert isinstance(source, GgufSource)
-            found = parts_as(source)
-        else:
-            floats = [self._of_model(name, ModelTensor(shape, dtype)) for name, dtype, shape in float_tensors(run)]
-            found = [part for parts in floats for part in parts]
-            found += extra_tensors(described.table, source.model.config)
-        self.tensors = found  # as floats, or as they are in the source's file
+    def __init__(self, draft: Draft, run: Run):
+        self._run, self._draft = run, draft
         self._parts: dict[str, list[FileTensor]] = {}
-        for part in found:
+        for part in draft.tensors:
             self._parts.setdefault(part.source or "", []).append(part)
-        metadata = described.metadata | describe_storage(found)
-        self.header = header_bytes(described.architecture, metadata, found)
-        self._unpacked = self.header + sum(part.filled_bytes for part in found)
+        self._unpacked = draft.bytes_of(draft.tensors)
 
     def check(self, specs: Specs) -> None:
         """Raise UsageError that names a weight which no block type holds."""
@@ -64,7 +50,8 @@ class GgufContainer:
         """Return the type of every tensor of the file for a plan."""
         kinds = {self._tensor(name): self._kind(name, spec) for name, spec in specs.items() if spec is not None}
         return {
-            part.name: replace(part, kind=kinds.get(part.source or "", part.kind)).type_name for part in self.tensors
+            part.name: replace(part, kind=kinds.get(part.source or "", part.kind)).type_name
+            for part in self._draft.tensors
         }
 
     def _filled(self, name: str, spec: QuantSpec | None) -> int:
@@ -81,14 +68,13 @@ class GgufContainer:
         return sum(after.filled_bytes - before.filled_bytes for before, after in pairs)
 
     def _edited(self, part: FileTensor, name: str, dtype: torch.dtype) -> FileTensor:
-        if self._described.table is None:
+        table = self._draft.described.table
+        if table is None:
             return replace(part, kind=kind_of_floats(part.type_name, part.shape, dtype))
-        shape = tuple(self._run.source.model.state_dict()[name].shape)
-        return next(new for new in self._of_model(name, ModelTensor(shape, dtype)) if new.name == part.name)
-
-    def _of_model(self, name: str, tensor: ModelTensor) -> list[FileTensor]:
-        assert self._described.table is not None
-        return parts_of(name, tensor, self._described.table, self._run.source.model.config)
+        model = self._run.source.model
+        tensor = ModelTensor(tuple(model.state_dict()[name].shape), dtype)
+        found = parts_of(name, tensor, table, model.config)
+        return next(new for new in found if new.name == part.name)
 
     def _kind(self, name: str, spec: QuantSpec) -> BlockType:
         kind = choose_type(self._entry(name, spec))

@@ -31,14 +31,25 @@ ROOM = 0.8  # the share of free memory that weights may take: the rest is for ac
 UNVERIFIED = "nothing was verified by llama.cpp"
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file. source: the model's that it was made from, None where there is none."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
+    source: str | None
+
+
 @dataclass
 class Exported:
     """What was written.
 
-    types: block or float type -> tensors of it and their bytes. bits_per_weight: over all matrices, embedding and head
-    included. minimum_rms, minimum_largest: what rounding minima to float16 changed, in steps of a group's scale.
-    agreement: llama.cpp's logits against quantc's, None where llama.cpp could not run. notes: what a reader should
-    know.
+    types: block or float type -> tensors of it and their bytes. tensors: each of them. bits_per_weight: over all
+    matrices, embedding and head included. minimum_rms, minimum_largest: what rounding minima to float16 changed, in
+    steps of a group's scale. agreement: llama.cpp's logits against quantc's, None where llama.cpp could not run. notes:
+    what a reader should know.
     """
 
     checkpoint: str
@@ -47,6 +58,7 @@ class Exported:
     bytes: int
     bits_per_weight: float = 0.0
     types: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tensors: list[Stored] = field(default_factory=list)
     minimum_rms: float = 0.0
     minimum_largest: float = 0.0
     agreement: proof.Agreement | None = None
@@ -217,6 +229,7 @@ def _memory_is_short(file: Path, reader: CheckpointReader) -> str | None:
 
 
 def _summarize(exported: Exported, plan: _Plan, contents: Contents) -> None:
+    exported.tensors = [Stored(t.name, t.type_name, t.shape, t.nbytes, t.source) for t in plan.tensors]
     counts: Counter[str] = Counter(tensor.type_name for tensor in plan.tensors)
     for kind, count in counts.items():
         exported.types[kind] = count, sum(tensor.nbytes for tensor in plan.tensors if tensor.type_name == kind)

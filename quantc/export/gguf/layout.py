@@ -106,17 +106,12 @@ def lay_out(tensors: Mapping[str, ModelTensor], architecture: Architecture, conf
     """Return the tensors of the file; raises ModelError that names a tensor which the architecture has no place for."""
     names = sorted(tensors, key=_order)
     found = [part for name in names for part in parts_of(name, tensors[name], architecture, config)]
-    found += extra_tensors(architecture, config)
+    for name, values in architecture.extra(config).items():
+        found.append(
+            FileTensor(name, tuple(values.shape), torch.float32, None, Tensor(name), read=partial(_itself, values))
+        )
     _check_names(found)
     return found
-
-
-def extra_tensors(architecture: Architecture, config: Any) -> list[FileTensor]:
-    """Return the tensors of the file that follow from the config."""
-    return [
-        FileTensor(name, tuple(values.shape), torch.float32, None, Tensor(name), read=partial(_itself, values))
-        for name, values in architecture.extra(config).items()
-    ]
 
 
 def parts_of(name: str, tensor: ModelTensor, architecture: Architecture, config: Any) -> list[FileTensor]:

@@ -116,7 +116,7 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
     recipe.write_text("")
     plan.write_text("")
     words = "--bits 3 --avg-bits 3.25 -o out --group-size -1 --method rtn --symmetric --head-bits 8 --calib a.txt"
-    target = "--max-kl 0.05 --max-ppl-increase 2% --text held.txt"
+    target = "--like Q4_K_M --max-kl 0.05 --max-ppl-increase 2% --text held.txt"
     budget = (
         "--size 300MiB --pin *.0.*=8 --pin *.v_proj=4 --formats w4g128,w8g128 --target vllm --search 5 --sparsity 2:4"
         " --tune-steps 20 --tune-budget 10min"
@@ -130,7 +130,7 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
             "sparsity": "2:4", "tune_steps": 20, "tune_budget": "10min",
             "size": "300MiB", "pins": {"*.0.*": 8, "*.v_proj": 4}, "formats": ("w4g128", "w8g128"),
             "target": "vllm", "search": 5, "model": "tiny",
-            "bits": 3, "avg_bits": 3.25, "out": "out", "group_size": -1, "method": "rtn",
+            "bits": 3, "avg_bits": 3.25, "like": "Q4_K_M", "out": "out", "group_size": -1, "method": "rtn",
             "symmetric": True, "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7,
             "preset": "best", "recipe": recipe, "plan": plan, "device": "cuda", "force": True, "resume": True,
             "trust_remote_code": True,

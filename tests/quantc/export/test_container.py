@@ -11,7 +11,7 @@ import torch
 import quantc
 from quantc.errors import UsageError
 from quantc.export.gguf.container import GgufContainer
-from quantc.export.gguf.from_model import describe_source
+from quantc.export.gguf.draft import Draft
 from quantc.export.gguf.pre_tokenizers import WORDS_OF_BYTES
 from quantc.frontend import open_model, to_meta
 from quantc.graph.derive import derive
@@ -40,7 +40,7 @@ def save(name: str, folder: Path, dtype: torch.dtype, **settings: object) -> Pat
 def opened(model: Path) -> tuple[Run, GgufContainer]:
     source = open_model(model)
     run = Run(source, derive(source.model, source.load, to_meta), Plan(), Report("", ""), LogProgress())
-    return run, GgufContainer(describe_source(source), run)
+    return run, GgufContainer(Draft.of(source), run)
 
 
 def mixed(run: Run, seed: int) -> dict[str, QuantSpec | None]:
