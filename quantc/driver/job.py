@@ -88,13 +88,13 @@ class Job:
     def within(self, size: int) -> Job:
         """Return the same with another size as its budget."""
         recipe = self.recipe.with_settings(allocate={"size": size})
-        return replace(self, recipe=recipe, passes=recipe.build_passes())
+        return replace(self, recipe=recipe, passes=running_passes(recipe, None)[0])
 
     def planned(self, plan: Plan, tokens: torch.Tensor, calibration: str) -> Job:
         """Return the same with the specs of a plan and no budget, and this calibration set (samples, T)."""
         recipe = self.recipe.without("allocate", *BUDGETS)
         plan = Plan(plan.specs, shared_out=True, salience=plan.salience)
-        return replace(self, recipe=recipe, passes=recipe.build_passes(), plan=plan, given=(tokens, calibration))
+        return replace(self, recipe=recipe, passes=running_passes(recipe, None)[0], plan=plan, given=(tokens, calibration))
 
     def source(self, model: PathLike) -> Source:
         """Return the model, opened."""

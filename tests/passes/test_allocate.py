@@ -194,7 +194,6 @@ def test_pins_and_formats_hold(saved: Path) -> None:
             {"formats": ("w4g16", "w4g17")},
             "no layer can be stored as w4g17; choose from the [0-9]+ formats .*, such as .*w4g16",
         ),
-        ({"target": "vllm", "preset": "balanced"}, "vllm cannot rotate inputs, and the recipe has the pass"),
         ({"target": "ollama"}, "--target 'ollama' is unknown; choose vllm"),
         ({"target": "vllm", "formats": ("w3g16",)}, "vllm does not load w3g16; it loads w4g32"),
         ({"size": "12 parsecs"}, "'12 parsecs' is no size; 300MiB"),
@@ -206,6 +205,14 @@ def test_pins_and_formats_hold(saved: Path) -> None:
 def test_contradictions_are_refused(saved: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         planned(saved, **{"avg_bits": 4.0, **settings})
+
+
+def test_targets_that_cannot_rotate_leave_the_pass_out() -> None:
+    job = Job.of({"bits": 4, "target": "vllm", "preset": "balanced"}, None, "cpu", None)
+    assert [item.name for item in job.passes] == ["allocate", "quantize"]
+    assert any("rotate was left out: vllm cannot rotate inputs" in note for note in job.notes)
+    job = Job.of({"bits": 4, "preset": "balanced"}, None, "cpu", None)
+    assert "rotate" in [item.name for item in job.passes]
 
 
 def test_an_option_replaces_the_budget_of_the_recipe(tmp_path: Path) -> None:
