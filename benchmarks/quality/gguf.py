@@ -1,28 +1,35 @@
 """GGUF files by quantc and by llama.cpp's quantizer, of the same size, measured by llama.cpp.
 
-    python -m benchmarks.quality.gguf MODEL --llama-cpp FOLDER --text FILE --calib FILE
+    python -m benchmarks.quality.gguf --model NAME MODEL --llama-cpp FOLDER --text FILE --calib FILE
 
 The float model is written as float16. llama.cpp's quantizer makes each mix from it, with an importance matrix of the
-same calibration windows that quantc takes. Then quantc makes a file of at most the same bytes. All are measured through
-llama.cpp against the original on the same windows. FOLDER: where libllama.so of llama.cpp's release v0.5.0 is, see
-llama_quantizer.py.
+same calibration windows that quantc takes. Then quantc makes a file with `--like` that mix. All run in llama.cpp on the
+same windows, beside the original. FOLDER: where libllama.so of llama.cpp's release v0.5.0 is, see llama_quantizer.py.
+What is made stays in --work, and rows are added to --out as they come: a run continues where the last one stopped.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import struct
 import tempfile
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-import quantc
-from benchmarks.common import describe, machine, markdown, write_json
+from benchmarks.common import describe, machine, markdown, quantize, write_json
 from benchmarks.quality.llama_quantizer import run_quantizer
 from quantc.calibration.tokens import CalibrationConfig, calibration_tokens
+from quantc.cli.console import SilentProgress
+from quantc.evaluation.llama_cpp_model import LlamaCppModel
+from quantc.evaluation.scores import score
+from quantc.evaluation.text import read_text
+from quantc.evaluation.windows import make_windows
 from quantc.export.gguf.architectures import architecture_of
 from quantc.export.gguf.file import GgufWriter
 from quantc.export.gguf.layout import FileTensor, ModelTensor, lay_out
@@ -31,6 +38,7 @@ from quantc.export.gguf.tokenizer import describe_tokenizer
 from quantc.frontend import open_model
 
 MIXES = ("Q8_0", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
+IDENTITY = ("model", "mix", "maker")
 
 
 def write_floats(model: Any, words: Any, file: Path) -> list[FileTensor]:
@@ -86,66 +94,135 @@ def write_importance(model: nn.Module, tokens: torch.Tensor, tensors: list[FileT
             )
 
 
-def scored(file: Path, model: str, args: Any) -> dict[str, Any]:
-    """Return what llama.cpp predicts with a file, against the original."""
-    found = quantc.evaluate(file, text=args.text, against=model, context=args.context, windows=args.windows).to_dict()
-    return {"bytes": file.stat().st_size, "kl": found["mean_kl"], "perplexity": found["perplexity"]}
+class Original:
+    """The original model with its logits kept in a folder: every file is compared with the same ones."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any, folder: Path):
+        self._model, self._folder = model, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, input_ids: torch.Tensor, **settings: Any) -> Any:
+        file = self._folder / f"{abs(hash(tuple(input_ids[0].tolist())))}.npy"
+        if not file.exists():
+            np.save(file, self._model(input_ids=input_ids, **settings).logits[0].numpy())
+        return SimpleNamespace(logits=torch.from_numpy(np.load(file))[None])
 
 
-def compare(name: str, model: str, args: Any, scratch: Path) -> list[dict[str, Any]]:
-    """Return a row for each mix: llama.cpp's file, and quantc's of at most its size."""
-    source = open_model(model)
-    config = CalibrationConfig(args.calib, args.samples, args.seq_len)
-    tokens = calibration_tokens(source, config).tokens
-    whole = source.load_whole(torch.float32)
-    floats, importance = scratch / "float.gguf", scratch / "importance.dat"
-    tensors = write_floats(whole, source.tokenizer, floats)
-    write_importance(whole, tokens, tensors, importance)
-    del whole
-    rows = []
-    for mix in args.mixes:
-        theirs, ours = scratch / f"{mix}.gguf", scratch / f"quantc-{mix}.gguf"
-        run_quantizer(args.llama_cpp, floats, theirs, mix, importance)
-        size, started = theirs.stat().st_size, time.process_time()
-        quantc.quantize(
-            model, size=size, head_bits="auto", recipe=args.recipe, out=ours, calib=args.calib, samples=args.samples,
-            seq_len=args.seq_len, force=True,
-        )  # fmt: skip
-        seconds = time.process_time() - started
-        reference, found = scored(theirs, model, args), scored(ours, model, args)
-        rows.append({
-            "model": name, "mix": mix, "llama.cpp bytes": size, "llama.cpp KL": reference["kl"],
-            "quantc bytes": found["bytes"], "quantc KL": found["kl"], "ratio": found["kl"] / reference["kl"],
-            "quantc CPU s": round(seconds),
-        })  # fmt: skip
-        print(rows[-1], flush=True)
-        for file in (theirs, ours):
-            file.unlink()
-    return rows
+class Scorer:
+    """The windows of a text, and the original on them."""
+
+    def __init__(self, model: str, args: argparse.Namespace, folder: Path):
+        self.source = open_model(model)
+        self.windows = make_windows(self.source.tokenizer, read_text(args.text), args.context, limit=args.windows)
+        self.original: Any = Original(self.source.load_whole(torch.float32).eval(), folder)
+
+    def __call__(self, file: Path) -> dict[str, Any]:
+        """Return what llama.cpp predicts with a file, against the original."""
+        longest = max(len(window.tokens) for window in self.windows)
+        subject: Any = LlamaCppModel(open_model(str(file)), longest)  # type: ignore[arg-type]
+        found = score(subject, self.original, self.windows, SilentProgress())
+        return {
+            "bytes": file.stat().st_size, "kl": found.mean_kl, "p99_kl": found.p99_kl,
+            "perplexity": found.perplexity, "perplexity_original": found.perplexity_original,
+            "top1": found.top1_agreement, "positions": found.positions,
+        }  # fmt: skip
+
+
+def prepare(model: str, args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """Return the float file and the importance matrix that llama.cpp's quantizer takes, made where they are not."""
+    floats, importance = folder / "float.gguf", folder / "importance.dat"
+    if not importance.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        source = open_model(model)
+        tokens = calibration_tokens(source, CalibrationConfig(args.calib, args.samples, args.seq_len)).tokens
+        whole = source.load_whole(torch.float32)
+        tensors = write_floats(whole, source.tokenizer, floats)
+        write_importance(whole, tokens, tensors, importance)
+    return floats, importance
+
+
+def make(maker: str, mix: str, model: str, args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return a file of a mix by llama.cpp's quantizer, or one like it by quantc with a preset, and what it cost."""
+    out = folder / f"{maker}-{mix}.gguf"
+    if maker == "llama.cpp":
+        floats, importance = prepare(model, args, folder)
+        run_quantizer(args.llama_cpp, floats, out, mix, importance)
+        return out, {}
+    calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
+    how = {"recipe": maker} if maker.endswith(".yaml") else {"preset": maker}
+    measured, summary = quantize(model, out, args.threads, like=mix, **how, **calibration)
+    return out, {
+        "cpu_seconds": measured.cpu_seconds, "wall_seconds": measured.wall_seconds,
+        "peak_rss_bytes": measured.peak_rss_bytes, "notes": summary["notes"],
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows to read: quantc's files beside those of llama.cpp's quantizer."""
+    theirs = {(row["model"], row["mix"]): row for row in rows if row["maker"] == "llama.cpp"}
+    return [
+        {
+            "model": row["model"], "like": row["mix"], "maker": row["maker"], "bytes": f"{row['bytes']:,}",
+            "KL": f"{row['kl']:.5f}", "perplexity": f"{row['perplexity']:.3f}", "top-1": f"{row['top1']:.1%}",
+            "of llama.cpp's KL": f"{row['kl'] / theirs[row['model'], row['mix']]['kl']:.2f}",
+            "of its bytes": f"{row['bytes'] / theirs[row['model'], row['mix']]['bytes']:.4f}",
+            "CPU s": f"{row.get('cpu_seconds', 0):.0f}",
+        }
+        for row in rows if (row["model"], row["mix"]) in theirs
+    ]  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("--model", nargs=2, required=True, metavar=("NAME", "SOURCE"), help="SOURCE as quantc takes it")
+    parser.add_argument("--llama-cpp", type=Path, required=True, metavar="FOLDER", help="with libllama.so")
+    parser.add_argument("--text", required=True, help="text to score")
+    parser.add_argument("--calib", required=True, help="text to calibrate on")
+    parser.add_argument(
+        "--makers", nargs="+", default=["llama.cpp", "fast", "best"], help="llama.cpp, presets, recipes"
+    )
+    parser.add_argument("--mixes", nargs="+", default=list(MIXES))
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in each")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a window scored")
+    parser.add_argument("--windows", type=int, default=40, help="windows scored")
+    parser.add_argument("--threads", type=int, default=2, help="of quantc")
+    parser.add_argument("--work", type=Path, help="folder to keep files in [default: a temporary one]")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gguf.json"), help="rows are added")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = describe(__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--name")
-    parser.add_argument("--llama-cpp", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--calib", default="builtin")
-    parser.add_argument("--recipe", type=Path)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--mixes", nargs="+", default=list(MIXES))
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parse_arguments()
+    name, model = args.model
     with tempfile.TemporaryDirectory(prefix="gguf-") as scratch:
-        rows = compare(args.name or Path(args.model).name, args.model, args, Path(scratch))
-    print(markdown(rows))
-    if args.out:
-        write_json(
-            args.out, {"machine": machine(), "settings": {k: str(v) for k, v in vars(args).items()}, "rows": rows}
-        )
+        folder = (args.work or Path(scratch)) / name
+        run(name, model, args, folder)
+
+
+def run(name: str, model: str, args: argparse.Namespace, folder: Path) -> None:
+    """Add the rows of a model that are not there yet."""
+    rows = json.loads(args.out.read_text()) if args.out.exists() else []
+    scorer = None
+    for mix in args.mixes:
+        for maker in args.makers:
+            row = {"model": name, "mix": mix, "maker": Path(maker).stem if maker.endswith(".yaml") else maker}
+            if any(all(done[key] == row[key] for key in IDENTITY) for done in rows):
+                continue
+            file, costs = make(maker, mix, model, args, folder)
+            scorer = scorer or Scorer(model, args, folder / "logits")
+            settings = {key: getattr(args, key) for key in ("samples", "seq_len", "context", "windows")}
+            texts = {"text": Path(args.text).name, "calibration": Path(args.calib).name}
+            rows.append({**row, **scorer(file), **costs, **settings, **texts, "machine": machine()})
+            write_json(args.out, rows)
+            print(markdown(table(rows)[-1:]), flush=True)
+            file.unlink()
+    print(markdown([row for row in table(rows) if row["model"] == name]))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ class Job:
         """Return the same with the specs of a plan and no budget, and this calibration set (samples, T)."""
         recipe = self.recipe.without("allocate", *BUDGETS)
         plan = Plan(plan.specs, shared_out=True, salience=plan.salience)
-        return replace(self, recipe=recipe, passes=running_passes(recipe, None)[0], plan=plan, given=(tokens, calibration))
+        passes = running_passes(recipe, None)[0]
+        return replace(self, recipe=recipe, passes=passes, plan=plan, given=(tokens, calibration))
 
     def source(self, model: PathLike) -> Source:
         """Return the model, opened."""
