@@ -10,14 +10,16 @@ and `AutoModelForCausalLM.from_pretrained` learns of quantc checkpoints when tra
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .runtime.plugin import register_with_transformers
 from .version import __version__
 
-__all__ = ["QuantcError", "__version__", "evaluate", "load", "pareto", "quantize"]
+__all__ = ["QuantcError", "__version__", "evaluate", "load", "pareto", "plan", "quantize"]
 
 _HOMES = {"quantize": ".api", "pareto": ".api", "load": ".api", "evaluate": ".api", "QuantcError": ".errors"}
 
@@ -25,10 +27,30 @@ _HOMES = {"quantize": ".api", "pareto": ".api", "load": ".api", "evaluate": ".ap
 if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
+
+class _PlanModule(ModuleType):
+    """The module quantc.plan, which is the function of that name too: quantc.plan(model, avg_bits=3.5)."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return import_module("quantc.api").plan(*arguments, **settings)
+
+
+class _Package(ModuleType):
+    """The package; when Python puts the module `plan` into it, that module becomes one that can be called."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "plan" and isinstance(value, ModuleType):
+            value.__class__ = _PlanModule
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plan":
+        return import_module(".plan", __name__)
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module 'quantc' has no attribute {name!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,16 @@ def whole_plan() -> Plan:
             "embed.weight": QuantSpec(8, 64),
         }
     )
+
+
+@pytest.mark.parametrize("before", ["", "import quantc.plan", "from quantc.plan import Plan", "import quantc.api"])
+def test_the_module_is_also_the_function_that_plans(before: str) -> None:
+    called = "quantc.plan('nowhere', avg_bits=3.5)"
+    code = f"{before}\nimport quantc, quantc.errors\ntry: {called}\nexcept quantc.errors.QuantcError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "nowhere" in done.stdout
+    assert callable(quantc.plan)
+    assert quantc.plan.Plan is Plan  # type: ignore[attr-defined]
 
 
 def write(tmp_path: Path, text: str) -> Path:
