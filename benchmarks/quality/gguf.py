@@ -3,8 +3,8 @@
     python -m benchmarks.quality.gguf --model NAME MODEL --llama-cpp FOLDER --text FILE --calib FILE
 
 The float model is written as float16. llama.cpp's quantizer makes each mix from it, with an importance matrix of the
-same calibration windows that quantc takes. Then quantc makes a file with `--like` that mix. All run in llama.cpp on the
-same windows, beside the original. FOLDER: where libllama.so of llama.cpp's release v0.5.0 is, see llama_quantizer.py.
+same calibration windows that quantc takes. Then quantc makes a file with its size as `--size`. All run in llama.cpp on
+the same windows, beside the original. FOLDER: where libllama.so of its release v0.5.0 is, see llama_quantizer.py.
 What is made stays in --work, and rows are added to --out as they come: a run continues where the last one stopped.
 """
 
@@ -147,7 +147,7 @@ def prepare(model: str, args: argparse.Namespace, folder: Path) -> tuple[Path, P
 
 
 def make(maker: str, mix: str, model: str, args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return a file of a mix by llama.cpp's quantizer, or one like it by quantc with a preset, and what it cost."""
+    """Return a file of a mix by llama.cpp's quantizer, or one of its size by quantc with a preset, and what it cost."""
     out = folder / f"{maker}-{mix}.gguf"
     if maker == "llama.cpp":
         floats, importance = prepare(model, args, folder)
@@ -155,7 +155,8 @@ def make(maker: str, mix: str, model: str, args: argparse.Namespace, folder: Pat
         return out, {}
     calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
     how = {"recipe": maker} if maker.endswith(".yaml") else {"preset": maker}
-    measured, summary = quantize(model, out, args.threads, like=mix, **how, **calibration)
+    size = (folder / f"llama.cpp-{mix}.gguf").stat().st_size
+    measured, summary = quantize(model, out, args.threads, size=size, **how, **calibration)
     return out, {
         "cpu_seconds": measured.cpu_seconds, "wall_seconds": measured.wall_seconds,
         "peak_rss_bytes": measured.peak_rss_bytes, "notes": summary["notes"],
@@ -221,7 +222,8 @@ def run(name: str, model: str, args: argparse.Namespace, folder: Path) -> None:
             rows.append({**row, **scorer(file), **costs, **settings, **texts, "machine": machine()})
             write_json(args.out, rows)
             print(markdown(table(rows)[-1:]), flush=True)
-            file.unlink()
+            if maker != "llama.cpp":
+                file.unlink()
     print(markdown([row for row in table(rows) if row["model"] == name]))
 
 
