@@ -38,7 +38,7 @@ from quantc.export.gguf.tokenizer import describe_tokenizer
 from quantc.frontend import open_model
 
 MIXES = ("Q8_0", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
-IDENTITY = ("model", "mix", "maker")
+IDENTITY = ("model", "mix", "maker", "calibration")
 
 
 def write_floats(model: Any, words: Any, file: Path) -> list[FileTensor]:
@@ -165,7 +165,7 @@ def make(maker: str, mix: str, model: str, args: argparse.Namespace, folder: Pat
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows to read: quantc's files beside those of llama.cpp's quantizer."""
-    theirs = {(row["model"], row["mix"]): row for row in rows if row["maker"] == "llama.cpp"}
+    theirs = {_file_of(row): row for row in rows if row["maker"] == "llama.cpp"}
     return [
         {
             "model": row["model"], "like": row["mix"], "maker": row["maker"], "bytes": f"{row['bytes']:,}",
@@ -174,8 +174,12 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "of its bytes": f"{row['bytes'] / theirs[row['model'], row['mix']]['bytes']:.4f}",
             "CPU s": f"{row.get('cpu_seconds', 0):.0f}",
         }
-        for row in rows if (row["model"], row["mix"]) in theirs
+        for row in rows if _file_of(row) in theirs
     ]  # fmt: skip
+
+
+def _file_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["model"], row["calibration"], row["mix"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -212,14 +216,15 @@ def run(name: str, model: str, args: argparse.Namespace, folder: Path) -> None:
     scorer = None
     for mix in args.mixes:
         for maker in args.makers:
-            row = {"model": name, "mix": mix, "maker": Path(maker).stem if maker.endswith(".yaml") else maker}
+            label = Path(maker).stem if maker.endswith(".yaml") else maker
+            row = {"model": name, "mix": mix, "maker": label, "calibration": Path(args.calib).name}
             if any(all(done[key] == row[key] for key in IDENTITY) for done in rows):
                 continue
             file, costs = make(maker, mix, model, args, folder)
             scorer = scorer or Scorer(model, args, folder / "logits")
             settings = {key: getattr(args, key) for key in ("samples", "seq_len", "context", "windows")}
-            texts = {"text": Path(args.text).name, "calibration": Path(args.calib).name}
-            rows.append({**row, **scorer(file), **costs, **settings, **texts, "machine": machine()})
+            text = Path(args.text).name
+            rows.append({**row, **scorer(file), **costs, **settings, "text": text, "machine": machine()})
             write_json(args.out, rows)
             print(markdown(table(rows)[-1:]), flush=True)
             if maker != "llama.cpp":

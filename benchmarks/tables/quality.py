@@ -83,20 +83,6 @@ def autoround() -> str:
     ])  # fmt: skip
 
 
-def llama_cpp() -> str:
-    theirs = [(f"llama.cpp `{row['type']}`", row) for row in load("llama_cpp.json")["rows"]]
-    ours = [
-        (f"quantc `{row['method']}`, {row['bits']} bits", row)
-        for row in load("builtin_and_head8.json")
-        if row["settings"].get("head_bits") == 8
-    ]
-    rows = sorted((*theirs, *ours), key=lambda entry: -entry[1]["bits_per_weight"])
-    return markdown([
-        {"quantizer": name, "bits/weight": f"{row['bits_per_weight']:.2f}", "KL": f"{float(rounded(row['mean_kl'])):g}"}
-        for name, row in rows
-    ])  # fmt: skip
-
-
 def budgets() -> str:
     rows = load("budgets.json")
     return markdown([
@@ -175,6 +161,6 @@ def sparsity() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "presets-kl": presets_kl, "presets-perplexity": presets_perplexity, "presets-cpu-seconds": presets_cpu_seconds,
-    "quantizers": quantizers, "autoround": autoround, "llama-cpp": llama_cpp, "budgets": budgets, "plans": plans,
+    "quantizers": quantizers, "autoround": autoround, "budgets": budgets, "plans": plans,
     "targets": targets, "calibration-text": calibration_text, "sparsity": sparsity,
 }  # fmt: skip
