@@ -146,8 +146,10 @@ def prepare(model: str, args: argparse.Namespace, folder: Path) -> tuple[Path, P
     return floats, importance
 
 
-def make(maker: str, mix: str, model: str, args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return a file of a mix by llama.cpp's quantizer, or one of its size by quantc with a preset, and what it cost."""
+def make(
+    maker: str, mix: str, size: int, model: str, args: argparse.Namespace, folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Return a file of a mix by llama.cpp's quantizer, or one of `size` by quantc with a preset, and what it cost."""
     out = folder / f"{maker}-{mix}.gguf"
     if maker == "llama.cpp":
         floats, importance = prepare(model, args, folder)
@@ -155,7 +157,6 @@ def make(maker: str, mix: str, model: str, args: argparse.Namespace, folder: Pat
         return out, {}
     calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
     how = {"recipe": maker} if maker.endswith(".yaml") else {"preset": maker}
-    size = (folder / f"llama.cpp-{mix}.gguf").stat().st_size
     measured, summary = quantize(model, out, args.threads, size=size, **how, **calibration)
     return out, {
         "cpu_seconds": measured.cpu_seconds, "wall_seconds": measured.wall_seconds,
@@ -220,15 +221,15 @@ def run(name: str, model: str, args: argparse.Namespace, folder: Path) -> None:
             row = {"model": name, "mix": mix, "maker": label, "calibration": Path(args.calib).name}
             if any(all(done[key] == row[key] for key in IDENTITY) for done in rows):
                 continue
-            file, costs = make(maker, mix, model, args, folder)
+            size = next((done["bytes"] for done in rows if done == {**done, **row, "maker": "llama.cpp"}), 0)
+            file, costs = make(maker, mix, size, model, args, folder)
             scorer = scorer or Scorer(model, args, folder / "logits")
             settings = {key: getattr(args, key) for key in ("samples", "seq_len", "context", "windows")}
             text = Path(args.text).name
             rows.append({**row, **scorer(file), **costs, **settings, "text": text, "machine": machine()})
             write_json(args.out, rows)
             print(markdown(table(rows)[-1:]), flush=True)
-            if maker != "llama.cpp":
-                file.unlink()
+            file.unlink()
     print(markdown([row for row in table(rows) if row["model"] == name]))
 
 
