@@ -12,7 +12,8 @@ from ..parts import Part, Parts
 from .base import Arithmetic, register
 from .block_scales import BlockScales, codes_near, levels_of, values_of
 from .block_search import search_blocks, sub_limits
-from .columns import ScaledColumns
+from .columns import Columns, ScaledColumns
+from .ggml_joined import joined
 from .parameters import MINIMA, Parameters
 
 SUBS, SUB_MINIMA = "sub_scales", "sub_minima"
@@ -133,22 +134,27 @@ class GgmlColumns(ScaledColumns):
     def __init__(self, grid: Ggml, stored: BlockScales, order: Sequence[int]):
         super().__init__(_by_row(stored.d), [column // grid.block for column in order])
         self.minima = None if stored.dmin is None else _by_row(stored.dmin)
-        self._grid, self._group_of = grid, [column // grid.group for column in order]
+        self.grid, self.order = grid, order
+        self._group_of = [column // grid.group for column in order]
         self._subs, self._sub_minima = (
             None if each is None else _by_row(each.flatten(-2)) for each in (stored.subs, stored.sub_minima)
         )
         self._lines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # steps and bases of a group
 
+    @classmethod
+    def joined(cls, each: Sequence[Columns], widths: Sequence[int]) -> Columns:
+        return joined([columns for columns in each if isinstance(columns, GgmlColumns)], widths)
+
     def round(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        step, base = self._line(column)
-        codes = codes_near(self._grid, values, step, base)
-        return codes, values_of(self._grid, codes, step, base)
+        step, base = self.line(column)
+        codes = codes_near(self.grid, values, step, base)
+        return codes, values_of(self.grid, codes, step, base)
 
     def values(self, codes: torch.Tensor, column: int) -> torch.Tensor:
-        return values_of(self._grid, codes.float(), *self._line(column))
+        return values_of(self.grid, codes.float(), *self.line(column))
 
     def steps(self, codes: torch.Tensor, rows: int | torch.Tensor) -> torch.Tensor:
-        levels = levels_of(self._grid, codes.float())
+        levels = levels_of(self.grid, codes.float())
         return levels if self._subs is None else levels.mul_(self._of_block(self._subs, int(rows)))
 
     def terms(self, codes: torch.Tensor, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -161,7 +167,8 @@ class GgmlColumns(ScaledColumns):
         falls = one if self._sub_minima is None else self._of_block(self._sub_minima, row)
         return [*found, (self.minima[row], -falls)]
 
-    def _line(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def line(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the steps and bases, float32 (N,), of a column."""
         group, block = self._group_of[column], self.row_of[column]
         if group not in self._lines:
             step = self.scales[block] if self._subs is None else self.scales[block] * self._subs[group]
@@ -170,13 +177,13 @@ class GgmlColumns(ScaledColumns):
         return self._lines[group]
 
     def _groups(self, block: int) -> range:
-        count = self._grid.groups_in_block
+        count = self.grid.groups_in_block
         return range(block * count, (block + 1) * count)
 
     def _of_block(self, subs: torch.Tensor, block: int) -> torch.Tensor:
         """Return float32 (K of a block, N), the numbers of a block's groups for its columns."""
         groups = self._groups(block)
-        return subs[groups.start : groups.stop].repeat_interleave(self._grid.group, 0)
+        return subs[groups.start : groups.stop].repeat_interleave(self.grid.group, 0)
 
 
 def _by_row(values: torch.Tensor) -> torch.Tensor:

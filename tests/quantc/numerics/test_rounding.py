@@ -11,7 +11,8 @@ from quantc.numerics.grids import Parameters, fit_grid
 from quantc.numerics.groups import spread_groups
 from quantc.numerics.qtensor import QTensor
 from quantc.numerics.rounding import LEAF_COLUMNS, factorize, gptq, gptq_each, round_to_nearest
-from quantc.spec import WHOLE_ROW, QuantSpec
+from quantc.planning.targets import spec_of_code
+from quantc.spec import GRIDS, WHOLE_ROW, Ggml, QuantSpec
 
 SPECS = [
     QuantSpec(bits, group, grouping, symmetric)
@@ -218,6 +219,18 @@ def test_inputs_are_left_as_they_were() -> None:
     assert torch.equal(weight, before[0])
     assert torch.equal(gram, before[1])
     assert torch.equal(factor.upper, upper)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_block_types_in_one_sweep_round_as_each_alone(act_order: bool) -> None:
+    weight, rows = random_weight(8, 256), correlated_rows(1000, 256)
+    weight[0] = 0
+    factor = factorize(rows.T @ rows, act_order=act_order)
+    specs = [spec_of_code(name) for name, grid in GRIDS.items() if issubclass(grid, Ggml)]
+    specs = [specs[-1], *specs]  # a table of values before whole numbers, too
+    grids = [fit_grid(weight, spec) for spec in specs]
+    for found, grid, spec in zip(gptq_each([weight] * len(specs), factor, grids, specs), grids, specs, strict=True):
+        assert float((found != gptq(weight, factor, grid, spec)).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("act_order", [False, True])
