@@ -12,8 +12,7 @@ from ..parts import Part, Parts
 from .base import Arithmetic, register
 from .block_scales import BlockScales, codes_near, levels_of, values_of
 from .block_search import search_blocks, sub_limits
-from .columns import Columns, ScaledColumns
-from .ggml_joined import joined
+from .ggml_columns import GgmlColumns
 from .parameters import MINIMA, Parameters
 
 SUBS, SUB_MINIMA = "sub_scales", "sub_minima"
@@ -123,72 +122,6 @@ class GgmlArithmetic(Arithmetic):
         for name in self._sub_names if self.grid.sub_bits else ():
             found.more[name] = unpack_bits(parts[name], self.grid.sub_bits, count * self.grid.groups_in_block)
         return found
-
-
-class GgmlColumns(ScaledColumns):
-    """Columns of a block type.
-
-    scales, minima: float32 (B, N), of blocks. subs, sub_minima: float32 (G, N), of groups, where there are any.
-    """
-
-    def __init__(self, grid: Ggml, stored: BlockScales, order: Sequence[int]):
-        super().__init__(_by_row(stored.d), [column // grid.block for column in order])
-        self.minima = None if stored.dmin is None else _by_row(stored.dmin)
-        self.grid, self.order = grid, order
-        self._group_of = [column // grid.group for column in order]
-        self._subs, self._sub_minima = (
-            None if each is None else _by_row(each.flatten(-2)) for each in (stored.subs, stored.sub_minima)
-        )
-        self._lines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # steps and bases of a group
-
-    @classmethod
-    def joined(cls, each: Sequence[Columns], widths: Sequence[int]) -> Columns:
-        return joined([columns for columns in each if isinstance(columns, GgmlColumns)], widths)
-
-    def round(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        step, base = self.line(column)
-        codes = codes_near(self.grid, values, step, base)
-        return codes, values_of(self.grid, codes, step, base)
-
-    def values(self, codes: torch.Tensor, column: int) -> torch.Tensor:
-        return values_of(self.grid, codes.float(), *self.line(column))
-
-    def steps(self, codes: torch.Tensor, rows: int | torch.Tensor) -> torch.Tensor:
-        levels = levels_of(self.grid, codes.float())
-        return levels if self._subs is None else levels.mul_(self._of_block(self._subs, int(rows)))
-
-    def terms(self, codes: torch.Tensor, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        for group in self._groups(row):
-            self._lines.pop(group, None)
-        found = super().terms(codes, row)
-        if self.minima is None:
-            return found
-        one = torch.ones_like(codes, dtype=torch.float32)
-        falls = one if self._sub_minima is None else self._of_block(self._sub_minima, row)
-        return [*found, (self.minima[row], -falls)]
-
-    def line(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the steps and bases, float32 (N,), of a column."""
-        group, block = self._group_of[column], self.row_of[column]
-        if group not in self._lines:
-            step = self.scales[block] if self._subs is None else self.scales[block] * self._subs[group]
-            base = torch.zeros_like(step) if self.minima is None else -self.minima[block]
-            self._lines[group] = step, base if self._sub_minima is None else base * self._sub_minima[group]
-        return self._lines[group]
-
-    def _groups(self, block: int) -> range:
-        count = self.grid.groups_in_block
-        return range(block * count, (block + 1) * count)
-
-    def _of_block(self, subs: torch.Tensor, block: int) -> torch.Tensor:
-        """Return float32 (K of a block, N), the numbers of a block's groups for its columns."""
-        groups = self._groups(block)
-        return subs[groups.start : groups.stop].repeat_interleave(self.grid.group, 0)
-
-
-def _by_row(values: torch.Tensor) -> torch.Tensor:
-    """Return numbers (N, G) as float32 (G, N)."""
-    return values.float().T.contiguous()
 
 
 for _name, _grid in GRIDS.items():
