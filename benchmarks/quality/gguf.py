@@ -171,8 +171,8 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "model": row["model"], "like": row["mix"], "maker": row["maker"], "bytes": f"{row['bytes']:,}",
             "KL": f"{row['kl']:.5f}", "perplexity": f"{row['perplexity']:.3f}", "top-1": f"{row['top1']:.1%}",
-            "of llama.cpp's KL": f"{row['kl'] / theirs[row['model'], row['mix']]['kl']:.2f}",
-            "of its bytes": f"{row['bytes'] / theirs[row['model'], row['mix']]['bytes']:.4f}",
+            "of llama.cpp's KL": f"{row['kl'] / theirs[_file_of(row)]['kl']:.2f}",
+            "of its bytes": f"{row['bytes'] / theirs[_file_of(row)]['bytes']:.4f}",
             "CPU s": f"{row.get('cpu_seconds', 0):.0f}",
         }
         for row in rows if _file_of(row) in theirs
