@@ -41,6 +41,22 @@ def _by_model(mix: str) -> dict[str, str]:
     return cells
 
 
+def gguf_short() -> str:
+    """The table of the README: both divergences of every model."""
+    return markdown([
+        {
+            "size of": f"`{mix}`",
+            **{
+                f"{head}, {label}": rounded(row and row["kl"])
+                for (model, calibration), head in CASES.items()
+                for maker, label in MAKERS.items()
+                for row in [_row(model, calibration, mix, maker)]
+            },
+        }
+        for mix in ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+    ])  # fmt: skip
+
+
 def autoround_gguf() -> str:
     return markdown([
         {
@@ -93,5 +109,5 @@ def _error(value: float | None) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "gguf": gguf, "autoround-gguf": autoround_gguf, "grids": grids, "grid-kl": grid_kl,
+    "gguf": gguf, "gguf-short": gguf_short, "autoround-gguf": autoround_gguf, "grids": grids, "grid-kl": grid_kl,
 }  # fmt: skip

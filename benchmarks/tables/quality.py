@@ -45,7 +45,7 @@ def presets_cpu_seconds() -> str:
 
 
 def quantizers() -> str:
-    """The table of the README: SmolLM2-135M by several tools."""
+    """The table of the README: SmolLM2-135M at 3 bits by several tools."""
     rows = [_tool("round to nearest", uniform("SmolLM2-135M", 3, "rtn"))]
     rows.append(_tool("GPTQ as published", uniform("SmolLM2-135M", 3, "plain-gptq")))
     learned = find("autoround.json", tool="AutoRound, 50 steps") or {}
@@ -54,10 +54,6 @@ def quantizers() -> str:
     for name in ("fast", "balanced", "best"):
         rows.append(_tool(f"**quantc `{name}`**", uniform("SmolLM2-135M", 3, name)))
     rows.append(_tool("**quantc `balanced`, mixed widths**", _mixed("SmolLM2-135M", 3.25)))
-    rows.append(_tool("llama.cpp `Q2_K`", find("llama_cpp.json", type="Q2_K")))
-    rows.append(_tool("llama.cpp `Q3_K_M`", find("llama_cpp.json", type="Q3_K_M")))
-    rows.append(_tool("**quantc `balanced`**", uniform("SmolLM2-135M", 4, "balanced")))
-    rows.append(_tool("**quantc `best`**", uniform("SmolLM2-135M", 4, "best")))
     return markdown(rows)
 
 
