@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -26,89 +25,16 @@ from ..planning.budget import KEPT_BITS, Budget, Rules, Shared, format_label
 from ..planning.candidates import DEFAULT_GROUP, best_group_size
 from ..planning.head import DEFAULT_BITS, MOST_BLOCK_BITS, default_specs, table_shapes
 from ..planning.search import refine
+from ..planning.settings import AllocateConfig
 from ..planning.sizes import output_bytes
-from ..planning.targets import RUNTIMES, Runtime
+from ..planning.targets import Runtime
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sensitivity.wide_rows import with_wide_rows
-from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec, spec_of_label
+from ..spec import QuantSpec, spec_of_label
 from ..units import plural, size
 
 NEAREST = 4  # formats named in place of one that there is not
 LARGE_BLOCK = 256  # weights of the block types with sub-scales
-
-
-@dataclass(frozen=True)
-class AllocateConfig:
-    """bits: code width of every linear inside the blocks. group_size: null picks the best divisor of each width.
-
-    avg_bits: instead of bits, how many every weight of these linears takes on average, all that is stored counted.
-    size: instead of both, bytes that the weight files may take, or the file that they are made into. For these two
-    budgets a group size of null lets every linear have its own.
-    pins: pattern of names -> bits of these linears whatever the budget; 16 keeps them. formats: labels such as w4g128,
-    where only these may be used. target: a runtime that has to load the result, such as vllm.
-
-    estimator: of losses, see quantc/sensitivity. search: generations that refine the plan by what it measures, see
-    quantc/planning/search.py.
-
-    sparsity: auto, with a budget: candidates that drop weights take part too; null leaves every linear dense.
-
-    head_bits: of the token embedding and the head. keep leaves them as they are; auto, where there is a size, chooses
-    their widths too; null is 8 bits, or keep where target or formats are given or blocks have 6 bits or more
-    (quantc/planning/head.py).
-    """
-
-    bits: int = 4
-    avg_bits: float | None = None
-    size: int | None = None
-    group_size: int | None = None
-    symmetric: bool = False
-    grouping: Grouping = "per_oc"
-    pins: dict[str, int] = field(default_factory=dict)
-    formats: tuple[str, ...] = ()
-    target: str | None = None
-    estimator: Estimator = "fisher"
-    search: int = 0
-    sparsity: Literal["auto"] | None = None
-    head_bits: int | Literal["auto", "keep"] | None = None
-
-    def __post_init__(self) -> None:
-        for bits in (self.bits, *([self.head_bits] if isinstance(self.head_bits, int) else [])):
-            QuantSpec(
-                bits=bits,
-                group_size=DEFAULT_GROUP if self.group_size is None else self.group_size,
-                grouping=self.grouping,
-            )
-        self._check_budget()
-        for pattern, bits in self.pins.items():
-            if not (MIN_BITS <= bits <= MAX_BITS or bits == KEPT_BITS):
-                raise UsageError(
-                    f"--pin {pattern}={bits} is out of range; pass {MIN_BITS} to {MAX_BITS} bits, or {KEPT_BITS} for "
-                    "layers that stay as they are."
-                )
-        if self.sparsity is not None and self.grouping != "per_oc":
-            raise UsageError(
-                f"--sparsity auto drops weights in per_oc groups, and the recipe has {self.grouping} ones; remove one "
-                "of the two."
-            )
-        if self.target is not None and self.target not in RUNTIMES:
-            raise UsageError(f"--target {self.target!r} is unknown; choose {' or '.join(RUNTIMES)}, or remove it.")
-
-    def _check_budget(self) -> None:
-        if self.avg_bits is not None and self.size is not None:
-            raise UsageError("--avg-bits and --size are two budgets, and a plan has one; remove one of them.")
-        if self.avg_bits is not None and not 0 < self.avg_bits <= KEPT_BITS:
-            raise UsageError(
-                f"--avg-bits is {self.avg_bits:g}, but averages are above 0 and at most {KEPT_BITS}; 3.25 is usual."
-            )
-        if self.search < 0:
-            raise UsageError(f"--search is {self.search}, but a search has 0 generations (none) or more; 20 is usual.")
-        if self.size is not None and self.size <= 0:
-            raise UsageError(f"--size is {self.size} bytes, but a file has more than 0; 300MiB is an example.")
-
-    @property
-    def has_budget(self) -> bool:
-        """Whether widths are chosen within an average or a size."""
-        return self.avg_bits is not None or self.size is not None
 
 
 @register
@@ -204,12 +130,12 @@ class Allocate(Pass):
     def _table_candidates(self, shape: tuple[int, int]) -> list[QuantSpec]:
         if self._own_grids is not None:
             return self._own_grids.candidates(shape)
-        return candidates.of_table(self._uniform_spec(self.config.bits, shape), shape, self._any_group)
+        return candidates.of_table(self._uniform_spec(self.config.bits, shape), shape, self.config.any_group)
 
     @property
     def _own_grids(self) -> Runtime | None:
         """The target, where it has grids of its own."""
-        runtime = RUNTIMES.get(self.config.target or "")
+        runtime = self.config.runtime
         return runtime if runtime is not None and runtime.codes else None
 
     def _uniform(self, run: Run, tables: dict[str, tuple[int, int]]) -> dict[int, dict[str, QuantSpec]]:
@@ -227,13 +153,9 @@ class Allocate(Pass):
         found = {name: self._spec(bits, shape) for name, shape in shapes.items()}
         return {name: spec for name, spec in found.items() if spec is not None}
 
-    @property
-    def _any_group(self) -> bool:
-        return self.config.group_size is None
-
     def _check_formats(self, specs: Iterable[QuantSpec]) -> None:
         known = dict.fromkeys(map(format_label, specs))
-        unknown = [label for label in self._formats if label not in known]
+        unknown = [label for label in self.config.labels if label not in known]
         if unknown:
             near = get_close_matches(unknown[0], known, n=NEAREST, cutoff=0.0)
             raise UsageError(
@@ -289,14 +211,14 @@ class Allocate(Pass):
 
     def _rules(self, run: Run) -> Rules:
         config = self.config
-        runtime = RUNTIMES.get(config.target or "")
+        runtime = config.runtime
         if runtime is None:
-            return Rules(config.pins, self._formats)
+            return Rules(config.pins, self.config.labels)
         taken = runtime.formats(config.symmetric)
-        refused = [label for label in self._formats if label not in taken]
+        refused = [label for label in self.config.labels if label not in taken]
         if refused:
             raise UsageError(f"{config.target} does not load {refused[0]}; it loads {', '.join(taken)}.")
-        return Rules(config.pins, self._formats or taken, runtime.fused)
+        return Rules(config.pins, self.config.labels or taken, runtime.fused)
 
     def _candidates(self, linear: Linear, spec: QuantSpec | None) -> list[QuantSpec]:
         sparse = self.config.sparsity is not None
@@ -304,13 +226,8 @@ class Allocate(Pass):
             return []
         if self._own_grids is not None:
             return self._own_grids.candidates(linear.shape)
-        found = candidates.of_linear(spec, linear, self._any_group, sparse)
-        return [*found, *candidates.of_labels(self._formats, spec, linear.shape)]
-
-    @property
-    def _formats(self) -> tuple[str, ...]:
-        """The labels of the formats allowed, in full."""
-        return tuple(spec.label() if (spec := spec_of_label(label)) else label for label in self.config.formats)
+        found = candidates.of_linear(spec, linear, self.config.any_group, sparse)
+        return [*found, *candidates.of_labels(self.config.labels, spec, linear.shape)]
 
     def _everywhere(self) -> QuantSpec | None:
         """Return the one format allowed, which every layer then has; None with a budget, or bits that contradict it."""

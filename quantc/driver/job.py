@@ -171,7 +171,7 @@ class Job:
         plan = self.plan.copy()  # a job may be built again
         run = Run(source, graph, plan, report, self.progress, device, rounding, products_for(device))
         config = allocation(self.passes)
-        run.target = config and config.target
+        run.target = None if config is None else config.target
         run.container = None if self.container is None else self.container(run)
         return run
 

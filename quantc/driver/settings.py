@@ -9,12 +9,13 @@ from typing import Any, Literal, TypedDict
 from ..calibration.tokens import NO_TEXT
 from ..errors import UsageError, as_option
 from ..frontend.source import PathLike
-from ..passes.allocate import Allocate, AllocateConfig
+from ..passes.allocate import Allocate
 from ..passes.rotate import Rotate
 from ..passes.sparsify import Sparsify
 from ..passes.tune import Tune
 from ..pipeline.base import Pass
 from ..plan import Plan, read_plan
+from ..planning.settings import AllocateConfig
 from ..recipe import DEFAULT, Recipe, read_recipe, without_text
 from ..recipe import preset as named_preset
 from ..spec import QuantSpec, spec_of_label
