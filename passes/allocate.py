@@ -6,7 +6,6 @@ every candidate format (see quantc/sensitivity), and the formats are those whose
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from difflib import get_close_matches
@@ -17,13 +16,13 @@ import torch
 from ..calibration.stream import CalibrationRun
 from ..errors import UsageError
 from ..graph.model_graph import Linear
-from ..numerics.allocation import Infeasible
 from ..pipeline.base import Fact, Pass, register
 from ..pipeline.run import Run
 from ..planning import candidates
 from ..planning.budget import KEPT_BITS, Budget, Rules, Shared, format_label
 from ..planning.candidates import DEFAULT_GROUP, best_group_size
 from ..planning.head import DEFAULT_BITS, MOST_BLOCK_BITS, default_specs, table_shapes
+from ..planning.limits import Limit, limit_of
 from ..planning.search import refine
 from ..planning.settings import AllocateConfig
 from ..planning.sizes import output_bytes
@@ -31,7 +30,7 @@ from ..planning.targets import Runtime
 from ..sensitivity import Candidate, Estimator, Losses, kept_losses, measure
 from ..sensitivity.wide_rows import with_wide_rows
 from ..spec import QuantSpec, spec_of_label
-from ..units import plural, size
+from ..units import plural
 
 NEAREST = 4  # formats named in place of one that there is not
 LARGE_BLOCK = 256  # weights of the block types with sub-scales
@@ -77,7 +76,7 @@ class Allocate(Pass):
         self._check_head()
         self._plan_head(run)
         if self.config.has_budget:
-            self._share(run, self._budget(run, self._without_losses))  # a budget that is too small is refused here
+            limit_of(run, self._budget(run, self._without_losses), self.config).plan()  # one too small is refused here
         else:
             self._refuse_without_budget()
             self._pin(run)
@@ -88,9 +87,10 @@ class Allocate(Pass):
         if run.plan.given:
             return
         budget = self.budget(run, tokens, folder)
-        shared = self._share(run, budget)
+        limit = limit_of(run, budget, self.config)
+        shared = limit.plan()
         if self.config.search:
-            shared = self._search(run, budget, shared, tokens, folder)
+            shared = self._search(run, budget, shared, limit, tokens, folder)
         run.plan.shared_out = True
         if not any(shared.specs.values()):  # all fits as it is
             self._keep_head(run, shared)
@@ -167,47 +167,15 @@ class Allocate(Pass):
     def _without_losses(specs: dict[str, list[QuantSpec]]) -> Losses:
         return Losses({name: [Candidate(spec, 0.0) for spec in found] for name, found in specs.items()})
 
-    def _share(self, run: Run, budget: Budget) -> Shared:
+    def _search(
+        self, run: Run, budget: Budget, plan: Shared, limit: Limit, tokens: torch.Tensor, folder: Path
+    ) -> Shared:
         config = self.config
-        try:
-            if config.avg_bits is not None:
-                return budget.share_average(config.avg_bits)
-            return _within_size(run, budget, config.size)
-        except Infeasible as error:
-            raise UsageError(self._refusal(run, budget, error.least)) from error
-
-    def _search(self, run: Run, budget: Budget, plan: Shared, tokens: torch.Tensor, folder: Path) -> Shared:
-        config, others = self.config, dict(run.plan.specs)
-
-        def fits(shared: Shared) -> bool:
-            if config.avg_bits is not None:
-                return shared.bits <= budget.bits_for(config.avg_bits)
-            return output_bytes(run, {**others, **shared.specs}) <= config.size
-
-        planned = {name: spec and spec.to_dict() for name, spec in others.items()}
+        planned = {name: spec and spec.to_dict() for name, spec in run.plan.specs.items()}
         question = {"avg_bits": config.avg_bits, "size": config.size, "planned": planned}
-        refined = refine(run, tokens, folder, budget, plan, fits, config.search, **question)
+        refined = refine(run, tokens, folder, budget, plan, limit.fits, config.search, **question)
         run.report.notes.append(refined.note)
         return refined.plan
-
-    def _refusal(self, run: Run, budget: Budget, least: int) -> str:
-        config = self.config
-        smallest = least / budget.weights
-        ruled = " within the pins and formats given" if config.pins or config.formats else ""
-        less = (
-            "quantize the embedding and the head too" if config.head_bits == "keep" else "fewer for embedding and head"
-        )
-        head = "" if config.head_bits == "auto" else f", or {less} (--head-bits auto)"
-        if config.avg_bits is not None:
-            return (
-                f"an average of {config.avg_bits:g} bits cannot be met: the smallest plan{ruled} takes {smallest:.3f} "
-                f"with its scales and zero points; ask for {math.ceil(smallest * 100) / 100:.2f} or more."
-            )
-        needed = output_bytes(run, {**run.plan.specs, **budget.share(least).specs})
-        return (
-            f"a size of {size(config.size)} cannot be met: the smallest plan{ruled} takes {size(needed)}; ask for "
-            f"{needed} bytes or more{head}."
-        )
 
     def _rules(self, run: Run) -> Rules:
         config = self.config
@@ -349,23 +317,6 @@ def _remark(shared: Shared, name: str, of_all: bool) -> str:
     """Return what a plan predicts of a weight. of_all: with its share of the loss of all."""
     share = f", {shared.losses[name] / shared.loss:.2%} of the plan's" if of_all and shared.loss else ""
     return f"predicted to add {shared.losses[name]:.2g} to the KL divergence{share}"
-
-
-def _within_size(run: Run, budget: Budget, limit: int) -> Shared:
-    """Return the plan of least loss whose output takes at most `limit` bytes; raises Infeasible where none does.
-
-    No uniform plan within that limit loses less.
-    """
-
-    def taken(shared: Shared) -> int:
-        return output_bytes(run, {**run.plan.specs, **shared.specs})
-
-    outside = taken(budget.share(budget.least)) * 8 - budget.least
-    bits = limit * 8 - outside
-    while (excess := taken(shared := budget.share(bits)) - limit) > 0:
-        bits = min(bits, shared.bits) - 8 * excess  # the header is longer where numbers have more digits
-    better = (plan for plan in budget.uniform.values() if plan.loss < shared.loss and taken(plan) <= limit)
-    return min(better, key=lambda plan: plan.loss, default=shared)
 
 
 def _kept_bits(run: Run, name: str, weights: int) -> int:

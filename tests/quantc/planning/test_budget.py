@@ -10,7 +10,6 @@ import pytest
 
 from quantc.graph.model_graph import Linear
 from quantc.numerics import allocation
-from quantc.passes import allocate
 from quantc.planning.budget import Budget, Rules
 from quantc.sensitivity import Candidate, Losses
 from quantc.spec import QuantSpec
@@ -54,32 +53,6 @@ def test_at_the_bits_of_a_uniform_plan_no_more_is_lost(
             smallest = budget.smallest(uniform.loss)
             assert smallest.loss <= uniform.loss
             assert smallest.bits <= uniform.bits
-
-
-def test_in_the_file_size_of_a_uniform_plan_no_more_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of as many bits a plan of three widths loses less, but its header is longer than those bits are worth."""
-
-    def file_bytes(_: object, specs: dict[str, QuantSpec]) -> int:
-        return sum(spec.stored_bits((64, 64)) for spec in specs.values()) // 8 + 200 * len(set(specs.values()))
-
-    linears = {f"{at}": Linear(f"{at}", "linear", (64, 64), "x") for at in range(10)}
-    specs = {bits: QuantSpec(bits, 16, symmetric=True) for bits in WIDTHS}
-    losses = {
-        name: [Candidate(spec, (5 if name == "0" else 1) * 4.0**-bits) for bits, spec in specs.items()]
-        for name in linears
-    }
-    uniform = {bits: dict.fromkeys(linears, spec) for bits, spec in specs.items()}
-    graph: Any = SimpleNamespace(linears=linears, blocks=[])
-    budget = Budget(graph, Losses(losses), dict.fromkeys(linears, 1 << 16), Rules({}), uniform=uniform)
-    four = budget.uniform[4]
-    assert len(set(budget.share(four.bits).specs.values())) == 3
-    monkeypatch.setattr(allocate, "output_bytes", file_bytes)
-    run: Any = SimpleNamespace(plan=SimpleNamespace(specs={}))
-    for plan in budget.uniform.values():
-        limit = file_bytes(None, plan.specs)  # type: ignore[arg-type]
-        shared = allocate._within_size(run, budget, limit)
-        assert file_bytes(None, shared.specs) <= limit  # type: ignore[arg-type]
-        assert shared.loss <= plan.loss
 
 
 def test_what_no_candidate_has_is_no_uniform_plan() -> None:
