@@ -13,7 +13,9 @@ from quantc import api
 from quantc.checkpoint.reader import CheckpointReader
 from quantc.driver.job import Job
 from quantc.frontend import open_model
+from quantc.planning.formats import Formats
 from quantc.planning.head import default_specs
+from quantc.planning.settings import AllocateConfig
 from quantc.spec import QuantSpec
 from tests.families import build
 from tests.helpers import opened_run, save_with_tokenizer
@@ -83,7 +85,7 @@ def test_groups_divide_the_width_whatever_the_group_size_of_the_blocks(folders: 
 def test_what_is_no_matrix_stays_as_it_is(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = opened_run(folders / "untied")
     monkeypatch.setattr(run.source.model, "get_parameter", lambda name: torch.empty(3, 4, 5))
-    assert default_specs(run) == {}
+    assert default_specs(run, Formats(AllocateConfig())) == {}
 
 
 def test_a_model_that_fits_as_it_is_keeps_both(folders: Path) -> None:

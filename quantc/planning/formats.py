@@ -1,0 +1,148 @@
+"""What the layers of a model may be stored as, by the settings of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+from ..errors import UsageError
+from ..graph.model_graph import Linear
+from ..pipeline.run import Run, Specs
+from ..spec import QuantSpec, spec_of_label
+from ..units import plural
+from .budget import KEPT_BITS, Rules, format_label
+from .candidates import CANDIDATE_BITS
+from .grids import Grids, Shape, TargetGrids, UniformGrid
+from .settings import AllocateConfig
+
+NEAREST = 4  # formats named in place of one that there is not
+
+Linears = Mapping[str, Linear]
+Shapes = Mapping[str, Shape]
+
+
+class Formats:
+    """The grids that settings choose, and the rules and labels that hold there.
+
+    grids: those of the target, or the uniform one. Raises UsageError for a single format that is unknown.
+    """
+
+    def __init__(self, config: AllocateConfig):
+        self._config, runtime = config, config.runtime
+        self.grids: Grids = UniformGrid(config) if runtime is None or not runtime.codes else TargetGrids(runtime)
+        self._everywhere = _single_format(config)
+
+    def specs(self, linears: Linears) -> dict[str, QuantSpec | None]:
+        """Return what every linear is stored as where nothing chooses; None for rows that no block divides.
+
+        Raises UsageError where the one format allowed divides no rows.
+        """
+        one, bits = self._everywhere, self._config.bits
+        if one is None:
+            return {name: self.grids.of_width(bits, linear.shape) for name, linear in linears.items()}
+        found = {name: one if _divides(one, linear) else None for name, linear in linears.items()}
+        if not any(found.values()):
+            raise UsageError(
+                f"no layer can be stored as {one.label()}, whose blocks of {one.group_size} divide no row of this "
+                "model; pass other --formats."
+            )
+        return found
+
+    def pinned(self, linears: Linears, planned: Specs) -> dict[str, QuantSpec | None]:
+        """Return the specs of all linears with those of pins in place of what is planned.
+
+        Raises UsageError for a pattern that fits no linear, and for a format that may not be used.
+        """
+        rules = self.rules()
+        rules.check(linears)
+        found = {name: self._pinned(rules, name, linear, planned[name]) for name, linear in linears.items()}
+        for name, spec in found.items():
+            if spec is not None and not rules.allows(name, spec):
+                raise UsageError(
+                    f"{name} would be stored as {format_label(spec)}, but only {', '.join(rules.formats)} may be used; "
+                    "change --bits and --group-size, or pass --avg-bits to have formats chosen."
+                )
+        return found
+
+    def _pinned(self, rules: Rules, name: str, linear: Linear, planned: QuantSpec | None) -> QuantSpec | None:
+        bits = rules.pinned(name)
+        if bits is None:
+            return planned
+        return None if bits == KEPT_BITS else self.grids.of_width(bits, linear.shape)
+
+    def candidates(self, linears: Linears, tables: Shapes, planned: Specs) -> dict[str, list[QuantSpec]]:
+        """Return what a budget may choose from for every linear and table; nothing for linears planned to stay floats.
+
+        Raises UsageError for a label that none of them has.
+        """
+        found: dict[str, list[QuantSpec]] = {}
+        for name, linear in linears.items():
+            spec = planned[name]
+            found[name] = [] if spec is None else self.grids.of_linear(linear, spec)
+        found |= {name: self.grids.of_table(shape) for name, shape in tables.items()}
+        self._check_labels(spec for specs in found.values() for spec in specs)
+        return found
+
+    def uniform(self, linears: Linears, tables: Shapes, planned: Specs) -> dict[int, dict[str, QuantSpec]]:
+        """Return, by width, what `--bits` alone gives every linear and table."""
+        specs = {name: spec for name in linears if (spec := planned[name]) is not None}
+        shapes = {name: linears[name].shape for name in specs} | dict(tables)
+
+        def of(bits: int) -> dict[str, QuantSpec]:
+            found = {name: self.grids.with_bits(bits, specs.get(name), shape) for name, shape in shapes.items()}
+            return {name: spec for name, spec in found.items() if spec is not None}
+
+        return {bits: of(bits) for bits in CANDIDATE_BITS}
+
+    def rules(self) -> Rules:
+        """Return what a plan must hold to; raises UsageError for a format that the target does not load."""
+        config, runtime, labels = self._config, self._config.runtime, self._config.labels
+        if runtime is None:
+            return Rules(config.pins, labels)
+        loaded = runtime.formats(config.symmetric)
+        refused = [label for label in labels if label not in loaded]
+        if refused:
+            raise UsageError(f"{config.target} does not load {refused[0]}; it loads {', '.join(loaded)}.")
+        return Rules(config.pins, labels or loaded, runtime.fused)
+
+    @property
+    def cover_head(self) -> bool:
+        """Whether an embedding or a head may have them too; of targets that is known of their own grids alone."""
+        runtime = self._config.runtime
+        return not self._config.formats and (runtime is None or bool(runtime.codes))
+
+    def notes(self, run: Run) -> list[str]:
+        """Return what the widths of a model change in a plan without a budget."""
+        one = self._everywhere
+        if one is None:
+            return self.grids.notes(run)
+        uneven = sum(not _divides(one, linear) for linear in run.graph.linears.values())
+        short = f"blocks of {one.group_size} do not divide their rows"
+        return [f"{plural(uneven, 'layer')} stay floats: {short}"] if uneven else []
+
+    def _check_labels(self, specs: Iterable[QuantSpec]) -> None:
+        known = dict.fromkeys(map(format_label, specs))
+        unknown = [label for label in self._config.labels if label not in known]
+        if unknown:
+            near = get_close_matches(unknown[0], known, n=NEAREST, cutoff=0.0)
+            raise UsageError(
+                f"no layer can be stored as {unknown[0]}; choose from the {len(known)} formats that --group-size, "
+                f"--symmetric and --sparsity allow, such as {', '.join(near)}."
+            )
+
+
+def _single_format(config: AllocateConfig) -> QuantSpec | None:
+    """Return the one format allowed, which every layer then has; None with a budget, or bits that contradict it."""
+    if config.has_budget or len(config.formats) != 1:
+        return None
+    spec = spec_of_label(config.formats[0])
+    if spec is None:
+        raise UsageError(
+            f"no layer can be stored as {config.formats[0]}; pass --formats w4g128, nf4-g64, mxfp4 or another."
+        )
+    fits = config.group_size in (None, spec.group_size) and config.symmetric <= spec.symmetric
+    return spec if spec.bits == config.bits and fits else None
+
+
+def _divides(spec: QuantSpec, linear: Linear) -> bool:
+    return spec.grid.divides(linear.shape[1])

@@ -1,0 +1,117 @@
+"""What a width means for a weight of a shape: groups on the uniform grid, or blocks of a target's own grids."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+from ..graph.model_graph import Linear
+from ..pipeline.run import Run
+from ..spec import QuantSpec
+from ..units import plural
+from . import candidates
+from .candidates import DEFAULT_GROUP, best_group_size
+from .settings import AllocateConfig
+from .targets import Runtime
+
+LARGE_BLOCK = 256  # weights of the block types with sub-scales
+
+Shape = tuple[int, int]
+
+
+class Grids(ABC):
+    """The grids that weights (N, K) are rounded on."""
+
+    @abstractmethod
+    def of_width(self, bits: int, shape: Shape) -> QuantSpec | None:
+        """Return what a weight is stored as in a number of bits; None where no block divides its rows."""
+
+    @abstractmethod
+    def of_head(self, bits: int, shape: Shape) -> QuantSpec | None:
+        """Return the same of an embedding or a head for which settings say nothing."""
+
+    @abstractmethod
+    def with_bits(self, bits: int, planned: QuantSpec | None, shape: Shape) -> QuantSpec | None:
+        """Return the same of a weight for which something else is planned; None: nothing is yet."""
+
+    @abstractmethod
+    def of_linear(self, linear: Linear, planned: QuantSpec) -> list[QuantSpec]:
+        """Return the candidates of a linear within a budget."""
+
+    @abstractmethod
+    def of_table(self, shape: Shape) -> list[QuantSpec]:
+        """Return the candidates of an embedding or a head within a budget."""
+
+    @abstractmethod
+    def notes(self, run: Run) -> list[str]:
+        """Return what the widths of a model change in a plan without a budget."""
+
+
+class UniformGrid(Grids):
+    """The uniform grid, in groups of the size that settings say, or of one that divides the width."""
+
+    def __init__(self, config: AllocateConfig):
+        self._config = config
+
+    def of_width(self, bits: int, shape: Shape) -> QuantSpec:
+        config = self._config
+        along = shape[1] if config.grouping == "per_oc" else shape[0]
+        group = config.group_size if config.group_size is not None else best_group_size(along)
+        return QuantSpec(bits, group, config.grouping, config.symmetric)
+
+    def of_head(self, bits: int, shape: Shape) -> QuantSpec:
+        # symmetric codes, so that other runtimes hold them exactly (GGUF's Q8_0)
+        return QuantSpec(bits, best_group_size(shape[1]), symmetric=True)
+
+    def with_bits(self, bits: int, planned: QuantSpec | None, shape: Shape) -> QuantSpec:
+        return self.of_width(bits, shape) if planned is None else replace(planned, bits=bits)
+
+    def of_linear(self, linear: Linear, planned: QuantSpec) -> list[QuantSpec]:
+        config = self._config
+        found = candidates.of_linear(planned, linear, config.any_group, sparse=config.sparsity is not None)
+        return [*found, *candidates.of_labels(config.labels, planned, linear.shape)]
+
+    def of_table(self, shape: Shape) -> list[QuantSpec]:
+        return candidates.of_table(self.of_width(self._config.bits, shape), shape, self._config.any_group)
+
+    def notes(self, run: Run) -> list[str]:
+        sizes = {spec.group_size for spec in run.plan.specs.values() if spec is not None}
+        if not self._config.any_group or not sizes - {DEFAULT_GROUP}:
+            return []
+        found = ", ".join(str(size) for size in sorted(sizes))
+        return [f"group sizes {found}: {DEFAULT_GROUP} does not divide every width of this model"]
+
+
+class TargetGrids(Grids):
+    """A target's own grids, whose blocks have sizes of their own."""
+
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+
+    def of_width(self, bits: int, shape: Shape) -> QuantSpec | None:
+        return self._runtime.of_width(bits, shape)
+
+    def of_head(self, bits: int, shape: Shape) -> QuantSpec | None:
+        return self.of_width(bits, shape)
+
+    def with_bits(self, bits: int, planned: QuantSpec | None, shape: Shape) -> QuantSpec | None:
+        return self.of_width(bits, shape)
+
+    def of_linear(self, linear: Linear, planned: QuantSpec) -> list[QuantSpec]:
+        return self._runtime.candidates(linear.shape)
+
+    def of_table(self, shape: Shape) -> list[QuantSpec]:
+        return self._runtime.candidates(shape)
+
+    def notes(self, run: Run) -> list[str]:
+        """Say where rows are too short for the blocks of the others, as llama.cpp's quantizer does in silence."""
+        specs, linears, found = run.plan.specs, run.graph.linears, []
+        blocks = {spec.group_size for spec in specs.values() if spec is not None}
+        uneven = [name for name, linear in linears.items() if linear.shape[1] % LARGE_BLOCK]
+        kept = [name for name in linears if specs[name] is None]
+        if uneven and len(uneven) > len(kept) and run.container is None:  # of a file every tensor is known
+            short = f"blocks of {min(blocks)}: {LARGE_BLOCK} does not divide their rows"
+            found.append(f"{plural(len(uneven), 'layer')} have {short}")
+        if kept:
+            found.append(f"{plural(len(kept), 'layer')} stay floats: no block divides their rows")
+        return found
