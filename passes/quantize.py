@@ -8,27 +8,21 @@ from typing import Literal
 import torch
 
 from ..errors import CalibrationError, ModelError, UsageError
-from ..graph.model_graph import Activation, Linear
+from ..graph.model_graph import Activation
 from ..numerics.basis import Basis, Rounding
-from ..numerics.grids import Parameters
-from ..numerics.lowrank import compensate
-from ..numerics.offsets import Offset, common_row, pays_off
-from ..numerics.qtensor import QTensor
-from ..numerics.ranges import RangeLoss, range_loss
-from ..numerics.rounding import Factor
-from ..numerics.statistics import Drift, Gram, output_energy
-from ..numerics.strips import goes_by_rows, join, round_strip
+from ..numerics.offsets import pays_off
+from ..numerics.statistics import Drift, Gram
+from ..numerics.strips import StripByStrip, goes_by_rows, join
 from ..pipeline.base import Fact, Pass, register
+from ..pipeline.outcome import LARGEST_LOSS, Outcome
 from ..pipeline.range_folds import fold_into_range
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork, OutsideWork
-from ..report import LinearReport, notes_on_errors, out_of_range
-from ..spec import QuantSpec
+from ..report import notes_on_errors, out_of_range
 
 Method = Literal["gptq", "rtn"]
 FAR_FROM_ZERO = "its weights are far from 0, and groups that contain 0 leave few codes for how they differ; "
 OUT_OF_RANGE = "float16 scales cannot hold its weights"
-LARGEST_LOSS = 1.0  # of range, as a share of the rounding error; a linear that loses more is kept as it is
 
 
 @dataclass(frozen=True)
@@ -148,86 +142,6 @@ class Quantize(Pass):
         work.quantized[name] = join(table.tensors)
 
 
-class StripByStrip:
-    """A table rounded to nearest in strips of rows, and what that loses."""
-
-    def __init__(self, spec: QuantSpec):
-        self.spec, self.lost, self.offset = spec, RangeLoss(), Offset(spec)
-        self.tensors: list[QTensor] = []
-
-    def add(self, strip: torch.Tensor) -> None:
-        """Round more rows (N, K)."""
-        self.lost += range_loss(strip, self.spec)
-        self.offset.add(strip)
-        self.tensors.append(round_strip(strip, self.spec))
-
-
-class Outcome:
-    """One linear on its way to codes, expert by expert.
-
-    far: its weights are far from 0, and the first of its rank is for what rows have in common.
-    """
-
-    def __init__(self, linear: Linear, spec: QuantSpec, rounding: Rounding, wide: torch.Tensor | None, far: bool):
-        self.linear, self.spec, self.rounding, self.wide, self.far = linear, spec, rounding, wide, far
-        self._tensors: list[QTensor] = []
-        self._factors: list[Factor | None] = []
-        self._rows = self._lost_rows = 0
-        self.range_loss = 0.0  # the largest of the experts'
-        self._energy = self._lost = 0.0
-
-    def add(self, source: torch.Tensor, basis: Basis, gram: torch.Tensor | None) -> None:
-        """Round one weight (N, K): with error feedback where there is a factor, to nearest otherwise.
-
-        gram: (K, K), as it was measured: not rotated, not shrunk.
-        """
-        weight, common = basis.turn(source), None
-        if self.far:
-            common = common_row(weight, self.spec)
-            weight = weight if common is None else weight - common[1].float() @ common[0].float()
-        lost = range_loss(weight, self.spec)
-        self.range_loss, self._lost_rows = max(self.range_loss, lost.share), self._lost_rows + lost.rows
-        if self.range_loss > LARGEST_LOSS:
-            return
-        tensor = basis.round(weight, self.spec, self.rounding.rounds, self.wide)
-        if self.spec.rank:
-            residual = weight - tensor.dequantize()
-            a, b = compensate(residual, basis.gram, self.spec.rank - (common is not None))
-            tensor.low_rank_a = a if common is None else torch.cat([common[0], a])
-            tensor.low_rank_b = b if common is None else torch.cat([common[1], b], 1)
-        self._tensors.append(tensor)
-        self._factors.append(basis.factor)
-        self._rows += basis.rows
-        self._energy += output_energy(source, gram)
-        self._lost += output_energy(source - tensor.effective_weight(), gram)
-
-    @property
-    def error(self) -> float:
-        """The error tr(D G D^T) / tr(W G W^T) with D = W' - W, over all experts; W as corrected, if it was."""
-        return self._lost / self._energy if self._energy > 0 else 0.0
-
-    def qtensor(self) -> QTensor:
-        return self._tensors[0] if self.linear.kind != "stack" else _stack(self._tensors)
-
-    def report(self, why: dict[str, str]) -> LinearReport:
-        used = [factor for factor in self._factors if factor is not None]
-        fallbacks = len(self._factors) - len(used) if self.rounding.feedback and self._rows else 0
-        return LinearReport(
-            name=self.linear.name,
-            spec=self.spec,
-            shape=self.linear.shape,
-            experts=self.linear.experts,
-            bits_per_weight=self.spec.bits_per_weight(self.linear.shape),
-            error=self.error,
-            method="rtn" if not used else "gptq+rtn" if fallbacks else "gptq",
-            rows=self._rows,
-            fallbacks=fallbacks,
-            dead_inputs=max((factor.dead for factor in used), default=0),
-            why=why.get(self.linear.name, ""),
-            lost_rows=self._lost_rows,
-        )
-
-
 def _bases(
     rounding: Rounding, gram: torch.Tensor | None, rows: int, outcomes: list[Outcome], label: str
 ) -> dict[int, Basis]:
@@ -267,19 +181,3 @@ def _keep(run: Run, name: str) -> None:
         )
     run.plan.specs[name] = None
     run.report.kept[name] = OUT_OF_RANGE
-
-
-def _stack(tensors: list[QTensor]) -> QTensor:
-    def stacked(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
-        found = [part for part in parts if part is not None]
-        return torch.stack(found) if found else None
-
-    return QTensor.of(
-        tensors[0].spec,
-        torch.stack([tensor.codes for tensor in tensors]),
-        Parameters.merged([tensor.parameters for tensor in tensors], lambda each: torch.stack(list(each))),
-        low_rank_a=stacked([tensor.low_rank_a for tensor in tensors]),
-        low_rank_b=stacked([tensor.low_rank_b for tensor in tensors]),
-        wide=stacked([tensor.wide for tensor in tensors]),
-        kept=stacked([tensor.kept for tensor in tensors]),
-    )

@@ -12,7 +12,9 @@ import torch
 from ..spec import Ggml, QuantSpec, Uniform
 from .basis import Basis
 from .grids import Parameters
+from .offsets import Offset
 from .qtensor import QTensor
+from .ranges import RangeLoss, range_loss
 
 STRIP = 1 << 20  # values in a strip
 ROW_BY_ROW = (Uniform, Ggml)  # grids on which codes and parameters of a row depend on no other row
@@ -36,6 +38,20 @@ def goes_by_rows(spec: QuantSpec) -> bool:
 def round_strip(strip: torch.Tensor, spec: QuantSpec) -> QTensor:
     """Return a strip, float32 (N, K), rounded to nearest."""
     return Basis.unguided(None, 0, 0).round(strip, spec)
+
+
+class StripByStrip:
+    """A table rounded to nearest in strips of rows, and what that loses."""
+
+    def __init__(self, spec: QuantSpec):
+        self.spec, self.lost, self.offset = spec, RangeLoss(), Offset(spec)
+        self.tensors: list[QTensor] = []
+
+    def add(self, strip: torch.Tensor) -> None:
+        """Round more rows (N, K)."""
+        self.lost += range_loss(strip, self.spec)
+        self.offset.add(strip)
+        self.tensors.append(round_strip(strip, self.spec))
 
 
 def join(tensors: Sequence[QTensor]) -> QTensor:
