@@ -17,13 +17,11 @@ from torch import nn
 from ..calibration.hidden_states import HiddenStates
 from ..calibration.stream import CalibrationRun
 from ..checkpoint.writer import CheckpointWriter
-from ..formats import format_of
 from ..frontend import to_meta
 from ..frontend.source import tensors_under
 from ..graph.decoder import outside_names
 from ..graph.model_graph import Block
 from ..machine.memory import RELEASE_BYTES
-from ..numerics.qtensor import QTensor
 from ..numerics.residual import turn
 from ..units import plural
 from .base import Pass
@@ -31,6 +29,7 @@ from .calibrated_work import CalibratedWork
 from .run import Run
 from .snapshot import put_back, take
 from .work import BlockWork, FinishWork, OutsideWork
+from .writing import write, write_outside
 
 FINE_BITS = 8
 
@@ -212,7 +211,7 @@ def _build_block(sweep: Sweep, block: Block) -> None:
         for number, item in enumerate(passes, start=1):
             work.keep_statistics = any(later.reads_statistics for later in passes[number:])
             item.build(work)
-        _write(sweep.run, block.name, work.quantized, sweep.writer)
+        write(sweep.run, block.name, work.quantized, sweep.writer)
         sweep.advance(work)
 
 
@@ -240,38 +239,6 @@ def _build_outside(run: Run, passes: list[Pass], blocks: list[str], writer: Chec
         work = OutsideWork(run, name)
         for item in passes:
             item.build_outside(work)
-        _write_outside(work, writer)
+        write_outside(work, writer)
     to_meta(run.source.model)
     run.free_memory.release(RELEASE_BYTES)
-
-
-def _write_outside(work: OutsideWork, writer: CheckpointWriter) -> None:
-    """Write a tensor outside the blocks; a matrix that no pass has loaded whole is cast in strips."""
-    run, name = work.run, work.name
-    if work.quantized or not work.by_strips:
-        if not work.quantized:
-            work.weight()
-        _write(run, name, work.quantized, writer)
-        return
-    shape = run.source.model.get_parameter(name).shape
-    stored, start = torch.empty(shape, dtype=run.source.stored_dtype(name)), 0
-    for strip in work.strips():
-        stored[start : start + len(strip)] = strip
-        start += len(strip)
-    writer.add(name, stored)
-
-
-def _write(run: Run, prefix: str, quantized: dict[str, QTensor], writer: CheckpointWriter) -> None:
-    """Write the tensors under a name: rounded weights as their parts, everything else in the source's dtype.
-
-    What was edited and does not fit that dtype exactly is written as float32.
-    """
-    packed = {run.graph.linears[name].weight_name for name in quantized if name in run.graph.linears} | set(quantized)
-    for name, tensor in tensors_under(run.source.model, prefix):
-        if name not in packed and name not in run.source.tied:
-            stored = tensor.detach().cpu().to(run.source.stored_dtype(name))
-            exact = name not in run.edited or torch.equal(stored.float(), tensor.detach().cpu())
-            writer.add(name, stored if exact else tensor.detach().cpu())
-    for name, qtensor in quantized.items():
-        for part, tensor in format_of(qtensor.spec).pack(qtensor).items():
-            writer.add(f"{name}.{part}", tensor.cpu())
