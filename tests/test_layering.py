@@ -151,7 +151,8 @@ def test_a_pass_imports_no_other_pass(module: str) -> None:
 @pytest.mark.parametrize("module", modules_under("runtime"))
 def test_the_runtime_knows_nothing_of_quantizing(module: str) -> None:
     assert not parts_imported(module) & {"calibration", "plan", "pipeline"}
-    assert "numerics" not in parts_imported("quantc.runtime.modules")
+    if module in ("quantc.runtime.packed", "quantc.runtime.layers", "quantc.runtime.modules"):
+        assert "numerics" not in parts_imported(module)
     assert parts_imported("quantc.runtime.hf") == {"checkpoint", "errors"}
 
 
