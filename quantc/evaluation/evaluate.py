@@ -10,8 +10,9 @@ import torch
 
 from ..errors import UsageError
 from ..frontend import Source
+from ..frontend.auto import read_tokenizer
 from ..frontend.gguf import GgufSource
-from ..frontend.source import PathLike, read_tokenizer
+from ..frontend.source import PathLike
 from ..frontend.token_ids import check_ids
 from ..machine.compute_dtype import Choice, name_of
 from ..machine.devices import parse_device

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import ModelError
-from ..frontend.source import first_line
+from ..frontend.auto import first_line
 
 PACKAGE, VERSION = "xllamacpp", "2026.10.11549"
 DEFAULT_CONTEXT = (512, 2048, 512, 1, 0, 0, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max, three counts of outputs

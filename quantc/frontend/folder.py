@@ -25,21 +25,11 @@ from ..errors import ModelError
 from ..machine.dtypes import DTYPES
 from ..progress import Progress
 from .agreement import OLDER_ARGUMENTS, check_agreement, differing_ties
+from .auto import asking_in_words, auto_class, build_skeleton, first_line, read_tokenizer
 from .bounds import check_config_file, check_sizes
 from .finite import check_finite
 from .kinds import check_architecture, refuse_adapter, refuse_fetched_code, refuse_other_folders
-from .source import (
-    COMPUTE_DTYPE,
-    Source,
-    asking_in_words,
-    auto_class,
-    build_skeleton,
-    first_line,
-    is_under,
-    quiet_transformers,
-    read_tokenizer,
-    set_parameter,
-)
+from .source import COMPUTE_DTYPE, Source, is_under, quiet_transformers, set_parameter
 from .unchanged import stored_tensors
 from .weight_files import Header, find_weights
 

@@ -20,21 +20,14 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from ..errors import ModelError
 from ..numerics.statistics import all_finite
+from .auto import build_skeleton, read_tokenizer
 from .finite import non_finite
 from .gguf_files import PART, open_parts, parts_of
 from .gguf_tensors import StoredTensors
 from .gguf_transformers import NamesOnly, read_config, replaced
 from .gguf_types import check_scales, check_types, dtype_of
 from .on_demand import OnDemand
-from .source import (
-    COMPUTE_DTYPE,
-    Source,
-    build_skeleton,
-    cast_parameter,
-    quiet_transformers,
-    read_tokenizer,
-    set_parameter,
-)
+from .source import COMPUTE_DTYPE, Source, cast_parameter, quiet_transformers, set_parameter
 from .unchanged import Span
 from .weight_files import some
 

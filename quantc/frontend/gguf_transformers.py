@@ -10,7 +10,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import ModelError
-from .source import first_line, is_under, quiet_transformers
+from .auto import first_line
+from .source import is_under, quiet_transformers
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import ModelError
+from .auto import first_line
 from .folder import FolderSource
 from .gguf import GgufSource
-from .source import Source, first_line
+from .source import Source
 
 # Demo models are carried by PyPI packages: name -> (package, file inside it, the model's own name, how to get it).
 # The package's own dependencies are a chat tool and a quarter of an hour of compiling; only its file is needed.

@@ -20,8 +20,9 @@ from transformers.models.auto.auto_factory import _get_model_class
 from ..checkpoint.config import METHOD
 from ..checkpoint.reader import CheckpointReader, read_json
 from ..errors import CheckpointError, QuantcError
+from ..frontend.auto import asking_in_words, auto_class, first_line, needs_code
 from ..frontend.bounds import layer_counts
-from ..frontend.source import PathLike, asking_in_words, auto_class, first_line, needs_code, quiet_transformers
+from ..frontend.source import PathLike, quiet_transformers
 from ..machine.compute_dtype import choose_dtype, name_of
 from ..progress import Progress
 from .half_weights import keep_half

@@ -43,7 +43,7 @@ VALUES_FOLDED = {"llama", "mixtral", "phi", "opt", "olmo2", "cohere", "nanochat"
 
 @pytest.fixture(autouse=True)
 def plain_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr("quantc.frontend.auto.AutoTokenizer", PreTrainedTokenizerFast)
 
 
 def recipe(*passes: Any, **settings: str) -> Recipe:

@@ -47,7 +47,7 @@ def test_quantize_write_load_gives_the_logits_of_the_rounded_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # AutoTokenizer would wrap some families' own tokenizer class around the test's words.
-    monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr("quantc.frontend.auto.AutoTokenizer", PreTrainedTokenizerFast)
     model = build(name)
     save_with_tokenizer(model, tmp_path / "model")
     report = quantize_saved(tmp_path, bits=4, group_size=32)
@@ -66,7 +66,7 @@ def test_quantize_write_load_gives_the_logits_of_the_rounded_model(
 def test_presets_where_blocks_hand_on_more_than_a_hidden_state(
     name: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr("quantc.frontend.auto.AutoTokenizer", PreTrainedTokenizerFast)
     model = build(name)
     save_with_tokenizer(model, tmp_path / "model")
     report = quantize_saved(tmp_path, preset=preset, group_size=32)

@@ -67,7 +67,7 @@ def check_report(name: str, report: Report) -> None:
 def test_all_passes_together_give_the_logits_of_the_rounded_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr("quantc.frontend.auto.AutoTokenizer", PreTrainedTokenizerFast)
     model = build(name)
     save_with_tokenizer(model, tmp_path / "model")
     report = quantize_saved(tmp_path, recipe=RECIPE)

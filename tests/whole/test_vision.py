@@ -18,7 +18,7 @@ from transformers import (
 import quantc
 from quantc.errors import ModelError
 from quantc.frontend import model_files, open_model
-from quantc.frontend.source import auto_class
+from quantc.frontend.auto import auto_class
 from quantc.graph.decoder import find_decoder
 from quantc.graph.derive import derive
 from quantc.recipe import Recipe
@@ -34,7 +34,7 @@ PRESETS = {"fast": 0.3, "balanced": 0.3, "best": 0.3}  # of the logits, at 4 bit
 @pytest.fixture(autouse=True)
 def plain_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """AutoTokenizer would wrap some families' own tokenizer class around the test's words."""
-    monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr("quantc.frontend.auto.AutoTokenizer", PreTrainedTokenizerFast)
 
 
 def save(name: str, folder: Path) -> PreTrainedModel:

@@ -41,7 +41,7 @@ def mixed_plan(folder: Path) -> Plan:
 
 @pytest.fixture(params=["llama", "mixtral", "gpt_oss", "gpt2"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("quantc.frontend.source.AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr("quantc.frontend.auto.AutoTokenizer", PreTrainedTokenizerFast)
     save_with_tokenizer(build(request.param), tmp_path / "model")
     return tmp_path
 

@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from ...checkpoint.reader import CheckpointReader
 from ...errors import ModelError
 from ...evaluation import llama_cpp
+from ...frontend.auto import first_line, read_tokenizer
 from ...frontend.gguf import GgufSource
-from ...frontend.source import first_line, quiet_transformers, read_tokenizer
+from ...frontend.source import quiet_transformers
 from ...machine.memory import available_bytes
 from ...progress import Progress
 from ...runtime.load import read_model, unpacked_values

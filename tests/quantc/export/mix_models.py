@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from quantc.export.gguf.layout import FileTensor, ModelTensor, lay_out
 from quantc.export.gguf.metadata import Described, describe_file
 from quantc.export.gguf.mixes import MIXES
-from quantc.frontend.source import build_skeleton
+from quantc.frontend.auto import build_skeleton
 from tests.families import FAMILIES
 from tests.quantc.export.tiny import MODELS, build, write_floats
 

@@ -15,7 +15,7 @@ import quantc
 import quantc.api
 from quantc.errors import ModelError
 from quantc.frontend import open_model
-from quantc.frontend.source import build_skeleton
+from quantc.frontend.auto import build_skeleton
 from tests.families import FAMILIES, build
 from tests.helpers import save_with_tokenizer
 from tests.quantc.cli_runner import run
