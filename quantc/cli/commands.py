@@ -286,9 +286,9 @@ def doctor(checkpoint: Path | None, as_json: bool, **settings: Any) -> None:
     if as_json:
         console.show_json(facts)
         return
-    from . import tables
+    from .machine_tables import diagnosed
 
-    console.show(tables.diagnosed(to_printable(facts)))
+    console.show(diagnosed(to_printable(facts)))
 
 
 @main.command()

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import shlex
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ..spec import QuantSpec
 from ..units import duration, number, plural, ratio, rewritten, size
+from .pieces import Facts, command_line, dimensions, fact_table, heading, indented, section, table_of
 
 if TYPE_CHECKING:
     from ..pipeline.run import Run
     from ..planning.pareto import Curve
 
 WORST = 5  # linears named in the summary of a run
-Facts = list[tuple[str, str, str]]  # name, figure, what it means
 
 
 def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType:
     """Return the summary of a run: what was written, its true size, where it hurts, and what to type next."""
     parts: list[RenderableType] = [
         Text.assemble(("Wrote ", "bold green"), (report["output"], "bold")),
-        _facts(_totals(report)),
+        fact_table(_totals(report)),
     ]
     worst = sorted(report["linears"], key=_error, reverse=True)[:WORST]
     if worst:
-        parts += [_heading("Largest errors"), _worst(worst)]
+        parts += [heading("Largest errors"), _worst(worst)]
     parts += _remarks(report)
-    parts += [_heading("Next"), _command(next_command)]
+    parts += [heading("Next"), command_line(next_command)]
     return Group(*parts)
 
 
 def tensors(rows: list[dict[str, Any]]) -> list[RenderableType]:
     """Return the table of a GGUF file's tensors; nothing where there are none."""
-    table = _table(["tensor", "type", "shape", "bytes", "why"], numeric={"shape", "bytes"})
+    table = table_of(["tensor", "type", "shape", "bytes", "why"], numeric={"shape", "bytes"})
     for row in rows:
-        table.add_row(row["name"], row["type"], _shape(row["shape"]), f"{row['bytes']:,}", row.get("why", ""))
-    return [_heading("Tensors"), table] if rows else []
+        table.add_row(row["name"], row["type"], dimensions(row["shape"]), f"{row['bytes']:,}", row.get("why", ""))
+    return [heading("Tensors"), table] if rows else []
 
 
 def widths(run: Run) -> list[dict[str, Any]]:
@@ -70,14 +68,14 @@ def widths(run: Run) -> list[dict[str, Any]]:
 
 def planned(rows: list[dict[str, Any]], notes: list[str], next_command: list[str]) -> RenderableType:
     """Return the widths that a plan gives to each kind of linear, and how to build it."""
-    table = _table(
+    table = table_of(
         ["linears", "count", "bits of a code", "from", "to"], numeric={"count", "bits of a code", "from", "to"}
     )
     for row in rows:
         table.add_row(row["linear"], str(row["count"]), f"{row['bits']:.2f}", str(row["smallest"]), str(row["largest"]))
     written = Text.assemble(("Wrote ", "bold green"), (next_command[next_command.index("--plan") + 1], "bold"))
     parts: list[RenderableType] = [written, table, *(Text(note) for note in notes)]
-    return Group(*parts, _heading("Next"), _command(next_command))
+    return Group(*parts, heading("Next"), command_line(next_command))
 
 
 def swept(curve: Curve, next_command: list[str]) -> RenderableType:
@@ -87,19 +85,19 @@ def swept(curve: Curve, next_command: list[str]) -> RenderableType:
     written = Text.assemble(("Wrote ", "bold green"), (" and ".join(str(file) for file in curve.files), "bold"))
     parts: list[RenderableType] = [written, Text(explained(curve), style="dim"), _points(*table(curve.points))]
     if curve.uniform:
-        parts += [_heading("The same width everywhere"), _points(*table(curve.uniform))]
-    parts += _lines("Notes", [Text(note) for note in curve.notes])
-    return Group(*parts, _heading("Next, or with the option of another point"), _command(next_command))
+        parts += [heading("The same width everywhere"), _points(*table(curve.uniform))]
+    parts += section("Notes", [Text(note) for note in curve.notes])
+    return Group(*parts, heading("Next, or with the option of another point"), command_line(next_command))
 
 
 def inspected(report: dict[str, Any]) -> RenderableType:
     """Return the table of all linears, then the totals."""
     stacks = any(linear["experts"] for linear in report["linears"])
     columns = ["linear", "spec", "shape", *(["experts"] if stacks else []), "bits/weight", "error", "method"]
-    table = _table(columns, numeric={"shape", "experts", "bits/weight", "error"})
+    table = table_of(columns, numeric={"shape", "experts", "bits/weight", "error"})
     for linear in report["linears"]:
         table.add_row(*_inspect_row(linear, stacks))
-    parts = [table, _heading(report["output"]), _facts(_totals(report))]
+    parts = [table, heading(report["output"]), fact_table(_totals(report))]
     return Group(*parts, *_remarks(report))
 
 
@@ -124,7 +122,7 @@ def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
         ("decode speed", f"{number(result['tokens_per_second'])} tokens/s", "one sequence, greedy"),
         ("peak memory", size(result["peak_rss_bytes"]), ""),
     ]
-    return _facts(facts)
+    return fact_table(facts)
 
 
 def exported(result: dict[str, Any]) -> RenderableType:
@@ -148,7 +146,7 @@ def exported(result: dict[str, Any]) -> RenderableType:
         text += f"error {number(agreement['error'])}; it rounds activations to 8 bits"
         facts.append(("llama.cpp", "agrees", text))
     written = Text.assemble(("Wrote ", "bold green"), (result["output"], "bold"))
-    return Group(written, _facts(facts), *_lines("Notes", [Text(note) for note in result["notes"]]))
+    return Group(written, fact_table(facts), *section("Notes", [Text(note) for note in result["notes"]]))
 
 
 def _minima(result: dict[str, Any]) -> str:
@@ -157,43 +155,6 @@ def _minima(result: dict[str, Any]) -> str:
         return ""
     largest, rms = number(100 * result["minimum_largest"]), number(100 * result["minimum_rms"])
     return f" but for minima in float16: {largest} % of a step of the grid at most, {rms} % rms"
-
-
-def diagnosed(facts: dict[str, Any]) -> RenderableType:
-    """Return the machine and its libraries; for a checkpoint the kernel of each linear and why; the kernels' speed."""
-    parts: list[RenderableType] = [_facts([(name, text, "") for name, text in facts["machine"].items()])]
-    if "checkpoint" in facts:
-        parts += _chosen_kernels(facts)
-    if "measured" in facts:
-        parts += _kernel_speed(facts["measured"])
-    return Group(*parts)
-
-
-def _chosen_kernels(facts: dict[str, Any]) -> list[RenderableType]:
-    heading = _heading(f"Kernels for {facts['checkpoint']} in {facts['dtype']} on {facts['device']}")
-    table = _table(["linears", "spec", "shape", "kernel", "refused because"], numeric={"linears", "shape"})
-    for group in facts["linears"]:
-        reasons = "\n".join(f"{kernel} {reason}" for kernel, reason in group["refused"].items())
-        shape = _shape(group["shape"])
-        table.add_row(str(group["count"]), group["label"], shape, group["kernel"], Text(reasons, style="dim"))
-    return [heading, table]
-
-
-SPEED_COLUMNS = ("bits", "x", "kernel", "ns a weight in cache", "from memory", "GB/s", "x F.linear", "limited by")
-
-
-def _kernel_speed(measured: dict[str, Any] | str) -> list[RenderableType]:
-    if isinstance(measured, str):
-        return [_heading("Speed for one row"), _indented(Text(measured))]
-    threads, level = plural(measured["threads"], "thread"), measured["level"]
-    bandwidth = number(measured["read_gb_per_s"])
-    heading = _heading(f"Speed for one row on {threads} with {level}; memory is read at {bandwidth} GB/s")
-    table = _table(list(SPEED_COLUMNS), numeric={*SPEED_COLUMNS} - {"x", "kernel", "limited by"})
-    for row in measured["rows"]:
-        names = ("cached_ns_per_weight", "ns_per_weight", "gb_per_s", "times_float32_linear")
-        figures = [number(row[name]) for name in names]
-        table.add_row(str(row["bits"]), row["x"], row["kernel"], *figures, row["limit"])
-    return [heading, table]
 
 
 def label(spec: dict[str, Any]) -> str:
@@ -230,11 +191,11 @@ def _worst(linears: list[dict[str, Any]]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for linear in linears:
         table.add_row(linear["name"], label(linear["spec"]), number(linear["error"]), linear["method"])
-    return _indented(table)
+    return indented(table)
 
 
 def _points(heads: list[str], rows: list[list[str]]) -> RenderableType:
-    table = _table(heads, numeric=set(heads[1:-1]))
+    table = table_of(heads, numeric=set(heads[1:-1]))
     for row in rows:
         table.add_row(*row)
     return table
@@ -248,7 +209,7 @@ def _inspect_row(linear: dict[str, Any], stacks: bool) -> list[str]:
     return [
         linear["name"],
         label(linear["spec"]),
-        _shape(linear["shape"]),
+        dimensions(linear["shape"]),
         *experts,
         *figures,
         linear["method"] + (f" ({unusual})" if unusual else ""),
@@ -258,10 +219,10 @@ def _inspect_row(linear: dict[str, Any], stacks: bool) -> list[str]:
 def _remarks(report: dict[str, Any]) -> list[RenderableType]:
     """Return what was rewritten, refused and left in floats, and the notes."""
     return [
-        *_lines("Rewritten", [Text(line) for line in rewritten(report["rewrites"])]),
-        *_lines("Not rewritten", _by_reason(report["refused"])),
-        *_lines("Kept as they are", _by_reason(report["kept"])),
-        *_lines("Notes", [Text(note) for note in report["notes"]]),
+        *section("Rewritten", [Text(line) for line in rewritten(report["rewrites"])]),
+        *section("Not rewritten", _by_reason(report["refused"])),
+        *section("Kept as they are", _by_reason(report["kept"])),
+        *section("Notes", [Text(note) for note in report["notes"]]),
     ]
 
 
@@ -277,41 +238,6 @@ def _reason_line(names: list[str], reason: str) -> Text:
     return Text.assemble(", ".join(names[:2]) + more, (f"  {reason}", "dim"))
 
 
-def _lines(title: str, lines: list[Text]) -> list[RenderableType]:
-    return [_heading(title), _indented(Group(*lines))] if lines else []
-
-
-def _command(words: list[str]) -> RenderableType:
-    """Return a line to copy: the terminal may wrap it, but no line break is put in."""
-    return Text(f"  {shlex.join(words)}", style="cyan", no_wrap=True, overflow="ignore")
-
-
-def _heading(text: str) -> RenderableType:
-    return Padding(Text(text, style="bold"), (1, 0, 0, 0), expand=False)
-
-
-def _facts(facts: Facts) -> RenderableType:
-    """Return lines of figures; those with a meaning beside them line up with each other, the others may be long."""
-    width = max((len(figure) for _, figure, meaning in facts if meaning), default=0)
-    table = Table.grid(padding=(0, 2))
-    for name, figure, meaning in facts:
-        table.add_row(Text(name, style="dim"), Text.assemble(figure.ljust(width), (f"  {meaning}", "dim")))
-    return _indented(table)
-
-
-def _indented(part: RenderableType) -> RenderableType:
-    return Padding(part, (0, 0, 0, 2), expand=False)
-
-
-def _table(columns: list[str], numeric: set[str]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for name in columns:
-        fold = name in ("linear", "refused because")
-        justify: Literal["left", "right"] = "right" if name in numeric else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=not fold)
-    return table
-
-
 def _error(linear: dict[str, Any]) -> float:
     """Return a sort key that puts an error which is NaN or missing first, as the worst."""
     error = linear["error"]
@@ -320,7 +246,3 @@ def _error(linear: dict[str, Any]) -> float:
 
 def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{number(100 * share)} %"
-
-
-def _shape(shape: list[int]) -> str:
-    return " x ".join(str(side) for side in shape)
