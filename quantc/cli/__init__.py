@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .commands import main
+from .checkpoint_commands import main  # behind the commands of commands.py, which --help lists first
 
 __all__ = ["main"]

@@ -1,0 +1,153 @@
+"""Commands on a finished checkpoint: export it, look into it, check it. What is heavy is imported inside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import UsageError, printable
+from ..units import plural, size, to_printable
+from . import console
+from .commands import main
+from .headings import option
+from .options import CHECKPOINT, DEVICE_OPTION, EXPORT_OPTIONS, JSON_OPTION, dtype_option
+
+
+@main.command()
+@CHECKPOINT
+@EXPORT_OPTIONS
+def export(checkpoint: Path, no_tokenizer: bool, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Write CHECKPOINT as a GGUF file for llama.cpp.
+
+    Weights stay exactly as they are; what GGUF cannot hold is refused.
+
+    \b
+    Example: quantc export qwen3-w4 -o qwen3-w4.gguf
+    """
+    _require_folder(checkpoint)
+    with console.session(quiet, verbose) as progress:
+        from .. import api
+
+        exported = api.export(checkpoint, tokenizer=not no_tokenizer, progress=progress, **settings).to_dict()
+    if as_json:
+        console.show_json(exported)
+    elif not quiet:
+        from . import tables
+
+        console.show(tables.exported(to_printable(exported)))
+
+
+@main.command()
+@CHECKPOINT
+@JSON_OPTION
+def inspect(checkpoint: Path, as_json: bool) -> None:
+    """List the layers of CHECKPOINT with their errors.
+
+    For every layer: spec, shape, bits per weight, error and method; then the totals.
+
+    \b
+    Example: quantc inspect qwen3-w4
+    """
+    report = _read_report(checkpoint)
+    from . import tables
+
+    if as_json:
+        linears = [{**linear, "label": tables.label(linear["spec"])} for linear in report["linears"]]
+        console.show_json({**report, "linears": linears})
+    else:
+        console.show(tables.inspected(to_printable(report)))
+
+
+@main.command()
+@CHECKPOINT
+@JSON_OPTION
+def verify(checkpoint: Path, as_json: bool) -> None:
+    """Check shapes and checksums of CHECKPOINT.
+
+    \b
+    Example: quantc verify qwen3-w4
+    """
+    _require_folder(checkpoint)
+    with console.session(quiet=True):
+        from ..checkpoint import reader as checkpoints
+
+        verified = checkpoints.verify(checkpoint)
+    if as_json:
+        counted = {"tensors": verified.tensors, "bytes": verified.bytes}
+        console.show_json({"checkpoint": checkpoint, **counted, "notes": verified.notes})
+        return
+    tensors = plural(verified.tensors, "tensor")
+    name = printable(str(checkpoint))
+    click.echo(f"{name} is intact: {tensors}, {size(verified.bytes)}, all shapes and checksums as recorded.")
+    for note in verified.notes:
+        click.echo(f"Note: {printable(note)}.")
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@dtype_option("as it would be loaded")
+@DEVICE_OPTION
+@option("--measure", is_flag=True, help="Also time the CPU kernels, which takes a few seconds.")
+@JSON_OPTION
+def doctor(checkpoint: Path | None, as_json: bool, **settings: Any) -> None:
+    """Describe this machine, and the kernels that run CHECKPOINT on it.
+
+    For every layer of CHECKPOINT: the kernel that runs it here, and why the others refused.
+
+    \b
+    Example: quantc doctor qwen3-w4 --measure
+    """
+    if checkpoint is not None:
+        _require_folder(checkpoint)
+    with console.session(quiet=True):
+        from ..runtime import doctor as examiner
+
+        facts = examiner.examine(checkpoint, **settings)
+    if as_json:
+        console.show_json(facts)
+        return
+    from .machine_tables import diagnosed
+
+    console.show(diagnosed(to_printable(facts)))
+
+
+@main.command()
+@CHECKPOINT
+@option("--out", "-o", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+        help="File to write. [default: CHECKPOINT/report.html]")  # fmt: skip
+@JSON_OPTION
+def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
+    """Write the report of CHECKPOINT as an HTML page.
+
+    \b
+    Example: quantc report qwen3-w4 -o qwen3-w4.html
+    """
+    from ..pages.report_page import is_page, render
+
+    if out is not None and out.is_file() and not is_page(out):
+        raise UsageError(f"{out} exists, and quantc did not write it; pass another --out.")
+    file = out or checkpoint / "report.html"
+    page = render(_read_report(checkpoint))
+    file.write_text(page, encoding="utf-8")
+    if as_json:
+        console.show_json({"checkpoint": checkpoint, "report": file})
+    else:
+        click.echo(f"Wrote {printable(str(file))}")
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    from ..checkpoint.copies import describe_copy
+    from ..checkpoint.reader import is_checkpoint
+    from ..report import REPORT_FILE, read_report
+
+    _require_folder(folder)
+    if not (folder / REPORT_FILE).is_file() and is_checkpoint(folder):
+        return describe_copy(folder)
+    return read_report(folder)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; pass a checkpoint that `quantc quantize` wrote.")
