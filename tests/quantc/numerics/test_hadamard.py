@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantc.numerics import hadamard
+from quantc.numerics import paley
 from quantc.numerics.hadamard import base_order, block_order, hadamard_matrix, rotate, rotate_back, rotation, signs
 
 UP_TO = 200
@@ -110,10 +110,10 @@ def test_a_caller_who_writes_into_a_matrix_spoils_no_cache() -> None:
 def test_the_quadratic_character_is_one(p: int, e: int) -> None:
     """Half of the nonzero elements are squares; each nonzero shift correlates to -1, which only fields give."""
     q = p**e
-    character = hadamard._quadratic_character(p, e)
+    character = paley._quadratic_character(p, e)
     assert character.tolist().count(0.0) == 1
     assert character.sum() == 0
-    table = character[hadamard._differences(p, e)]
+    table = character[paley._differences(p, e)]
     expected = q * torch.eye(q, dtype=torch.float64) - 1
     assert torch.equal(table @ table.T, expected)
 
