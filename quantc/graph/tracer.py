@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,50 +14,14 @@ from torch.overrides import TorchFunctionMode
 from .blocks import BlockCall, Returns
 from .model_graph import Activation, ActivationKind, Block, Linear, LinearKind, Norm
 from .modules import StackTable, as_norm, linear_modules, loose_weights, shape_of
+from .origins import RESIDUAL, Origin, adds_to_residual, origin_of_result
 
 TensorKey = tuple[int, int, int, int]
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a tensor came from. `kind` is "norm", "linear", or an activation kind; the rest as in Activation."""
-
-    kind: str
-    writers: tuple[str, ...] = ()
-    scaled_by: tuple[str, ...] = ()
-    head_dim: int = 0
-
-
-RESIDUAL = Origin("residual")
-
-# Functions that hand values on unchanged, only shaped, cut or cast.
-SHAPING = {
-    "view", "reshape", "transpose", "permute", "contiguous", "to", "float", "type", "type_as", "flatten", "unflatten",
-    "squeeze", "unsqueeze", "expand", "expand_as", "clone", "dropout", "__getitem__", "chunk", "split", "unbind",
-    "repeat_interleave", "swapaxes", "movedim", "view_as", "half", "bfloat16", "tensor_split", "narrow", "detach",
-}  # fmt: skip
-# Functions of one tensor, value by value (softmax: row by row), as activations and gates are.
-POINTWISE = {
-    "silu", "gelu", "relu", "relu_", "relu6", "leaky_relu", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid",
-    "mish", "elu", "square", "pow", "exp", "softmax", "log_softmax", "clamp", "clamp_", "clip", "clip_", "sigmoid_",
-    "silu_", "__pow__",
-}  # fmt: skip
-PRODUCTS = {"mul", "__mul__", "mul_", "__rmul__", "multiply", "__imul__"}
-SUMS = {"add", "__add__", "add_", "__radd__", "__iadd__", "sub", "__sub__"}
 ROUTES = "it routes tokens to experts"
 CHOICES = {"topk", "argmax", "sort", "max"}
 MATRIX_PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "__rmatmul__", "mm"}
-QUESTIONS = {
-    "__get__",
-    "size",
-    "dim",
-    "numel",
-    "is_contiguous",
-    "stride",
-    "data_ptr",
-    "__len__",
-    "element_size",
-}
+QUESTIONS = {"__get__", "size", "dim", "numel", "is_contiguous", "stride", "data_ptr", "__len__", "element_size"}
 
 
 class BlockTracer(TorchFunctionMode):
@@ -159,25 +123,9 @@ class BlockTracer(TorchFunctionMode):
         origins = [self._origin(value) for value in args if isinstance(value, torch.Tensor)]
         if not origins:
             return None
-        if name in SHAPING:
-            return origins[0]
-        if name in POINTWISE:
-            return Origin("activated", origins[0].writers)
-        if name in PRODUCTS:
-            return self._origin_of_product(origins) if len(origins) == 2 else origins[0]  # times a number
-        if name in SUMS and len(origins) == 2 and RESIDUAL in origins:
+        if adds_to_residual(name, origins):
             self.added += [writer for origin in origins if origin.kind != "residual" for writer in origin.writers]
-            return RESIDUAL
-        return None
-
-    @staticmethod
-    def _origin_of_product(origins: list[Origin]) -> Origin | None:
-        writers = tuple(dict.fromkeys(writer for origin in origins for writer in origin.writers))
-        activated = [origin for origin in origins if origin.kind == "activated"]
-        if not activated or not all(origin.writers for origin in origins):
-            return None
-        plain = {writer for origin in origins if origin.kind == "linear" for writer in origin.writers}
-        return Origin("gated", writers, tuple(sorted(plain - set(activated[0].writers))))
+        return origin_of_result(name, origins)
 
     def _notice_borrowing(self, name: str, args: tuple[Any, ...]) -> None:
         if name in QUESTIONS:
