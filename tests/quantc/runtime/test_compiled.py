@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import quantc
 from quantc.errors import UsageError
 from quantc.kernels.cpu import library
-from quantc.runtime import compiled
+from quantc.runtime import compiled, step_graph
 from tests.families import build
 from tests.helpers import save_with_tokenizer, thinned
 
@@ -108,7 +108,7 @@ def test_what_reads_the_same_tensor_is_one_call_and_attention_is_open(
     assert found.count(ops.native_step1.default) == 2 * blocks + 1  # o and down, and the head
     assert ops.native_matmul not in found
     assert F.scaled_dot_product_attention not in found
-    assert found.count(compiled.attend) == blocks
+    assert found.count(step_graph.attend) == blocks
 
 
 @native
@@ -123,7 +123,7 @@ def test_torch_can_keep_what_it_makes_of_the_graph(
     with torch._inductor.config.patch(compiled._options()):
         for graph in graphs:
             check_cacheable(graph)
-    assert compiled.attend in targets(graphs)
+    assert step_graph.attend in targets(graphs)
 
 
 class Told:
@@ -249,7 +249,7 @@ def test_attention_of_one_query_equals_torch_s(
     exact = F.scaled_dot_product_attention(
         query.double(), key.double(), value.double(), **{**given, "attn_mask": mask if wide is None else wide}
     )
-    found = compiled.attend(query, key, value, **given)  # type: ignore[arg-type]
+    found = step_graph.attend(query, key, value, **given)  # type: ignore[arg-type]
     assert (found.dtype, found.shape) == (dtype, query.shape)
     allowed = (4 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps) * (1 + exact.abs().max())
     if dtype == torch.float64:
@@ -265,4 +265,4 @@ def test_attention_of_more_queries_or_of_one_that_sees_nothing_behind_it_stays(g
     one, two, keys = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 2, 8), torch.randn(1, 2, 5, 8)
     for query, causal in ((two, False), (one, True)):
         assert torch.equal(run(query, keys, causal), attention(query, keys, causal))
-    assert compiled.attend not in targets(graphs)
+    assert step_graph.attend not in targets(graphs)
