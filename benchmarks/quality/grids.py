@@ -59,7 +59,7 @@ def on_model(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Name
         )  # fmt: skip
         shared = [linear.error for linear in report.linears if linear.shape[1] % LARGE_BLOCK == 0]
         found = {"error": sum(shared) / len(shared), "linears": len(shared), "bits_per_weight": report.bits_per_weight}
-        whole = not any("stay floats" in note for note in report.notes)
+        whole = not any("kept as floats" in note for note in report.notes)
         return {**row, **found, **(scorer.score(out) if whole else {})}
 
 

@@ -51,9 +51,9 @@ def compare(args: argparse.Namespace, folder: Path, mix: str) -> dict[str, Any]:
         for name, source in sources.items()
     }
     best = dict.fromkeys(models, 0.0)
-    for _ in range(args.rounds):
-        for name, model in models.items():
-            best[name] = max(best[name], measure_decode_speed(model, sources[name].tokenizer))
+    for number in range(args.rounds):
+        for name in sorted(models, reverse=number % 2 == 1):
+            best[name] = max(best[name], measure_decode_speed(models[name], sources[name].tokenizer))
     return {"type": mix, **{f"{name}, tokens/s": speed for name, speed in best.items()}} | {
         "ratio": best["quantc"] / best["llama.cpp"]
     }
@@ -63,7 +63,7 @@ def main() -> None:
     parser = describe(__doc__)
     parser.add_argument("model")
     parser.add_argument("--llama-cpp", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gguf_decode.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gguf-decode-") as scratch:

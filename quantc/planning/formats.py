@@ -117,8 +117,8 @@ class Formats:
         if one is None:
             return self.grids.notes(run)
         uneven = sum(not _divides(one, linear) for linear in run.graph.linears.values())
-        short = f"blocks of {one.group_size} do not divide their rows"
-        return [f"{plural(uneven, 'layer')} stay floats: {short}"] if uneven else []
+        short = f"whose rows blocks of {one.group_size} do not divide"
+        return [f"{plural(uneven, 'layer')} kept as floats, {short}"] if uneven else []
 
     def _check_labels(self, specs: Iterable[QuantSpec]) -> None:
         known = dict.fromkeys(map(format_label, specs))

@@ -110,8 +110,8 @@ class TargetGrids(Grids):
         uneven = [name for name, linear in linears.items() if linear.shape[1] % LARGE_BLOCK]
         kept = [name for name in linears if specs[name] is None]
         if uneven and len(uneven) > len(kept) and run.container is None:  # of a file every tensor is known
-            short = f"blocks of {min(blocks)}: {LARGE_BLOCK} does not divide their rows"
-            found.append(f"{plural(len(uneven), 'layer')} have {short}")
+            layers = plural(len(uneven), "layer")
+            found.append(f"blocks of {min(blocks)} in {layers}, whose rows {LARGE_BLOCK} does not divide")
         if kept:
-            found.append(f"{plural(len(kept), 'layer')} stay floats: no block divides their rows")
+            found.append(f"{plural(len(kept), 'layer')} kept as floats, whose rows no block divides")
         return found

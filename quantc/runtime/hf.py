@@ -87,7 +87,7 @@ class QuantcQuantizer(HfQuantizer):
         if hasattr(self.quantization_config, "residual_rotation"):
             raise CheckpointError(
                 "this checkpoint's weights belong to rotated hidden states, so that without quantc, which rotates "
-                "them, the unpacked model would be wrong; use quantc.runtime.unpack and keep it in memory."
+                "them, the unpacked model would be wrong; use quantc.runtime.modules.unpack and keep it in memory."
             )
         return unpack(model, dtype or torch.float32)
 

@@ -111,12 +111,12 @@ def test_a_head_is_covered_where_its_formats_are_known(settings: dict[str, Any],
     [
         ({}, ["group sizes 40, 64: 128 does not divide every width of this model"]),
         ({"group_size": 16}, []),
-        ({"formats": ("mxfp4",)}, ["2 layers stay floats: blocks of 32 do not divide their rows"]),
+        ({"formats": ("mxfp4",)}, ["2 layers kept as floats, whose rows blocks of 32 do not divide"]),
         (
             {"target": "gguf"},
             [
-                "3 layers have blocks of 32: 256 does not divide their rows",
-                "2 layers stay floats: no block divides their rows",
+                "blocks of 32 in 3 layers, whose rows 256 does not divide",
+                "2 layers kept as floats, whose rows no block divides",
             ],
         ),
     ],
