@@ -44,11 +44,11 @@ def weights_bytes(run: Run, specs: Specs) -> int:
 def notes_on_size(run: Run) -> list[str]:
     """Return a note where the checkpoint is larger than its source: what takes most, and which option mends it."""
     report = run.report
-    if not 0 < report.source_bytes < report.weights_bytes:
+    before, after = size(report.source_bytes), size(report.weights_bytes)
+    if not 0 < report.source_bytes < report.weights_bytes or before == after:
         return []
     count, cause = max(_causes(run))
-    grown = f"{size(report.weights_bytes)} after {size(report.source_bytes)}"
-    return [f"the checkpoint is larger than its source ({grown}): {size(count)} of it are {cause}"]
+    return [f"the checkpoint is larger than its source ({after} after {before}): {size(count)} of it are {cause}"]
 
 
 def _causes(run: Run) -> list[tuple[int, str]]:
