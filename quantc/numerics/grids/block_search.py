@@ -92,7 +92,9 @@ class _Search:
             if self.grid.minima:
                 yield (high - low) * (ratio / longest), low * ratio
             else:
-                extreme = torch.where(-low > high, low, high)  # on the side that has one level more
+                # On the side that has one level more. Where neither has, scales are above 0: with both signs llama.cpp
+                # decoded files of Q8_0 10 % slower.
+                extreme = torch.minimum(low, -high) if self.grid.mirrored else torch.where(-low > high, low, high)
                 yield -extreme * (ratio / longest), torch.zeros_like(low)
 
     def _fitted(self, step: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

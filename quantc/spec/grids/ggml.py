@@ -41,6 +41,11 @@ class Ggml(Fixed):
         return 0 if self.minima else 1 << (self.bits - 1)
 
     @property
+    def mirrored(self) -> bool:
+        """Whether every level has its opposite, so that the sign of a scale is free."""
+        return not self.table and not self.minima and self.least_code + self.levels - 1 == 2 * self.mid
+
+    @property
     def reach(self) -> int:
         """The level that is farthest from 0; without a base there is no other as far."""
         if self.table:

@@ -13,6 +13,7 @@ from quantc.formats import DENSE
 from quantc.numerics.basis import Basis
 from quantc.numerics.grids import arithmetic_of, fit_grid
 from quantc.numerics.qtensor import QTensor
+from quantc.planning.targets import spec_of_code
 from quantc.spec import GRIDS, Ggml, QuantSpec
 
 gguf = pytest.importorskip("gguf")
@@ -117,3 +118,9 @@ def test_what_a_spec_cannot_say() -> None:
         QuantSpec(4, 256, code="q4_k", two_of_four=True)
     assert QuantSpec(4, 256, code="q4_k").label() == "q4_k"
     assert QuantSpec.from_dict(spec_of("q2_k").to_dict()) == spec_of("q2_k")
+
+
+def test_scales_are_above_zero_where_every_level_has_its_opposite() -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    assert bool((fit_grid(weight, spec_of_code("q8_0")).scales > 0).all())
+    assert bool((fit_grid(weight, spec_of_code("q4_0")).scales < 0).any())
