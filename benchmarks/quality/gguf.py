@@ -62,7 +62,7 @@ def write_floats(model: Any, words: Any, file: Path) -> list[FileTensor]:
     return tensors
 
 
-def write_importance(model: nn.Module, tokens: torch.Tensor, tensors: list[FileTensor], file: Path) -> None:
+def write_importance(model: Any, tokens: torch.Tensor, tensors: list[FileTensor], file: Path) -> None:
     """Write llama.cpp's importance matrix: the mean square of every input of every linear, on tokens (samples, T)."""
     sums: dict[str, torch.Tensor] = {}
 
@@ -78,9 +78,10 @@ def write_importance(model: nn.Module, tokens: torch.Tensor, tensors: list[FileT
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
+    logits = {"logits_to_keep": 1} if model.config.tie_word_embeddings else {}  # of a tied head there is no entry
     with torch.no_grad():
         for window in tokens:
-            model(input_ids=window[None], use_cache=False)
+            model(input_ids=window[None], use_cache=False, **logits)
     for hook in hooks:
         hook.remove()
     names = {tensor.source: tensor.name for tensor in tensors if tensor.source in sums}

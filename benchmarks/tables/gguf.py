@@ -12,6 +12,7 @@ from ..common import markdown
 from .results import MISSING, find, load, megabytes, rounded, seconds
 
 MIXES = ("Q8_0", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
+SAME_SIZE = 0.99  # of two files; what fits below is left out where a single large tensor is all that could grow
 OWN_TEXT = "self"
 WIKITEXT = "wikitext2-valid.txt"
 CASES = {  # model and calibration text -> the head of its columns
@@ -36,9 +37,16 @@ def _by_model(mix: str) -> dict[str, str]:
         theirs = _row(model, calibration, mix, "llama.cpp")
         cells[head] = megabytes(theirs["bytes"]) if theirs else MISSING
         for maker, label in MAKERS.items():
-            row = _row(model, calibration, mix, maker)
-            cells[f"{head}, {label}"] = rounded(row and row["kl"])
+            cells[f"{head}, {label}"] = _kl(_row(model, calibration, mix, maker), theirs)
     return cells
+
+
+def _kl(row: dict[str, Any] | None, theirs: dict[str, Any] | None) -> str:
+    """Return a divergence, with the size of a file that is smaller by a hundredth and more."""
+    if row is None or theirs is None:
+        return MISSING
+    smaller = row["bytes"] < SAME_SIZE * theirs["bytes"]
+    return f"{rounded(row['kl'])} in {megabytes(row['bytes'])}" if smaller else rounded(row["kl"])
 
 
 def gguf_short() -> str:
