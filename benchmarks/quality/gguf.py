@@ -161,7 +161,8 @@ def make(
     measured, summary = quantize(model, out, args.threads, size=size, **how, **calibration)
     return out, {
         "cpu_seconds": measured.cpu_seconds, "wall_seconds": measured.wall_seconds,
-        "peak_rss_bytes": measured.peak_rss_bytes, "notes": summary["notes"],
+        "peak_rss_bytes": measured.peak_rss_bytes,
+        "notes": [note for note in summary["notes"] if "metadata" not in note],  # which names a path of this machine
     }  # fmt: skip
 
 
