@@ -15,11 +15,11 @@ MIXES = ("Q8_0", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
 SAME_SIZE = 0.99  # of two files; what fits below is left out where a single large tensor is all that could grow
 OWN_TEXT = "self"
 WIKITEXT = "wikitext2-valid.txt"
-CASES = {  # model and calibration text -> the head of its columns
-    ("SmolLM2-135M", WIKITEXT): "SmolLM2", ("Gemma-3-270M", WIKITEXT): "Gemma 3",
-    ("stories15M", OWN_TEXT): "stories15M",
+COLUMNS = {  # head -> model, calibration text, preset
+    "SmolLM2": ("SmolLM2-135M", WIKITEXT, "fast"), "Gemma 3": ("Gemma-3-270M", WIKITEXT, "fast"),
+    "stories15M": ("stories15M", OWN_TEXT, "fast"), "stories15M, `best`": ("stories15M", OWN_TEXT, "best"),
+    "stories15M, WikiText-2": ("stories15M", WIKITEXT, "fast"),
 }  # fmt: skip
-MAKERS = {"llama.cpp": "llama.cpp", "fast": "quantc"}
 
 
 def _row(model: str, calibration: str, mix: str, maker: str) -> dict[str, Any] | None:
@@ -27,42 +27,19 @@ def _row(model: str, calibration: str, mix: str, maker: str) -> dict[str, Any] |
 
 
 def gguf() -> str:
-    """One row for each mix: the size of its file, and the divergences of that and of quantc's, for every model."""
-    return markdown([_by_model(mix) for mix in MIXES])
-
-
-def _by_model(mix: str) -> dict[str, str]:
-    cells = {"size of": f"`{mix}`"}
-    for (model, calibration), head in CASES.items():
-        theirs = _row(model, calibration, mix, "llama.cpp")
-        cells[head] = megabytes(theirs["bytes"]) if theirs else MISSING
-        for maker, label in MAKERS.items():
-            cells[f"{head}, {label}"] = _kl(_row(model, calibration, mix, maker), theirs)
-    return cells
-
-
-def _kl(row: dict[str, Any] | None, theirs: dict[str, Any] | None) -> str:
-    """Return a divergence, with the size of a file that is smaller by a hundredth and more."""
-    if row is None or theirs is None:
-        return MISSING
-    smaller = row["bytes"] < SAME_SIZE * theirs["bytes"]
-    return f"{rounded(row['kl'])} in {megabytes(row['bytes'])}" if smaller else rounded(row["kl"])
-
-
-def gguf_short() -> str:
-    """The table of the README: both divergences of every model."""
+    """One row for each mix: for every model the divergence of llama.cpp's file and that of quantc's."""
     return markdown([
-        {
-            "size of": f"`{mix}`",
-            **{
-                f"{head}, {label}": rounded(row and row["kl"])
-                for (model, calibration), head in CASES.items()
-                for maker, label in MAKERS.items()
-                for row in [_row(model, calibration, mix, maker)]
-            },
-        }
-        for mix in ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+        {"size of": f"`{mix}`", **{head: _both(mix, *column) for head, column in COLUMNS.items()}} for mix in MIXES
     ])  # fmt: skip
+
+
+def _both(mix: str, model: str, calibration: str, preset: str) -> str:
+    theirs, ours = (_row(model, calibration, mix, maker) for maker in ("llama.cpp", preset))
+    if theirs is None or ours is None:
+        return MISSING
+    smaller = ours["bytes"] < SAME_SIZE * theirs["bytes"]
+    size = f" in {ours['bytes'] / theirs['bytes']:.0%}" if smaller else ""
+    return f"{rounded(theirs['kl'])} / {rounded(ours['kl'])}{size}"
 
 
 def autoround_gguf() -> str:
@@ -117,5 +94,5 @@ def _error(value: float | None) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "gguf": gguf, "gguf-short": gguf_short, "autoround-gguf": autoround_gguf, "grids": grids, "grid-kl": grid_kl,
+    "gguf": gguf, "autoround-gguf": autoround_gguf, "grids": grids, "grid-kl": grid_kl,
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -167,13 +168,13 @@ class _Items(Sequence["Array"]):
     end: int
 
     @property
+    @abstractmethod
     def data(self) -> range:
         """Return the places of the items' contents among the parts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def item(self, index: int) -> Array:
         """Return a part behind the head."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.head) + self.behind
