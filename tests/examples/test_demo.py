@@ -1,39 +1,42 @@
-"""The table of the demo, from what `quantc eval --json` prints."""
+"""The table that ends the demo."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
-from quantc.evaluation.scores import Evaluation
+import quantc
+from tests.families import build
+from tests.helpers import quantize_saved, save_with_tokenizer, tiny_text
 
 SCRIPT = Path(__file__).parents[2] / "examples/demo.py"
-ORIGINAL = {
-    "weights_bytes": 98_400_000,
-    "bits_per_weight": 5.0,
-    "mean_kl": None,
-    "perplexity": 28.69,
-    "tokens_per_second": 20.0,
-}
-QUANTIZED = {
-    **ORIGINAL,
-    "weights_bytes": 86_600_000,
-    "bits_per_weight": 4.34,
-    "mean_kl": 0.1193,
-    "tokens_per_second": 61.25,
-}
 
 
 def test_both_models_are_lines_of_one_table(tmp_path: Path) -> None:
-    assert ORIGINAL.keys() <= {field.name for field in fields(Evaluation)}
-    for name, found in (("original", ORIGINAL), ("quantized", QUANTIZED)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    shown = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert shown[0].split() == ["weights", "bits", "per", "weight", "KL", "divergence", "perplexity", "tokens/s"]
-    assert shown[1].split() == ["original", "98.4", "MB", "5.00", "28.69", "20.0"]
-    assert shown[2].split() == ["quantized", "86.6", "MB", "4.34", "0.119", "28.69", "61.2"]
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    quantize_saved(tmp_path, bits=3, group_size=16, method="rtn", preset="fast")
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text(300, seed=1))
+    arguments = [str(tmp_path / "packed"), str(tmp_path / "model"), str(text)]
+    run = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    heading, original, quantized = run.stdout.splitlines()
+    assert heading.split() == ["weights", "bits", "per", "weight", "KL", "divergence", "perplexity", "tokens/s"]
+    found = quantc.evaluate(tmp_path / "packed", against=tmp_path / "model", text=str(text))
+    assert found.mean_kl is not None
+    assert original.split()[:5] == [
+        "original",
+        *megabytes(tmp_path / "model"),
+        "32.00",
+        f"{found.perplexity_original:.2f}",
+    ]
+    measured = [f"{found.bits_per_weight:.2f}", f"{found.mean_kl:.3f}", f"{found.perplexity:.2f}"]
+    assert quantized.split()[:6] == ["quantized", *megabytes(tmp_path / "packed"), *measured]
+    assert float(original.split()[-1]) > 0
+    assert float(quantized.split()[-1]) > 0
+
+
+def megabytes(folder: Path) -> list[str]:
+    """Return the size of a folder's weight files, as the table shows it."""
+    return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB".split()

@@ -25,7 +25,7 @@ def test_a_preset_is_a_recipe_that_can_be_printed_and_read_back(name: str) -> No
 
 
 def test_the_default_is_a_preset() -> None:
-    assert preset("fast") == DEFAULT
+    assert preset("balanced") == DEFAULT
 
 
 def test_an_unknown_preset_is_named_with_the_nearest() -> None:
