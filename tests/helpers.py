@@ -48,7 +48,8 @@ def quantize_saved(folder: Path, **settings: Any) -> Report:
     """Quantize what `save_with_tokenizer` put into `folder`/model, on its text, into `folder`/packed."""
     text = str(folder / "model/text.txt")
     head = {} if settings.get("plan") else {"head_bits": "keep"}  # the blocks are what most tests look at
-    settings = {"calib": text, "samples": 4, "seq_len": 32, **head, **settings}
+    preset = {} if settings.get("recipe") else {"preset": "fast"}  # which rotates nothing
+    settings = {"calib": text, "samples": 4, "seq_len": 32, **head, **preset, **settings}
     return quantc.quantize(folder / "model", out=folder / "packed", **settings)
 
 

@@ -31,7 +31,8 @@ ROTATION_GAIN = "a checkpoint of quantc's own with it loses about a fifth less a
 class Settings(TypedDict, total=False):
     """What a run may be told besides the model and where to write; the command line's options of the same names.
 
-    preset: fast, balanced (the default) or best. recipe: a Recipe or a YAML file instead; the other settings override either.
+    preset: fast, balanced (the default) or best. recipe: a Recipe or a YAML file instead; the other settings override
+    either.
     bits: of every code; with a fraction it means avg_bits: what a weight inside the blocks takes on average, all that
     is stored counted. size: instead, bytes of the weight files, or text such as 300MiB. Within either budget, layers
     get mixed precision by predicted loss, under these rules. pins: pattern of names -> bits. formats: the labels

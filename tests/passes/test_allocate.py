@@ -37,7 +37,15 @@ def planned(saved: Path, average: float | None = None, **settings: Any) -> api.R
     text = str(saved / "model/text.txt")
     return api.plan(
         saved / "model",
-        **{"avg_bits": average, "group_size": 16, "calib": text, "head_bits": "keep", **CALIBRATION, **settings},
+        **{
+            "avg_bits": average,
+            "preset": "fast",
+            "group_size": 16,
+            "calib": text,
+            "head_bits": "keep",
+            **CALIBRATION,
+            **settings,
+        },
     )
 
 
@@ -284,8 +292,8 @@ def test_groups_along_the_outputs_take_part_where_inputs_are_not_rotated(tmp_pat
         "head_bits": "keep",
     }
     report = quantc.quantize(TRAINED, recipe=recipe, out=tmp_path / "packed", **settings)
-    planned_specs = api.plan(TRAINED, **settings).plan.specs
+    planned_specs = api.plan(TRAINED, preset="fast", **settings).plan.specs
     assert {item.name: item.spec for item in report.linears} == planned_specs  # group_channels changed nothing
     assert {spec.grouping for spec in planned_specs.values() if spec} == {"per_oc", "per_ic"}
-    rotated = api.plan(TRAINED, preset="balanced", **settings).plan.specs.values()
+    rotated = api.plan(TRAINED, **settings).plan.specs.values()
     assert all(spec.grouping == "per_oc" for spec in rotated if spec and spec.hadamard)

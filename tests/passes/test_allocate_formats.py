@@ -29,15 +29,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(saved: Path, average: float, **settings: Any) -> api.Run:
+def planned(saved: Path, average: float, preset: str = "fast", **settings: Any) -> api.Run:
     text = str(saved / "text.txt")
-    return api.plan(saved, avg_bits=average, calib=text, head_bits="keep", **CALIBRATION, **settings)
+    return api.plan(saved, avg_bits=average, calib=text, preset=preset, head_bits="keep", **CALIBRATION, **settings)
 
 
 def quantized(saved: Path, out: Path, *words: str) -> Any:
     text = str(saved / "text.txt")
     return run_command(
-        "quantize", str(saved), "-o", str(out), "--calib", text, "--samples", "4", "--seq-len", "32", *words
+        "quantize",
+        str(saved),
+        "-o",
+        str(out),
+        "--preset",
+        "fast",
+        "--calib",
+        text,
+        "--samples",
+        "4",
+        "--seq-len",
+        "32",
+        *words,
     )
 
 

@@ -39,7 +39,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def planned(saved: Path, **settings: Any) -> api.Run:
     text = str(saved / "model/text.txt")
     return api.plan(
-        saved / "model", **{"sparsity": "auto", "calib": text, "head_bits": "keep", **CALIBRATION, **settings}
+        saved / "model",
+        **{"preset": "fast", "sparsity": "auto", "calib": text, "head_bits": "keep", **CALIBRATION, **settings},
     )
 
 
@@ -115,7 +116,7 @@ def test_sizes_and_searches_have_it_too(saved: Path) -> None:
 @pytest.mark.parametrize("estimator", thinned(["gram", "kl"], every=2))
 def test_other_estimators_rate_it(estimator: str, saved: Path) -> None:
     recipe = Recipe.from_dict({"version": 1, "passes": [{"allocate": {"estimator": estimator}}, "quantize"]})
-    assert sparse(planned(saved, avg_bits=2.0, recipe=recipe))
+    assert sparse(planned(saved, avg_bits=2.0, preset=None, recipe=recipe))
 
 
 def test_losses_are_those_of_what_is_stored_within_the_sample() -> None:

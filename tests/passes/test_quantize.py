@@ -38,7 +38,14 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, out: Path, **settings: Any) -> Report:
-    options = {"bits": 4, "group_size": 32, "calib": str(model / "text.txt"), "samples": 1, "seq_len": 12}
+    options = {
+        "preset": "fast",
+        "bits": 4,
+        "group_size": 32,
+        "calib": str(model / "text.txt"),
+        "samples": 1,
+        "seq_len": 12,
+    }
     return quantc.quantize(model, out=out, **{**options, **settings})
 
 

@@ -86,7 +86,7 @@ def test_own_code_is_not_run_unasked(own: Path, tmp_path: Path, marker: Path) ->
 
 def test_own_code_that_is_trusted(own: Path, tmp_path: Path, marker: Path) -> None:
     out = tmp_path / "out"
-    words = f"quantize {own} --bits 8 --group-size 8 --method rtn --out {out} --trust-remote-code"
+    words = f"quantize {own} --preset fast --bits 8 --group-size 8 --method rtn --out {out} --trust-remote-code"
     result = run(*words.split())
     assert result.exit_code == 0, result.stderr
     assert "--text wikitext2 --trust-remote-code" in result.stdout

@@ -92,8 +92,8 @@ def test_a_plan_is_built_as_it_stands_and_the_model_runs(saved: Path) -> None:
 def test_a_sparsity_is_a_setting(calib: str | None, tmp_path: Path) -> None:
     folder = save_with_tokenizer(build("llama"), tmp_path / "model")
     report = quantc.quantize(
-        folder, out=tmp_path / "packed", bits=4, sparsity=0.5, calib=calib or str(folder / "text.txt"), samples=4,
-        seq_len=32,
+        folder, out=tmp_path / "packed", preset="fast", bits=4, sparsity=0.5, calib=calib or str(folder / "text.txt"),
+        samples=4, seq_len=32,
     )  # fmt: skip
     assert {linear.spec for linear in report.linears} == {QuantSpec(4, 16, sparsity=0.5)}
     assert {linear.method for linear in report.linears} == {"gptq" if calib is None else "rtn"}
@@ -110,7 +110,7 @@ def test_a_sparsity_is_a_setting(calib: str | None, tmp_path: Path) -> None:
 
 def test_groups_of_another_length_and_the_name_of_the_folder() -> None:
     job = Job.of({"bits": 3, "sparsity": 0.25, "group_size": 8}, None, "cpu", None)
-    assert [name for name, _ in job.recipe.passes] == ["allocate", "sparsify", "quantize"]
+    assert [name for name, _ in job.recipe.passes] == ["allocate", "rotate", "sparsify", "quantize"]
     assert default_name("tiny", job.passes, job.plan) == "tiny-quantc-w3g8-s25"
     two = Job.of({"bits": 4, "sparsity": "2:4"}, None, "cpu", None)
     assert default_name("tiny", two.passes, two.plan) == "tiny-quantc-w4g128-2:4"

@@ -60,7 +60,7 @@ def test_a_trained_head_is_kept_where_the_config_calls_it_tied(folder: Path, tmp
     expected = logits(open_model(folder).load_whole(torch.float32))
     edit_config(folder, tie_word_embeddings=True)
     assert torch.equal(logits(open_model(folder).load_whole(torch.float32)), expected)
-    report = quantc.quantize(folder, bits=8, group_size=8, method="rtn", out=tmp_path / "out")
+    report = quantc.quantize(folder, preset="fast", bits=8, group_size=8, method="rtn", out=tmp_path / "out")
     assert report.notes == [
         f"config.json says that the head is the embedding, but {HEAD} has values of its own; the files are believed, "
         "and the head is stored by itself"
@@ -73,7 +73,7 @@ def test_a_trained_head_is_kept_where_the_config_calls_it_tied(folder: Path, tmp
 
 def test_a_copy_of_the_embedding_stays_tied(tied_folder: Path, tmp_path: Path) -> None:
     edit_weights(tied_folder, lambda found: found.update({HEAD: found[EMBEDDING].clone()}))
-    report = quantc.quantize(tied_folder, bits=8, group_size=8, method="rtn", out=tmp_path / "out")
+    report = quantc.quantize(tied_folder, preset="fast", bits=8, group_size=8, method="rtn", out=tmp_path / "out")
     assert report.notes == []
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
     assert HEAD not in json.loads((tmp_path / "out/quantc.json").read_text())["tensors"]

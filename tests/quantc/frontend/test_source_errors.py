@@ -224,7 +224,7 @@ def test_no_tokenizer(folder: Path, tmp_path: Path) -> None:
         quantc.quantize(folder, bits=4, calib=str(folder / "text.txt"), out=tmp_path / "out")
     assert str(caught.value).startswith(f"{folder}: no tokenizer could be read (")
     assert not (tmp_path / "out").exists()
-    report = quantc.quantize(folder, bits=4, group_size=8, method="rtn", out=tmp_path / "out")
+    report = quantc.quantize(folder, preset="fast", bits=4, group_size=8, method="rtn", out=tmp_path / "out")
     assert len(report.notes) == 1
     assert report.notes[0].startswith(f"the checkpoint has no tokenizer: {folder}: no tokenizer could be read (")
     assert not list((tmp_path / "out").glob("tokenizer*"))

@@ -90,7 +90,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, out: Path, **settings: Any) -> Report:
-    options = {"bits": 3, "group_size": 32, "calib": str(model / "text.txt"), "samples": 6, "seq_len": 32}
+    options = {
+        "preset": "fast",
+        "bits": 3,
+        "group_size": 32,
+        "calib": str(model / "text.txt"),
+        "samples": 6,
+        "seq_len": 32,
+    }
     return quantc.quantize(model, out=out, **{**options, **settings})
 
 

@@ -99,12 +99,12 @@ def test_measured_losses_are_those_of_the_whole_model(family: str, tmp_path: Pat
 
 def test_measured_beside_the_rounded_model_that_quantize_makes(tmp_path: Path) -> None:
     """A candidate of the base's own width costs what rounding that linear as the last one adds."""
-    settings = {"samples": 6, "seq_len": 48, "calib": str(TEXT), "group_size": SPEC.group_size}
+    settings = {"samples": 6, "seq_len": 48, "calib": str(TEXT), "group_size": SPEC.group_size, "preset": "fast"}
     quantc.quantize(MODEL, out=tmp_path / "packed", bits=SPEC.bits, symmetric=False, head_bits="keep", **settings)
     measured, model = stories(kl.SAMPLES, 48, seed=3), whole(MODEL)
     original = log_probabilities(model, measured)
     run = planned_run(MODEL, feedback=True)
-    run.rounding = replace(run.rounding, shrink=0.15)  # the default recipe's
+    run.rounding = replace(run.rounding, shrink=0.15)  # of fast
     weights = {name: model.get_submodule(name).weight.clone() for name in run.graph.linears}
     put_rounded_weights(model, tmp_path / "packed")
     rounded = divergence(original, log_probabilities(model, measured))

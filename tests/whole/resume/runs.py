@@ -16,7 +16,7 @@ from quantc.checkpoint.writer import CheckpointWriter
 from quantc.report import read_report
 
 BLOCK = "model.layers.{}."
-FAST = {"bits": 4, "group_size": 16, "method": "rtn"}
+FAST = {"preset": "fast", "bits": 4, "group_size": 16, "method": "rtn"}
 TINY = Path(__file__).parents[2] / "tiny_model" / "model"
 PASSES: dict[str, list[Any]] = {
     "uniform": [],
