@@ -45,6 +45,7 @@ constexpr int place_of_field(int bits, int j) {
   if (moves_halves(bits)) return j * field_width(bits) % 16;
   return j + 1 < fields_in_word(bits) ? j * field_width(bits) : 0;
 }
+constexpr int count_of_places(int bits) { return moves_halves(bits) ? fields_in_word(bits) / 2 : fields_in_word(bits) - 1; }
 
 // Calls visit(n, k, s, codes of input k of strip s times 2^place_of_field) for the inputs of a block of SIDE strips, the n-th
 // being k; all three are constants.

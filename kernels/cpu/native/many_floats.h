@@ -18,7 +18,7 @@ thread_local Scratch many_scratch;
 // Makes weights [inputs][16] of a strip's blocks.
 template <int BITS>
 class WeightMaker {
-  static constexpr int WIDTH = field_width(BITS), PLACES = 16 / WIDTH;
+  static constexpr int WIDTH = field_width(BITS), PLACES = count_of_places(BITS);
 
  public:
   explicit WeightMaker(const Image* w) : w_(w) {}
@@ -30,7 +30,7 @@ class WeightMaker {
       else if (b == first || b % w_->group_blocks == 0) load_group(strip, b);
       const uint32_t* block[1] = {codes};
       for_each_field<BITS>(block, [&](int n, int k, int, const Floats& fields) INLINE_LAMBDA {
-        const int place = n % fields_in_word(BITS) % PLACES;
+        const int place = place_of_field(BITS, n % fields_in_word(BITS)) / WIDTH;
         store_floats(PER_IC ? multiply_add(fields, input_scales_[k], all(input_offsets_[k]))
                             : multiply_add(fields, scales_[place], offsets_), out + k * STRIP);
       });
