@@ -19,28 +19,29 @@ from typing import Any
 from .runtime.plugin import register_with_transformers
 from .version import __version__
 
-__all__ = ["QuantcError", "__version__", "evaluate", "load", "pareto", "plan", "quantize"]
+__all__ = ["QuantcError", "__version__", "evaluate", "export", "load", "pareto", "plan", "quantize"]
 
 _HOMES = {"quantize": ".api", "pareto": ".api", "load": ".api", "evaluate": ".api", "QuantcError": ".errors"}
+MODULES = ("export", "plan")  # functions of quantc.api, and modules too
 
 # In a bare checkout or an editable install, passes/, kernels/ and calib_data/ are beside this folder.
 if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 
-class _PlanModule(ModuleType):
-    """The module quantc.plan, which is the function of that name too: quantc.plan(model, avg_bits=3.5)."""
+class _CallableModule(ModuleType):
+    """A module that is also the function of its name: quantc.plan(model, avg_bits=3.5)."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        return import_module("quantc.api").plan(*arguments, **settings)
+        return getattr(import_module("quantc.api"), self.__name__.rpartition(".")[2])(*arguments, **settings)
 
 
 class _Package(ModuleType):
-    """The package; when Python puts the module `plan` into it, that module becomes one that can be called."""
+    """The package; when Python puts a module of MODULES into it, that becomes one that can be called."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "plan" and isinstance(value, ModuleType):
-            value.__class__ = _PlanModule
+        if name in MODULES and isinstance(value, ModuleType):
+            value.__class__ = _CallableModule
         super().__setattr__(name, value)
 
 
@@ -49,8 +50,8 @@ register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plan":
-        return import_module(".plan", __name__)
+    if name in MODULES:
+        return import_module(f".{name}", __name__)
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module 'quantc' has no attribute {name!r}")

@@ -22,6 +22,7 @@ from .report import Report
 from .runtime.load import load
 
 if TYPE_CHECKING:
+    from .export.folders.job import ExportedFolder
     from .export.gguf.job import Exported
 
 __all__ = ["evaluate", "export", "load", "pareto", "plan", "quantize"]
@@ -143,22 +144,28 @@ def export(
     pre_tokenizer: str | None = None,
     metadata: PathLike | None = None,
     progress: Progress | None = None,
-) -> Exported:
+) -> Exported | ExportedFolder:
     """Write the weights of a checkpoint, exactly as they are, into another container and return what was written.
 
-    to: gguf, a file that llama.cpp runs. out: the file, `<checkpoint>.gguf` by default; force replaces one that quantc
-    wrote. tokenizer: whether the file has one; without, it takes token ids alone. pre_tokenizer: llama.cpp's name for
-    how the tokenizer cuts texts into words, where quantc cannot tell. metadata: a GGUF file whose metadata is kept, by
-    default the one that the checkpoint was made from; any architecture then works. What the container cannot hold is
-    refused by name before any work. The file is read back by gguf-py, and by llama.cpp where it is installed, before it
-    has its name. Raises a QuantcError whose message is one sentence.
+    to: gguf, a file that llama.cpp runs, or vllm, compressed-tensors, gptq, awq, auto-round or mlx, a folder that these
+    load. out: the file or folder, `<checkpoint>.gguf` or `<checkpoint>-<to>` by default; force replaces one that quantc
+    wrote. Of GGUF alone: tokenizer, whether the file has one (without, it takes token ids alone); pre_tokenizer,
+    llama.cpp's name for how the tokenizer cuts texts into words, where quantc cannot tell; metadata, a GGUF file whose
+    metadata is kept, by default the one that the checkpoint was made from: any architecture then works. What the
+    container cannot hold is refused by name before any work. What was written is read back, also by the runtime where
+    it is installed and reads it here, before it has its name. Raises a QuantcError whose message is one sentence.
     """
+    folder, shown = Path(checkpoint), progress or LogProgress()
+    named = folder if folder.name not in ("", "..") else folder.resolve()
     if to != "gguf":
-        raise UsageError(f"--to is {to}, but checkpoints are exported to gguf; pass --to gguf.")
+        from .export.folders.job import export_folder
+
+        own = {"--no-tokenizer": not tokenizer, "--pre-tokenizer": pre_tokenizer, "--metadata": metadata}
+        if given := [option for option, value in own.items() if value]:
+            raise UsageError(f"{given[0]} is of GGUF files, and --to is {to}; remove it.")
+        return export_folder(folder, to, Path(out or named.parent / f"{named.name}-{to}"), force, shown)
     from .export.gguf.job import export_gguf
 
-    folder = Path(checkpoint)
-    named = folder if folder.name not in ("", "..") else folder.resolve()
     file = Path(out) if out is not None else named.parent / f"{named.name}.gguf"
     kept = None if metadata is None else Path(metadata)
-    return export_gguf(folder, file, force, tokenizer, pre_tokenizer, kept, progress or LogProgress())
+    return export_gguf(folder, file, force, tokenizer, pre_tokenizer, kept, shown)

@@ -75,6 +75,11 @@ def is_run(folder: Path) -> bool:
     return marked(folder) is not None or _is_own_journal(folder / JOURNAL)
 
 
+def is_output(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint, or was written for another runtime: quantc.json then lists its files."""
+    return is_checkpoint(folder) or _listed(folder / MANIFEST) is not None
+
+
 def survey(folder: Path, inner: bool = False) -> Contents:
     """Return what is in a folder. In one that is neither a run's nor a checkpoint everything is foreign.
 
@@ -82,7 +87,7 @@ def survey(folder: Path, inner: bool = False) -> Contents:
     """
     found = Contents()
     run = is_run(folder)
-    if not (run or inner or is_checkpoint(folder)):
+    if not (run or inner or is_output(folder)):
         found.foreign = sorted(folder.iterdir())
         return found
     listed = _listed(folder / MANIFEST)

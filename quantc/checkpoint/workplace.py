@@ -12,8 +12,7 @@ from typing import Any, Self
 from ..errors import CalibrationError, CheckpointError, ModelError, PassError, UsageError
 from ..frontend.unchanged import ChangedSource
 from .journal import JOURNAL, DamagedRun, Journal, difference, has_journal, kept_in, read_journal
-from .ownership import MARK, check_place, is_run, mark, marked, own_user, remove, survey
-from .reader import is_checkpoint
+from .ownership import MARK, check_place, is_output, is_run, mark, marked, own_user, remove, survey
 from .shards import sync, writing
 
 KEPT = "Kept in"  # begins a note on an error
@@ -203,7 +202,7 @@ class Workplace:
 
 def _is_ours(out: Path) -> bool:
     """Return whether a folder is quantc's: replacing may only ever cost a checkpoint that can be made again."""
-    return out.is_dir() and (is_checkpoint(out) or not any(out.iterdir()))
+    return out.is_dir() and (is_output(out) or not any(out.iterdir()))
 
 
 def _check_replaceable(folder: Path, what: str) -> None:

@@ -164,14 +164,18 @@ class CheckpointWriter(Workplace):
     def _shard_file(self, number: int, count: int) -> Path:
         return self.folder / f"model-{number:05d}-of-{count:05d}.safetensors"
 
+    def make_loadable(self, config: dict[str, Any]) -> None:
+        """Write what weights there are, the index and config: transformers can load the folder now."""
+        self.finish_weights()
+        weight_map = {name: shard.place.name for name, shard in self._shard_of.items()}
+        index = {"metadata": {"total_size": self.weights_bytes}, "weight_map": weight_map}
+        self.add_text(INDEX, json_text(index, indent=1, sort_keys=True) + "\n")
+        self.add_text("config.json", json_text(config, indent=2, sort_keys=True) + "\n")
+
     def commit(self, config: dict[str, Any], manifest: dict[str, Any]) -> None:
         """Write what is left, the index, config and manifest, and rename the folder."""
-        self.finish_weights()
         with writing(self.folder):
-            weight_map = {name: shard.place.name for name, shard in self._shard_of.items()}
-            index = {"metadata": {"total_size": self.weights_bytes}, "weight_map": weight_map}
-            self.add_text(INDEX, json_text(index, indent=1, sort_keys=True) + "\n")
-            self.add_text("config.json", json_text(config, indent=2, sort_keys=True) + "\n")
+            self.make_loadable(config)
             written = {LIST: sorted({*lasting(self.folder), MANIFEST})}
             self.add_text(MANIFEST, json_text({**manifest, **written, "tensors": self.tensors}, indent=1) + "\n")
             for path in (found := survey(self.folder)).own + found.folders:

@@ -12,19 +12,20 @@ from ..units import plural, size, to_printable
 from . import console
 from .commands import main
 from .headings import option
-from .options import CHECKPOINT, DEVICE_OPTION, EXPORT_OPTIONS, JSON_OPTION, dtype_option
+from .options import CHECKPOINT, DEVICE_OPTION, EXPORT_OPTIONS, JSON_OPTION, TARGETS, dtype_option
 
 
 @main.command()
 @CHECKPOINT
 @EXPORT_OPTIONS
 def export(checkpoint: Path, no_tokenizer: bool, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
-    """Write CHECKPOINT as a GGUF file for llama.cpp.
+    """Write CHECKPOINT for another runtime.
 
-    Weights stay exactly as they are; what GGUF cannot hold is refused.
+    Weights stay exactly as they are; what the container cannot hold is refused. `quantc targets` lists the runtimes.
 
     \b
     Example: quantc export qwen3-w4 -o qwen3-w4.gguf
+    Example: quantc export qwen3-w4 --to vllm
     """
     _require_folder(checkpoint)
     with console.session(quiet, verbose) as progress:
@@ -36,7 +37,31 @@ def export(checkpoint: Path, no_tokenizer: bool, as_json: bool, quiet: bool, ver
     elif not quiet:
         from . import tables
 
-        console.show(tables.exported(to_printable(exported)))
+        show = tables.exported if settings["to"] == "gguf" else tables.exported_folder
+        console.show(show(to_printable(exported)))
+
+
+@main.command()
+@click.argument("name", required=False, type=click.Choice(TARGETS))
+@JSON_OPTION
+def targets(name: str | None, as_json: bool) -> None:
+    """List the runtimes that quantc writes for, and what each holds.
+
+    With a NAME everything that is known of it, and what that was checked on.
+
+    \b
+    Example: quantc targets vllm
+    """
+    with console.session(quiet=True):
+        from ..planning.targets import described
+
+        rows = [described(target) for target in TARGETS if name in (None, target)]
+    if as_json:
+        console.show_json({"targets": rows})
+        return
+    from . import tables
+
+    console.show(tables.targets(rows) if name is None else tables.target(rows[0]))
 
 
 @main.command()

@@ -13,6 +13,7 @@ from .parameters import Above, Number, NumberOr, Pin, Share, Whole, WholeOr, Wor
 
 COUNT = Whole(1)
 PRESETS = click.Choice(["fast", "balanced", "best"])
+TARGETS = ["gguf", "vllm", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"]  # of planning/targets.py
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 YAML_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -65,8 +66,9 @@ STORAGE_OPTIONS = options(
            help="Share of the groups to drop, such as 0.2, or 2:4; auto chooses within a budget. [default: none]"),
     stored("--formats", type=Words(), metavar="LABELS",
            help="Allow only these formats, such as w4g128,w8g128; one alone, such as mxfp4, is used everywhere."),
-    stored("--target", type=click.Choice(["gguf", "vllm"]),
-           help="Store layers as this runtime loads them: gguf for llama.cpp. [default: none]"),
+    stored("--target", type=click.Choice(TARGETS),
+           metavar="NAME",
+           help="Store layers as this runtime loads them; `quantc targets` lists them. [default: none]"),
 )  # fmt: skip
 RECIPE_OPTIONS = options(
     rounded("--preset", type=PRESETS,
@@ -146,13 +148,15 @@ EVALUATE_OPTIONS = options(
     MODEL_OPTIONS,
 )  # fmt: skip
 EXPORT_OPTIONS = options(
-    output("--to", type=click.Choice(["gguf"]), default="gguf", metavar="CONTAINER",
-           help="The container: gguf. [default: gguf]"),
-    output("--out", "-o", metavar="FILE", type=click.Path(path_type=Path), help="The file. [default: CHECKPOINT.gguf]"),
-    output("--no-tokenizer", is_flag=True, help="Write no tokenizer: the file takes token ids alone."),
-    output("--pre-tokenizer", metavar="NAME", help="What llama.cpp calls this tokenizer's rules. [default: found]"),
+    output("--to", type=click.Choice(TARGETS), default="gguf", metavar="NAME",
+           help="The runtime or container; `quantc targets` lists them. [default: gguf]"),
+    output("--out", "-o", metavar="PATH", type=click.Path(path_type=Path),
+           help="The file or folder. [default: CHECKPOINT.gguf, CHECKPOINT-NAME]"),
+    output("--no-tokenizer", is_flag=True, help="GGUF: write no tokenizer; the file takes token ids alone."),
+    output("--pre-tokenizer", metavar="NAME",
+           help="GGUF: what llama.cpp calls this tokenizer's rules. [default: found]"),
     output("--metadata", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-           help="Keep the metadata of this GGUF file. [default: of the one the checkpoint was made from]"),
-    output("--force", is_flag=True, help="Replace a GGUF file that quantc wrote."),
+           help="GGUF: keep the metadata of this file. [default: of the one the checkpoint was made from]"),
+    output("--force", is_flag=True, help="Replace what quantc wrote there."),
     OUTPUT_OPTIONS,
 )  # fmt: skip

@@ -149,6 +149,38 @@ def exported(result: dict[str, Any]) -> RenderableType:
     return Group(written, fact_table(facts), *section("Notes", [Text(note) for note in result["notes"]]))
 
 
+def exported_folder(result: dict[str, Any]) -> RenderableType:
+    """Return what a folder for another runtime holds, and who has read it."""
+    schemes = ", ".join(f"{label} ({plural(count, 'layer')})" for label, count in result["schemes"].items())
+    facts: Facts = [
+        ("size", size(result["bytes"]), f"{number(result['bits_per_weight'], 4)} bits per weight inside the blocks"),
+        ("layers", schemes, f"floats are {result['dtype']}"),
+        ("container", result["container"], f"for {result['readers']}"),
+        ("read back", "every layer", "its weights are the checkpoint's"),
+    ]
+    if (agreement := result["agreement"]) is not None:
+        tokens = plural(agreement["tokens"], "token")
+        facts.append(("transformers", "agrees", f"relative error {number(agreement['error'])} of logits, {tokens}"))
+    written = Text.assemble(("Wrote ", "bold green"), (result["output"], "bold"))
+    return Group(written, fact_table(facts), *section("Notes", [Text(note) for note in result["notes"]]))
+
+
+TARGET_COLUMNS = ("target", "bits", "groups", "zero points", "widths", "embedding, head", "rotations")
+
+
+def targets(rows: list[dict[str, Any]]) -> RenderableType:
+    """Return the runtimes that quantc writes for, a line each."""
+    table = table_of(list(TARGET_COLUMNS), numeric=set())
+    for row in rows:
+        table.add_row(*(row[column] for column in TARGET_COLUMNS))
+    return table
+
+
+def target(row: dict[str, Any]) -> RenderableType:
+    """Return all that is known of one."""
+    return fact_table([(name, text, "") for name, text in row.items()])
+
+
 def _minima(result: dict[str, Any]) -> str:
     """Say what storing minima in float16 has changed, where there are minima."""
     if not result["minimum_largest"]:

@@ -62,7 +62,18 @@ class Formats:
                     f"{name} would be stored as {format_label(spec)}, but only {', '.join(rules.formats)} may be used; "
                     "change --bits and --group-size, or pass --avg-bits to have formats chosen."
                 )
+        self._check_alike(found)
         return found
+
+    def _check_alike(self, planned: Specs) -> None:
+        """Raise UsageError for groups of several sizes where the target holds one."""
+        runtime = self._config.runtime
+        sizes = sorted({spec.group_size for spec in planned.values() if spec is not None})
+        if runtime is not None and not runtime.mixed and len(sizes) > 1:
+            raise UsageError(
+                f"{self._config.target} holds one group size, and {sizes[-1]} does not divide every width of this "
+                f"model; pass --group-size {sizes[0]}."
+            )
 
     def _pinned(self, rules: Rules, name: str, linear: Linear, planned: QuantSpec | None) -> QuantSpec | None:
         bits = rules.pinned(name)

@@ -59,7 +59,25 @@ class AllocateConfig:
                 "of the two."
             )
         if self.target is not None and self.target not in RUNTIMES:
-            raise UsageError(f"--target {self.target!r} is unknown; choose {' or '.join(RUNTIMES)}, or remove it.")
+            raise UsageError(f"--target {self.target!r} is unknown; choose one of {', '.join(RUNTIMES)}, or remove it.")
+        self._check_target()
+
+    def _check_target(self) -> None:
+        """Raise UsageError for zero points and widths that the target does not load."""
+        runtime, several = self.runtime, self.has_budget or bool(self.pins)
+        if runtime is None or runtime.codes:
+            return
+        if several and not runtime.mixed:
+            raise UsageError(f"{self.target} holds one width for all layers; pass --bits instead of a budget or pins.")
+        if self.symmetric:
+            return
+        if not runtime.zeros:
+            raise UsageError(f"{self.target} loads symmetric codes alone; pass --symmetric.")
+        if several and not runtime.mixed_with_zeros:
+            raise UsageError(
+                f"{self.target} loads several widths with symmetric codes alone; pass --symmetric, or --bits 4 for one "
+                "width."
+            )
 
     def _check_budget(self) -> None:
         if self.avg_bits is not None and self.size is not None:

@@ -11,14 +11,25 @@ from ..spec import GRIDS, Fixed, Ggml, QuantSpec
 class Runtime:
     """What a plan for a runtime keeps to. Groups run along inputs, and nothing is rotated online.
 
-    fused: linears that read the same activation, and all experts of a block, are stored alike. bits, groups: what its
-    kernels multiply on the uniform grid; -1 is a whole row. codes: the grids that it reads instead, if it does.
+    container: what the checkpoint becomes, as `quantc export --to` takes it. fused: linears that read the same
+    activation, and all experts of a block, are stored alike. bits, groups: what it holds on the uniform grid; -1 is a
+    whole row. codes: the grids that it reads instead, if it does. zeros: whether codes may have zero points. mixed,
+    mixed_with_zeros: whether layers may have several widths, and whether also where codes have zero points.
+    words: dimensions along which the codes of a weight fill whole words of 32 bits. tables: whether embedding and head
+    may be packed. checked: what its facts were tried with or read in.
     """
 
+    container: str
     fused: bool
     bits: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     codes: tuple[str, ...] = ()
+    zeros: bool = True
+    mixed: bool = True
+    mixed_with_zeros: bool = True
+    words: str = ""
+    tables: bool = False
+    checked: str = ""
 
     def formats(self, symmetric: bool) -> tuple[str, ...]:
         """Return the labels of the specs that it loads."""
@@ -57,9 +68,53 @@ GGML = {name: grid for name, grid in GRIDS.items() if issubclass(grid, Ggml)}
 EVEN = frozenset(name for name, grid in GGML.items() if not grid.table)
 
 
+GROUPS = (32, 64, 128, -1)
+ROTATIONS = "folded into heads alone"
 RUNTIMES = {
-    # vLLM's Marlin kernels; siblings of other widths fail to load or give garbage (vllm#50214, intel/auto-round#2174).
-    "vllm": Runtime(fused=True, bits=(4, 8), groups=(32, 64, 128, -1)),
     # llama.cpp: a type for each tensor. MXFP4 too: made for experts, but any tensor may have it.
-    "gguf": Runtime(fused=False, codes=(*GGML, "mxfp4")),
-}
+    "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="llama.cpp b11549"),
+    # Marlin kernels; siblings of other widths fail to load or give garbage (vllm#50214, intel/auto-round#2174).
+    "vllm": Runtime("compressed-tensors", True, (4, 8), GROUPS, words="NK", checked="vLLM 0.33, by reading"),
+    # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.
+    "compressed-tensors": Runtime(
+        "compressed-tensors", False, (2, 3, 4, 5, 6, 7, 8), GROUPS, mixed_with_zeros=False,
+        checked="transformers 5.23 with compressed-tensors 0.20",
+    ),
+    "gptq": Runtime("gptq", True, (2, 3, 4, 8), GROUPS, words="NK", checked="GPTQModel 7.6"),
+    "awq": Runtime("awq", True, (4,), GROUPS[:-1], mixed=False, words="N", checked="vLLM 0.32"),
+    "auto-round": Runtime(
+        "auto-round", True, (2, 3, 4, 8), GROUPS, zeros=False, words="NK",
+        checked="transformers 5.23 with auto-round 0.16",
+    ),
+    "mlx": Runtime("mlx", False, (2, 3, 4, 5, 6, 8), GROUPS[:-1], words="K", tables=True, checked="mlx-lm 0.32"),
+}  # fmt: skip
+
+
+def described(name: str) -> dict[str, str]:
+    """Return what a runtime holds, in words, by the headings of the table of targets."""
+    runtime = RUNTIMES[name]
+    if runtime.codes:
+        bits, groups, zeros = "2 to 8", "block types", "by type"
+    else:
+        bits = ", ".join(map(str, runtime.bits))
+        groups = ", ".join("row" if group == -1 else str(group) for group in runtime.groups)
+        zeros = "yes" if runtime.zeros else "no"
+    return {
+        "target": name,
+        "container": runtime.container,
+        "bits": bits,
+        "groups": groups,
+        "zero points": zeros,
+        "widths": _widths(runtime),
+        "embedding, head": "packed too" if runtime.tables else "floats",
+        "rotations": ROTATIONS,
+        "checked on": runtime.checked,
+        **({"block types": ", ".join(code.upper() for code in runtime.codes)} if runtime.codes else {}),
+    }
+
+
+def _widths(runtime: Runtime) -> str:
+    if not runtime.mixed:
+        return "one"
+    several = "several, alike for layers with one input" if runtime.fused else "several"
+    return several if runtime.mixed_with_zeros else f"{several}; one with zero points"

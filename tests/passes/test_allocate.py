@@ -202,7 +202,7 @@ def test_pins_and_formats_hold(saved: Path) -> None:
             {"formats": ("w4g16", "w4g17")},
             "no layer can be stored as w4g17; choose from the [0-9]+ formats .*, such as .*w4g16",
         ),
-        ({"target": "ollama"}, "--target 'ollama' is unknown; choose vllm"),
+        ({"target": "ollama"}, "--target 'ollama' is unknown; choose one of gguf, vllm"),
         ({"target": "vllm", "formats": ("w3g16",)}, "vllm does not load w3g16; it loads w4g32"),
         ({"size": "12 parsecs"}, "'12 parsecs' is no size; 300MiB"),
         ({"size": "1MB"}, "--avg-bits and --size are two budgets"),

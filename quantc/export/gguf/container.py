@@ -13,8 +13,9 @@ import torch
 from ...checkpoint.config import PackedEntry
 from ...pipeline.run import Run, Specs
 from ...spec import QuantSpec
+from ..misfit import Misfit, refusal
 from .blocks import BlockType
-from .convert import Misfit, choose_type, refusal
+from .convert import choose_type
 from .draft import Draft
 from .layout import FileTensor, ModelTensor, parts_of
 from .origin import kind_of_floats
@@ -34,7 +35,7 @@ class GgufContainer:
         """Raise UsageError that names a weight which no block type holds."""
         chosen = {name: choose_type(self._entry(name, spec)) for name, spec in specs.items() if spec is not None}
         if misfits := {name: kind for name, kind in chosen.items() if isinstance(kind, Misfit)}:
-            raise refusal(misfits)
+            raise refusal("GGUF", misfits)
 
     def tensor_bits(self, name: str, spec: QuantSpec | None) -> int:
         """Return the bits that a weight takes in the file, with what fills its tensors up."""
@@ -79,7 +80,7 @@ class GgufContainer:
     def _kind(self, name: str, spec: QuantSpec) -> BlockType:
         kind = choose_type(self._entry(name, spec))
         if isinstance(kind, Misfit):
-            raise refusal({name: kind})
+            raise refusal("GGUF", {name: kind})
         return kind
 
     def _entry(self, name: str, spec: QuantSpec) -> PackedEntry:

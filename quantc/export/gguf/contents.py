@@ -13,8 +13,9 @@ from ...errors import UsageError
 from ...formats import format_of
 from ...machine.dtypes import DTYPES
 from ...numerics.qtensor import QTensor
+from ..misfit import Misfit, refusal
 from .blocks import BlockType
-from .convert import Misfit, Rounding, choose_type, refusal, to_blocks
+from .convert import Rounding, choose_type, to_blocks
 from .layout import FileTensor, ModelTensor, Verbatim
 
 PIECE = 1 << 22  # weights that are packed at a time
@@ -39,7 +40,7 @@ class Contents:
             self._entries[parameter] = name, entry
             self.tensors[parameter] = ModelTensor((*entry.leading, *entry.shape), kind)
         if misfits:
-            raise refusal(misfits)
+            raise refusal("GGUF", misfits)
         parts = {f"{prefix}.{part}" for prefix, entry in self._entries.values() for part in entry.layout()}
         for name, stored in reader.slices().items():
             if name not in parts:

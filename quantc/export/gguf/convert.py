@@ -7,16 +7,15 @@ m = -z s, which float16 rounds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ...checkpoint.config import PackedEntry
-from ...errors import UsageError
 from ...numerics.grids import GgmlArithmetic
 from ...numerics.qtensor import QTensor
 from ...spec import Ggml, Uniform
+from ..misfit import Misfit, misfit_of_structure
 from .blocks import TYPES, Blocks, BlockType
 
 BLOCK = 32
@@ -24,42 +23,11 @@ SYMMETRIC = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 ASYMMETRIC = {4: "Q4_1", 5: "Q5_1"}
 
 
-@dataclass(frozen=True)
-class Misfit:
-    """Why GGUF cannot hold a weight, and what to quantize it with instead; {name} is for the last part of its name."""
-
-    reason: str
-    remedy: str
-
-
-def refusal(misfits: Mapping[str, Misfit]) -> UsageError:
-    """Return the error for weights that GGUF cannot hold: it names the first."""
-    name, first = next(iter(misfits.items()))
-    remedy = first.remedy.format(name=name[name.rfind(".") :])
-    others = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
-    return UsageError(f"GGUF cannot hold {name}{others}: {first.reason}; quantize the model again {remedy}.")
-
-
 def choose_type(entry: PackedEntry) -> BlockType | Misfit:
     """Return the block type that holds a packed weight, or why none does."""
     spec, k = entry.spec, entry.shape[1]
-    for there, reason, remedy in (
-        (spec.grouping != "per_oc", "it has per_ic groups", "without group_channels in its recipe"),
-        (spec.rank > 0, f"it has a low-rank addition of rank {spec.rank}", "without compensate in its recipe"),
-        (
-            spec.hadamard > 0,
-            "its input is rotated while the model runs",
-            "with --preset fast, or without rotate in its recipe",
-        ),
-        (
-            spec.wide_rows > 0,
-            f"{spec.wide_rows} of its rows have one bit more",
-            "with --bits 4, or with --formats of GGUF's widths",
-        ),
-        (spec.sparse, "some of its weights are dropped, and blocks would store them", "without --sparsity"),
-    ):
-        if there:
-            return Misfit(reason, remedy)
+    if (misfit := misfit_of_structure(entry)) is not None:
+        return misfit
     if spec.code.upper() in TYPES:
         return TYPES[spec.code.upper()]
     if not isinstance(spec.grid, Uniform):

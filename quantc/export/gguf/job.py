@@ -20,6 +20,7 @@ from ...machine.memory import available_bytes
 from ...progress import Progress
 from ...runtime.load import read_model, unpacked_values
 from ...units import size
+from ..probe import Agreement, probe_tokens
 from . import proof
 from .architectures import check_type, window_of
 from .contents import Contents
@@ -62,7 +63,7 @@ class Exported:
     tensors: list[Stored] = field(default_factory=list)
     minimum_rms: float = 0.0
     minimum_largest: float = 0.0
-    agreement: proof.Agreement | None = None
+    agreement: Agreement | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,13 +202,13 @@ def _write(file: Path, plan: _Plan, contents: Contents, progress: Progress) -> N
 
 def _ask_llama_cpp(
     file: Path, reader: CheckpointReader, plan: _Plan, notes: list[str], progress: Progress
-) -> proof.Agreement | None:
+) -> Agreement | None:
     if (reason := llama_cpp.missing() or _memory_is_short(file, reader)) is not None:
         notes.append(f"{UNVERIFIED}: {reason}")
         return None
     progress.stage("Comparing logits", 1)
     model = read_model(reader, torch.float32).eval()
-    tokens = proof.probe_tokens(plan.tokenizer, model.config)
+    tokens = probe_tokens(plan.tokenizer, model.config)
     with torch.no_grad():
         expected = model(input_ids=tokens[None], use_cache=False).logits[0].float()
     del model

@@ -7,7 +7,6 @@ of the checkpoint but for its own rounding: it rounds what a quantized weight is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from ...errors import CheckpointError
 from ...evaluation.llama_cpp import LlamaCpp
 from ...frontend.gguf_files import open_reader
-from ...frontend.token_ids import leading_bos
 from ...progress import Progress
+from ..probe import PROBE, Agreement, measure
 from .contents import Contents
 from .file import gguf_package
 from .layout import FileTensor, Verbatim
 
-PROBE = (
-    "The harbour filled up with mud because every tide carried silt in, and 12,480 tonnes of it stayed.\n\n"
-    "def depth(metres: float) -> str:\n    return f'{metres:.2f} m'\n\n"
-    "Im Jahr 1897 wurde der Hafen ausgebaggert; l'année suivante, il était déjà plein. Вода была мутной, 港口很浅。"
-)
-TOKENS = 96
 # Mean KL divergence in nats, and relative error of centred logits. Right files of 30 layers have 0.005 and 0.06, those
 # with the rows of queries and keys in the wrong order 0.7 and 0.3, right ones of floats 1e-6 and 7e-4.
 MOST_KL, MOST_ERROR = 0.05, 0.2
 MOST_ERROR_OF_FLOATS = 0.02
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far llama.cpp's logits are from quantc's over the tokens of a probe.
-
-    kl: mean KL(quantc || llama.cpp) in nats. error: relative error of centred logits. same_top: share of positions
-    where both find the same token likeliest. tokens: how many. tokenizer: whether llama.cpp cuts the probe into the
-    same tokens, None where the file has no tokenizer.
-    """
-
-    kl: float
-    error: float
-    same_top: float
-    tokens: int
-    tokenizer: bool | None
 
 
 def check_bytes(file: Path, tensors: Sequence[FileTensor], contents: Contents, progress: Progress) -> None:
@@ -88,17 +65,6 @@ def _differs(file: Path, name: str, what: str) -> CheckpointError:
     )
 
 
-def probe_tokens(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> torch.Tensor:
-    """Return tokens (T,) of a text, at most as many as the model reads; drawn at random where there is no tokenizer."""
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    count = min([TOKENS, *(limit for limit in limits if limit)])
-    if tokenizer is not None:
-        tokens = leading_bos(tokenizer) + tokenizer(PROBE, add_special_tokens=False).input_ids
-        if len(tokens) > 1 and max(tokens) < config.vocab_size:
-            return torch.tensor(tokens[:count])
-    return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
-
-
 def check_logits(
     file: Path,
     tensors: Sequence[FileTensor],
@@ -124,14 +90,3 @@ def check_logits(
             "model's name."
         )
     return agreement
-
-
-def measure(expected: torch.Tensor, found: torch.Tensor, same_tokens: bool | None) -> Agreement:
-    """Return how far logits (T, V) are from the expected ones."""
-    expected, found = expected.double(), found[:, : expected.shape[1]].double()
-    log_p, log_q = expected.log_softmax(1), found.log_softmax(1)
-    kl = float((log_p.exp() * (log_p - log_q)).sum(1).mean())
-    centred, other = (logits - logits.mean(1, keepdim=True) for logits in (expected, found))
-    error = float((centred - other).norm() / centred.norm())
-    same = float((expected.argmax(1) == found.argmax(1)).double().mean())
-    return Agreement(kl, error, same, len(expected), same_tokens)

@@ -1,0 +1,1 @@
+"""Model folders of safetensors files that other runtimes load: one file for each container."""

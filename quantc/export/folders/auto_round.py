@@ -1,0 +1,40 @@
+"""AutoRound's container: GPTQ's tensors, version 1, and a config that says of every layer how it is stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...numerics.qtensor import QTensor
+from .base import Described, FolderContainer, Scheme
+from .gptq import gptq_parts
+
+
+class AutoRound(FolderContainer):
+    """Symmetric codes; widths may differ."""
+
+    name = "auto-round"
+    keeps_dtype = False
+    readers = "transformers with auto-round, and vLLM"
+
+    def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return gptq_parts(tensor, less_one=True)
+
+    def config(self, described: Described) -> dict[str, Any]:
+        inner = [name for name in described.floats if any(name.startswith(block + ".") for block in described.blocks)]
+        extra = {name: _scheme(scheme) for name, scheme in described.others.items()}
+        extra |= {name: {"bits": 16, "data_type": "float"} for name in inner}
+        settings = {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "block_name_to_quantize": ",".join(described.blocks),
+            **_scheme(described.common),
+        }
+        if extra:
+            settings["extra_config"] = extra
+        return {"quantization_config": settings}
+
+
+def _scheme(scheme: Scheme) -> dict[str, Any]:
+    return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric, "data_type": "int"}

@@ -1,0 +1,89 @@
+"""GPTQ's container, as AutoGPTQ and GPTQModel define it, with the groups along inputs in their order.
+
+Version 1 stores zero points less one, so that it has none for a zero point of 0: it is written for symmetric codes
+alone, and version 2 (`gptq_v2`), which stores them as they are, for the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...numerics.qtensor import QTensor
+from ...version import __version__
+from .base import Described, FolderContainer, Scheme, zero_codes
+from .words import columns_in_words, rows_in_words
+
+
+class Gptq(FolderContainer):
+    """Words along the inputs, one column an output."""
+
+    name = "gptq"
+    keeps_dtype = False
+    readers = "GPTQModel, vLLM (4 and 8 bits, symmetric) and transformers with GPTQModel"
+
+    def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return gptq_parts(tensor, less_one=tensor.zeros is None)
+
+    def config(self, described: Described) -> dict[str, Any]:
+        return {"quantization_config": _settings(described)}
+
+    def files(self, described: Described) -> dict[str, Any]:
+        return {"quantize_config.json": _settings(described)}
+
+    def notes(self, described: Described) -> list[str]:
+        found = []
+        if described.others:
+            found.append("several widths (`dynamic`) are loaded by GPTQModel and vLLM, not by transformers")
+        if not described.common.symmetric:
+            found.append("vLLM loads no GPTQ checkpoint with zero points; --to awq or compressed-tensors is for it")
+        return found
+
+
+def gptq_parts(tensor: QTensor, less_one: bool) -> dict[str, torch.Tensor]:
+    """Return the four tensors; less_one: store zero points less one."""
+    bits, k = tensor.spec.bits, tensor.shape[1]
+    zeros = zero_codes(tensor)
+    if less_one:
+        zeros = zeros - 1 & (1 << bits) - 1
+    group = tensor.spec.group_length(tensor.shape)
+    return {
+        "qweight": columns_in_words(tensor.codes.T.contiguous(), bits),
+        "qzeros": rows_in_words(zeros.T.contiguous(), bits),
+        "scales": tensor.scales.T.contiguous(),
+        "g_idx": torch.arange(k, dtype=torch.int32) // group,
+    }
+
+
+def _settings(described: Described) -> dict[str, Any]:
+    common = described.common
+    settings: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": common.bits,
+        "group_size": common.group_size,
+        "sym": common.symmetric,
+        "desc_act": False,  # groups are in the order of inputs, whatever order they were rounded in
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "checkpoint_format": "gptq" if common.symmetric else "gptq_v2",
+    }
+    if not common.symmetric:
+        settings["meta"] = {"quantizer": [f"quantc:{__version__}"]}
+    dynamic = {f"+:^{_escaped(name)}$": _override(scheme) for name, scheme in described.others.items()}
+    dynamic |= {f"-:^{_escaped(name)}$": {} for name in described.floats if _in_blocks(name, described)}
+    if dynamic:
+        settings["dynamic"] = dynamic
+    return settings
+
+
+def _in_blocks(name: str, described: Described) -> bool:
+    return any(name.startswith(block + ".") for block in described.blocks)
+
+
+def _override(scheme: Scheme) -> dict[str, Any]:
+    return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+
+
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.")

@@ -1,0 +1,47 @@
+"""MLX's container, mode `affine`, for mlx-lm: weights are scales * code + biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...numerics.qtensor import QTensor
+from .base import Described, FolderContainer, Scheme, zero_codes
+from .words import rows_in_words
+
+
+class Mlx(FolderContainer):
+    """Words along the inputs; embedding and head may be packed too."""
+
+    name = "mlx"
+    keeps_dtype = True
+    readers = "mlx-lm"
+
+    def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        scales = tensor.scales.float()
+        return {
+            "weight": rows_in_words(tensor.codes, tensor.spec.bits).view(torch.uint32),
+            "scales": scales.to(dtype),
+            "biases": (-zero_codes(tensor).float() * scales).to(dtype),
+        }
+
+    def config(self, described: Described) -> dict[str, Any]:
+        settings: dict[str, Any] = {**_scheme(described.common), "mode": "affine"}
+        settings |= {name: _scheme(scheme) for name, scheme in described.others.items()}
+        settings |= {name: False for name in described.floats}
+        return {"quantization": settings, "quantization_config": settings, **_rope(described.settings)}
+
+
+def _scheme(scheme: Scheme) -> dict[str, Any]:
+    return {"group_size": scheme.group_size, "bits": scheme.bits}
+
+
+def _rope(settings: Any) -> dict[str, Any]:
+    """Return what mlx-lm reads of rotary positions, which transformers 5 writes under another key."""
+    rope = settings.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}

@@ -1,0 +1,185 @@
+"""Checkpoints written for runtimes that load folders, read back by transformers where that reads the container."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import quantc
+from quantc.cli import main
+from quantc.cli.options import TARGETS
+from quantc.errors import UsageError
+from quantc.planning.targets import RUNTIMES
+from quantc.runtime.modules import unpack
+from tests.helpers import save_with_tokenizer
+from tests.quantc.export.tiny import build
+
+TOKENS = torch.arange(1, 30)[None]
+
+
+def checkpoint(folder: Path, model: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """Return a packed checkpoint of a tiny model in groups of 32, its embedding and head as they were."""
+    built = build(model, **({"attention_bias": False, "mlp_bias": False} if model == "llama" else {}))
+    save_with_tokenizer(built.to(dtype), folder / "model")
+    chosen = {"preset": "fast", "method": "rtn", "bits": 4, "group_size": 32, "head_bits": "keep", **settings}
+    quantc.quantize(folder / "model", out=folder / "packed", **chosen)
+    return folder / "packed"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits.float()
+    return found
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"bits": 4}, {"bits": 3, "symmetric": True}, {"bits": 8, "symmetric": True, "pins": {"*down_proj": 5}}],
+    ids=["zeros", "3", "mixed"],
+)
+def test_transformers_computes_the_same_from_compressed_tensors(
+    model: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    packed = checkpoint(tmp_path, model, **settings)
+    exported = quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
+    assert exported.agreement is not None
+    assert exported.agreement.error < 1e-5
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    expected = logits(quantc.load(packed, dtype=torch.float32))
+    assert torch.allclose(logits(other), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    with pytest.raises(UsageError, match="exists already"):
+        quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
+    quantc.export(packed, to="compressed-tensors", out=tmp_path / "out", force=True)
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "gguf"])
+def test_weights_are_read_back_from_every_container(target: str, tmp_path: Path) -> None:
+    packed = checkpoint(tmp_path, symmetric=True)
+    exported = quantc.export(packed, to=target)
+    folder = tmp_path / f"packed-{target}"
+    assert exported.output == str(folder)
+    assert exported.schemes == {"w4g32sym": 14}
+    config = json.loads((folder / "config.json").read_text())
+    assert config.get("quantization_config") or config["quantization"]
+    assert (folder / "tokenizer.json").is_file()
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq", "mlx"])
+def test_zero_points_are_stored_as_they_are(target: str, tmp_path: Path) -> None:
+    exported = quantc.export(checkpoint(tmp_path), to=target, out=tmp_path / "out")
+    assert exported.schemes == {"w4g32": 14}
+    if target == "gptq":
+        settings = json.loads((tmp_path / "out/quantize_config.json").read_text())
+        assert settings["checkpoint_format"] == "gptq_v2"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+def test_every_width_that_mlx_has(bits: int, tmp_path: Path) -> None:
+    packed = checkpoint(tmp_path, bits=bits)
+    assert quantc.export(packed, to="mlx", out=tmp_path / "out").schemes == {f"w{bits}g32": 14}
+
+
+def test_tensors_have_the_layout_that_awq_documents(tmp_path: Path) -> None:
+    """Nibble i of a word is the code of output (0, 2, 4, 6, 1, 3, 5, 7)[i]."""
+    packed = checkpoint(tmp_path)
+    quantc.export(packed, to="awq", out=tmp_path / "out")
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj"
+    words, scales = tensors[f"{name}.qweight"], tensors[f"{name}.scales"]
+    zeros = tensors[f"{name}.qzeros"]
+    expected = unpack(quantc.load(packed), torch.float32).get_submodule(name).weight
+    for output, nibble in ((0, 0), (1, 4), (2, 1), (7, 7)):
+        code, zero = (int(word[0, 0]) >> 4 * nibble & 15 for word in (words, zeros))
+        assert (code - zero) * float(scales[0, output]) == pytest.approx(float(expected[output, 0]))
+
+
+def test_scales_that_bfloat16_cannot_hold_make_a_model_of_float16(tmp_path: Path) -> None:
+    packed = checkpoint(tmp_path, dtype=torch.bfloat16, symmetric=True)
+    exported = quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
+    assert exported.dtype == "float16"
+    assert any("readers keep scales in the model's dtype" in note for note in exported.notes)
+    assert quantc.export(packed, to="gptq", out=tmp_path / "gptq").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "message"),
+    [
+        ({}, "auto-round", "it has zero points; quantize the model again with --symmetric"),
+        ({"bits": 3}, "vllm", "it has codes of 3 bits, and vllm holds 4, 8; quantize the model again with --bits 4"),
+        ({"bits": 7}, "mlx", "it has codes of 7 bits"),
+        ({"preset": "balanced", "method": "gptq"}, "gptq", "its input is rotated while the model runs"),
+        ({"head_bits": 8}, "vllm", "it is the embedding; quantize the model again with --target vllm"),
+        ({"group_size": 48}, "mlx", "it has groups of 48 of 96 inputs, and mlx holds 32, 64, 128"),
+        ({"pins": {"*up_proj": 8}}, "vllm", "multiplies model.layers.0.mlp.gate_proj and up_proj at once"),
+        ({"pins": {"*up_proj": 16}}, "vllm", "multiplies model.layers.0.mlp.gate_proj and up_proj at once"),
+        ({"pins": {"*up_proj": 8}}, "compressed-tensors", "with several widths is read with symmetric codes alone"),
+        ({"formats": ["nf4"]}, "mlx", "it has the code nf4, and mlx holds whole numbers"),
+    ],
+)
+def test_what_a_container_cannot_hold_is_refused_by_name(
+    settings: dict[str, Any], target: str, message: str, tmp_path: Path
+) -> None:
+    if settings.get("method") == "gptq":
+        settings = {**settings, "calib": str(tmp_path / "model/text.txt"), "samples": 2, "seq_len": 16}
+    if "formats" in settings:
+        settings = {**settings, "bits": None, "group_size": None}
+    packed = checkpoint(tmp_path, **settings)
+    with pytest.raises(UsageError, match=message):
+        quantc.export(packed, to=target, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stacks_of_experts_are_refused(tmp_path: Path) -> None:
+    packed = checkpoint(tmp_path, "mixtral", symmetric=True)
+    with pytest.raises(UsageError, match="it is a stack of experts, which is not written yet"):
+        quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "auto-round", "bits": 4}, "auto-round loads symmetric codes alone; pass --symmetric"),
+        ({"target": "compressed-tensors", "avg_bits": 4.0}, "loads several widths with symmetric codes alone"),
+        ({"target": "awq", "avg_bits": 4.0}, "awq holds one width for all layers; pass --bits"),
+        ({"target": "awq", "bits": 3}, "only w4g32, w4g64, w4g128 may be used"),
+    ],
+)
+def test_plans_keep_to_what_the_target_holds(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_with_tokenizer(build("qwen2"), tmp_path / "model")
+    with pytest.raises(UsageError, match=message):
+        quantc.quantize(tmp_path / "model", out=tmp_path / "out", group_size=32, method="rtn", **settings)
+
+
+def test_what_is_planned_for_a_target_can_be_exported_to_it(tmp_path: Path) -> None:
+    save_with_tokenizer(build("qwen2"), tmp_path / "model")
+    for target in ("vllm", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"):
+        out = tmp_path / target
+        quantc.quantize(tmp_path / "model", out=out, bits=4, symmetric=True, group_size=32, method="rtn", target=target)
+        assert quantc.export(out, to=target).schemes == {"w4g32sym": 14}
+
+
+def test_the_command_and_the_table() -> None:
+    assert set(TARGETS) == set(RUNTIMES)
+    shown = CliRunner().invoke(main, ["targets"], env={"COLUMNS": "160"})
+    assert shown.exit_code == 0
+    assert all(name in shown.output for name in TARGETS)
+    one = CliRunner().invoke(main, ["targets", "vllm", "--json"])
+    assert json.loads(one.output)["targets"][0]["container"] == "compressed-tensors"
+
+
+def test_options_of_gguf_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--pre-tokenizer is of GGUF files, and --to is vllm; remove it"):
+        quantc.export(tmp_path, to="vllm", pre_tokenizer="gpt-2")
+    with pytest.raises(UsageError, match="--to is onnx, which is no target; choose one of gguf, vllm"):
+        quantc.export(tmp_path, to="onnx")
