@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..frontend import Source
-from ..frontend.auto import read_tokenizer
 from ..frontend.gguf import GgufSource
 from ..frontend.source import PathLike
 from ..frontend.token_ids import check_ids
@@ -19,7 +17,7 @@ from ..machine.devices import parse_device
 from ..progress import Progress
 from ..units import FLOAT_DTYPES
 from . import llama_cpp_model
-from .models import Opened, choose_common, default_context, load_any, open_any, stored_size
+from .models import Opened, choose_common, default_context, load_any, open_any, stored_size, tokenizer_of
 from .scores import Evaluation, Scores, score, summarize
 from .text import read_text
 from .windows import Window, make_windows
@@ -38,10 +36,10 @@ def evaluate(
     trusted: bool,
 ) -> Evaluation:
     """Return the perplexity of a model on a text, and its divergence from the original `against`; see api.evaluate."""
-    wanted, notes = _dtype(dtype), list[str]()
+    wanted, notes = parse_dtype(dtype), list[str]()
     opened = open_any(model, trusted, progress)
     other = None if against is None else open_any(against, trusted, progress)
-    tokenizer = opened.tokenizer if isinstance(opened, Source) else read_tokenizer(Path(opened), trusted)
+    tokenizer = tokenizer_of(opened, trusted)
     documents = read_text(text, notes)
     for note in notes:
         progress.note(note)
@@ -87,7 +85,8 @@ def common_dtype(models: list[Opened], device: str, progress: Progress) -> Choic
     return chosen
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of an option --dtype, None where it was not given; raises UsageError."""
     if name is not None and name not in FLOAT_DTYPES:
         raise UsageError(f"--dtype {name!r} is unknown; choose one of {', '.join(FLOAT_DTYPES)}.")
     return None if name is None else getattr(torch, name)

@@ -55,3 +55,7 @@ class LlamaCppModel:
             tokens.append(int(last.argmax()))
             last = self._opened.more_logits(torch.tensor(tokens[-1:]), len(tokens) - 1)[-1]
         return torch.tensor([tokens])
+
+    def close(self) -> None:
+        """Free the memory that llama.cpp holds; the model cannot be used afterwards."""
+        self._opened.close()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.reader import CheckpointReader, is_checkpoint
 from ..frontend import Source, open_model, to_meta
+from ..frontend.auto import read_tokenizer
 from ..frontend.bounds import context_limit
 from ..frontend.source import PathLike, tensors_under
 from ..graph.decoder import find_decoder
@@ -32,24 +34,30 @@ def open_any(model: PathLike, trusted: bool, progress: Progress | None = None) -
     return source
 
 
-def choose_common(models: list[Opened], device: torch.device) -> Choice:
-    """Choose the dtype that models held in memory together are computed in: one for all, or they could not be compared.
+def tokenizer_of(opened: Opened, trusted: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of an opened model; raises ModelError where there is none."""
+    return opened.tokenizer if isinstance(opened, Source) else read_tokenizer(Path(opened), trusted)
 
-    Of models that are stored in different dtypes it is the one that holds the values of both.
+
+def choose_common(models: list[Opened], device: torch.device) -> Choice:
+    """Choose the dtype that models are computed in: one for all, or they could not be compared.
+
+    Of models that are stored in different dtypes it is the one that holds the values of all. Two are in memory at a
+    time: the first, and each of the others.
     """
-    stored, values = [], 0
-    for model in models:
-        if isinstance(model, Source):
-            stored.append(_source_dtype(model))
-            values += sum(math.prod(tensor.shape) for tensor in model.model.parameters())
-        else:
-            reader = CheckpointReader(model)
-            stored.append(stored_dtype(reader.config))
-            values += unpacked_values(reader)
-    common = stored[0]
-    for other in stored[1:]:
+    facts = [_stored_floats(model) for model in models]
+    common = facts[0][0]
+    for other, _ in facts[1:]:
         common = torch.promote_types(common, other)
-    return choose_dtype(common, device, values)
+    return choose_dtype(common, device, facts[0][1] + max((values for _, values in facts[1:]), default=0))
+
+
+def _stored_floats(model: Opened) -> tuple[torch.dtype, int]:
+    """Return the dtype that a model's floats are stored in, and how many of them memory holds."""
+    if isinstance(model, Source):
+        return _source_dtype(model), sum(math.prod(tensor.shape) for tensor in model.model.parameters())
+    reader = CheckpointReader(model)
+    return stored_dtype(reader.config), unpacked_values(reader)
 
 
 def load_any(opened: Opened, dtype: torch.dtype, trusted: bool, device: torch.device) -> Any:

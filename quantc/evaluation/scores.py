@@ -81,19 +81,23 @@ class Evaluation(Scores):
 
 @torch.no_grad()
 def score(
-    model: PreTrainedModel, original: PreTrainedModel | None, windows: Sequence[Window], progress: Progress
+    model: PreTrainedModel,
+    original: PreTrainedModel | None,
+    windows: Sequence[Window],
+    progress: Progress,
+    stage: str = "evaluate",
 ) -> Scores:
     """Run the original, if there is one, and the model over each window and compare what they predict.
 
     Log-probabilities are float32, sums float64. Besides the models it holds the logits of one window, in the
-    dtype the models give them.
+    dtype the models give them. stage: what the progress calls it.
 
     Raises UsageError for windows longer than the model's context and for models of different vocabularies,
     CalibrationError that names the window for logits that are NaN or infinite.
     """
     check_context(model, max(len(window.tokens) for window in windows))
     tally = _Tally()
-    progress.stage("evaluate", len(windows))
+    progress.stage(stage, len(windows))
     for number, window in enumerate(windows, start=1):
         _score_window(model, original, window, tally, f"window {number} of {len(windows)}")
         progress.step(f"perplexity {_exp(tally.nll / tally.positions):.2f}")

@@ -14,6 +14,7 @@ from . import plots
 from .report_page import PAGE, STYLE, is_page
 
 PAGE_FILE, PLOT_FILE = "pareto.html", "pareto.png"
+WORDS = {"to build it", "share of weights by bits"}
 NO_PLOT = "no plot was drawn, as matplotlib is not installed; run `pip install matplotlib` for one."
 # The plot in the page's colours, which are others in the dark.
 THEMED = {plots.INK: "ink", plots.DIM: "dim", plots.LINE: "line", plots.MIXED: "bar", plots.VERIFIED: "worst"}
@@ -59,11 +60,9 @@ def write(curve: Curve, folder: Path) -> None:
 
 def render(curve: Curve, svg: str) -> str:
     """Return one self-contained page; svg: the plot, or nothing."""
-    for colour, variable in THEMED.items():
-        svg = svg.replace(colour, f"var(--{variable})")
     sections = [
         _header(curve),
-        f"<figure>{svg}</figure>" if svg else "",
+        f"<figure>{themed(svg)}</figure>" if svg else "",
         _section("Mixed widths", curve.points),
         _section("The same width everywhere, to compare with", curve.uniform),
         *(f'<p class="dim">{escape(note)}</p>' for note in curve.notes),
@@ -87,19 +86,27 @@ def _header(curve: Curve) -> str:
 
 
 def _section(title: str, points: list[Point]) -> str:
-    if not points:
-        return ""
-    heads, rows = table(points)
-    head = "".join(f'<th scope="col"{_aligned(name)}>{name}</th>' for name in heads)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{_aligned(n)}>{cell}</td>" for n, cell in zip(heads, row, strict=True)) + "</tr>"
-        for row in rows
-    )
+    return table_section(title, *table(points), WORDS) if points else ""
+
+
+def table_section(title: str, heads: list[str], rows: list[list[str]], words: set[str]) -> str:
+    """Return a table under a heading. words: heads of the columns that hold no figures."""
+
+    aligned = ["" if head in words else ' class="n"' for head in heads]
+
+    def line(tag: str, scope: str, texts: list[str]) -> str:
+        cells = (f"<{tag}{scope}{how}>{escape(text)}</{tag}>" for how, text in zip(aligned, texts, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head, body = line("th", ' scope="col"', heads), "\n".join(line("td", "", row) for row in rows)
     return (
-        f'<h2>{title}</h2>\n<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f'<h2>{title}</h2>\n<div class="scroll"><table>\n<thead>{head}</thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 
 
-def _aligned(head: str) -> str:
-    return "" if head in ("to build it", "share of weights by bits") else ' class="n"'
+def themed(svg: str) -> str:
+    """Return a plot in the colours of the page."""
+    for colour, variable in THEMED.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg

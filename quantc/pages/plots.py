@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,13 @@ def available() -> bool:
 
 def pareto_png(curve: Curve) -> bytes:
     """Draw the curve as a PNG file on white."""
-    return _saved(curve, "png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "quantc"})
+
+    def titled() -> Figure:
+        figure = _draw(curve)
+        figure.suptitle(curve.model, parse_math=False)  # a page has a title of its own
+        return figure
+
+    return _saved(titled, "png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "quantc"})
 
 
 def is_plot(file: Path) -> bool:
@@ -44,19 +52,21 @@ def is_plot(file: Path) -> bool:
 
 def pareto_svg(curve: Curve) -> str:
     """Draw the curve as an <svg> element without a background, its text as text."""
-    text = _saved(curve, "svg", transparent=True, metadata=SVG_METADATA).decode()
+    return as_svg(partial(_draw, curve))
+
+
+def as_svg(draw: Callable[[], Figure]) -> str:
+    """Return a figure as an <svg> element without a background, its text as text."""
+    text = _saved(draw, "svg", transparent=True, metadata=SVG_METADATA).decode()
     return text[text.index("<svg") :]
 
 
-def _saved(curve: Curve, kind: str, **how: Any) -> bytes:
+def _saved(draw: Callable[[], Figure], kind: str, **how: Any) -> bytes:
     import matplotlib
 
     with matplotlib.rc_context(LOOK):
         stream = io.BytesIO()
-        figure = _draw(curve)
-        if kind == "png":  # a page has a title of its own
-            figure.suptitle(curve.model, parse_math=False)
-        figure.savefig(stream, format=kind, **how)
+        draw().savefig(stream, format=kind, **how)
     return stream.getvalue()
 
 
