@@ -1,4 +1,4 @@
-"""What users call: quantize(), plan(), pareto(), load(), evaluate(), export()."""
+"""What users call: quantize(), plan(), pareto(), load(), evaluate(), compare(), export()."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from .driver.quality import Target
 from .driver.quantize import build_as_asked, build_to_quality, plan_alone, refuse_budget
 from .driver.settings import Settings
 from .errors import UsageError
+from .evaluation.compare import Comparison, compare_models
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.scores import Evaluation
+from .evaluation.side_by_side import Reading
 from .export.gguf.from_model import Wanted, is_gguf, quantize_to_file
 from .frontend.source import PathLike
+from .pages import compare_page
 from .pipeline.run import Run
 from .planning.pareto import Curve
 from .progress import LogProgress, Progress
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from .export.folders.job import ExportedFolder
     from .export.gguf.job import Exported
 
-__all__ = ["evaluate", "export", "load", "pareto", "plan", "quantize"]
+__all__ = ["compare", "evaluate", "export", "load", "pareto", "plan", "quantize"]
 
 
 def quantize(
@@ -132,6 +135,36 @@ def evaluate(
     return measure(
         model, text, against, context, stride, windows, dtype, device, progress or LogProgress(), trust_remote_code
     )
+
+
+def compare(
+    *models: PathLike,
+    text: str,
+    blocks: bool = False,
+    page: PathLike | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    windows: int | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Comparison:
+    """Return size, perplexity, divergence from the first model, and decode speed of two or more models.
+
+    models: checkpoints, and whatever `quantize` takes; all must have one vocabulary. blocks: also measure the output of
+    every decoder block against the first model's. page: an HTML file to write; one that quantc wrote is replaced.
+    All predictions are computed in one dtype, a GGUF file's from its dequantized weights; its decode speed is that of
+    llama.cpp where xllamacpp is installed. The other settings are those of `evaluate`. Two models are in memory at a
+    time.
+    Raises a QuantcError whose message is one sentence.
+    """
+    file = None if page is None else compare_page.check(page)
+    reading = Reading(text, context, stride, windows, dtype, device, trust_remote_code)
+    result = compare_models(models, reading, blocks, progress or LogProgress())
+    if file is not None:
+        compare_page.write(result, file)
+    return result
 
 
 def export(

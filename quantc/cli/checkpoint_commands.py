@@ -10,7 +10,7 @@ import click
 from ..errors import UsageError, printable
 from ..units import plural, size, to_printable
 from . import console
-from .commands import main
+from .comparing_commands import main  # whose commands --help lists before these
 from .headings import option
 from .options import CHECKPOINT, DEVICE_OPTION, EXPORT_OPTIONS, JSON_OPTION, TARGETS, dtype_option
 

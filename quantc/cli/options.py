@@ -136,15 +136,31 @@ PARETO_OPTIONS = options(
     OUTPUT_OPTIONS,
     MODEL_OPTIONS,
 )  # fmt: skip
-EVALUATE_OPTIONS = options(
-    measured("--text", required=True, metavar="SOURCE",
-             help="A .txt, .jsonl or .parquet file, or a data set such as wikitext2."),
-    measured("--against", metavar="MODEL", help="Compare with this original. [default: none]"),
+TEXT_OPTION = measured(
+    "--text", required=True, metavar="SOURCE",
+    help="A .txt, .jsonl or .parquet file, or a data set such as wikitext2.",
+)  # fmt: skip
+WINDOW_OPTIONS = options(
     measured("--context", type=Whole(2), help="Tokens per window. [default: 512, or the model's limit]"),
     measured("--windows", type=COUNT, help="Measure the first N windows only. [default: all]"),
     measured("--stride", type=COUNT, help="Tokens between the starts of windows. [default: the context]"),
+)
+EVALUATE_OPTIONS = options(
+    TEXT_OPTION,
+    measured("--against", metavar="MODEL", help="Compare with this original. [default: none]"),
+    WINDOW_OPTIONS,
     OUTPUT_OPTIONS,
     dtype_option("the model's own, or float32 where faster"),
+    MODEL_OPTIONS,
+)
+COMPARE_OPTIONS = options(
+    TEXT_OPTION,
+    measured("--blocks", is_flag=True, help="Also measure each decoder block's output against the first model's."),
+    WINDOW_OPTIONS,
+    output("--page", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+           help="Write an HTML page with tables and plots. [default: none]"),
+    OUTPUT_OPTIONS,
+    dtype_option("the models' own, or float32 where faster"),
     MODEL_OPTIONS,
 )  # fmt: skip
 EXPORT_OPTIONS = options(

@@ -46,7 +46,7 @@ def table_of(columns: list[str], numeric: set[str]) -> Table:
     """Return an empty table of these columns. numeric: those of figures, which line up on the right."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for name in columns:
-        fold = name in ("linear", "refused because")
+        fold = name in ("linear", "refused because", "model", "computed with", "restored")
         justify: Literal["left", "right"] = "right" if name in numeric else "left"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=not fold)
     return table

@@ -11,7 +11,7 @@ from quantc.cli import main
 from quantc.cli.headings import HEADINGS, HeadedOption
 from tests.quantc.cli_runner import run
 
-LONG = ("quantize", "plan", "pareto", "eval")
+LONG = ("quantize", "plan", "pareto", "eval", "compare")
 
 
 def sections(shown: str) -> dict[str, list[str]]:
