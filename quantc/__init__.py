@@ -19,9 +19,11 @@ from typing import Any
 from .runtime.plugin import register_with_transformers
 from .version import __version__
 
-__all__ = ["QuantcError", "__version__", "compare", "evaluate", "export", "load", "pareto", "plan", "quantize"]
+__all__ = ["QuantcError", "__version__", "check", "compare", "evaluate", "export", "load", "pareto", "plan", "quantize"]
 
-_HOMES = dict.fromkeys(("quantize", "pareto", "load", "evaluate", "compare"), ".api") | {"QuantcError": ".errors"}
+_HOMES = dict.fromkeys(("quantize", "pareto", "load", "evaluate", "compare", "check"), ".api") | {
+    "QuantcError": ".errors"
+}
 MODULES = ("export", "plan")  # functions of quantc.api, and modules too
 
 # In a bare checkout or an editable install, passes/, kernels/ and calib_data/ are beside this folder.

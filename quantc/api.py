@@ -1,4 +1,4 @@
-"""What users call: quantize(), plan(), pareto(), load(), evaluate(), compare(), export()."""
+"""What users call: quantize(), plan(), pareto(), load(), evaluate(), compare(), check(), export()."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .driver.settings import Settings
 from .errors import UsageError
 from .evaluation.compare import Comparison, compare_models
 from .evaluation.evaluate import evaluate as measure
+from .evaluation.gate import Limits, Verdict, check_model
 from .evaluation.scores import Evaluation
 from .evaluation.side_by_side import Reading
 from .export.gguf.from_model import Wanted, is_gguf, quantize_to_file
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .export.folders.job import ExportedFolder
     from .export.gguf.job import Exported
 
-__all__ = ["compare", "evaluate", "export", "load", "pareto", "plan", "quantize"]
+__all__ = ["check", "compare", "evaluate", "export", "load", "pareto", "plan", "quantize"]
 
 
 def quantize(
@@ -165,6 +166,33 @@ def compare(
     if file is not None:
         compare_page.write(result, file)
     return result
+
+
+def check(
+    model: PathLike,
+    *,
+    against: PathLike,
+    text: str,
+    max_kl: float | None = None,
+    max_ppl_increase: float | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    windows: int | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Verdict:
+    """Return whether a model is as near to the original `against` as the limits say, and where not, what hurts most.
+
+    max_kl: the largest KL divergence, in nats per token. max_ppl_increase: the largest increase of the perplexity, 0.02
+    for 2 %. At least one is needed. Where one is exceeded, the original's weights are put back into parts of the model,
+    in memory: the result's `blame` names the blocks, and the linears in them, that lose most. The other settings are
+    those of `evaluate`. Raises a QuantcError whose message is one sentence.
+    """
+    limits = Limits(max_kl, max_ppl_increase)
+    reading = Reading(text, context, stride, windows, dtype, device, trust_remote_code)
+    return check_model(model, against, limits, reading, progress or LogProgress())
 
 
 def export(

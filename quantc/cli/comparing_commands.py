@@ -1,14 +1,18 @@
-"""Commands that hold models against each other. What is heavy is imported inside them."""
+"""Commands that hold models against each other: compare, check. What is heavy is imported inside them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
+from ..units import to_printable
 from . import console
 from .commands import main
-from .options import COMPARE_OPTIONS
+from .options import CHECK_OPTIONS, COMPARE_OPTIONS
+
+MISSED = 1  # exit code where a limit was exceeded
 
 
 @main.command()
@@ -33,3 +37,29 @@ def compare(models: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool, 
     from .comparing_tables import compared
 
     console.show(compared(result))
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@CHECK_OPTIONS
+def check(checkpoint: Path, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Check that CHECKPOINT is near enough to its original.
+
+    CHECKPOINT may be any model that `quantc eval` takes. The exit code is 0 where it is within all limits, and 1 where
+    it is not; then the blocks and layers that lose most are named.
+
+    \b
+    Example: quantc check qwen3-w4 --against qwen3 --text book.txt --max-kl 0.05
+    """
+    with console.session(quiet, verbose) as progress:
+        from .. import api
+
+        verdict = api.check(checkpoint, progress=progress, **settings)
+    if as_json:
+        console.show_json(verdict.to_dict())
+    elif not quiet:
+        from .comparing_tables import checked
+
+        console.show(checked(to_printable(verdict.to_dict())))
+    if not verdict.passed:
+        raise click.exceptions.Exit(MISSED)

@@ -163,6 +163,17 @@ COMPARE_OPTIONS = options(
     dtype_option("the models' own, or float32 where faster"),
     MODEL_OPTIONS,
 )  # fmt: skip
+CHECK_OPTIONS = options(
+    measured("--against", required=True, metavar="MODEL", help="The original."),
+    TEXT_OPTION,
+    measured("--max-kl", type=Above(0), help="The largest KL divergence from the original (nats per token)."),
+    measured("--max-ppl-increase", type=Share(), metavar="PERCENT",
+             help="The largest increase of the perplexity, such as 2%."),
+    WINDOW_OPTIONS,
+    OUTPUT_OPTIONS,
+    dtype_option("the models' own, or float32 where faster"),
+    MODEL_OPTIONS,
+)  # fmt: skip
 EXPORT_OPTIONS = options(
     output("--to", type=click.Choice(TARGETS), default="gguf", metavar="NAME",
            help="The runtime or container; `quantc targets` lists them. [default: gguf]"),

@@ -79,7 +79,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_help_lists_commands_in_the_order_of_use() -> None:
     shown = run("--help").stdout
-    places = [shown.index(f"\n  {name} ") for name in ("quantize", "eval", "compare", "inspect", "report")]
+    places = [shown.index(f"\n  {name} ") for name in ("quantize", "eval", "compare", "check", "inspect", "report")]
     assert places == sorted(places)
     assert run().stdout == shown
 

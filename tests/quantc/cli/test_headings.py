@@ -11,7 +11,7 @@ from quantc.cli import main
 from quantc.cli.headings import HEADINGS, HeadedOption
 from tests.quantc.cli_runner import run
 
-LONG = ("quantize", "plan", "pareto", "eval", "compare")
+LONG = ("quantize", "plan", "pareto", "eval", "compare", "check")
 
 
 def sections(shown: str) -> dict[str, list[str]]:
