@@ -162,8 +162,11 @@ def _refuse_quantized(
 
 
 def _equal(one: str, other: str, headers: Mapping[str, Header]) -> bool:
-    """Return whether two stored tables are equal; compared in bands of rows, so that neither is held whole."""
-    if headers[one].shape != headers[other].shape:
+    """Return whether two stored tables are equal; compared in bands of rows, so that neither is held whole.
+
+    One that is packed counts as different.
+    """
+    if headers[one].shape != headers[other].shape or headers[one].packed or headers[other].packed:
         return False
     first, second = (open_shard(headers[key].file).get_slice(key) for key in (one, other))
     rows = headers[one].shape[0]

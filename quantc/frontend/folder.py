@@ -7,18 +7,14 @@ tensors). Its own conversion runs on just the tensors asked for, so a block cost
 from __future__ import annotations
 
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import ModelError
@@ -27,17 +23,20 @@ from ..progress import Progress
 from .agreement import OLDER_ARGUMENTS, check_agreement, differing_ties
 from .auto import asking_in_words, auto_class, build_skeleton, first_line, read_tokenizer
 from .bounds import check_config_file, check_sizes
+from .checkpoint_names import CheckpointNames
 from .finite import check_finite
 from .kinds import check_architecture, refuse_adapter, refuse_fetched_code, refuse_other_folders
-from .source import COMPUTE_DTYPE, Source, is_under, quiet_transformers, set_parameter
+from .quantized import QuantizedWeights, Stored, find_container, open_quantized
+from .source import COMPUTE_DTYPE, Source, cast_parameter, is_under, quiet_transformers, set_parameter
 from .unchanged import stored_tensors
 from .weight_files import Header, find_weights
 
 
 class FolderSource(Source):
-    """A model folder; raises ModelError when it is incomplete, pickled, or quantized already.
+    """A model folder; raises ModelError when it is incomplete, pickled, or quantized in a way that is not read.
 
-    What transformers would load is compared with the files' headers here, before any weight is read.
+    What transformers would load is compared with the files' headers here, before any weight is read. Weights that
+    another tool has quantized are decoded as they are loaded.
     """
 
     def __init__(self, folder: Path, name: str | None = None, trusted: bool = False):
@@ -45,6 +44,10 @@ class FolderSource(Source):
         self.name = name or _name_of(folder)
         refuse_other_folders(folder)
         config = _read_config(folder, trusted)
+        self._container = find_container(folder, config)
+        check_architecture(folder, config)
+        if not trusted:
+            refuse_fetched_code(folder, config)
         # Taken away, since it would point a checkpoint made from this folder to another file.
         self._weights = find_weights(folder, config.__dict__.pop("transformers_weights", None))
         refuse_adapter(folder)
@@ -56,12 +59,15 @@ class FolderSource(Source):
         self._believe_the_files()
         with quiet_transformers():
             self.notes += check_agreement(folder, self.model, self._conversions, self._targets, self._headers)
+        if self.quantized is not None:
+            self.notes += self.quantized.notes
 
     def _build(self, config: Any) -> None:
         self.model = build_skeleton(config, self.trusted)
         if not self.trusted and hasattr(self.model.config, "auto_map"):
             del self.model.config.auto_map  # transformers' own class is used, here and for a copy
         self._conversions: list[Any] = list(get_model_conversion_mapping(self.model))
+        self._names = CheckpointNames(self.model, self._conversions)
 
     def _believe_the_files(self) -> None:
         """Untie a head that config.json calls tied where the files hold other values for it, as transformers does."""
@@ -87,45 +93,49 @@ class FolderSource(Source):
         )
 
     @cached_property
-    def _headers(self) -> dict[str, Header]:
+    def _stored_headers(self) -> dict[str, Header]:
         return self._weights.headers()
+
+    @cached_property
+    def quantized(self) -> QuantizedWeights | None:
+        """The weights as another tool has packed them, None where all are floats."""
+        if self._container is None:
+            return None
+        stored = Stored(self.path, self._stored_headers, self._names.owner)
+        return open_quantized(self._container, stored, self.model.config.dtype)
+
+    @property
+    def _headers(self) -> dict[str, Header]:
+        return self._stored_headers if self.quantized is None else self.quantized.headers
 
     @cached_property
     def _targets(self) -> dict[str, str]:
         """Checkpoint tensor name -> name of the (first) model tensor it becomes; a shared one by its stored name."""
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        targets = {}
-        for key in self._headers:
-            target, _ = rename_source_key(key, renamings, converters, prefix, known)
-            if target not in known and key in known:
-                target, _ = rename_source_key(key, [], [], prefix, known)
-            targets[key] = target
-        there = set(targets.values())
-        return {key: self._stored_name(target, there) for key, target in targets.items()}
-
-    def _stored_name(self, target: str, there: set[str]) -> str:
-        """Return the name a shared tensor is stored under, where the files have it only under another of its names."""
-        stored = self.model.all_tied_weights_keys.get(target, target)
-        return target if stored in there else stored
+        return self._names.targets(self._headers)
 
     def load(self, prefix: str) -> None:
         wanted = self.wanted_under(prefix)
         keys = [key for key, target in self._targets.items() if is_under(target, prefix) or target in wanted]
-        settings = LoadStateDictConfig(dtype=COMPUTE_DTYPE, weight_mapping=self._conversions)
-        with self.unchanged, quiet_transformers():
-            shards = {file: stored_tensors(file) for file in {self._headers[key].file for key in keys}}
-            slices = {key: shards[self._headers[key].file][key] for key in keys}
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings, **OLDER_ARGUMENTS)
-        if info.mismatched_keys or info.conversion_errors:
-            raise ModelError(f"{self.path} has changed since its headers were read; start again.")
+        self._read(keys, LoadStateDictConfig(dtype=COMPUTE_DTYPE, weight_mapping=self._conversions))
         for name, stored in self.tied.items():
             if self.model.get_parameter(stored).is_meta and not self.model.get_parameter(name).is_meta:
                 set_parameter(self.model, stored, self.model.get_parameter(name))
         self.share_tied(prefix)
         self.check_loaded(prefix)
+
+    def _read(self, keys: list[str], settings: LoadStateDictConfig) -> None:
+        """Give the model the tensors of these keys, in the dtypes that its own have."""
+        with self.unchanged, quiet_transformers():
+            slices = self._slices(keys)
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings, **OLDER_ARGUMENTS)
+        if info.mismatched_keys or info.conversion_errors:
+            raise ModelError(f"{self.path} has changed since its headers were read; start again.")
+
+    def _slices(self, keys: list[str]) -> dict[str, Any]:
+        if self.quantized is not None:
+            return self.quantized.tensors(keys)
+        shards = {file: stored_tensors(file) for file in {self._headers[key].file for key in keys}}
+        return {key: shards[self._headers[key].file][key] for key in keys}
 
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
@@ -133,6 +143,12 @@ class FolderSource(Source):
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return self._dtypes.get(name, COMPUTE_DTYPE)
+
+    def stored_bits(self, name: str) -> float:
+        keys = [key for key, target in self._targets.items() if target == name] if self.quantized else []
+        if not keys or self.quantized is None:
+            return super().stored_bits(name)
+        return sum(map(self.quantized.bits_of, keys)) / sum(prod(self._headers[key].shape) for key in keys)
 
     def weight_files(self) -> list[Path]:
         return self._weights.files
@@ -142,6 +158,8 @@ class FolderSource(Source):
             name for name, _ in self.model.named_parameters()
         }  # buffers may be infinite: bounds of what is clipped
         names = {key for key, target in self._targets.items() if target in known}
+        if self.quantized is not None:
+            names = {part for name in names for part in self.quantized.float_parts(name)}
         progress.stage("Checking weights", len(self._weights.files))
         for file in self._weights.files:
             check_finite(file, names)
@@ -149,9 +167,26 @@ class FolderSource(Source):
         progress.done()
 
     def load_whole(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        if self.quantized is not None:
+            return FolderSource(self.path, trusted=self.trusted)._decode_whole(dtype or self.quantized.dtype)
         with quiet_transformers():
             auto = auto_class(self.model.config)
             return auto.from_pretrained(self.path, dtype=dtype or "auto", trust_remote_code=self.trusted).eval()
+
+    def _decode_whole(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Give this source's own model all weights, in a dtype; those that transformers keeps in float32 stay so."""
+        model, plan = self.model, self.model._get_dtype_plan(dtype)
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_floating_point():
+                cast_parameter(model, name, dtype)
+        settings = LoadStateDictConfig(dtype=dtype, dtype_plan=plan, weight_mapping=self._conversions)
+        self._read(list(self._targets), settings)
+        for name, stored in self.tied.items():
+            held = stored if not model.get_parameter(stored).is_meta else name
+            for each in (name, stored):
+                set_parameter(model, each, model.get_parameter(held))
+        model.config.dtype = dtype
+        return model
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.path, self.trusted)
@@ -182,23 +217,4 @@ def _read_config(folder: Path, trusted: bool) -> Any:
             f"{folder}: config.json is not one that transformers can use ({first_line(error)}); "
             "a decoder model that AutoModelForCausalLM knows is needed."
         ) from error
-    method = _quantization_method(config)
-    if method is not None:
-        remedy = (
-            "it needs no second quantization: evaluate or load it as it is"
-            if method == "quantc"
-            else "start from the original, unquantized model"
-        )
-        raise ModelError(f"{folder} is already quantized (by {method}), but quantc needs float weights; {remedy}.")
-    check_architecture(folder, config)
-    if not trusted:
-        refuse_fetched_code(folder, config)
     return config
-
-
-def _quantization_method(config: object) -> str | None:
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return str(getattr(method, "value", method) or "an unnamed tool")

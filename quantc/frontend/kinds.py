@@ -29,7 +29,7 @@ WITHOUT_CONFIG = (
 TOKENIZER_ALONE = (("tokenizer*", "a tokenizer without a model", "pass the model's folder"),)
 # The same for a folder with a config.json, but without weights that are read.
 WITHOUT_WEIGHTS = (
-    ("gptq_model*.safetensors", "already quantized (by GPTQ, {found})", "start from the original, unquantized model"),
+    ("gptq_model*.safetensors", "stored under AutoGPTQ's name ({found})", "rename that file to model.safetensors"),
     ("model-*-of-*.safetensors", "in shards without model.safetensors.index.json", "fetch that file as well"),
     ("model.*.safetensors", "stored in a variant only ({found})", "rename that file to model.safetensors"),
     ("consolidated*.safetensors", "in the format of its authors' own code ({found})", "fetch model*.safetensors"),

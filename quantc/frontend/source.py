@@ -185,8 +185,8 @@ def to_meta(module: nn.Module) -> None:
 # Files beside the weights that are written anew, or that belong to the weights, to training or to the tokenizer.
 NOT_CARRIED = {
     "config.json", "quantc.json", "report.json", "resume.json", "adapter_config.json", "quantize_config.json",
-    "trainer_state.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json",
+    "quant_config.json", "quantization_config.json", "trainer_state.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json",
 }  # fmt: skip
 
 

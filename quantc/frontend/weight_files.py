@@ -22,11 +22,15 @@ SHOWN = 3  # names in a note
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's header says of a tensor. dtype: by the name that safetensors gives it."""
+    """What a file's header says of a tensor. dtype: by the name that safetensors gives it.
+
+    packed: whether the file holds it in parts that it is decoded from; dtype and shape are then those of its values.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    packed: bool = False
 
 
 @dataclass

@@ -13,7 +13,7 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # What files of other tools hold, too.
 KNOWN_DTYPES = DTYPES | {
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "U64": torch.uint64, "U16": torch.uint16,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")

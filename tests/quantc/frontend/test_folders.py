@@ -147,7 +147,7 @@ def test_a_git_lfs_pointer(folder: Path, tmp_path: Path) -> None:
         ("model.fp16.safetensors", "is stored in a variant only (model.fp16.safetensors); rename that file to"),
         ("model-00001-of-00002.safetensors", "is in shards without model.safetensors.index.json; fetch that file"),
         ("consolidated.safetensors", "is in the format of its authors' own code (consolidated.safetensors); fetch"),
-        ("gptq_model-4bit-128g.safetensors", "is already quantized (by GPTQ, gptq_model-4bit-128g.safetensors); start"),
+        ("gptq_model-4bit-128g.safetensors", "is stored under AutoGPTQ's name (gptq_model-4bit-128g.safetensors); ren"),
         ("weights.safetensors", "is without a model.safetensors (it has weights.safetensors); rename that file if"),
         ("tiny.Q4_0.gguf", "is a folder of GGUF files; pass the file itself: tiny.Q4_0.gguf."),
         ("onnx/model.onnx", "is an ONNX model; use the model it was exported from."),

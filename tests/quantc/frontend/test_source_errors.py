@@ -58,8 +58,6 @@ def test_no_weights_at_all(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "method"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq", "bits": 4}, "awq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"bits": 4}, "an unnamed tool"),
     ],
@@ -67,8 +65,17 @@ def test_no_weights_at_all(folder: Path, tmp_path: Path) -> None:
 def test_a_model_quantized_by_another_tool(folder: Path, tmp_path: Path, settings: dict[str, Any], method: str) -> None:
     edit_config(folder, quantization_config=settings)
     assert refusal(folder, tmp_path / "out") == (
-        f"{folder} is already quantized (by {method}), but quantc needs float weights; "
-        "start from the original, unquantized model."
+        f"{folder} is already quantized (by {method}), but quantc reads only awq, gptq, auto-round, intel/auto-round, "
+        "compressed-tensors, fp8, fbgemm_fp8, mxfp4 and float weights; start from the original, unquantized model."
+    )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
+def test_floats_that_are_called_quantized(folder: Path, tmp_path: Path, method: str) -> None:
+    edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    assert refusal(folder, tmp_path / "out") == (
+        f"{folder}: config.json says that the weights are quantized (by {method}), but the files hold none that are "
+        "packed; use the config that belongs to the weights, or remove quantization_config from it."
     )
 
 
