@@ -10,7 +10,7 @@ from ...numerics.packing import unpack_bits
 from ...spec.grids.values import E2M1
 
 WORD = 32
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each nibble of a word is of, lowest first
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each code of eight is of
 _PAIRS = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)])
 
 
@@ -31,11 +31,11 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return unpack_bits(stream.view(*words.shape, 4), bits, whole).flatten(-2)[..., :count]
 
 
-def unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """Return 4-bit codes uint8 (..., 8 W) of int32 words (..., W) in AWQ's order of columns."""
-    nibbles = unpack_bits(words.contiguous().view(torch.uint8).view(*words.shape, 4), 4, 8)
-    codes = torch.empty_like(nibbles)
-    codes[..., list(AWQ_ORDER)] = nibbles
+def unpack_awq(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return codes uint8 (..., count) of int32 words (..., W), one stream of bits in AWQ's order of columns."""
+    stored = unpack_words(words, bits, count).unflatten(-1, (-1, len(AWQ_ORDER)))
+    codes = torch.empty_like(stored)
+    codes[..., list(AWQ_ORDER)] = stored
     return codes.flatten(-2)
 
 

@@ -85,6 +85,19 @@ class QuantizedWeights:
         found = [self._stored.headers[key] for key in keys]
         return sum(8 * prod(header.shape) * KNOWN_DTYPES[header.dtype].itemsize for header in found)
 
+    def describe(self) -> dict[str, Any]:
+        """Return the container, the average bits, and how each weight is stored."""
+        linears = [
+            {
+                "name": weight.name,
+                "label": weight.label,
+                "shape": list(weight.shape),
+                "bits_per_weight": self.bits_of(weight.name) / prod(weight.shape),
+            }
+            for weight in self.packed.values()
+        ]
+        return {"container": self.container.name, "bits_per_weight": self.bits_per_weight, "linears": linears}
+
     def float_parts(self, name: str) -> list[str]:
         """Return the stored tensors of one that have to be finite floats."""
         weight = self.packed.get(name)

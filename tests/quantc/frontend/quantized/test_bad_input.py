@@ -188,7 +188,7 @@ def test_transforms_in_the_weights_are_read(folder_of: Any) -> None:
         ("gptq", {"dynamic": {"(": {}}}, "dynamic", ),
         ("gptq", {"bits": None}, "quantization_config in config.json has no bits, without which the weights cannot"),
         ("awq", {"version": "gemv_fast"}, "is already quantized with awq's version gemv_fast, which quantc does not"),
-        ("awq", {"bits": 8}, "says bits 8, but 4, as in all AWQ folders, is needed"),
+        ("awq", {"bits": 8}, "qweight has the shape (96, 8), but (96, 16) is needed; a quantization_config that"),
         ("fp8", {"weight_block_size": [0, 128]}, "weight_block_size [0, 128], but a list of two sizes of at least 1"),
         ("gptq", {"quant_method": "auto-round", "packing_format": "auto_round:x"}, "packing_format auto_round:x"),
     ],

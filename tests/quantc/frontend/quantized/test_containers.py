@@ -210,15 +210,17 @@ def test_awq(even: Path, tmp_path: Path, group: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "pack"),
+    ("form", "bits", "pack"),
     [
-        ("auto_round:auto_gptq", gptq(4, 16, False, 1)),
-        ("auto_round:gptqmodel", gptq(4, 16, False, 2)),
-        ("auto_round:auto_awq", awq(16)),
+        ("auto_round:auto_gptq", 4, gptq(4, 16, False, 1)),
+        ("auto_round:gptqmodel", 4, gptq(4, 16, False, 2)),
+        ("auto_round:auto_awq", 4, awq(16)),
+        ("auto_round", 5, gptq(5, 16, True, 2)),
+        ("auto_round:auto_awq", 3, awq(16, 3)),
     ],
 )
-def test_auto_round(even: Path, tmp_path: Path, form: str, pack: Any) -> None:
-    config = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False, "packing_format": form}
+def test_auto_round(even: Path, tmp_path: Path, form: str, bits: int, pack: Any) -> None:
+    config = {"quant_method": "auto-round", "bits": bits, "group_size": 16, "sym": False, "packing_format": form}
     check_twin(write(even, tmp_path / "model", pack, config))
 
 
@@ -262,15 +264,8 @@ def test_experts(tmp_path: Path, family: str, pack: Any, config: dict[str, Any])
 def test_stacks_of_gpt_oss(tmp_path: Path) -> None:
     source = save_with_tokenizer(writers.build_with("gpt_oss", intermediate_size=96), tmp_path / "source")
 
-    def pack(module: str, weight: torch.Tensor) -> Any:
-        blocks = weight.transpose(1, 2).unflatten(-1, (-1, 32))
-        exponents, step = writers.powers(blocks)
-        codes, levels = writers.nearest_fp4(blocks / step.unsqueeze(-1))
-        found = (levels * step.unsqueeze(-1)).flatten(-2).transpose(1, 2)
-        return {"blocks": writers.pairs(codes), "scales": exponents}, found
-
-    folder = write(source, tmp_path / "model", pack, {"quant_method": "mxfp4"}, ("gate_up_proj", "down_proj"))
-    writers.rename(folder, {"_proj.blocks": "_proj_blocks", "_proj.scales": "_proj_scales"})
+    folder = write(source, tmp_path / "model", writers.mxfp4_stack, {"quant_method": "mxfp4"}, writers.STACKS)
+    writers.rename(folder, writers.STACK_PARTS)
     check_twin(folder)
 
 

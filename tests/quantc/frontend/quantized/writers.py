@@ -158,18 +158,18 @@ def gptq(bits: int, group: int, symmetric: bool, version: int, act_order: bool =
     return pack
 
 
-def awq(group: int) -> Packer:
+def awq(group: int, bits: int = 4) -> Packer:
     def pack(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        codes, zeros, scales = rounded(weight, 4, group, symmetric=False)
-        parts = {"qweight": _awq_words(codes.T), "qzeros": _awq_words(zeros.T), "scales": scales.T}
+        codes, zeros, scales = rounded(weight, bits, group, symmetric=False)
+        parts = {"qweight": _awq_words(codes.T, bits), "qzeros": _awq_words(zeros.T, bits), "scales": scales.T}
         return parts, values(codes, zeros, scales, groups_of(weight.shape[1], group))
 
     return pack
 
 
-def _awq_words(codes: torch.Tensor) -> torch.Tensor:
+def _awq_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     inner = codes.reshape(codes.shape[0], -1, 8)[..., AWQ_ORDER]
-    return stream(inner.reshape(codes.shape).contiguous(), 4)
+    return stream(inner.reshape(codes.shape).contiguous(), bits)
 
 
 def fp8(scale: str, block: tuple[int, int] | str, dtype: torch.dtype = torch.float8_e4m3fn) -> Packer:
@@ -230,6 +230,19 @@ def mxfp4(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     codes, levels = nearest_fp4(blocks / step.unsqueeze(-1))
     parts = {"weight_packed": pairs(codes.view(weight.shape)), "weight_scale": exponents}
     return parts, (levels * step.unsqueeze(-1)).view(weight.shape)
+
+
+STACKS = ("gate_up_proj", "down_proj")  # of gpt-oss
+STACK_PARTS = {"_proj.blocks": "_proj_blocks", "_proj.scales": "_proj_scales"}  # see `rename`
+
+
+def mxfp4_stack(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Experts (E, K, N), stored with outputs first."""
+    blocks = weight.transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents, step = powers(blocks)
+    codes, levels = nearest_fp4(blocks / step.unsqueeze(-1))
+    found = (levels * step.unsqueeze(-1)).flatten(-2).transpose(1, 2)
+    return {"blocks": pairs(codes), "scales": exponents}, found
 
 
 def mxfp8(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:

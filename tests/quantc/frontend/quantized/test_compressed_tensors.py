@@ -1,0 +1,103 @@
+"""Weights that the compressed-tensors package packs are read as it decompresses them itself, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+from quantc.frontend import open_model
+from tests.families import build
+from tests.helpers import save_with_tokenizer
+from tests.quantc.frontend.quantized.writers import Tensors, ct_config, write
+
+
+def blocks_of(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """Each row of scales' weights, (R, C, weights of one scale)."""
+    if args.strategy == "tensor":
+        return weight.reshape(1, 1, -1)
+    if args.strategy == "channel":
+        return weight.unsqueeze(1)
+    if args.strategy == "block":
+        rows, columns = args.block_structure
+        return weight.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)
+    return weight.unflatten(1, (-1, args.group_size))
+
+
+def packer(form: str, weights: dict[str, Any], dtype: torch.dtype) -> Callable[..., tuple[Tensors, torch.Tensor]]:
+    """Pack by the package itself; the values are those that it decompresses."""
+    args = QuantizationArgs(**weights)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=form)
+    compressor = BaseCompressor.get_value_from_registry(form)
+
+    def pack(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        weight = weight.to(dtype)
+        blocks = blocks_of(weight, args)
+        overall = generate_gparam(weight.min(), weight.max()) if form.startswith("nvfp4") else None
+        scales, zeros = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, global_scale=overall)
+        state = {"weight": weight, "weight_scale": scales, "weight_zero_point": zeros}
+        if overall is not None:
+            state["weight_global_scale"] = overall
+        packed = compressor.compress(state, scheme)
+        return packed, compressor.decompress(packed, scheme)["weight"]
+
+    return pack
+
+
+def group(bits: int, size: int, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "int", "strategy": "group", "group_size": size, "symmetric": True, **more}
+
+
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"int{bits}": ("pack-quantized", group(bits, 16)) for bits in range(2, 9)},
+    **{f"asym{bits}": ("pack-quantized", group(bits, 16, symmetric=False)) for bits in range(2, 9)},
+    "rows": ("pack-quantized", {"num_bits": 5, "strategy": "channel", "symmetric": False}),
+    "fp8 tensor": ("float-quantized", {**FP8, "strategy": "tensor"}),
+    "fp8 rows": ("naive-quantized", {**FP8, "strategy": "channel"}),
+    "fp8 blocks": ("float-quantized", {**FP8, "strategy": "block", "block_structure": [32, 16]}),
+    "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+         "scale_dtype": "torch.float8_e4m3fn"},
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
+    "mxfp8": (
+        "mxfp8-quantized",
+        {**FP8, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
+}  # fmt: skip
+
+SMALL = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_with_tokenizer(build("qwen3"), tmp_path_factory.mktemp("plain") / "model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_those_of_the_package(plain: Path, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    form, weights = CASES[name]
+    folder = write(plain, tmp_path / "model", packer(form, weights, dtype), ct_config(form, dict(weights)))
+    source, twin = open_model(folder), open_model(tmp_path / "model-twin")
+    for name, _ in source.model.named_parameters():
+        if name.endswith("_proj.weight"):
+            source.load(name)
+            twin.load(name)
+            # The package computes in the dtype of the scales, and small floats in bfloat16; quantc in float32.
+            rounded_to = twin.stored_dtype(name)
+            assert rounded_to == (torch.bfloat16 if form in SMALL else dtype)
+            found, expected = source.model.get_parameter(name), twin.model.get_parameter(name)
+            assert torch.equal(found.to(rounded_to), expected.to(rounded_to)), name
