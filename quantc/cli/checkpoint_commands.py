@@ -70,11 +70,18 @@ def targets(name: str | None, as_json: bool) -> None:
 def inspect(checkpoint: Path, as_json: bool) -> None:
     """List the layers of CHECKPOINT with their errors.
 
-    For every layer: spec, shape, bits per weight, error and method; then the totals.
+    For every layer: spec, shape, bits per weight, error and method; then the totals. Of a folder that another tool has
+    quantized: how each weight is stored.
 
     \b
     Example: quantc inspect qwen3-w4
     """
+    found = _read_quantized(checkpoint)
+    if found is not None:
+        from .source_tables import source_inspected
+
+        console.show_json(found) if as_json else console.show(source_inspected(to_printable(found)))
+        return
     report = _read_report(checkpoint)
     from . import tables
 
@@ -160,6 +167,23 @@ def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
         console.show_json({"checkpoint": checkpoint, "report": file})
     else:
         click.echo(f"Wrote {printable(str(file))}")
+
+
+def _read_quantized(folder: Path) -> dict[str, Any] | None:
+    """Return how a folder that another tool has quantized stores its weights, None for any other folder."""
+    from ..checkpoint.reader import is_checkpoint
+    from ..report import REPORT_FILE
+
+    if (folder / REPORT_FILE).is_file() or not (folder / "config.json").is_file() or is_checkpoint(folder):
+        return None
+    from ..frontend.folder import FolderSource
+
+    source = FolderSource(folder)
+    if source.quantized is None:
+        return None
+    found = source.quantized.describe()
+    size_on_disk = sum(file.stat().st_size for file in source.weight_files())
+    return {"model": str(folder), **found, "weights_bytes": size_on_disk, "notes": source.notes}
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
