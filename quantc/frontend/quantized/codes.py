@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 
 from ...numerics.packing import unpack_bits
+from ...numerics.strips import strip_rows
 from ...spec.grids.values import E2M1
 
 WORD = 32
@@ -53,35 +56,69 @@ def to_float(scales: torch.Tensor) -> torch.Tensor:
     return scales.float()
 
 
-def spread(scales: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]) -> torch.Tensor:
-    """Return scales (..., R, C) at every place of a matrix (..., N, K); one of a block of rows and columns is shared.
+@dataclass(frozen=True)
+class Blocks:
+    """Scales or zero points (R, C) of the blocks of a matrix with K columns, the last of which may be smaller.
 
-    Sides on which there is one scale are left at 1. The last block may be smaller.
+    sides: rows and columns of a block; where there is only one block on a side, it is all of it. g_idx: int (K,), the
+    block of each column, where they are in no order.
     """
-    for axis, side, size in ((-2, shape[0], block[0]), (-1, shape[1], block[1])):
-        if scales.shape[axis] > 1:
-            scales = scales.repeat_interleave(size, axis).narrow(axis, 0, side)
-    return scales
+
+    parameters: torch.Tensor
+    sides: tuple[int, int]
+    columns: int
+    g_idx: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return those at places in rows of the matrix, (rows or 1, K or 1)."""
+        found = self.parameters
+        if found.shape[0] > 1:
+            found = found.index_select(0, torch.arange(start, stop) // self.sides[0])
+        if self.g_idx is not None:
+            return found.index_select(1, self.g_idx.int())
+        return found if found.shape[1] == 1 else found.repeat_interleave(self.sides[1], 1)[:, : self.columns]
 
 
-def by_group(parameters: torch.Tensor, group_size: int, columns: int, g_idx: torch.Tensor | None) -> torch.Tensor:
-    """Return what groups (N, G) have at every column, (N, K) or (N, 1). g_idx: int (K,), the group of each column.
+def dequantize(
+    shape: tuple[int, int],
+    read: Callable[[int, int], torch.Tensor],
+    scales: Blocks,
+    zeros: Blocks | int | None = None,
+) -> torch.Tensor:
+    """Return (codes - zeros) * scales, float32 (N, K). read: returns codes of rows from one number to another.
 
-    group_size 0 is that of whole rows.
+    Computed in strips of rows, so that the result is all that is held whole.
     """
-    if g_idx is None:
-        return spread(parameters, (1, group_size or columns), (parameters.shape[0], columns))
-    return parameters.index_select(1, g_idx.int())
+    values = torch.empty(shape)
+    step = strip_rows(shape[1])
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        strip = values[start:stop].copy_(read(start, stop))
+        if zeros is not None:
+            strip -= zeros.rows(start, stop) if isinstance(zeros, Blocks) else zeros
+        strip *= scales.rows(start, stop)
+    return values
 
 
 def affine(
     codes: torch.Tensor, zeros: torch.Tensor | int, scales: torch.Tensor, group_size: int, g_idx: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return (codes - zeros) * scales, float32 (N, K); zeros and scales are those of groups (N, G)."""
-    values = codes.float()
+    """Return (codes - zeros) * scales, float32 (N, K); zeros and scales are those of groups (N, G), 0 for whole rows."""
     columns = codes.shape[1]
-    if isinstance(zeros, torch.Tensor):
-        values -= by_group(zeros.float(), group_size, columns, g_idx)
-    else:
-        values -= zeros
-    return values.mul_(by_group(to_float(scales), group_size, columns, g_idx))
+    sides = (1, group_size or columns)
+    less = Blocks(zeros.float(), sides, columns, g_idx) if isinstance(zeros, torch.Tensor) else zeros
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return codes[start:stop]
+
+    return dequantize((codes.shape[0], columns), read, Blocks(to_float(scales), sides, columns, g_idx), less)
+
+
+def fp4(packed: torch.Tensor, scales: torch.Tensor, size: int) -> torch.Tensor:
+    """Return E2M1 values of bytes (N, K / 2) times float32 scales of groups of this size (N, G), float32 (N, K)."""
+    n, columns = packed.shape[0], 2 * packed.shape[1]
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return unpack_fp4(packed[start:stop])
+
+    return dequantize((n, columns), read, Blocks(scales, (1, size), columns))

@@ -13,7 +13,7 @@ import torch
 
 from ...errors import ModelError
 from .base import Container, Packed, Parts, register
-from .codes import affine, to_float, unpack_fp4, unpack_words, word_counts
+from .codes import affine, fp4, to_float, unpack_words, word_counts
 from .scaled import FLOAT8, scaled_tensor
 from .schemes import Scheme, Schemes, refuse_online_transforms
 from .settings import Settings
@@ -144,7 +144,7 @@ def _fp4(stored: Stored, module: str, scheme: Scheme) -> Packed:
 
 def _decode_fp4(size: int, parts: Parts) -> torch.Tensor:
     """Return values times the scale of their group; see Packed."""
-    values, scales = unpack_fp4(parts["packed"]), to_float(parts["scale"])
+    scales = to_float(parts["scale"])
     if "global_scale" in parts:
         scales = scales / parts["global_scale"].float()
-    return values.mul_(scales.repeat_interleave(size, 1)[:, : values.shape[1]])
+    return fp4(parts["packed"], scales, size)

@@ -11,7 +11,7 @@ import torch
 
 from ...errors import ModelError
 from .base import Container, Packed, Parts, register
-from .codes import to_float, unpack_fp4
+from .codes import fp4, to_float
 from .stored import Stored
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -46,5 +46,9 @@ def _stack(stored: Stored, name: str, shape: tuple[int, ...]) -> Packed:
 
 def _decode(parts: Parts) -> torch.Tensor:
     """Return values times the power of two of their block, with inputs before outputs; see Packed."""
-    values = unpack_fp4(parts["blocks"]).mul_(to_float(parts["scales"]).unsqueeze(-1))
-    return values.flatten(-2).transpose(1, 2).contiguous()
+    blocks, scales = parts["blocks"], to_float(parts["scales"])
+    experts, n, groups = scales.shape
+    values = torch.empty(experts, 2 * BLOCK_BYTES * groups, n)
+    for expert in range(experts):
+        values[expert] = fp4(blocks[expert].flatten(1), scales[expert], 2 * BLOCK_BYTES).T
+    return values

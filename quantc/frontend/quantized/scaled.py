@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from math import ceil
 
 import torch
 
 from ...errors import ModelError
 from .base import Packed, Parts
-from .codes import spread, to_float
+from .codes import Blocks, dequantize, to_float
 from .stored import Shape, Stored
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -55,15 +56,27 @@ def _sides(sides: Block) -> str:
 
 
 def _decode(grid: Shape, sides: Block, parts: Parts) -> torch.Tensor:
-    """Return (codes - zeros) * scales; see Packed."""
-    values = parts["codes"].float()
-    if "zeros" in parts:
-        values -= _everywhere(parts["zeros"].float(), grid, sides, values)
-    return values.mul_(_everywhere(to_float(parts["scales"]), grid, sides, values))
+    """Return (codes - zeros) * scales, matrix by matrix; see Packed."""
+    codes = parts["codes"]
+    values = torch.empty(codes.shape)
+    found = {role: _in_grid(parts[role], grid) for role in parts if role != "codes"}
+    for place in product(*map(range, codes.shape[:-2])):
+        zeros = _blocks(found["zeros"][place].float(), sides, codes) if "zeros" in found else None
+        scales = _blocks(to_float(found["scales"][place]), sides, codes)
+        values[place] = dequantize((codes.shape[-2], codes.shape[-1]), partial(_rows, codes[place]), scales, zeros)
+    return values
 
 
-def _everywhere(found: torch.Tensor, grid: Shape, sides: Block, values: torch.Tensor) -> torch.Tensor:
-    """Return scales so that they can be multiplied with values."""
-    if found.shape == grid:
-        return spread(found, sides, (values.shape[-2], values.shape[-1]))
-    return found.view(-1, 1) if found.ndim == 1 else found
+def _in_grid(found: torch.Tensor, grid: Shape) -> torch.Tensor:
+    """Return scales of which those of a whole tensor or of rows are (R, C) too."""
+    return found if found.ndim == len(grid) else found.reshape(-1, 1)
+
+
+def _blocks(found: torch.Tensor, sides: Block, codes: torch.Tensor) -> Blocks:
+    """Return the scales of a matrix; those of rows are of blocks with one row."""
+    n, k = codes.shape[-2:]
+    return Blocks(found, (1, k) if found.shape == (n, 1) else sides, k)
+
+
+def _rows(codes: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return codes[start:stop]

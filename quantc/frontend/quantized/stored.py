@@ -20,7 +20,7 @@ class Stored:
 
     def __init__(self, folder: Path, headers: Mapping[str, Header], owner_of: Callable[[str], tuple[str, str]]):
         self.folder, self.headers = folder, headers
-        self._owner_of = owner_of
+        self._owner_of = cache(owner_of)
         self._open: Callable[[Path], safe_open] = cache(open_shard)
 
     def modules(self, ending: str) -> list[str]:
