@@ -78,9 +78,7 @@ def inspect(checkpoint: Path, as_json: bool) -> None:
     """
     found = _read_quantized(checkpoint)
     if found is not None:
-        from .source_tables import source_inspected
-
-        console.show_json(found) if as_json else console.show(source_inspected(to_printable(found)))
+        _show_quantized(found, as_json)
         return
     report = _read_report(checkpoint)
     from . import tables
@@ -167,6 +165,15 @@ def report(checkpoint: Path, out: Path | None, as_json: bool) -> None:
         console.show_json({"checkpoint": checkpoint, "report": file})
     else:
         click.echo(f"Wrote {printable(str(file))}")
+
+
+def _show_quantized(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        console.show_json(found)
+        return
+    from .source_tables import source_inspected
+
+    console.show(source_inspected(to_printable(found)))
 
 
 def _read_quantized(folder: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from quantc.frontend import open_model
 from tests.families import build
-from tests.helpers import save_with_tokenizer
+from tests.helpers import save_with_tokenizer, thinned
 from tests.quantc.frontend.quantized.writers import Tensors, ct_config, write
 
 
@@ -86,8 +87,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_with_tokenizer(build("qwen3"), tmp_path_factory.mktemp("plain") / "model")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), thinned(list(product(CASES, [torch.float32, torch.bfloat16])), 3))
 def test_values_are_those_of_the_package(plain: Path, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     form, weights = CASES[name]
     folder = write(plain, tmp_path / "model", packer(form, weights, dtype), ct_config(form, dict(weights)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from quantc.frontend import open_model
 from tests.families import build
-from tests.helpers import save_with_tokenizer
+from tests.helpers import save_with_tokenizer, thinned
 from tests.quantc.frontend.folders import shard
 from tests.quantc.frontend.quantized import writers
 from tests.quantc.frontend.quantized.writers import (
@@ -60,9 +61,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_with_tokenizer(build("llama"), tmp_path_factory.mktemp("plain") / "model")
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("group", [0, 8, 24])  # rows are 64 and 104 long: groups of 24 have a short last one
+# Rows are 64 and 104 long: groups of 24 have a short last one.
+INTEGERS = list(product(range(2, 9), [True, False], [0, 8, 24]))
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "group"), thinned(INTEGERS, 5))
 def test_ct_integers(plain: Path, tmp_path: Path, bits: int, symmetric: bool, group: int) -> None:
     config = ct_config("pack-quantized", ct_group(bits, group, symmetric=symmetric))
     folder = write(plain, tmp_path / "model", ct_integers(bits, group, symmetric), config)
@@ -159,10 +162,12 @@ def test_ct_small_floats(even: Path, tmp_path: Path, pack: Any, form: str, weigh
     check_twin(write(even, tmp_path / "model", pack, ct_config(form, dict(weights))))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(("symmetric", "act_order"), [(True, False), (False, False), (False, True)])
-def test_gptq(even: Path, tmp_path: Path, bits: int, version: int, symmetric: bool, act_order: bool) -> None:
+GPTQ = list(product([2, 3, 4, 8], [1, 2], [(True, False), (False, False), (False, True)]))
+
+
+@pytest.mark.parametrize(("bits", "version", "kind"), thinned(GPTQ, 5))
+def test_gptq(even: Path, tmp_path: Path, bits: int, version: int, kind: tuple[bool, bool]) -> None:
+    symmetric, act_order = kind
     config = gptq_config(bits, 16, "gptq" if version == 1 else "gptq_v2", desc_act=act_order, sym=symmetric)
     check_twin(write(even, tmp_path / "model", gptq(bits, 16, symmetric, version, act_order), config))
 
