@@ -1,10 +1,13 @@
-"""Packages: `quantc`, and three top-level folders mounted inside its namespace; and the native CPU kernels.
+"""Packages: `quantc`, and three top-level folders mounted inside its namespace; start-up code; native CPU kernels.
 
 `passes/`, `kernels/` and `calib_data/` stand at the top of the checkout but install as `quantc.passes`,
 `quantc.kernels` and `quantc.calib_data`: their short names must not land in anybody's site-packages.
 
 `quantc.kernels.cpu._native` is no Python module but a plain C library that ctypes loads. It is optional: where the
 compiler fails, the package installs without.
+
+`quantc-startup.pth` is quantc/runtime/startup.py in one line. Python runs it at its start, so that transformers loads
+quantc checkpoints in processes that never import quantc.
 """
 
 import platform
@@ -14,9 +17,12 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 MOUNTED = {"quantc.passes": "passes", "quantc.kernels": "kernels", "quantc.calib_data": "calib_data"}
+
+STARTUP = Path("quantc/runtime/startup.py")
 
 NATIVE = Path("kernels/cpu/native")
 NATIVE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-g0", "-w"]
@@ -68,6 +74,23 @@ class BuildNative(build_ext):
         return []
 
 
+class BuildWithStartup(build_py):
+    """Copies the packages, and writes the start-up code beside them."""
+
+    def run(self) -> None:
+        super().run()
+        code = STARTUP.read_text(encoding="ascii")
+        Path(self._startup_file()).write_text(f"import sys; exec({code!r}, {{}})\n", encoding="ascii")
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), self._startup_file()]
+
+    def _startup_file(self) -> str:
+        # An editable wheel takes nothing from build_lib, but whatever is where `install` would install to.
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        return str(Path(folder, "quantc-startup.pth"))
+
+
 setup(
     packages=[
         *find_packages(include=["quantc", "quantc.*"]),
@@ -91,5 +114,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildWithStartup},
 )

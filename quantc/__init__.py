@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .runtime.plugin import register_with_transformers
+from .runtime.plugin import register_with_others
 from .version import __version__
 
 __all__ = ["QuantcError", "__version__", "check", "compare", "evaluate", "export", "load", "pareto", "plan", "quantize"]
@@ -48,7 +48,7 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
-register_with_transformers()
+register_with_others()
 
 
 def __getattr__(name: str) -> Any:

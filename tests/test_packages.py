@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,10 @@ MODEL = ROOT / "tests" / "tiny_model" / "model"
 NO_COMPILER = {name: "/nonexistent/compiler" for name in ("CC", "CXX", "LDSHARED")}
 NEWEST_GLIBC = 36  # minor version of Debian 12's, the oldest system that `make dist` is meant for
 CHECK = """
-import sys, torch, quantc
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained("packed")
+assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
+import quantc
 from quantc.calib_data import load_documents
 from quantc.kernels.cpu import library
 assert quantc.__file__.startswith(sys.prefix), quantc.__file__
@@ -77,6 +81,17 @@ def test_it_installs_and_quantizes(kind: str, compiler: bool, dist: Path, tmp_pa
     run([quantc, "quantize", str(MODEL), *small], tmp_path, **variables)
     kernels = "native kernels" if compiler or kind == "*.whl" else "no native kernels"
     assert run([str(bin_folder / "python"), "-c", CHECK], tmp_path, **variables).strip() == kernels
+
+
+def test_an_editable_install_needs_no_import_either(tmp_path: Path) -> None:
+    left_out = shutil.ignore_patterns(".*", "tests", "docs", "benchmarks", "build", "dist", "*.so")
+    checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=left_out)
+    python = str(clean_environment(tmp_path / "clean") / "python")
+    run([python, "-m", "pip", "install", "--no-deps", "-e", str(checkout)], tmp_path, **NO_COMPILER)
+    shown = "import sys, transformers.quantizers.auto as table; print('quantc' in table.AUTO_QUANTIZER_MAPPING)"
+    assert run([python, "-c", shown], tmp_path).strip() == "True"
+    run([python, "-m", "pip", "uninstall", "-y", "quantc"], tmp_path)
+    assert run([python, "-c", shown], tmp_path).strip() == "False"
 
 
 def test_the_wheel_has_its_data_and_a_manylinux_tag(dist: Path) -> None:

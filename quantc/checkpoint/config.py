@@ -11,8 +11,8 @@ from ..formats import Part, format_of
 from ..numerics.hadamard import fits
 from ..spec import QuantSpec
 from . import integrity
+from .integrity import METHOD
 
-METHOD = "quantc"
 VERSION = 1
 TURNED_VERSION = 2  # of checkpoints with a rotated residual stream, which readers of version 1 would get wrong
 UNEVEN_VERSION = 3  # of those with rows of two widths or dropped weights in some, the residual stream rotated or not

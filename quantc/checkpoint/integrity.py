@@ -16,8 +16,12 @@ from typing import Any
 from ..errors import CheckpointError
 
 CONFIG = "config.json"
+METHOD = "quantc"  # quant_method of its quantization_config
 FIRST_CHOICE = "model.safetensors"  # transformers opens it wherever it is there, whatever the index says
 WEIGHTS_KEY = "transformers_weights"  # of config.json: the file that transformers opens before that one
+# What config.json has there, which is no file. transformers without quantc only warns of an unknown method, and draws
+# the weights at random; but it refuses this name, and shows it. With quantc, runtime/hf.py takes it out of the way.
+REMEDY = "these weights are packed by quantc: install it, and `import quantc` before the model is loaded"
 ADAPTER = "adapter_config.json"
 # Written anew by save_pretrained, and nothing is computed from them.
 PROVENANCE = ("_name_or_path", "transformers_version")
@@ -54,6 +58,13 @@ def recorded(manifest: Mapping[str, Any], file: Path) -> dict[str, str]:
     return table
 
 
+def demand_quantc(config: dict[str, Any]) -> None:
+    """Make transformers without quantc refuse the checkpoint of a config, and its text model, with the remedy."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part[WEIGHTS_KEY] = REMEDY
+
+
 def check_config(folder: Path, config: Mapping[str, Any], known: Mapping[str, str], manifest: str) -> None:
     """Raise CheckpointError where a config is not the one that the manifest recorded."""
     if CONFIG in known and checksum_of_config(config) != known[CONFIG]:
@@ -86,7 +97,7 @@ def check_nothing_else_is_read(folder: Path, config: Mapping[str, Any], shards: 
     index: the name of the index that lists them; the only shard may also be opened without one.
     """
     chosen = config.get(WEIGHTS_KEY)
-    if chosen is not None and chosen != index and {chosen} != shards:
+    if chosen not in (None, REMEDY, index) and {chosen} != shards:
         raise CheckpointError(
             f"{folder / CONFIG} names {chosen!r} as {WEIGHTS_KEY}, but the checkpoint's weights are in "
             f"{', '.join(sorted(shards))}; copy it again."

@@ -47,6 +47,7 @@ def config_json(run: Run) -> dict[str, Any]:
     config["architectures"] = [type(run.source.model).__name__]
     config["dtype"] = str(model_dtype(run.source)).removeprefix("torch.")
     config["quantization_config"] = describe_quantization(entries, default, run.residual)
+    integrity.demand_quantc(config)
     return config
 
 

@@ -1,4 +1,4 @@
-"""README.md of a checkpoint: how to load it, and what happens to those who do not know."""
+"""README.md of a checkpoint: how to load it, and what that needs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ CARD = """
 is stored, `report.json` what that cost, and `quantc.json` where they come from.
 
 ```python
-import quantc  # before the model is loaded: it teaches transformers this format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-Without `import quantc`, transformers warns of an unknown quantization type and goes on with random weights: the model
-runs, and writes nonsense. `quantc verify path/to/this/folder` checks the files.
+quantc must be installed, which teaches transformers this format. Without it transformers refuses the weights.
+`quantc verify path/to/this/folder` checks the files.
 """
 
 

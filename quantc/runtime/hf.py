@@ -1,8 +1,12 @@
-"""The only file that faces transformers' quantizer interface: how `from_pretrained` loads a quantc checkpoint."""
+"""The only file that faces transformers' quantizer interface: how `from_pretrained` loads a quantc checkpoint.
+
+Whoever imports transformers where quantc is installed imports this (startup.py), so what takes long to import waits for
+the first checkpoint.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,11 +18,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.config import METHOD, read_residual_rotation
-from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.integrity import METHOD, REMEDY, WEIGHTS_KEY
 from ..errors import CheckpointError
-from .model_check import check_entries, check_tensors, reader_of
-from .modules import install
+
+if TYPE_CHECKING:
+    from ..checkpoint.reader import CheckpointReader
 
 
 class QuantcConfig(QuantizationConfigMixin):
@@ -52,6 +56,10 @@ class QuantcQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
+        from ..checkpoint.config import read_residual_rotation
+        from .model_check import check_entries, check_tensors, reader_of
+        from .modules import install
+
         config = {"quantization_config": self.quantization_config.to_dict()}
         reader = reader_of(checkpoint_files, config)
         check_entries(model, reader.entries)
@@ -65,6 +73,14 @@ class QuantcQuantizer(HfQuantizer):
             self._reader.check_unchanged()
         self._reader = None  # the model holds on to this object, and open files can be neither copied nor pickled
         return model
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Return the config without what makes transformers refuse the weights; it comes here before they are found."""
+        if getattr(config, WEIGHTS_KEY, None) == REMEDY:
+            delattr(config, WEIGHTS_KEY)
+        return config
+
+    update_tp_plan = update_ep_plan = update_attn_implementation  # where it comes in transformers before 5.19
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
         """Return nothing to convert: the checkpoint has the model's own names already."""
