@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..formats import Parts, format_of
+from ..formats import DENSE, Parts, format_of
 from ..spec import QuantSpec
 from .checks import expect_product
+from .gradients import differentiable, wants_gradient
 from .rotation import rotate
+
+BLOCK_VALUES = 1 << 22  # floats of a weight that are unpacked at once for a gradient, where rows can be told apart
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Reference:
 
     def run(self, x: torch.Tensor, prepared: PackedParts, bias: torch.Tensor | None = None) -> torch.Tensor:
         expect_product(x, *prepared.shape, bias)
+        if wants_gradient(x, bias):
+            return differentiable(
+                x, bias, lambda x, bias: self.run(x, prepared, bias), lambda y: multiply_back(y, prepared)
+            )
         x = rotate(x, prepared.spec.hadamard) if prepared.spec.hadamard else x
         tensor = format_of(prepared.spec).unpack(prepared.parts, prepared.spec, prepared.shape)
         y = F.linear(x, tensor.dequantize(x.dtype))
@@ -44,3 +51,16 @@ class Reference:
 
 
 REFERENCE = Reference()
+
+
+def multiply_back(y: torch.Tensor, weight: PackedParts) -> torch.Tensor:
+    """Return y (..., N) times W (N, K), low-rank addition and rotation included, in y's dtype: a gradient at x."""
+    n, k = weight.shape
+    if format_of(weight.spec) is not DENSE or not weight.spec.grid.rowwise:
+        whole = format_of(weight.spec).unpack(weight.parts, weight.spec, weight.shape)
+        return y @ whole.effective_weight().to(y.dtype)
+    x = torch.zeros(*y.shape[:-1], k, dtype=torch.float32, device=y.device)
+    for rows in torch.arange(n, device=y.device).split(max(1, BLOCK_VALUES // k)):
+        block = DENSE.unpack_rows(weight.parts, weight.spec, weight.shape, rows).effective_weight()
+        x += y[..., rows[0] : rows[-1] + 1] @ block.to(y.dtype)
+    return x.to(y.dtype)

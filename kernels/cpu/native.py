@@ -25,10 +25,11 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from ...formats import Parts
+from ...numerics.hadamard import rotate_back
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY, other_grid
 from ..checks import expect_product, expect_same_device
-from ..rotation import rotate
+from ..gradients import differentiable, wants_gradient
 from . import library, rotation
 from .images import STRIP, image_shape, in_strips, longest_row, pack
 from .library import TYPES
@@ -154,6 +155,10 @@ class NativeCpu:
                 x, w.image, w.low_rank_a, w.low_rank_b, bias, w.n, w.hadamard, w.int8
             )
             return y
+        if wants_gradient(x, bias):
+            return differentiable(
+                x, bias, lambda x, bias: self.run(x, prepared, bias), lambda y: multiply_back(y, prepared)
+            )
         return multiply(x, prepared, bias)
 
 
@@ -191,8 +196,6 @@ def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> tor
     *leading, _ = expect_product(x, n, k, bias, TYPES)
     if not x.is_cpu:
         expect_same_device(x.device, w.image.device)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _differentiable(x, w, bias)
     if not x.is_contiguous():
         x = x.contiguous()
     rows = x.numel() // k
@@ -256,20 +259,34 @@ def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None,
         y += _low_rank(x, w)
 
 
-def _differentiable(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply through the unpacked weight, so that gradients reach x (adapters train on packed weights)."""
-    x = rotate(x, w.hadamard) if w.hadamard else x
-    weight = _panel(w, x.new_empty(w.k * w.n), w.n)
-    unpack(w, 0, w.n, weight)
-    y = x @ weight
+def multiply_back(y: torch.Tensor, w: NativeWeight) -> torch.Tensor:
+    """Return y (..., N) times W (N, K), low-rank addition and rotation included, in y's dtype: a gradient at x.
+
+    W is unpacked a panel at a time, and the products of panels are added up in float32.
+    """
+    rows = y.reshape(-1, w.n)
+    x = torch.zeros(len(rows), w.k, dtype=torch.float32)
+    panels = _panels(w)
+    room = rows.new_empty(w.k * (panels[0][1] - panels[0][0]))
+    for start, stop in panels:
+        panel = _panel(w, room, stop - start)
+        unpack(w, start, stop, panel)
+        x += rows[:, start:stop] @ panel.T
     if w.low_rank_a is not None:
-        y = y + _low_rank(x, w)
-    return y if bias is None else y + bias.to(y.dtype)
+        a, b = _factors(w, y.dtype)
+        x += rows @ b @ a
+    x = rotate_back(x, w.hadamard) if w.hadamard else x
+    return x.to(y.dtype).view(*y.shape[:-1], w.k)
 
 
 def _low_rank(x: torch.Tensor, w: NativeWeight) -> torch.Tensor:
     """Return b (a x) by torch, for products with unpacked weights; x rotated."""
+    a, b = _factors(w, x.dtype)
+    return F.linear(F.linear(x, a), b)
+
+
+def _factors(w: NativeWeight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the low-rank factors a (R, K) and b (N, R)."""
     assert w.low_rank_a is not None
     assert w.low_rank_b is not None
-    b = w.low_rank_b.transpose(1, 2).flatten(0, 1)[: w.n]
-    return F.linear(F.linear(x, w.low_rank_a.to(x.dtype)), b.to(x.dtype))
+    return w.low_rank_a.to(dtype), w.low_rank_b.transpose(1, 2).flatten(0, 1)[: w.n].to(dtype)

@@ -14,6 +14,8 @@ from ...formats import DENSE, Parts
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY, Prepared, other_grid
 from ..checks import expect_product
+from ..gradients import differentiable, wants_gradient
+from ..reference import PackedParts, multiply_back
 from ..rotation import rotate
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -29,6 +31,7 @@ class Int4Weight:
     scales_and_zeros: torch.Tensor  # bfloat16 (K / g, N, 2): scale, and the value of code 8
     group_size: int
     hadamard: int  # order of the input's rotation, 0 for none
+    stored: PackedParts  # for gradients
 
 
 class TorchInt4:
@@ -64,11 +67,16 @@ class TorchInt4:
             pairs.transpose(0, 1).contiguous().to(dtype),
             spec.group_length(shape),
             spec.hadamard,
+            PackedParts(parts, spec, shape),
         )
 
     def run(self, x: torch.Tensor, prepared: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         groups, n, _ = prepared.scales_and_zeros.shape
         expect_product(x, n, groups * prepared.group_size, bias, DTYPES)
+        if wants_gradient(x, bias):
+            return differentiable(
+                x, bias, lambda x, bias: self.run(x, prepared, bias), lambda y: multiply_back(y, prepared.stored)
+            )
         x = rotate(x, prepared.hadamard) if prepared.hadamard else x
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(

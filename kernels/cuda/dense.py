@@ -7,6 +7,7 @@ import torch
 from ...formats import Parts
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY, other_grid
+from ..gradients import differentiable, wants_gradient
 from . import packed, product
 from .crossover import crossover
 from .device import device_index, shared_limit, unavailable
@@ -58,8 +59,13 @@ class CudaPacked:
         return prepare(parts, spec, shape)
 
     def run(self, x: torch.Tensor, prepared: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            return multiply(x, prepared, bias)  # the operator has no gradients
+        if wants_gradient(x, bias):  # the operator has no gradients
+            return differentiable(
+                x,
+                bias,
+                lambda x, bias: multiply(x, prepared, bias),
+                lambda y: product.multiply_back(LAYOUT, y, prepared),
+            )
         w, v = prepared, prepared.variant
         y: torch.Tensor = torch.ops.quantc.cuda_matmul(
             x, w.tiles, w.scales, w.zeros, w.low_rank_a, w.low_rank_b, bias,

@@ -18,7 +18,7 @@ from .layout import CODE_BITS, CudaWeight
 from .packed import ELEMENTS, X_STEP, Device, Product, Workspace, rotates
 from .program import Launch
 from .resources import aligned, capability, device_limits, unpacked_buffer, workspace
-from .unpacked import differentiable, multiply_unpacked
+from .unpacked import multiply_unpacked, multiply_unpacked_back
 
 BFLOAT16_FROM = 80  # compute capability
 
@@ -45,10 +45,6 @@ def multiply(layout: Layout[Weight], x: torch.Tensor, weight: Weight, bias: torc
     """
     expect_product(x, *weight.shape, bias, ELEMENTS)
     expect_same_device(x.device, weight.device)
-    if x.requires_grad and torch.is_grad_enabled():
-        whole = torch.empty(weight.shape, dtype=x.dtype, device=x.device)  # of its own: backward reads it later
-        launch(layout.unpack(weight, whole))
-        return differentiable(x, whole, weight, bias)
     n, k = weight.shape
     fused = rotates(weight, x.numel() // k)
     rows = aligned((rotate(x, weight.hadamard) if weight.hadamard and not fused else x).reshape(-1, k))
@@ -70,6 +66,16 @@ def multiply(layout: Layout[Weight], x: torch.Tensor, weight: Weight, bias: torc
     for each in layout.multiply(product, device_limits(index), workspace(index, stream)):
         launch(each)
     return y
+
+
+def multiply_back(layout: Layout[Weight], y: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Return y (..., N) times the weight (N, K), in y's dtype: a gradient at x, on the current stream."""
+    n, k = weight.shape
+    index = device_index(y.device)
+    rows = y.reshape(-1, n)
+    whole = unpacked_buffer(index, torch.cuda.current_stream(index).cuda_stream, y.dtype, weight.shape)
+    launch(layout.unpack(weight, whole))
+    return multiply_unpacked_back(rows, whole, weight).view(*y.shape[:-1], k)
 
 
 def fake_product(x: torch.Tensor, n: object, k: object, bias: object) -> torch.Tensor:

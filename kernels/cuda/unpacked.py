@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from ..rotation import rotate
+from ...numerics.hadamard import rotate_back
 
 
 class Extras(Protocol):
@@ -36,10 +36,9 @@ def multiply_unpacked(
         out.addmm_(t, weight.low_rank_b.to(rows.dtype).T)
 
 
-def differentiable(x: torch.Tensor, whole: torch.Tensor, weight: Extras, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply x (..., K), not rotated yet, so that gradients reach x (adapters train on packed weights)."""
-    x = rotate(x, weight.hadamard) if weight.hadamard else x
-    y = F.linear(x, whole, None if bias is None else bias.to(x.dtype))
+def multiply_unpacked_back(rows: torch.Tensor, whole: torch.Tensor, weight: Extras) -> torch.Tensor:
+    """Return rows (M, N) times the weight (N, K), low-rank part and rotation included: gradients at its inputs."""
+    x = rows @ whole
     if weight.low_rank_a is not None and weight.low_rank_b is not None:
-        y = y + F.linear(F.linear(x, weight.low_rank_a.to(x.dtype)), weight.low_rank_b.to(x.dtype))
-    return y
+        x.addmm_(rows @ weight.low_rank_b.to(rows.dtype), weight.low_rank_a.to(rows.dtype))
+    return rotate_back(x, weight.hadamard) if weight.hadamard else x

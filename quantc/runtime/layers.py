@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from ..checkpoint.config import PackedEntry
 from ..errors import CheckpointError
-from ..formats import DENSE, Parts
+from ..formats import DENSE
 from ..spec import QuantSpec
 from .packed import Packed, dtype_name
 
@@ -99,23 +98,8 @@ class PackedWeight(Packed):
         return self._unpacked_rows(wanted)[back]
 
     def _unpacked_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        shape = (len(rows), self.matrix_shape[1])
-        return DENSE.unpack(*self._rows_of(rows), shape).effective_weight().to(self.dtype)
-
-    def _rows_of(self, rows: torch.Tensor) -> tuple[Parts, QuantSpec]:
-        """Return parts and spec of the table that has just these rows; a per_ic group then holds a single row."""
-        if not self.spec.grid.rowwise:
-            raise CheckpointError(
-                f"an embedding has the code {self.spec.code}, whose rows cannot be read one by one; quantize the model "
-                "with another code for it."
-            )
-        parts = self.parts()
-        if self.spec.grouping == "per_oc":
-            return {name: part if name == "low_rank_a" else part[rows] for name, part in parts.items()}, self.spec
-        group = rows // self.spec.group_length(self.matrix_shape)
-        own = {"qweight": rows, "low_rank_b": rows, "scales": group, "zeros": group}
-        cut = {name: part if name == "low_rank_a" else part[own[name]] for name, part in parts.items()}
-        return cut, replace(self.spec, group_size=1)
+        tensor = DENSE.unpack_rows(self.parts(), self.spec, self.matrix_shape, rows)
+        return tensor.effective_weight().to(self.dtype)
 
 
 class ExpertWeight:

@@ -106,7 +106,7 @@ def test_gradients_reach_x(launches: list[Launch]) -> None:
     y = CUDA_PACKED.run(x, weight, torch.ones(24))
     (gradient,) = torch.autograd.grad(y.float().sum(), x)
     assert torch.allclose(gradient.double(), whole(tensor).sum(0).expand(3, 40), atol=0.05)
-    assert [launch.program.entry for launch in launches] == ["dequantize"]
+    assert [launch.program.entry for launch in launches] == ["decode", "dequantize"]
 
 
 def test_the_operator_has_a_shape_for_the_compiler() -> None:
