@@ -80,10 +80,10 @@ def describe_quantization(
     described = {"quant_method": METHOD, "version": version, "default": common.to_dict(), "modules": modules}
     if residual is not None:
         described["residual_rotation"] = asdict(residual)
-    return {**described, "sha256": _checksum_of_settings(described)}
+    return {**described, "sha256": checksum_of_settings(described)}
 
 
-def _checksum_of_settings(settings: dict[str, Any]) -> str:
+def checksum_of_settings(settings: dict[str, Any]) -> str:
     """Return the checksum that goes with the config where the manifest does not: to copies, into the hub's cache."""
     said = {key: settings[key] for key in CHECKED_KEYS if settings.get(key) is not None}
     return integrity.checksum_of_config(said)
@@ -128,7 +128,7 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
     try:
         entries = {name: _read_entry(name, settings["default"], dict(own)) for name, own in settings["modules"].items()}
         _check_uneven(entries, settings["version"])
-        changed = settings.get("sha256") not in (None, _checksum_of_settings(settings))
+        changed = settings.get("sha256") not in (None, checksum_of_settings(settings))
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint's quantization_config cannot be read ({error}); copy it again."

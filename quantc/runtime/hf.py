@@ -71,6 +71,9 @@ class QuantcQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._reader is not None:
             self._reader.check_unchanged()
+        from .model_methods import extend
+
+        extend(type(model))
         self._reader = None  # the model holds on to this object, and open files can be neither copied nor pickled
         return model
 

@@ -59,6 +59,23 @@ class PackedWeight(Packed):
     def device(self) -> torch.device:
         return self.get_buffer("qweight").device
 
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """Return the shape of the parameter, or one dimension of it, as a tensor does."""
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Codes cannot be trained."""
+        return False
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Raise CheckpointError: there are no floats to read or write."""
+        raise CheckpointError(
+            "the values of a packed weight are read or written directly, which only float weights allow; call "
+            "quantc.runtime.tables.unpack_tables(model) first if it is an embedding or a head."
+        )
+
     @classmethod
     def __torch_function__(
         cls,

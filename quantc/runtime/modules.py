@@ -51,7 +51,7 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, QuantLinear):
             setattr(parent, leaf, _dense(module, dtype))
         elif isinstance(module, PackedWeight):
-            _unpack_parameter(model, parent, leaf, module, dtype)
+            unpack_parameter(model, name, module, dtype)
     return model
 
 
@@ -63,14 +63,25 @@ def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     return dense
 
 
-def _unpack_parameter(model: nn.Module, parent: nn.Module, leaf: str, packed: PackedWeight, dtype: torch.dtype) -> None:
+def unpack_parameter(model: Any, name: str, packed: PackedWeight, dtype: torch.dtype) -> None:
+    """Put floats of a dtype in place of a model's packed weight of this name, and of those that are tied to it."""
     weight = packed.dequantize(dtype)
     parameter = nn.Parameter(weight.transpose(-1, -2) if packed.transposed else weight, requires_grad=False)
-    for owner in model.modules():
-        if owner is parent or owner.__dict__.get(leaf) is packed:
+    parent, _, leaf = name.rpartition(".")
+    for path, owner in model.named_modules():
+        if path == parent or owner.__dict__.get(leaf) is packed:
             owner.__dict__.pop(leaf, None)
             owner._modules.pop(leaf, None)
             owner.register_parameter(leaf, parameter)
+            if path != parent:
+                _tie(model, f"{path}.{leaf}", name)
+
+
+def _tie(model: Any, target: str, source: str) -> None:
+    """Tell transformers again what `_share` has told it not to look after."""
+    model.all_tied_weights_keys[target] = source
+    if model.__dict__.get("_tied_weights_keys", False) is None:
+        del model._tied_weights_keys  # the class has them
 
 
 def _install_parameter(model: Any, name: str, parameter: torch.Tensor, entry: PackedEntry) -> None:
