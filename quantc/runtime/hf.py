@@ -72,8 +72,10 @@ class QuantcQuantizer(HfQuantizer):
         if self._reader is not None:
             self._reader.check_unchanged()
         from .model_methods import extend
+        from .plugin import register_with_others
 
         extend(type(model))
+        register_with_others()  # with peft, if it was only half imported when quantc was
         self._reader = None  # the model holds on to this object, and open files can be neither copied nor pickled
         return model
 
@@ -94,7 +96,8 @@ class QuantcQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on top of packed weights are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -17,8 +17,12 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-# The modules of others that hold a table, and ours whose `register` adds to it.
-TABLES = {"transformers.quantizers.auto": ".hf"}
+# The modules of others that hold a table, and our function that adds to it.
+TABLES = {
+    "transformers.quantizers.auto": (".hf", "register"),
+    "peft.tuners.lora.config": (".adapters", "register_lora"),
+    "peft.tuners.tuners_utils": (".adapters", "register_targets"),
+}
 
 
 def register_with_others() -> None:
@@ -39,7 +43,8 @@ def is_loaded(name: str) -> bool:
 def _register(table: str) -> None:
     """Register; whoever imports the other library, maybe for models of others, must not fail because we do."""
     try:
-        import_module(TABLES[table], __package__).register()
+        module, function = TABLES[table]
+        getattr(import_module(module, __package__), function)()
     except Exception as error:
         library = table.partition(".")[0]
         warnings.warn(f"quantc does not fit this version of {library}, which will not know it: {error}", stacklevel=2)
