@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -12,6 +13,7 @@ from .driver.quantize import build_as_asked, build_to_quality, plan_alone, refus
 from .driver.settings import Settings
 from .errors import UsageError
 from .evaluation.compare import Comparison, compare_models
+from .evaluation.evaluate import Asked
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.gate import Limits, Verdict, check_model
 from .evaluation.scores import Evaluation
@@ -115,27 +117,34 @@ def pareto(
 def evaluate(
     model: PathLike,
     *,
-    text: str,
+    text: str | None = None,
     against: PathLike | None = None,
     context: int | None = None,
     stride: int | None = None,
     windows: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
     dtype: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Return the perplexity of a model or checkpoint on a text, and its divergence from the original `against`.
+    """Return the perplexity of a model or checkpoint on a text, its divergence from the original `against`, and what it
+    scores on tasks; one of text and tasks is enough.
 
     text: a file or the name of a data set. context: tokens per window, 512 or the model's own limit if that is less.
+    tasks: names of lm-eval's tasks, paths of task files in its format, or of folders of those, also with commas in one
+    text; needs the package lm-eval. limit: how many questions of each are asked, the first ones, all by default.
+    few_shot: solved examples in front of each question, as many as the task says by default.
     dtype: float32, bfloat16 or float16; None is the models' own, or float32 where the CPU has no products of it.
     trust_remote_code: run code that a model brings.
     A GGUF file is measured by llama.cpp where xllamacpp is installed and neither a dtype nor a device is named; the
     result's dtype_reason says so. See evaluation/scores.py for the protocol.
     """
-    return measure(
-        model, text, against, context, stride, windows, dtype, device, progress or LogProgress(), trust_remote_code
-    )
+    names = tasks.split(",") if isinstance(tasks, str) else tuple(tasks or ())
+    asked = Asked(text, context, stride, windows, names, limit, few_shot)
+    return measure(model, asked, against, dtype, device, progress or LogProgress(), trust_remote_code)
 
 
 def compare(

@@ -163,10 +163,10 @@ def recipe(action: str, name: str) -> None:
 @click.argument("model")
 @EVALUATE_OPTIONS
 def evaluate(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
-    """Measure perplexity, divergence and speed of MODEL.
+    """Measure perplexity, divergence, tasks and speed of MODEL.
 
     MODEL is a checkpoint, or an unquantized model as `quantc quantize` takes it. A .gguf file is measured by llama.cpp
-    where xllamacpp is installed, with its weights dequantized where not.
+    where xllamacpp is installed, with its weights dequantized where not, and for --tasks.
 
     \b
     Example: quantc eval qwen3-w4 --text book.txt --against Qwen/Qwen3-0.6B

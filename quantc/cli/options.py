@@ -136,19 +136,21 @@ PARETO_OPTIONS = options(
     OUTPUT_OPTIONS,
     MODEL_OPTIONS,
 )  # fmt: skip
-TEXT_OPTION = measured(
-    "--text", required=True, metavar="SOURCE",
-    help="A .txt, .jsonl or .parquet file, or a data set such as wikitext2.",
-)  # fmt: skip
+TEXT_HELP = "A .txt, .jsonl or .parquet file, or a data set such as wikitext2."
+TEXT_OPTION = measured("--text", required=True, metavar="SOURCE", help=TEXT_HELP)
 WINDOW_OPTIONS = options(
     measured("--context", type=Whole(2), help="Tokens per window. [default: 512, or the model's limit]"),
     measured("--windows", type=COUNT, help="Measure the first N windows only. [default: all]"),
     measured("--stride", type=COUNT, help="Tokens between the starts of windows. [default: the context]"),
 )
 EVALUATE_OPTIONS = options(
-    TEXT_OPTION,
+    measured("--text", metavar="SOURCE", help=TEXT_HELP),
+    measured("--tasks", type=Words(),
+             help="Tasks of lm-eval, such as arc_easy,hellaswag, or paths of task files: ./my_task.yaml."),
     measured("--against", metavar="MODEL", help="Compare with this original. [default: none]"),
     WINDOW_OPTIONS,
+    measured("--limit", type=COUNT, help="Ask the first N questions of each task only. [default: all]"),
+    measured("--few-shot", type=Whole(0), help="Solved examples before each question. [default: as the task says]"),
     OUTPUT_OPTIONS,
     dtype_option("the model's own, or float32 where faster"),
     MODEL_OPTIONS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -102,7 +103,23 @@ def inspected(report: dict[str, Any]) -> RenderableType:
 
 
 def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
-    """Return perplexity, divergence, size and speed; the original's figures only where there is an original."""
+    """Return perplexity, divergence, size and speed, then tasks; what was not measured is left out."""
+    facts = _of_text(result, against) if result["windows"] else []
+    read = f"{result['positions']:,} predictions in {plural(result['windows'], 'window')}"
+    bits = number(result["bits_per_weight"], 4)
+    facts += [
+        ("computed in", result["dtype"], result["dtype_reason"]),
+        *([("text", read, "")] if result["windows"] else []),
+        ("bits per weight", bits, "all that is stored for the linears in the blocks"),
+        ("weights", size(result["weights_bytes"]), "all weight files"),
+        ("decode speed", f"{number(result['tokens_per_second'])} tokens/s", "one sequence, greedy"),
+        ("peak memory", size(result["peak_rss_bytes"]), ""),
+    ]
+    tasks = result.get("tasks", ())
+    return Group(fact_table(facts), *([heading("Tasks"), indented(_tasks(tasks, against))] if tasks else []))
+
+
+def _of_text(result: dict[str, Any], against: str | None) -> Facts:
     original = "" if against is None else f"{against} has {number(result['perplexity_original'], 4)}"
     facts: Facts = [("perplexity", number(result["perplexity"], 4), original)]
     if against is not None:
@@ -112,17 +129,17 @@ def evaluated(result: dict[str, Any], against: str | None) -> RenderableType:
             ("KL divergence", number(result["mean_kl"]), tail),
             ("top-1 agreement", agreement, "of predictions find the same token likeliest"),
         ]
-    read = f"{result['positions']:,} predictions in {plural(result['windows'], 'window')}"
-    bits = number(result["bits_per_weight"], 4)
-    facts += [
-        ("computed in", result["dtype"], result["dtype_reason"]),
-        ("text", read, ""),
-        ("bits per weight", bits, "all that is stored for the linears in the blocks"),
-        ("weights", size(result["weights_bytes"]), "all weight files"),
-        ("decode speed", f"{number(result['tokens_per_second'])} tokens/s", "one sequence, greedy"),
-        ("peak memory", size(result["peak_rss_bytes"]), ""),
-    ]
-    return fact_table(facts)
+    return facts
+
+
+def _tasks(rows: Sequence[dict[str, Any]], against: str | None) -> RenderableType:
+    columns = ["value", "standard error", *([] if against is None else ["original"]), "questions", "few-shot"]
+    table = table_of(["task", "metric", *columns], numeric=set(columns))
+    for row in rows:
+        figures = [row["value"], row["standard_error"], *([] if against is None else [row["original"]])]
+        shown = ["n/a" if figure is None else f"{figure:.4f}" for figure in figures]
+        table.add_row(row["task"], row["metric"], *shown, f"{row['samples']:,}", str(row["few_shot"]))
+    return table
 
 
 def exported(result: dict[str, Any]) -> RenderableType:

@@ -19,6 +19,7 @@ from ..machine.memory import peak_rss_bytes
 from ..numerics.statistics import all_finite
 from ..progress import Progress
 from .decode_speed import measure_decode_speed
+from .tasks import TaskScore
 from .text import read_text
 from .windows import Window, check_context, make_windows
 
@@ -66,6 +67,7 @@ class Evaluation(Scores):
     bits_per_weight: all that is stored for the linears inside the blocks over their weight count.
     weights_bytes: size of the weight files. tokens_per_second: see `measure_decode_speed`.
     dtype: that the models were computed in. dtype_reason: why in that one, where nobody named it and it is not plain.
+    tasks: what was scored on tasks. Without a text there are no positions and no windows, and the perplexity is NaN.
     """
 
     bits_per_weight: float
@@ -74,9 +76,13 @@ class Evaluation(Scores):
     peak_rss_bytes: int
     dtype: str
     dtype_reason: str
+    tasks: tuple[TaskScore, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+NO_TEXT = Scores(math.nan, None, None, None, None, positions=0, windows=0)
 
 
 @torch.no_grad()
@@ -113,6 +119,7 @@ def summarize(
     *,
     bits_per_weight: float,
     weights_bytes: int,
+    tasks: tuple[TaskScore, ...] = (),
 ) -> Evaluation:
     """Return the scores of a model with its costs; decode speed and memory are measured here."""
     return Evaluation(
@@ -123,6 +130,7 @@ def summarize(
         peak_rss_bytes=peak_rss_bytes(),
         dtype=name_of(computed.dtype),
         dtype_reason=computed.why,
+        tasks=tasks,
     )
 
 

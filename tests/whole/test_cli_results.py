@@ -60,6 +60,11 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             "dtype": "float32",
             "dtype_reason": "this processor has no bfloat16 products",
         }
+        if settings["text"] is None:
+            figures |= {"perplexity": float("nan"), "positions": 0, "windows": 0}
+        if settings["tasks"]:
+            score = {"task": "arc_easy", "metric": "acc", "value": 0.5512, "standard_error": None, "samples": 2376}
+            figures["tasks"] = [{**score, "original": 0.5633 if compared else None, "few_shot": 0}]
         return SimpleNamespace(to_dict=lambda: figures)
 
     monkeypatch.setattr(api, "evaluate", evaluate)
@@ -68,12 +73,13 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_eval_passes_every_option_to_the_api(evaluations: list[dict[str, Any]]) -> None:
     words = "--text t.txt --against o --context 64 --stride 32 --windows 3 --dtype bfloat16 --device cuda"
-    words += " --trust-remote-code"
+    words += " --trust-remote-code --tasks arc_easy,./mine.yaml --limit 5 --few-shot 0"
     assert run("eval", "m", *words.split()).exit_code == 0
     assert evaluations == [
         {
             "model": "m", "text": "t.txt", "against": "o", "context": 64, "stride": 32, "windows": 3,
             "dtype": "bfloat16", "device": "cuda", "trust_remote_code": True,
+            "tasks": ("arc_easy", "./mine.yaml"), "limit": 5, "few_shot": 0,
         }
     ]  # fmt: skip
 
@@ -88,6 +94,17 @@ def test_eval_shows_divergence_only_against_an_original(evaluations: list[dict[s
     assert "perplexity 31.25 orig has 28.69" in compared
     assert "KL divergence 0.0512 mean, in nats; 99th percentile n/a" in compared
     assert "top-1 agreement 91.2 %" in compared
+
+
+def test_eval_shows_tasks_alone_or_beside_an_original(evaluations: list[dict[str, Any]]) -> None:
+    alone = " ".join(run("eval", "m", "--tasks", "arc_easy").stdout.split())
+    assert alone.startswith("computed in float32 this processor has no bfloat16 products bits per weight 4.156")
+    assert alone.endswith("Tasks task metric value standard error questions few-shot arc_easy acc 0.5512 n/a 2,376 0")
+    compared = " ".join(run("eval", "m", "--tasks", "arc_easy", "--against", "o").stdout.split())
+    assert compared.endswith("original questions few-shot arc_easy acc 0.5512 n/a 0.5633 2,376 0")
+    content = json.loads(run("eval", "m", "--tasks", "arc_easy", "--json").stdout)
+    assert content["perplexity"] is None
+    assert content["tasks"][0]["value"] == 0.5512
 
 
 def test_eval_json_has_no_infinity(evaluations: list[dict[str, Any]]) -> None:

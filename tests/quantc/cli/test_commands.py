@@ -223,7 +223,7 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
         ("quantize", "Missing argument 'MODEL'."),
         ("quantise m", "no such command 'quantise'; did you mean quantize? See `quantc --help`."),
         ("frobnicate", "no such command 'frobnicate'; known are quantize, plan, pareto, recipe, eval,"),
-        ("eval m", "Missing option '--text'."),
+        ("eval m", "nothing says what to measure; pass --text, --tasks, or both."),
         ("eval m --text t.txt --dtype int8", "'int8' is not one of 'float32', 'bfloat16', 'float16'."),
         ("inspect nowhere", "nowhere is no folder; pass a checkpoint that `quantc quantize` wrote."),
         ("verify nowhere", "nowhere is no folder;"),

@@ -264,7 +264,7 @@ def test_summary_is_scores_and_costs(model: PreTrainedModel, monkeypatch: pytest
         "perplexity": 20.0, "perplexity_original": 19.0, "mean_kl": 0.1, "p99_kl": 0.9,
         "top1_agreement": 0.8, "positions": 511, "windows": 1, "bits_per_weight": 4.25,
         "weights_bytes": 10, "tokens_per_second": 3.5, "peak_rss_bytes": 99,
-        "dtype": "float32", "dtype_reason": "a reason",
+        "dtype": "float32", "dtype_reason": "a reason", "tasks": [],
     }  # fmt: skip
 
 
