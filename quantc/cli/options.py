@@ -145,8 +145,11 @@ WINDOW_OPTIONS = options(
 )
 EVALUATE_OPTIONS = options(
     measured("--text", metavar="SOURCE", help=TEXT_HELP),
-    measured("--tasks", type=Words(),
-             help="Tasks of lm-eval, such as arc_easy,hellaswag, or paths of task files: ./my_task.yaml."),
+    measured(
+        "--tasks",
+        type=Words(),
+        help="Tasks of lm-eval, such as arc_easy,hellaswag, or paths of task files: ./my_task.yaml.",
+    ),
     measured("--against", metavar="MODEL", help="Compare with this original. [default: none]"),
     WINDOW_OPTIONS,
     measured("--limit", type=COUNT, help="Ask the first N questions of each task only. [default: all]"),

@@ -23,6 +23,7 @@ from ..report import Report, read_report
 from ..units import plural
 from .goals import Built, Output
 from .job import Job
+from .model_card import note_measured
 from .quality import Round, Target, best_last, held_out, next_plan
 from .resume import identity
 
@@ -98,6 +99,7 @@ class QualityGoal:
         report.count_costs(*self.started)
         with writing(folder):
             report.write(folder)
+            note_measured(folder, found)
         self.builds.place.adopt(folder)
         return report
 

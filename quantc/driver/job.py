@@ -15,6 +15,7 @@ from ..checkpoint.writer import CheckpointWriter
 from ..errors import ModelError, UsageError, as_option
 from ..files.whole_file import json_text
 from ..frontend import Source, open_model, to_meta
+from ..frontend.companions import tokenizer_files
 from ..frontend.source import PathLike
 from ..graph.derive import derive
 from ..graph.model_graph import ModelGraph
@@ -189,7 +190,9 @@ class Job:
         except ModelError as error:
             if self._calibrated:
                 raise
-            run.report.notes.append(f"the checkpoint has no tokenizer: {error}".removesuffix("."))
+            copied = bool(tokenizer_files(run.source.path, saved=False))
+            what = "the tokenizer's files are copied unread" if copied else "the checkpoint has no tokenizer"
+            run.report.notes.append(f"{what}: {error}".removesuffix("."))
 
     def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
         """Return what the linears could be stored as. folder: for temporary files."""

@@ -12,7 +12,8 @@ from ..checkpoint import integrity
 from ..checkpoint.config import PackedEntry, describe_quantization
 from ..checkpoint.shards import writing
 from ..checkpoint.writer import CheckpointWriter
-from ..frontend import Source, model_files
+from ..frontend import Source
+from ..frontend.companions import model_files, notes_on_left, tokenizer_files
 from ..pipeline import fingerprint
 from ..pipeline.run import Run
 from ..planning.sizes import notes_on_size
@@ -74,7 +75,7 @@ def write_metadata(
     run: Run, recipe: dict[str, Any], tokens: torch.Tensor | None, writer: CheckpointWriter
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the model card, and return what config.json and quantc.json will hold; the weight files are finished."""
-    write_card(run, writer)
+    write_card(run, recipe, writer)
     config = config_json(run)
     with run.source.unchanged:
         return config, manifest_json(run, recipe, tokens, writer.folder, config)
@@ -104,14 +105,26 @@ def manifest_json(
 
 
 def write_companions(run: Run, writer: CheckpointWriter) -> None:
-    """Write what makes the folder a model besides its weights: tokenizer, settings of generation and processors."""
-    if run.source.optional_tokenizer is not None:
-        writer.add_files(run.source.optional_tokenizer.save_pretrained)
-    files = [*model_files(run.source.path), *run.source.code_files]
-    writer.add_files(lambda folder: [shutil.copyfile(file, folder / file.name) for file in files])
+    """Write what makes the folder a model besides its weights: tokenizer, templates, settings, code, licences."""
+    writer.add_files(lambda folder: _write_companions(run.source, folder))
+    run.report.notes += notes_on_left(run.source.path, run.source.optional_tokenizer is not None)
 
 
-def write_card(run: Run, writer: CheckpointWriter) -> None:
-    """Write README.md, once the weight files are finished."""
-    card = model_card(run.source.name, run.source.path, run.report.bits_per_weight, writer.weights_bytes)
+def _write_companions(source: Source, folder: Path) -> None:
+    """Write the tokenizer as it was read, then copy what that has not written."""
+    tokenizer = source.optional_tokenizer
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for file in tokenizer_files(source.path, saved=tokenizer is not None):
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    for file in [*model_files(source.path), *source.code_files]:
+        place = folder / file.relative_to(source.path)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def write_card(run: Run, recipe: dict[str, Any], writer: CheckpointWriter) -> None:
+    """Write README.md, once the weight files and the report are finished."""
+    card = model_card(run.source, list(run.plan.specs.values()), run.report, recipe, writer.folder)
     writer.add_text(CARD_FILE, card)

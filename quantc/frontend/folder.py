@@ -24,6 +24,8 @@ from .agreement import OLDER_ARGUMENTS, check_agreement, differing_ties
 from .auto import asking_in_words, auto_class, build_skeleton, first_line, read_tokenizer
 from .bounds import check_config_file, check_sizes
 from .checkpoint_names import CheckpointNames
+from .companions import is_inside
+from .facts import facts_of_folder
 from .finite import check_finite
 from .kinds import check_architecture, refuse_adapter, refuse_fetched_code, refuse_other_folders
 from .quantized import QuantizedWeights, Stored, find_container, open_quantized
@@ -193,7 +195,11 @@ class FolderSource(Source):
 
     @property
     def code_files(self) -> list[Path]:
-        return sorted(self.path.glob("*.py")) if self.trusted else []
+        return [file for file in sorted(self.path.glob("*.py")) if is_inside(file, self.path)] if self.trusted else []
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return facts_of_folder(self.path)
 
 
 def _name_of(folder: Path) -> str:

@@ -21,6 +21,7 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from ..errors import ModelError
 from ..numerics.statistics import all_finite
 from .auto import build_skeleton, read_tokenizer
+from .facts import facts_of_fields
 from .finite import non_finite
 from .gguf_files import PART, open_parts, parts_of
 from .gguf_tensors import StoredTensors
@@ -228,6 +229,10 @@ class GgufSource(Source):
             set_parameter(model, name, model.get_parameter(stored))
         model.config.dtype = dtype
         return model
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return facts_of_fields(lambda name: hf_gguf.read_field(self.reader, name))
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         with quiet_transformers(), self._parsed_once():

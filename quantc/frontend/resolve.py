@@ -25,6 +25,14 @@ DEMOS = {
 }
 
 
+# What a copy carries beside these (companions.py), and the page that names the licence.
+COMPANIONS = (
+    "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.vocab", "*.bpe", "*.spm", "README.md",
+    *(f"{name}*" for word in ("license", "licence", "notice", "copying", "use_policy")
+      for name in (word.upper(), word.capitalize(), word)),
+)  # fmt: skip
+
+
 def open_model(name: str | os.PathLike[str], trusted: bool = False) -> Source:
     """Open a model by folder, .gguf path, demo name or hub id; raises ModelError when it cannot be used.
 
@@ -65,7 +73,7 @@ def _fetch_from_hub(repository: str, trusted: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trusted else [])]
+    patterns = ["*.json", "*.safetensors", *COMPANIONS, *(["*.py"] if trusted else [])]
     # Not read, and as large as what is: the same weights by the names of their authors' code, or in other formats.
     others = ["consolidated*.safetensors", "original/*", "onnx/*"]
     try:

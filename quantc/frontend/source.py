@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,6 +110,11 @@ class Source(ABC):
         except ModelError:
             return None
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Return what the model says of itself in the hub's words, such as license and language; see facts.py."""
+        return {}
+
     @property
     def code_files(self) -> list[Path]:
         """The Python files that the model brings and that a copy of it needs."""
@@ -180,24 +186,6 @@ def to_meta(module: nn.Module) -> None:
             if parameter is not None and not parameter.is_meta:
                 dtype = COMPUTE_DTYPE if parameter.is_floating_point() else parameter.dtype
                 child._parameters[name] = nn.Parameter(parameter.to("meta", dtype), requires_grad=False)
-
-
-# Files beside the weights that are written anew, or that belong to the weights, to training or to the tokenizer.
-NOT_CARRIED = {
-    "config.json", "quantc.json", "report.json", "resume.json", "adapter_config.json", "quantize_config.json",
-    "quant_config.json", "quantization_config.json", "trainer_state.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json",
-}  # fmt: skip
-
-
-def model_files(folder: Path) -> list[Path]:
-    """Return the small files that a quantized copy should carry: settings of generation and processors, templates."""
-    found = [file for ending in ("*.json", "*.jinja") for file in sorted(folder.glob(ending)) if file.is_file()]
-    return [file for file in found if file.name not in NOT_CARRIED and not _belongs_elsewhere(file.name)]
-
-
-def _belongs_elsewhere(name: str) -> bool:
-    return name.endswith((".index.json", "_results.json")) or name.startswith(".")
 
 
 @contextlib.contextmanager

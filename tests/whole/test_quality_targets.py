@@ -55,6 +55,7 @@ def test_a_model_meets_its_target(wanted: dict[str, float], tmp_path: Path, roun
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     verify(tmp_path / "out")
     assert read_report(tmp_path / "out")["notes"][-1] == report.notes[-1]
+    assert f"\nMeasured: {report.notes[-1]}.\n" in (tmp_path / "out/README.md").read_text()
     figures = [float(word) for word in report.notes[-1].replace(",", "").split() if word[0].isdigit()]
     scale = 1 if "max_kl" in wanted else 100
     assert figures[0] <= figures[1] == pytest.approx(scale * next(iter(wanted.values())))

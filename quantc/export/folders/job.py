@@ -16,7 +16,8 @@ from ...checkpoint.writer import CheckpointWriter
 from ...errors import ModelError, UsageError
 from ...files.whole_file import json_text
 from ...frontend.auto import build_skeleton, first_line
-from ...frontend.source import model_files, quiet_transformers
+from ...frontend.companions import model_files
+from ...frontend.source import quiet_transformers
 from ...planning.targets import RUNTIMES
 from ...progress import Progress
 from ...runtime.load import stored_dtype

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import quantc
 from quantc.checkpoint.reader import CheckpointReader, verify
 from quantc.checkpoint.shards import INDEX
-from quantc.driver.model_card import model_card
 from quantc.errors import CheckpointError
 from tests.quantc.runtime.load.folders import (
     DOORS,
@@ -228,10 +227,3 @@ def test_the_card_says_to_install_quantc(packed: Path) -> None:
     assert "\nquantc must be installed, which teaches transformers this format. Without it transformers refuses" in card
     report = json.loads((packed / "report.json").read_text(encoding="utf-8"))
     assert f"{report['bits_per_weight']:.2f} bits per weight" in card
-
-
-def test_the_card_of_a_hub_model_names_the_model_it_was_made_from() -> None:
-    snapshot = Path("/cache/models--someone--small-1B/snapshots/0123")
-    card = model_card("small-1B", snapshot, 4.25, 1000)
-    assert card.startswith("---\nbase_model: someone/small-1B\nlibrary_name: transformers\n")
-    assert "\n# someone/small-1B, quantized with quantc\n\n4.25 bits per weight" in card
