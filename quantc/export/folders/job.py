@@ -16,7 +16,7 @@ from ...checkpoint.writer import CheckpointWriter
 from ...errors import ModelError, UsageError
 from ...files.whole_file import json_text
 from ...frontend.auto import build_skeleton, first_line
-from ...frontend.companions import model_files
+from ...frontend.companions import model_files, tokenizer_files
 from ...frontend.source import quiet_transformers
 from ...planning.targets import RUNTIMES
 from ...progress import Progress
@@ -37,8 +37,6 @@ CONTAINERS: dict[str, FolderContainer] = {
 }
 TARGETS = [name for name, runtime in RUNTIMES.items() if runtime.container in CONTAINERS]
 BLOCK = re.compile(r"^(.+?)\.\d+\.")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-             "merges.txt", "vocab.txt", "*.model", "README.md")  # fmt: skip
 
 
 @dataclass
@@ -160,9 +158,10 @@ def _as_floats(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
 
 
 def _copy_companions(checkpoint: Path, folder: Path) -> None:
-    found = {file for pattern in TOKENIZER for file in checkpoint.glob(pattern) if file.is_file()}
-    for file in sorted({*model_files(checkpoint), *found}):
-        shutil.copyfile(file, folder / file.name)
+    for file in {*model_files(checkpoint), *tokenizer_files(checkpoint, saved=False)}:
+        place = folder / file.relative_to(checkpoint)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def _manifest(reader: CheckpointReader, target: str) -> dict[str, Any]:

@@ -103,7 +103,10 @@ def dequantize(
 def affine(
     codes: torch.Tensor, zeros: torch.Tensor | int, scales: torch.Tensor, group_size: int, g_idx: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return (codes - zeros) * scales, float32 (N, K); zeros and scales are those of groups (N, G), 0 for whole rows."""
+    """Return (codes - zeros) * scales, float32 (N, K); zeros and scales are those of groups (N, G).
+
+    group_size: 0 for whole rows.
+    """
     columns = codes.shape[1]
     sides = (1, group_size or columns)
     less = Blocks(zeros.float(), sides, columns, g_idx) if isinstance(zeros, torch.Tensor) else zeros
