@@ -15,7 +15,8 @@ from .weight_files import some
 # Written anew, or belonging to the weights, to an adapter, to training, or to the tokenizer.
 NOT_CARRIED = {
     "config.json", "quantc.json", "report.json", "resume.json", "request.json", "quantc-run.json", "params.json",
-    "adapter_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json", "model_index.json",
+    "adapter_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json",
+    "hf_quant_config.json", "model_index.json",
     "trainer_state.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json",
 }  # fmt: skip

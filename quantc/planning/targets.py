@@ -72,21 +72,25 @@ GROUPS = (32, 64, 128, -1)
 ROTATIONS = "folded into heads alone"
 RUNTIMES = {
     # llama.cpp: a type for each tensor. MXFP4 too: made for experts, but any tensor may have it.
-    "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="llama.cpp b11549"),
+    "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="tested: llama.cpp b11549"),
     # Marlin kernels; siblings of other widths fail to load or give garbage (vllm#50214, intel/auto-round#2174).
-    "vllm": Runtime("compressed-tensors", True, (4, 8), GROUPS, words="NK", checked="vLLM 0.33, by reading"),
+    "vllm": Runtime("compressed-tensors", True, (4, 8), GROUPS, words="NK", checked="by reading: vLLM 0.33"),
     # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.
     "compressed-tensors": Runtime(
         "compressed-tensors", False, (2, 3, 4, 5, 6, 7, 8), GROUPS, mixed_with_zeros=False,
-        checked="transformers 5.23 with compressed-tensors 0.20",
+        checked="tested: transformers 5.23 with compressed-tensors 0.20",
     ),
-    "gptq": Runtime("gptq", True, (2, 3, 4, 8), GROUPS, words="NK", checked="GPTQModel 7.6"),
-    "awq": Runtime("awq", True, (4,), GROUPS[:-1], mixed=False, words="N", checked="vLLM 0.32"),
+    "gptq": Runtime("gptq", True, (2, 3, 4, 8), GROUPS, words="NK", checked="by reading: GPTQModel 7.6, vLLM 0.33"),
+    "awq": Runtime(
+        "awq", True, (4,), GROUPS[:-1], mixed=False, words="N", checked="by reading: AutoAWQ 0.2, vLLM 0.33"
+    ),
     "auto-round": Runtime(
         "auto-round", True, (2, 3, 4, 8), GROUPS, zeros=False, words="NK",
-        checked="transformers 5.23 with auto-round 0.16",
+        checked="run once: transformers 5.23 with auto-round 0.16",
     ),
-    "mlx": Runtime("mlx", False, (2, 3, 4, 5, 6, 8), GROUPS[:-1], words="K", tables=True, checked="mlx-lm 0.32"),
+    "mlx": Runtime(
+        "mlx", False, (2, 3, 4, 5, 6, 8), GROUPS[:-1], words="K", tables=True, checked="run once: mlx-lm 0.32"
+    ),
 }  # fmt: skip
 
 

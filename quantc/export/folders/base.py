@@ -76,6 +76,10 @@ class FolderContainer(ABC):
         """Return other JSON files that readers want, by name."""
         return {}
 
+    def transformers_reads(self, described: Described) -> bool:
+        """Return whether transformers loads such a folder with a package of the container's name."""
+        return False
+
     def notes(self, described: Described) -> list[str]:
         """Return what a user should know of this model in the container."""
         return []

@@ -56,12 +56,19 @@ class CompressedTensors(FolderContainer):
             settings["dequantize"] = True  # transformers loads zero points this way alone; vLLM ignores the key
         return {"quantization_config": settings}
 
+    def transformers_reads(self, described: Described) -> bool:
+        return not (described.others and _has_zeros(described))
+
     def notes(self, described: Described) -> list[str]:
-        if all(scheme.symmetric for scheme in described.schemes.values()):
+        if not _has_zeros(described):
             return []
         if described.others:
             return ["transformers loads no checkpoint with zero points and several widths; vLLM does"]
         return ["transformers makes floats of all weights while it loads, as it does with zero points; vLLM does not"]
+
+
+def _has_zeros(described: Described) -> bool:
+    return not all(scheme.symmetric for scheme in described.schemes.values())
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

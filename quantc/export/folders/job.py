@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from ...checkpoint.integrity import WEIGHTS_KEY
 from ...checkpoint.reader import CheckpointReader
 from ...checkpoint.writer import CheckpointWriter
 from ...errors import ModelError, UsageError
@@ -82,7 +83,7 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
     with CheckpointWriter(out, force, resumable=False) as writer:
         _write(writer, contents, container, reader, dtype, progress)
         config = {
-            **reader.config,
+            **described.settings,
             **container.config(described),
             "dtype": _name(_floats_dtype(reader, contents, dtype)),
         }
@@ -92,7 +93,7 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
         exported.bytes = writer.finish_weights(progress)
         proof.check_weights(writer.read, contents, container.name, progress)
         writer.make_loadable(config)
-        exported.agreement, why = proof.ask_transformers(writer.folder, reader, container.name, progress)
+        exported.agreement, why = _ask(writer.folder, reader, container, described, progress)
         reader.check_unchanged()
         writer.commit(config, _manifest(reader, target))
     exported.notes += [*container.notes(described), *_notes(reader, contents, dtype), *([why] if why else [])]
@@ -100,6 +101,14 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
     for _, entry in contents.entries.values():
         exported.schemes[entry.spec.label()] = exported.schemes.get(entry.spec.label(), 0) + 1
     return exported
+
+
+def _ask(
+    folder: Path, reader: CheckpointReader, container: FolderContainer, described: Described, progress: Progress
+) -> tuple[Agreement | None, str]:
+    if not container.transformers_reads(described):
+        return None, "nothing was verified by another runtime: none that reads it runs here"
+    return proof.ask_transformers(folder, reader, container.name, progress)
 
 
 def _skeleton(reader: CheckpointReader) -> PreTrainedModel:
@@ -116,8 +125,13 @@ def _skeleton(reader: CheckpointReader) -> PreTrainedModel:
 
 def _describe(reader: CheckpointReader, contents: Contents) -> Described:
     blocks = dict.fromkeys(found[1] for name in contents.schemes if (found := BLOCK.match(name)))
-    settings = {key: value for key, value in reader.config.items() if key != "quantization_config"}
-    return Described(contents.schemes, contents.floats, tuple(blocks), settings)
+    return Described(contents.schemes, contents.floats, tuple(blocks), _without_packing(reader.config))
+
+
+def _without_packing(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config, and those of its parts, without what says that quantc packed the weights."""
+    kept = {key: value for key, value in config.items() if key not in (WEIGHTS_KEY, "quantization_config")}
+    return {key: _without_packing(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _write(

@@ -30,7 +30,6 @@ from .contents import Contents
 # Relative error of centred logits in float32. Right folders have 1e-6, and 3e-4 where zero points are read in float16.
 MOST_ERROR = 0.01
 ROOM = 0.8  # the share of free memory that both models may take
-READERS = {"compressed-tensors": "compressed_tensors"}  # container -> the package with which transformers loads it
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of output i of eight
 
 Read = Callable[[str], torch.Tensor]
@@ -59,15 +58,13 @@ def check_weights(read: Read, contents: Contents, container: str, progress: Prog
 def ask_transformers(
     folder: Path, reader: CheckpointReader, container: str, progress: Progress
 ) -> tuple[Agreement | None, str]:
-    """Return how transformers' logits of the new folder agree with quantc's, or why nobody was asked.
+    """Return how transformers' logits of the new folder agree with quantc's, or why it was not asked.
 
     Raises CheckpointError where they differ, or where transformers does not load the folder.
     """
-    package = READERS.get(container)
     needed, free = 2 * (reader.weights_bytes() + 4 * _weights(reader)), available_bytes()
-    if package is None or find_spec(package) is None:
-        wanted = "no reader of it runs here" if package is None else f"{container} is not installed"
-        return None, f"nothing was verified by another runtime: {wanted}"
+    if find_spec(container.replace("-", "_")) is None:
+        return None, f"nothing was verified by another runtime: {container} is not installed"
     if needed > ROOM * free:
         short = f"comparing logits needs {size(needed)} of memory, and {size(free)} are free"
         return None, f"nothing was verified by another runtime: {short}"

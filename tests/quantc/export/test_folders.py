@@ -140,6 +140,17 @@ def test_what_a_container_cannot_hold_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_transformers_cannot_read_is_written_for_vllm(tmp_path: Path) -> None:
+    packed = checkpoint(tmp_path, bits=8, pins={"*down_proj": 4}, target="vllm")
+    exported = quantc.export(packed, to="vllm", out=tmp_path / "out")
+    assert exported.schemes == {"w8g32": 12, "w4g32": 2}
+    assert exported.agreement is None
+    assert exported.notes == [
+        "transformers loads no checkpoint with zero points and several widths; vLLM does",
+        "nothing was verified by another runtime: none that reads it runs here",
+    ]
+
+
 def test_stacks_of_experts_are_refused(tmp_path: Path) -> None:
     packed = checkpoint(tmp_path, "mixtral", symmetric=True)
     with pytest.raises(UsageError, match="it is a stack of experts, which is not written yet"):
