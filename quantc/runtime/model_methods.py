@@ -12,6 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.integrity import CONFIG, METHOD, demand_quantc
 from ..files.untrusted import read_json
 from ..files.whole_file import write_whole
@@ -22,13 +24,39 @@ Wrapper = Callable[[Method], Method]
 
 
 def extend(kind: type) -> None:
-    """Let packed models of a class resize and replace their tables, and be saved; calling it again does nothing."""
+    """Let packed models of a class resize and replace their tables, be saved, and have a device without parameters.
+
+    Calling it again does nothing.
+    """
+    if not isinstance(kind.__dict__.get("device"), _OfAnyTensor):
+        for name, of_buffers in (("device", _device_of_buffers), ("dtype", _dtype_of_config)):
+            setattr(kind, name, _OfAnyTensor(_or_else(getattr(kind, name), of_buffers)))
     for name, wrapper in WRAPPERS.items():
         method = getattr(kind, name)
         if not hasattr(method, "of_quantc"):
             wrapped: Any = wrapper(method)
             wrapped.of_quantc = True
             setattr(kind, name, wrapped)
+
+
+class _OfAnyTensor(property):
+    """A property that transformers reads off the parameters of a model, for those whose weights are all packed too."""
+
+
+def _or_else(found: property, of_buffers: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def value(model: Any) -> Any:
+        return of_buffers(model) if next(model.parameters(), None) is None else found.__get__(model)
+
+    return value
+
+
+def _device_of_buffers(model: Any) -> torch.device:
+    return next((buffer.device for buffer in model.buffers()), torch.device("cpu"))
+
+
+def _dtype_of_config(model: Any) -> torch.dtype:
+    dtype = model.config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _unpacking_where(changes: Method) -> Wrapper:

@@ -38,15 +38,9 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, out: Path, **settings: Any) -> Report:
-    options = {
-        "preset": "fast",
-        "bits": 4,
-        "group_size": 32,
-        "calib": str(model / "text.txt"),
-        "samples": 1,
-        "seq_len": 12,
-    }
-    return quantc.quantize(model, out=out, **{**options, **settings})
+    options = {"bits": 4, "group_size": 32, "calib": str(model / "text.txt"), "samples": 1, "seq_len": 12}
+    preset = {} if "recipe" in settings else {"preset": "fast"}
+    return quantc.quantize(model, out=out, **{**options, **preset, **settings})
 
 
 def stored_weight(reader: CheckpointReader, name: str) -> torch.Tensor:

@@ -114,3 +114,16 @@ def test_float_models_of_the_class_are_as_before(folder: Path, tmp_path: Path) -
     assert model.resize_token_embeddings(VOCAB + 8).weight.shape[0] == VOCAB + 8
     model.save_pretrained(tmp_path)
     assert "transformers_weights" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_model_without_a_single_parameter_generates_and_is_measured(tmp_path: Path) -> None:
+    """OLMo norms have no weights: with embedding and head packed nothing is left that has a device for transformers."""
+    folder = save_with_tokenizer(build("olmo"), tmp_path / "model")
+    quantc.quantize(folder, bits=4, group_size=16, method="rtn", out=tmp_path / "packed")
+    model = loaded(tmp_path / "packed")
+    assert next(model.parameters(), None) is None
+    assert model.device == torch.device("cpu")
+    assert model.dtype == torch.float32
+    assert model.generate(TOKENS, max_new_tokens=3, do_sample=False).shape[1] > TOKENS.shape[1]
+    found = quantc.evaluate(tmp_path / "packed", against=folder, text=str(folder / "text.txt"), windows=1)
+    assert found.mean_kl is not None
