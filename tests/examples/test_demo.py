@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
+
+import pytest
 
 import quantc
 from tests.families import build
@@ -13,15 +15,18 @@ from tests.helpers import quantize_saved, save_with_tokenizer, tiny_text
 SCRIPT = Path(__file__).parents[2] / "examples/demo.py"
 
 
-def test_both_models_are_lines_of_one_table(tmp_path: Path) -> None:
+def test_both_models_are_lines_of_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_with_tokenizer(build("llama"), tmp_path / "model")
     quantize_saved(tmp_path, bits=3, group_size=16, method="rtn", preset="fast")
     text = tmp_path / "text.txt"
     text.write_text(tiny_text(300, seed=1))
     arguments = [str(tmp_path / "packed"), str(tmp_path / "model"), str(text)]
-    run = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    heading, original, quantized = run.stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    monkeypatch.setenv("COLUMNS", "120")
+    run_path(str(SCRIPT), run_name="__main__")
+    heading, original, quantized = capsys.readouterr().out.splitlines()
     assert heading.split() == ["weights", "bits", "per", "weight", "KL", "divergence", "perplexity", "tokens/s"]
     found = quantc.evaluate(tmp_path / "packed", against=tmp_path / "model", text=str(text))
     assert found.mean_kl is not None
