@@ -72,7 +72,7 @@ def head(model: Any) -> nn.Parameter:
 
 
 def spec_of(table: Tensor) -> QuantSpec:
-    return QuantSpec(HEAD_BITS, best_group_size(table.shape[1]))
+    return QuantSpec(HEAD_BITS, best_group_size(table.shape[1]), symmetric=True)
 
 
 def round_table(table: Tensor) -> Tensor:
