@@ -68,15 +68,18 @@ def quantize(model: str, as_json: bool, quiet: bool, verbose: bool, **settings: 
     if as_json:
         console.show_json(report.summary())
     elif not quiet:
-        _show_summary(model, report, verbose, as_words({"trust_remote_code": settings["trust_remote_code"]}))
+        trust = as_words({"trust_remote_code": settings["trust_remote_code"]})
+        commands = [["quantc", "eval", report.output, "--against", model, "--text", "wikitext2", *trust]]
+        if (target := settings["target"]) is not None and Path(report.output).is_dir():
+            commands.append(["quantc", "export", report.output, "--to", target])
+        _show_summary(report, verbose, commands)
 
 
-def _show_summary(model: str, report: Report, verbose: bool, trust: list[str]) -> None:
+def _show_summary(report: Report, verbose: bool, commands: list[list[str]]) -> None:
     from . import tables
 
-    command = ["quantc", "eval", report.output, "--against", model, "--text", "wikitext2", *trust]
     shown = to_printable(report.to_dict())
-    console.show(tables.quantized(shown, command), *(tables.tensors(shown.get("tensors", [])) if verbose else []))
+    console.show(tables.quantized(shown, *commands), *(tables.tensors(shown.get("tensors", [])) if verbose else []))
 
 
 @main.command()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 WORST = 5  # linears named in the summary of a run
 
 
-def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType:
+def quantized(report: dict[str, Any], *next_commands: list[str]) -> RenderableType:
     """Return the summary of a run: what was written, its true size, where it hurts, and what to type next."""
     parts: list[RenderableType] = [
         Text.assemble(("Wrote ", "bold green"), (report["output"], "bold")),
@@ -30,7 +30,7 @@ def quantized(report: dict[str, Any], next_command: list[str]) -> RenderableType
     if worst:
         parts += [heading("Largest errors"), _worst(worst)]
     parts += _remarks(report)
-    parts += [heading("Next"), command_line(next_command)]
+    parts += [heading("Next"), *map(command_line, next_commands)]
     return Group(*parts)
 
 

@@ -196,3 +196,10 @@ def test_options_of_gguf_files_are_refused(tmp_path: Path) -> None:
         quantc.export(tmp_path, to="vllm", pre_tokenizer="gpt-2")
     with pytest.raises(UsageError, match="--to is onnx, which is no target; choose one of gguf, vllm"):
         quantc.export(tmp_path, to="onnx")
+
+
+def test_a_checkpoint_for_a_target_says_how_it_is_exported(tmp_path: Path) -> None:
+    save_with_tokenizer(build("qwen2"), tmp_path / "model")
+    words = f"quantize {tmp_path / 'model'} --bits 4 --group-size 32 --method rtn --target vllm --out {tmp_path / 'w4'}"
+    shown = CliRunner().invoke(main, words.split(), env={"COLUMNS": "300"})
+    assert f"quantc export {tmp_path / 'w4'} --to vllm" in shown.stdout
