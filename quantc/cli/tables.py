@@ -173,7 +173,7 @@ def exported_folder(result: dict[str, Any]) -> RenderableType:
         ("size", size(result["bytes"]), f"{number(result['bits_per_weight'], 4)} bits per weight inside the blocks"),
         ("layers", schemes, f"floats are {result['dtype']}"),
         ("container", result["container"], f"for {result['readers']}"),
-        ("read back", "every layer", "its weights are the checkpoint's"),
+        ("read back", "every layer", "from the new folder, and compared with the checkpoint's"),
     ]
     if (agreement := result["agreement"]) is not None:
         tokens = plural(agreement["tokens"], "token")

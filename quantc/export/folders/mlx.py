@@ -32,6 +32,11 @@ class Mlx(FolderContainer):
         settings |= {name: False for name in described.floats}
         return {"quantization": settings, "quantization_config": settings, **_rope(described.settings)}
 
+    def notes(self, described: Described) -> list[str]:
+        if all(scheme.symmetric for scheme in described.schemes.values()):
+            return []
+        return ["MLX stores zero points times scales, which the dtype of scales rounds; symmetric codes are exact"]
+
 
 def _scheme(scheme: Scheme) -> dict[str, Any]:
     return {"group_size": scheme.group_size, "bits": scheme.bits}

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 import quantc
 from quantc.cli import main
 from quantc.cli.options import TARGETS
-from quantc.errors import UsageError
+from quantc.errors import CheckpointError, UsageError
+from quantc.export.folders.job import CONTAINERS
+from quantc.numerics.qtensor import QTensor
 from quantc.planning.targets import RUNTIMES
 from quantc.runtime.modules import unpack
 from tests.helpers import save_with_tokenizer, thinned
@@ -80,6 +82,7 @@ def test_weights_are_read_back_from_every_container(target: str, tmp_path: Path)
 def test_zero_points_are_stored_as_they_are(target: str, tmp_path: Path) -> None:
     exported = quantc.export(checkpoint(tmp_path), to=target, out=tmp_path / "out")
     assert exported.schemes == {"w4g32": 14}
+    assert any("which the dtype of scales rounds" in note for note in exported.notes) == (target == "mlx")
     if target == "gptq":
         settings = json.loads((tmp_path / "out/quantize_config.json").read_text())
         assert settings["checkpoint_format"] == "gptq_v2"
@@ -203,3 +206,24 @@ def test_a_checkpoint_for_a_target_says_how_it_is_exported(tmp_path: Path) -> No
     words = f"quantize {tmp_path / 'model'} --bits 4 --group-size 32 --method rtn --target vllm --out {tmp_path / 'w4'}"
     shown = CliRunner().invoke(main, words.split(), env={"COLUMNS": "300"})
     assert f"quantc export {tmp_path / 'w4'} --to vllm" in shown.stdout
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "gptq", "awq", "mlx"])
+def test_a_folder_that_holds_other_weights_is_not_named(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, container = checkpoint(tmp_path), CONTAINERS[target]
+    parts = container.parts
+
+    def spoiled(tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        found = parts(tensor, dtype)
+        name = next(name for name in found if name in ("weight_packed", "qweight", "weight"))
+        changed = found[name].view(torch.int32).clone()
+        changed[0, 0] ^= 1
+        return {**found, name: changed.view(found[name].dtype)}
+
+    monkeypatch.setattr(container, "parts", spoiled)
+    with pytest.raises(CheckpointError, match="is read back from the new folder as other weights"):
+        quantc.export(packed, to=target, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*.unfinished"))
