@@ -1,5 +1,10 @@
 """Every error a user can meet: one sentence with what was found, what is needed, and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 LONGEST_MESSAGE = 2000  # characters: a message may quote a value from a file, and that can have megabytes
 
 
@@ -59,3 +64,16 @@ class PassError(QuantcError):
 
 class KernelError(QuantcError):
     """A compiled kernel cannot be built, loaded or started on this machine."""
+
+
+@contextmanager
+def in_one_sentence(describe: Callable[[Exception], QuantcError]) -> Iterator[None]:
+    """Raise what `describe` makes of another library's error; quantc's own and those for want of memory stay."""
+    try:
+        yield
+    except (QuantcError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        raise describe(error) from error

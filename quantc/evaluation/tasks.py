@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, QuantcError, UsageError
+from ..errors import ModelError, UsageError, in_one_sentence
 from ..files.untrusted import nearest
 from ..frontend.auto import first_line
 from ..progress import Progress
@@ -78,7 +79,7 @@ class Tasks:
     def _scores(self, model: Any, tokenizer: Any, progress: Progress) -> list[TaskScore]:
         from lm_eval.evaluator import evaluate
 
-        with quiet(progress), _one_sentence(", ".join(self._loaded["tasks"])):
+        with quiet(progress), in_one_sentence(partial(_failed, ", ".join(self._loaded["tasks"]))):
             results = evaluate(
                 lm=as_language_model(model, tokenizer),
                 task_dict=self._loaded,
@@ -185,17 +186,9 @@ def _set_examples(task: Any, few_shot: int | None) -> None:
     task.set_fewshot_seed(seed=EXAMPLES_SEED)
 
 
-@contextlib.contextmanager
-def _one_sentence(names: str) -> Iterator[None]:
-    """Raise UsageError for whatever lm-eval makes of a task's template, data or metric; not for out of memory."""
-    try:
-        yield
-    except (QuantcError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            raise
-        raise UsageError(
-            f"lm-eval failed on {names} ({type(error).__name__}: {first_line(error)}); a task whose templates fit its "
-            "data is needed, so try each alone with --limit 1."
-        ) from error
+def _failed(names: str, error: Exception) -> UsageError:
+    """Return the error for whatever lm-eval makes of a task's template, data or metric."""
+    return UsageError(
+        f"lm-eval failed on {names} ({type(error).__name__}: {first_line(error)}); a task whose templates fit its "
+        "data is needed, so try each alone with --limit 1."
+    )

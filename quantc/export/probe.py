@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ModelError
 from ..frontend.auto import read_tokenizer
 from ..frontend.token_ids import leading_bos
+from ..machine.memory import available_bytes
+from ..units import size
 
 PROBE = (
     "The harbour filled up with mud because every tide carried silt in, and 12,480 tonnes of it stayed.\n\n"
@@ -19,6 +21,7 @@ PROBE = (
     "Im Jahr 1897 wurde der Hafen ausgebaggert; l'année suivante, il était déjà plein. Вода была мутной, 港口很浅。"
 )
 TOKENS = 96
+ROOM = 0.8  # the share of free memory that weights may take: the rest is for activations and logits
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,21 @@ def probe_tokens(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> torc
         if len(tokens) > 1 and max(tokens) < config.vocab_size:
             return torch.tensor(tokens[:count])
     return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return logits (T, V), float32, of tokens (T,)."""
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+    return found
+
+
+def short_of_memory(needed: int) -> str | None:
+    """Return why logits cannot be compared in this many bytes of memory, None where they can."""
+    free = available_bytes()
+    if needed <= ROOM * free:
+        return None
+    return f"comparing logits needs {size(needed)} of memory, and {size(free)} are free"
 
 
 def measure(expected: torch.Tensor, found: torch.Tensor, same_tokens: bool | None) -> Agreement:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from ..checkpoint.config import METHOD
 from ..checkpoint.reader import CheckpointReader, read_json
-from ..errors import CheckpointError, QuantcError
+from ..errors import CheckpointError, in_one_sentence
 from ..frontend.auto import asking_in_words, auto_class, first_line, needs_code
 from ..frontend.bounds import layer_counts
 from ..frontend.source import PathLike, quiet_transformers
@@ -43,7 +42,7 @@ def read_model(
     that transformers cannot build.
     """
     tensors = dict(reader.verified()) if verify else reader.slices()
-    with quiet_transformers(), handing_over(reader), _one_sentence(reader.folder):
+    with quiet_transformers(), handing_over(reader), in_one_sentence(partial(_cannot_be_built, reader.folder)):
         model_class, config = _class_of(_read_config(reader, trusted), reader.folder, trusted)
         model = model_class.from_pretrained(
             None,
@@ -130,20 +129,11 @@ def _read_generation_config(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
-@contextmanager
-def _one_sentence(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError for whatever transformers makes of somebody else's config; not for out of memory."""
-    try:
-        yield
-    except (QuantcError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            raise
-        raise CheckpointError(
-            f"{folder}: transformers cannot build the model that config.json describes ({first_line(error)}); a "
-            "config.json that belongs to these weights is needed, so copy it again."
-        ) from error
+def _cannot_be_built(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: transformers cannot build the model that config.json describes ({first_line(error)}); a "
+        "config.json that belongs to these weights is needed, so copy it again."
+    )
 
 
 def load(

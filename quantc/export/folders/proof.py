@@ -17,21 +17,18 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from ...checkpoint.reader import CheckpointReader
-from ...errors import CheckpointError, ModelError
+from ...errors import CheckpointError, ModelError, in_one_sentence
 from ...frontend.auto import first_line
 from ...frontend.folder import FolderSource
 from ...frontend.source import quiet_transformers
-from ...machine.memory import available_bytes
 from ...numerics.qtensor import QTensor
 from ...progress import Progress
 from ...runtime.load import read_model, unpacked_values
-from ...units import size
-from ..probe import Agreement, measure, probe_tokens, tokenizer_of
+from ..probe import Agreement, logits_of, measure, probe_tokens, short_of_memory, tokenizer_of
 from .contents import Contents
 
 # Relative error of centred logits in float32. Right folders have 1e-6, and 3e-4 where zero points are read in float16.
 MOST_ERROR = 0.01
-ROOM = 0.8  # the share of free memory that both models may take
 
 
 def check_weights(folder: Path, contents: Contents, container: str, progress: Progress) -> None:
@@ -103,26 +100,18 @@ def ask_transformers(
 
     Raises CheckpointError where they differ, or where transformers does not load the folder.
     """
-    needed, free = 2 * (reader.weights_bytes() + 4 * _weights(reader)), available_bytes()
     if find_spec(container.replace("-", "_")) is None:
         return None, f"nothing was verified by another runtime: {container} is not installed"
-    if needed > ROOM * free:
-        short = f"comparing logits needs {size(needed)} of memory, and {size(free)} are free"
+    if (short := short_of_memory(reader.weights_bytes() + 2 * 4 * _weights(reader))) is not None:
         return None, f"nothing was verified by another runtime: {short}"
     progress.stage("Comparing logits", 1)
     model = read_model(reader, torch.float32).eval()
     tokens = probe_tokens(tokenizer_of(reader.folder), model.config)
-    expected = _logits(model, tokens)
+    expected = logits_of(model, tokens)
     del model
-    try:
-        with quiet_transformers(), redirect_stderr(StringIO()):  # the reader shows progress of its own
-            other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            found = _logits(other, tokens)
-    except Exception as error:
-        raise CheckpointError(
-            f"transformers does not load the new folder ({first_line(error)}), so it was removed; report this with the "
-            "model's name."
-        ) from error
+    with quiet_transformers(), redirect_stderr(StringIO()), in_one_sentence(_not_loaded):  # the reader shows progress
+        other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        found = logits_of(other, tokens)
     agreement = measure(expected, found, None)
     if not agreement.error <= MOST_ERROR:
         raise CheckpointError(
@@ -134,11 +123,12 @@ def ask_transformers(
     return agreement, ""
 
 
+def _not_loaded(error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"transformers does not load the new folder ({first_line(error)}), so it was removed; report this with the "
+        "model's name."
+    )
+
+
 def _weights(reader: CheckpointReader) -> int:
     return unpacked_values(reader) + sum(entry.weights for entry in reader.entries.values())
-
-
-def _logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=tokens[None], use_cache=False).logits[0].float()
-    return found

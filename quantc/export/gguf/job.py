@@ -16,11 +16,9 @@ from ...evaluation import llama_cpp
 from ...frontend.auto import first_line, read_tokenizer
 from ...frontend.gguf import GgufSource
 from ...frontend.source import quiet_transformers
-from ...machine.memory import available_bytes
 from ...progress import Progress
 from ...runtime.load import read_model, unpacked_values
-from ...units import size
-from ..probe import Agreement, probe_tokens
+from ..probe import Agreement, logits_of, probe_tokens, short_of_memory
 from . import proof
 from .architectures import check_type, window_of
 from .contents import Contents
@@ -29,7 +27,6 @@ from .layout import FileTensor, bits_per_weight, lay_out
 from .metadata import Described, describe_file, describe_storage
 from .origin import copy_metadata, find_origin, from_gguf, lay_out_as
 
-ROOM = 0.8  # the share of free memory that weights may take: the rest is for activations and logits
 UNVERIFIED = "nothing was verified by llama.cpp"
 
 
@@ -209,8 +206,7 @@ def _ask_llama_cpp(
     progress.stage("Comparing logits", 1)
     model = read_model(reader, torch.float32).eval()
     tokens = probe_tokens(plan.tokenizer, model.config)
-    with torch.no_grad():
-        expected = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+    expected = logits_of(model, tokens)
     del model
     compared = plan.tokenizer if plan.compared else None
     agreement = proof.check_logits(file, plan.tensors, expected, tokens, compared)
@@ -224,10 +220,7 @@ def _ask_llama_cpp(
 def _memory_is_short(file: Path, reader: CheckpointReader) -> str | None:
     """Return why the checkpoint and the file do not fit memory, one after the other; None where they do."""
     floats = unpacked_values(reader) * torch.float32.itemsize
-    needed, free = max(reader.weights_bytes() + floats, file.stat().st_size), available_bytes()
-    if needed <= ROOM * free:
-        return None
-    return f"comparing logits needs {size(needed)} of memory, and {size(free)} are free"
+    return short_of_memory(max(reader.weights_bytes() + floats, file.stat().st_size))
 
 
 def _summarize(exported: Exported, plan: _Plan, contents: Contents) -> None:

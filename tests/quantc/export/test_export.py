@@ -17,7 +17,7 @@ from quantc import api
 from quantc.checkpoint.config import PackedEntry
 from quantc.errors import CheckpointError, ModelError, UsageError
 from quantc.evaluation import llama_cpp
-from quantc.export.gguf import job, proof
+from quantc.export import probe
 from quantc.export.gguf.convert import BLOCK, Rounding, choose_type, to_blocks
 from quantc.export.gguf.file import GgufWriter
 from quantc.frontend.gguf_files import open_reader
@@ -253,7 +253,7 @@ def test_where_memory_is_short_logits_are_not_compared(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama_cpp, "missing", lambda: None)
-    monkeypatch.setattr(job, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(probe, "available_bytes", lambda: 1000)
     found = export(plain, out=tmp_path / "tiny.gguf")
     assert found.agreement is None
     assert found.notes[0].startswith("nothing was verified by llama.cpp: comparing logits needs ")
@@ -261,10 +261,10 @@ def test_where_memory_is_short_logits_are_not_compared(
 
 def test_agreement_is_measured_on_centred_logits() -> None:
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    same = proof.measure(logits, logits + 3, None)
+    same = probe.measure(logits, logits + 3, None)
     assert same.error < 1e-6
     assert same.kl < 1e-9
-    assert proof.measure(logits, 1.1 * logits, None).error == pytest.approx(0.1)
+    assert probe.measure(logits, 1.1 * logits, None).error == pytest.approx(0.1)
 
 
 def test_the_command_prints_what_it_wrote(plain: Path, tmp_path: Path) -> None:
