@@ -56,8 +56,14 @@ class UniformGrid(Grids):
     def of_width(self, bits: int, shape: Shape) -> QuantSpec:
         config = self._config
         along = shape[1] if config.grouping == "per_oc" else shape[0]
-        group = config.group_size if config.group_size is not None else best_group_size(along)
+        group = self._group(along) if config.group_size is None else config.group_size
         return QuantSpec(bits, group, config.grouping, config.symmetric)
+
+    def _group(self, width: int) -> int:
+        """Return the size of groups that suits a width, of those that the target holds where there is one."""
+        runtime = self._config.runtime
+        held = None if runtime is None else runtime.group_of(width)
+        return best_group_size(width) if held is None else held
 
     def of_head(self, bits: int, shape: Shape) -> QuantSpec:
         # symmetric codes, so that other runtimes hold them exactly (GGUF's Q8_0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..spec import GRIDS, Fixed, Ggml, QuantSpec
+from ..spec.groups import WHOLE_ROW
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Runtime:
         if self.codes:
             return tuple(spec_of_code(code).label() for code in self.codes)
         return tuple(QuantSpec(b, g, symmetric=symmetric).label() for b in self.bits for g in self.groups)
+
+    def group_of(self, width: int) -> int | None:
+        """Return the largest of its groups that divides a width, or else the whole row; None where it has neither."""
+        whole = WHOLE_ROW if WHOLE_ROW in self.groups else None
+        return max((group for group in self.groups if group > 0 and width % group == 0), default=whole)
 
     def candidates(self, shape: tuple[int, int]) -> list[QuantSpec]:
         """Return what a weight (N, K) can be stored as on the runtime's own grids."""

@@ -177,6 +177,18 @@ def test_plans_keep_to_what_the_target_holds(settings: dict[str, Any], message: 
         quantc.quantize(tmp_path / "model", out=tmp_path / "out", group_size=32, method="rtn", **settings)
 
 
+def test_groups_are_chosen_that_the_target_holds(tmp_path: Path) -> None:
+    """96 inputs are one group of 96 by default, which no target has."""
+    save_with_tokenizer(build("qwen2"), tmp_path / "model")
+    for target, found in (("vllm", {"w4g64": 12, "w4g32": 2}), ("mlx", {"w4g64": 12, "w4g32": 2})):
+        quantc.quantize(tmp_path / "model", out=tmp_path / target, bits=4, method="rtn", target=target)
+        assert quantc.export(tmp_path / target, to=target).schemes == found
+    with pytest.raises(UsageError, match="awq holds one group size, .* pass --group-size 32"):
+        quantc.quantize(tmp_path / "model", out=tmp_path / "awq", bits=4, method="rtn", target="awq")
+    assert RUNTIMES["vllm"].group_of(100) == -1
+    assert RUNTIMES["mlx"].group_of(100) is None
+
+
 def test_what_is_planned_for_a_target_can_be_exported_to_it(tmp_path: Path) -> None:
     save_with_tokenizer(build("qwen2"), tmp_path / "model")
     for target in ("vllm", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"):
