@@ -42,10 +42,10 @@ def _turn_input(
     """Return the arguments with the hidden state, the first that looks like one, rotated."""
     for place, value in enumerate(args):
         if _is_state(value, rotation):
-            return (*args[:place], _turn(value, rotation.order, False), *args[place + 1 :]), kwargs
+            return (*args[:place], turn(value, rotation.order, False), *args[place + 1 :]), kwargs
     for name, value in kwargs.items():
         if _is_state(value, rotation):
-            return args, {**kwargs, name: _turn(value, rotation.order, False)}
+            return args, {**kwargs, name: turn(value, rotation.order, False)}
     raise CheckpointError(
         f"{type(module).__name__} receives no hidden state of width {rotation.width}, so it cannot be rotated; "
         "config.json does not belong to these weights."
@@ -55,17 +55,18 @@ def _turn_input(
 def _turn_output(rotation: ResidualRotation, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Return the output with the hidden state, alone or the first in a tuple that looks like one, rotated back."""
     if isinstance(output, torch.Tensor):
-        return _turn(output, rotation.order, True)
+        return turn(output, rotation.order, True)
     for place, value in enumerate(output):
         if _is_state(value, rotation):
-            return (*output[:place], _turn(value, rotation.order, True), *output[place + 1 :])
+            return (*output[:place], turn(value, rotation.order, True), *output[place + 1 :])
     raise CheckpointError(
         f"{type(module).__name__} returns no hidden state of width {rotation.width}, so it cannot be rotated back; "
         "config.json does not belong to these weights."
     )
 
 
-def _turn(x: torch.Tensor, block: int, back: bool) -> torch.Tensor:
+def turn(x: torch.Tensor, block: int, back: bool) -> torch.Tensor:
+    """Rotate hidden states (..., width), or rotate them back, in blocks of this order; dtype kept."""
     if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
         y: torch.Tensor = torch.ops.quantc.turn(x, block, back)
         return y
@@ -74,7 +75,7 @@ def _turn(x: torch.Tensor, block: int, back: bool) -> torch.Tensor:
 
 @torch.library.impl(LIBRARY, "turn", "CompositeExplicitAutograd")
 def _turn_operator(x: torch.Tensor, block: int, back: bool) -> torch.Tensor:
-    return _turn(x.detach(), block, back)
+    return turn(x.detach(), block, back)
 
 
 @torch.library.register_fake("quantc::turn", lib=LIBRARY)
