@@ -1,7 +1,6 @@
-"""Finds the two blocks of a model between which hidden states are rotated, while the model is built, and hooks them.
+"""Rotates the hidden states of a model in vLLM between the two blocks that a checkpoint names.
 
-vLLM tells a quantization method about layers, never about the model they belong to. A layer says its own name, though,
-and torch says which module is put into which: so the way from a layer up to its block is followed.
+A layer says its own name when it is built. From there the way goes up, module by module, to the block that has it.
 
 A block of vLLM takes and returns the hidden state in two parts whose sum it is, so each of them is rotated.
 """
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from ...checkpoint.config import ResidualRotation
 from ...errors import CheckpointError
@@ -29,56 +27,40 @@ class BlockRotation:
         self.rotation = rotation
         self._above: dict[nn.Module, tuple[str, list[str]]] = {}  # a module -> its block, the names from there to it
         self._hooked: set[str] = set()
-        self._watch: Any = None
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
         """Take the model's names of the blocks; raises CheckpointError for a block that it leaves out."""
-        names = {}
-        for which in ("first", "last"):
-            old = getattr(self.rotation, which)
-            new = new_name(f"{old}.")
-            if new is None:
-                raise CheckpointError(
-                    f"vLLM's model leaves out {old}, where hidden states are rotated; use quantc.load."
-                )
-            names[which] = new.removesuffix(".")
-        self.rotation = replace(self.rotation, **names)
+
+        def renamed(block: str) -> str:
+            if (new := new_name(f"{block}.")) is None:
+                raise CheckpointError(f"vLLM's model has no {block}, where hidden states rotate; use quantc.load.")
+            return new.removesuffix(".")
+
+        self.rotation = replace(self.rotation, first=renamed(self.rotation.first), last=renamed(self.rotation.last))
 
     def saw(self, layer: nn.Module, name: str) -> None:
         """Take note of a layer that is being built, if it is inside one of the blocks."""
         for block in {self.rotation.first, self.rotation.last} - self._hooked:
             if name.startswith(f"{block}."):
                 self._above[layer] = (block, name.removeprefix(f"{block}.").split("."))
-                if self._watch is None:
-                    self._watch = register_module_module_registration_hook(self._registered)
 
-    def _registered(self, parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        block, path = self._above.pop(module, (None, []))  # type: ignore[arg-type]  # None is in no dictionary
-        if block is None or block in self._hooked or not path or path[-1] != name:
+    def registered(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Take one step up if the module is on the way to a block, and rotate at the block."""
+        block, path = self._above.pop(module, ("", []))
+        if not path or path[-1] != name or block in self._hooked:
             return
         if len(path) > 1:
             self._above[parent] = (block, path[:-1])
             return
-        self._hook(parent, block)
-        if {self.rotation.first, self.rotation.last} <= self._hooked:
-            self._stop()
-
-    def _hook(self, module: nn.Module, block: str) -> None:
         self._hooked.add(block)
         if block == self.rotation.first:
-            module.register_forward_pre_hook(partial(_turn_input, self.rotation), with_kwargs=True)
+            parent.register_forward_pre_hook(partial(_turn_input, self.rotation), with_kwargs=True)
         if block == self.rotation.last:
-            module.register_forward_hook(partial(_turn_output, self.rotation))
-
-    def _stop(self) -> None:
-        self._above.clear()
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+            parent.register_forward_hook(partial(_turn_output, self.rotation))
 
     def check(self, first: bool, last: bool) -> None:
         """Raise CheckpointError unless the first and the last block, where this process has them, were found."""
-        self._stop()
+        self._above.clear()
         for wanted, name in ((first, self.rotation.first), (last, self.rotation.last)):
             if wanted and name not in self._hooked:
                 raise CheckpointError(
@@ -102,5 +84,5 @@ def _turned(rotation: ResidualRotation, values: tuple[Any, ...], back: bool) -> 
 
 
 def _turned_one(rotation: ResidualRotation, value: Any, back: bool) -> Any:
-    state = isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] == rotation.width
+    state = isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1:] == (rotation.width,)
     return turn(value, rotation.order, back) if state else value
