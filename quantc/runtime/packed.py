@@ -87,6 +87,11 @@ class Packed(nn.Module):
             found = self._prepared[key] = self._prepare(x, expert)
         return found.kernel.run(x, found.weight, bias)
 
+    def prepare(self) -> None:
+        """Prepare the whole weight for activations of the model's dtype, which a compiler cannot do while it traces."""
+        device = next(self.buffers()).device
+        self._prepared[-1, self.dtype, device] = self._prepare(torch.empty(0, dtype=self.dtype, device=device), None)
+
     @torch.no_grad()
     def _prepare(self, x: torch.Tensor, expert: int | None) -> _PreparedWeight:
         """Return the parts as the kernel for x wants them, usable in every mode: inference tensors cannot train."""

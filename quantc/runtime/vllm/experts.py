@@ -1,4 +1,8 @@
-"""Packed stacks of experts in vLLM: each expert that tokens were sent to is multiplied by itself."""
+"""Packed stacks of experts in vLLM: each expert that tokens were sent to is multiplied by itself.
+
+torch.compile sees an operator: which experts run depends on the tokens. It finds them by name in vLLM's context of the
+model that runs, since compiled code is kept for other processes, where all else is another.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from ...checkpoint.config import PackedEntry
 from ...errors import CheckpointError
-from ..layers import PackedWeight
 from .members import Loading, table_of
+
+LIBRARY = torch.library.Library("quantc", "FRAGMENT")
+LIBRARY.define("experts(Tensor x, Tensor shares, Tensor chosen, str name) -> Tensor")
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -48,6 +56,9 @@ class PackedExpertsMethod(FusedMoEMethodBase):
                 f"{self._name} has experts with the activation {layer.activation.value}, which packed ones do not have "
                 "in vLLM; export the checkpoint with `quantc export --to vllm`."
             )
+        self._key = f"quantc.{self._name}"
+        get_current_vllm_config().compilation_config.static_forward_context[self._key] = self
+        self._activation = ACTIVATIONS[layer.activation.value]
         self._loading = {leaf: Loading(f"{self._name}.{leaf}", entry) for leaf, entry in self._entries.items()}
         self._dtype, self._device = params_dtype, torch.empty(0).device
         self._floats: dict[str, torch.Tensor] = {}
@@ -70,10 +81,11 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put packed stacks in place of the tensors that came."""
-        layer.packed = nn.ModuleDict()
+        self._stacks = {}
         for leaf, loading in self._loading.items():
             (weight,) = loading.finish()
-            layer.packed[leaf] = table_of(*weight, self._dtype, self._device)
+            self._stacks[leaf] = table_of(*weight, self._dtype, self._device)
+        layer.packed = nn.ModuleDict(self._stacks)
         if missing := {GATE_UP, DOWN} - set(self._loading) - set(self._floats):
             raise CheckpointError(
                 f"the files have no tensor {self._name}.{min(missing)}, which the model needs; copy the checkpoint "
@@ -88,16 +100,30 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
         """Return y (M, K) for x (M, K), the experts topk_ids (M, T) of each token, and their shares topk_weights."""
-        y, act = torch.zeros_like(x), ACTIVATIONS[layer.activation.value]
-        for expert in topk_ids.unique().tolist():
-            token, place = (topk_ids == expert).nonzero(as_tuple=True)
-            gate, up = self._multiply(layer, GATE_UP, expert, x[token]).chunk(2, -1)
-            found = self._multiply(layer, DOWN, expert, act(gate) * up)
-            y.index_add_(0, token, (found * topk_weights[token, place, None]).to(y.dtype))
+        y: torch.Tensor = torch.ops.quantc.experts(x, topk_weights, topk_ids, self._key)
         return y
 
-    def _multiply(self, layer: Any, leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def run(self, x: torch.Tensor, shares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return what `apply` does."""
+        y = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = self._multiply(GATE_UP, expert, x[token]).chunk(2, -1)
+            found = self._multiply(DOWN, expert, self._activation(gate) * up)
+            y.index_add_(0, token, (found * shares[token, place, None]).to(y.dtype))
+        return y
+
+    def _multiply(self, leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         if leaf in self._floats:
             return F.linear(x, self._floats[leaf][expert])
-        stack: PackedWeight = layer.packed[leaf]
-        return stack.multiply(x, expert)
+        return self._stacks[leaf].multiply(x, expert)
+
+
+@torch.library.impl(LIBRARY, "experts", "CompositeExplicitAutograd")
+def _experts(x: torch.Tensor, shares: torch.Tensor, chosen: torch.Tensor, name: str) -> torch.Tensor:
+    return get_forward_context().no_compile_layers[name].run(x, shares, chosen)
+
+
+@torch.library.register_fake("quantc::experts", lib=LIBRARY)
+def _fake_experts(x: torch.Tensor, shares: torch.Tensor, chosen: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.empty_like(x)

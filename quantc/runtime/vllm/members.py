@@ -86,6 +86,8 @@ def table_of(entry: PackedEntry, parts: Parts, dtype: torch.dtype, device: torch
 def _filled(module: Kind, parts: Parts, device: torch.device) -> Kind:
     for name, tensor in parts.items():
         setattr(module, name, tensor.contiguous().to(device))
+    if not module.leading:  # experts are prepared one by one, when tokens come to them
+        module.prepare()
     return module
 
 
