@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...numerics.qtensor import QTensor
-from ...spec import QuantSpec
+from ...spec import WHOLE_ROW, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Scheme:
 
     @classmethod
     def of(cls, spec: QuantSpec, shape: tuple[int, int]) -> Scheme:
-        """Return that of a weight (N, K); a group as long as the row is the row."""
-        whole = spec.group_length(shape) == shape[1]
-        return cls(spec.bits, -1 if whole else spec.group_size, spec.symmetric)
+        """Return that of a weight (N, K); a group longer than the row is the row."""
+        whole = spec.group_size > shape[1]
+        return cls(spec.bits, WHOLE_ROW if whole else spec.group_size, spec.symmetric)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,20 @@ def test_tensors_have_the_layout_that_awq_documents(tmp_path: Path) -> None:
         assert (code - zero) * float(scales[0, output]) == pytest.approx(float(expected[output, 0]))
 
 
+def test_a_group_as_long_as_some_rows_is_one_of_that_length(tmp_path: Path) -> None:
+    """64 inputs are one group of 64, and AWQ knows no other way to say so."""
+    save_with_tokenizer(build("qwen2", intermediate_size=128), tmp_path / "model")
+    settings = {"bits": 4, "group_size": 64, "preset": "fast", "method": "rtn", "head_bits": "keep"}
+    quantc.quantize(tmp_path / "model", out=tmp_path / "packed", **settings)
+    for target in ("awq", "mlx", "compressed-tensors"):
+        quantc.export(tmp_path / "packed", to=target)
+    config = json.loads((tmp_path / "packed-awq/config.json").read_text())
+    assert config["quantization_config"]["group_size"] == 64
+    assert set(json.loads((tmp_path / "packed-mlx/config.json").read_text())["quantization"]) == {
+        "bits", "group_size", "mode", "lm_head"
+    }  # fmt: skip
+
+
 def test_scales_that_bfloat16_cannot_hold_make_a_model_of_float16(tmp_path: Path) -> None:
     packed = checkpoint(tmp_path, dtype=torch.bfloat16, symmetric=True)
     exported = quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
