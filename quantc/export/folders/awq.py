@@ -8,6 +8,7 @@ import torch
 
 from ...numerics.qtensor import QTensor
 from .base import Described, FolderContainer, zero_codes
+from .older_config import older_settings
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output whose code is nibble i of a word (AutoAWQ, utils/packing_utils.py)
 
@@ -36,7 +37,7 @@ class Awq(FolderContainer):
             "zero_point": True,
             "modules_to_not_convert": inner or None,
         }
-        return {"quantization_config": settings}
+        return {"quantization_config": settings, **older_settings(described.settings)}
 
 
 def _in_order(codes: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from ...numerics.qtensor import QTensor
 from .base import Described, FolderContainer, Scheme, zero_codes
+from .older_config import older_settings
 from .words import rows_in_words
 
 
@@ -30,7 +31,7 @@ class Mlx(FolderContainer):
         settings: dict[str, Any] = {**_scheme(described.common), "mode": "affine"}
         settings |= {name: _scheme(scheme) for name, scheme in described.others.items()}
         settings |= {name: False for name in described.floats}
-        return {"quantization": settings, "quantization_config": settings, **_rope(described.settings)}
+        return {"quantization": settings, "quantization_config": settings, **older_settings(described.settings)}
 
     def notes(self, described: Described) -> list[str]:
         if all(scheme.symmetric for scheme in described.schemes.values()):
@@ -40,13 +41,3 @@ class Mlx(FolderContainer):
 
 def _scheme(scheme: Scheme) -> dict[str, Any]:
     return {"group_size": scheme.group_size, "bits": scheme.bits}
-
-
-def _rope(settings: Any) -> dict[str, Any]:
-    """Return what mlx-lm reads of rotary positions, which transformers 5 writes under another key."""
-    rope = settings.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
