@@ -3,11 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Other runtimes that read exported folders, each in an environment of its own: their packages exclude each other.
+READERS := $(patsubst tests/readers/%.txt,.readers/%/.ready,$(wildcard tests/readers/*.txt))
 WORKERS ?= 2
 # Idle OpenMP threads sleep instead of spinning: on a shared machine spinning triples the CPU time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-levels fuzz lint docs dist clean
+.PHONY: demo test test-slow test-levels readers fuzz lint docs dist clean
 
 # The demo model's package depends on a chat tool and a compiler run that nothing here needs: it is installed alone.
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/native/*)
@@ -31,8 +33,17 @@ lint: $(VENV)/.ready
 test: lint docs
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-test-slow: $(VENV)/.ready
+test-slow: $(VENV)/.ready readers
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+readers: $(READERS)
+
+# The list has every package: what pip would add on its own is gigabytes that no test needs.
+.readers/%/.ready: tests/readers/%.txt
+	$(PYTHON) -m venv --clear .readers/$*
+	.readers/$*/bin/python -m pip install --quiet --upgrade pip
+	.readers/$*/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
 
 # Bounded by MINUTES; CASE=0:123 runs one case again, SEED=1 draws other ones.
 fuzz: $(VENV)/.ready
@@ -52,4 +63,4 @@ dist: $(VENV)/.ready
 	$(BIN)/python -m build --quiet
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info kernels/cpu/_native*.so
+	rm -rf $(VENV) .readers build dist site *.egg-info kernels/cpu/_native*.so
