@@ -7,7 +7,6 @@ every candidate format (see quantc/sensitivity), and the formats are those whose
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -52,23 +51,19 @@ class Allocate(Pass):
             )
         return self
 
-    @cached_property
-    def _formats(self) -> Formats:
-        return Formats(self.config)
-
     def plan(self, run: Run) -> None:
         if run.plan.specs:  # a given plan stays as it is
             return
-        linears, specs = run.graph.linears, run.plan.specs
-        specs.update(self._formats.specs(linears))
+        linears, specs, formats = run.graph.linears, run.plan.specs, Formats.of(self.config, run.source)
+        specs.update(formats.specs(linears))
         check_automatic(self.config)
-        specs.update(head_specs(run, self.config, self._formats))
+        specs.update(head_specs(run, self.config, formats))
         if self.config.has_budget:  # one that is too small is refused here
             limit_of(run, self._budget(run, _without_losses), self.config).plan()
         else:
             self._refuse_without_budget()
-            specs.update(self._formats.pinned(linears, specs))
-            run.report.notes += self._formats.notes(run)
+            specs.update(formats.pinned(linears, specs))
+            run.report.notes += formats.notes(run)
 
     def _refuse_without_budget(self) -> None:
         if self.config.search:
@@ -111,16 +106,16 @@ class Allocate(Pass):
         return self._budget(run, losses)
 
     def _budget(self, run: Run, losses: Callable[[Specs], Losses]) -> Budget:
-        linears, planned = run.graph.linears, run.plan.specs
+        linears, planned, formats = run.graph.linears, run.plan.specs, Formats.of(self.config, run.source)
         tables = table_shapes(run) if self.config.head_bits == "auto" else {}
-        specs = self._formats.candidates(linears, tables, planned)
+        specs = formats.candidates(linears, tables, planned)
         kept = {name: _kept_bits(run, linear.weight_name, linear.weights) for name, linear in linears.items()}
         kept |= {name: _kept_bits(run, name, n * k) for name, (n, k) in tables.items()}
         rated = with_wide_rows(losses({name: found for name, found in specs.items() if found}))
         run.plan.salience = rated.salience
-        uniform = self._formats.uniform(linears, tables, planned)
+        uniform = formats.uniform(linears, tables, planned)
         stored = run.container.tensor_bits if run.container is not None and self.config.size is not None else None
-        return Budget(run.graph, rated, kept, self._formats.rules(), tables, uniform, stored)
+        return Budget(run.graph, rated, kept, formats.rules(), tables, uniform, stored)
 
     def _search(
         self, run: Run, budget: Budget, plan: Shared, limit: Limit, tokens: torch.Tensor, folder: Path

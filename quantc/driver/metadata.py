@@ -31,11 +31,12 @@ def _packed_entries(run: Run) -> dict[str, PackedEntry]:
         linear = run.graph.linears.get(name)
         if linear is None:
             n, k = run.source.model.get_parameter(name).shape
-            entries[name] = PackedEntry(spec, (n, k))
+            entries[name] = PackedEntry(spec.as_stored(), (n, k))
         else:
             stacked = linear.kind == "stack"
             leading = (linear.experts,) if stacked else ()
-            entries[name] = PackedEntry(spec, linear.shape, leading, stacked and linear.transposed)
+            transposed = stacked and linear.transposed
+            entries[name] = PackedEntry(spec.as_stored(), linear.shape, leading, transposed)
     return entries
 
 
@@ -46,16 +47,10 @@ def config_json(run: Run) -> dict[str, Any]:
     default = max(specs, key=specs.count) if specs else QuantSpec()
     config = run.source.model.config.to_dict()
     config["architectures"] = [type(run.source.model).__name__]
-    config["dtype"] = str(model_dtype(run.source)).removeprefix("torch.")
+    config["dtype"] = str(run.source.dtype).removeprefix("torch.")
     config["quantization_config"] = describe_quantization(entries, default, run.residual)
     integrity.demand_quantc(config)
     return config
-
-
-def model_dtype(source: Source) -> torch.dtype:
-    """Return the dtype the model's config asks for; float32 where it says nothing."""
-    dtype = source.model.config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def finish_weights(run: Run, writer: CheckpointWriter, started: tuple[float, float]) -> None:

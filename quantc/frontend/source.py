@@ -41,6 +41,12 @@ class Source(ABC):
     notes: list[str]
     trusted: bool = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model's config asks for; float32 where it says nothing."""
+        dtype = self.model.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
     @abstractmethod
     def load(self, prefix: str) -> None:
         """Give every parameter and persistent buffer of `model` under `prefix` its weights, in float32.

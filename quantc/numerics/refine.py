@@ -18,8 +18,8 @@ from typing import cast
 
 import torch
 
-from ..spec import QuantSpec
-from .grids import MINIMA, Parameters, ScaledColumns, arithmetic_of
+from ..spec import QuantSpec, ScaleDtype
+from .grids import MINIMA, Parameters, ScaledColumns, arithmetic_of, to_stored
 from .groups import group_sums
 
 BLOCK_CHANNELS = 64  # channels that share one product with all errors; 32 to 128 differ by less than 3 %
@@ -51,7 +51,7 @@ def refit(
 ) -> Parameters:
     """Return parameters with scales fitted to codes (N, K) by least squares, one group of every row after the other.
 
-    A new scale is kept where, rounded to float16, it is finite, not 0, and lowers f. All else is as it was.
+    A new scale is kept where, rounded as it is stored, it is finite, not 0, and lowers f. All else is as it was.
     """
     layer = _Layer(weight, codes, parameters, spec, gram)
     layer.refit()
@@ -88,6 +88,7 @@ class _Layer:
     ):
         self.shape = n, k = weight.shape[0], weight.shape[1]
         self.groups, self.group, self.before = spec.groups, spec.group_length((n, k)), parameters
+        self.dtype = spec.scale_dtype
         self.gram = gram.float()
         self.codes = codes.T.clone(memory_format=torch.contiguous_format)  # .T of one row or column is contiguous
         arithmetic = arithmetic_of(spec.grid)
@@ -163,7 +164,7 @@ class _Layer:
             part, own = slice(start, stop), slice(start - low, stop - low)
             for scales, levels in columns.terms(self.codes[part], row):
                 bends = block[:, part] @ levels
-                step = _scale_step(scales, (slopes[own] * levels).sum(0), (bends[own] * levels).sum(0))
+                step = _scale_step(scales, (slopes[own] * levels).sum(0), (bends[own] * levels).sum(0), self.dtype)
                 scales += step
                 self.errors[part].addcmul_(levels, step)
                 slopes.addcmul_(bends, step)
@@ -183,7 +184,7 @@ class _Layer:
 
         def visit(position: int) -> None:
             slope = group_sums(slopes[position] * levels[position], g)
-            step = _scale_step(scales[position, ::g], slope, curvatures[position])[group_of]
+            step = _scale_step(scales[position, ::g], slope, curvatures[position], self.dtype)[group_of]
             scales[position] += step
             torch.mul(levels[position], step, out=steps[position])
 
@@ -215,12 +216,14 @@ def _stored(scales: torch.Tensor) -> torch.Tensor:
     return scales.T.to(torch.float16).contiguous()
 
 
-def _scale_step(scales: torch.Tensor, slopes: torch.Tensor, curvatures: torch.Tensor) -> torch.Tensor:
-    """Return what to add to each scale: the step to the float16 nearest the minimum of 2 slope x + curvature x^2, or 0.
+def _scale_step(
+    scales: torch.Tensor, slopes: torch.Tensor, curvatures: torch.Tensor, dtype: ScaleDtype
+) -> torch.Tensor:
+    """Return what to add to each scale: the step to the stored one nearest the minimum of 2 slope x + curvature x^2.
 
-    0 where that float16 is 0, not finite, or gains nothing: so too where a Gram matrix is not positive after all.
+    0 where that one is 0, not finite, or gains nothing: so too where a Gram matrix is not positive after all.
     """
-    stored = (scales - slopes / curvatures).to(torch.float16).float()
+    stored = to_stored(scales - slopes / curvatures, dtype).float()
     steps = stored - scales
     better = torch.isfinite(stored) & (stored != 0) & (steps * (2 * slopes + curvatures * steps) < 0)
     return torch.where(better, steps, 0.0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .grids import MINIMA
+from .grids import MINIMA, to_stored
 from .groups import by_group, sums_of_groups
 from .hadamard import rotate_back
 from .qtensor import QTensor
@@ -153,13 +153,13 @@ def with_scales(tensor: QTensor, factors: torch.Tensor) -> QTensor:
     """Return the weight with its scales, and its minima if it has any, multiplied by 1 + factors."""
     more = dict(tensor.more)
     if MINIMA in more:
-        more[MINIMA] = _stored(more[MINIMA], factors[1])
-    return replace(tensor, scales=_stored(tensor.scales, factors[0]), more=more)
+        more[MINIMA] = _stored(more[MINIMA], factors[1], tensor)
+    return replace(tensor, scales=_stored(tensor.scales, factors[0], tensor), more=more)
 
 
-def _stored(scales: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Return float16 scales multiplied by 1 + factors."""
-    return (scales.float() * (1 + factors)).to(torch.float16)
+def _stored(scales: torch.Tensor, factors: torch.Tensor, tensor: QTensor) -> torch.Tensor:
+    """Return float16 scales multiplied by 1 + factors, as those of a tensor are stored."""
+    return to_stored(scales.float() * (1 + factors), tensor.spec.scale_dtype)
 
 
 def _times_scales(values: torch.Tensor, tensor: QTensor) -> torch.Tensor:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
+import torch
+
 from ..errors import UsageError
+from ..frontend.source import Source
 from ..graph.model_graph import Linear
 from ..pipeline.run import Run, Specs
-from ..spec import QuantSpec, spec_of_label
+from ..spec import FLOAT16, QuantSpec, ScaleDtype, spec_of_label
 from ..units import plural
 from .budget import KEPT_BITS, Rules, format_label
 from .candidates import CANDIDATE_BITS
@@ -24,13 +27,22 @@ Shapes = Mapping[str, Shape]
 class Formats:
     """The grids that settings choose, and the rules and labels that hold there.
 
-    grids: those of the target, or the uniform one. Raises UsageError for a single format that is unknown.
+    grids: those of the target, or the uniform one. scale_dtype: of scales, where a grid leaves that open. Raises
+    UsageError for a single format that is unknown.
     """
 
-    def __init__(self, config: AllocateConfig):
+    def __init__(self, config: AllocateConfig, scale_dtype: ScaleDtype = FLOAT16):
         self._config, runtime = config, config.runtime
-        self.grids: Grids = UniformGrid(config) if runtime is None or not runtime.codes else TargetGrids(runtime)
-        self._everywhere = _single_format(config)
+        uniform = UniformGrid(config, scale_dtype)
+        self.grids: Grids = uniform if runtime is None or not runtime.codes else TargetGrids(runtime)
+        one = _single_format(config)
+        self._everywhere = None if one is None else one.with_scales(scale_dtype)
+
+    @classmethod
+    def of(cls, config: AllocateConfig, source: Source) -> Formats:
+        """Return those for a model: a target that keeps scales in bfloat16 gets no others of a model in it."""
+        coarse = config.runtime is not None and config.runtime.keeps_dtype and source.dtype == torch.bfloat16
+        return cls(config, "bfloat16" if coarse else FLOAT16)
 
     def specs(self, linears: Linears) -> dict[str, QuantSpec | None]:
         """Return what every linear is stored as where nothing chooses; None for rows that no block divides.

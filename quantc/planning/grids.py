@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..graph.model_graph import Linear
 from ..pipeline.run import Run
-from ..spec import QuantSpec
+from ..spec import QuantSpec, ScaleDtype
 from ..units import plural
 from . import candidates
 from .candidates import DEFAULT_GROUP, best_group_size
@@ -50,14 +50,14 @@ class Grids(ABC):
 class UniformGrid(Grids):
     """The uniform grid, in groups of the size that settings say, or of one that divides the width."""
 
-    def __init__(self, config: AllocateConfig):
-        self._config = config
+    def __init__(self, config: AllocateConfig, scale_dtype: ScaleDtype):
+        self._config, self._scale_dtype = config, scale_dtype
 
     def of_width(self, bits: int, shape: Shape) -> QuantSpec:
         config = self._config
         along = shape[1] if config.grouping == "per_oc" else shape[0]
         group = self._group(along) if config.group_size is None else config.group_size
-        return QuantSpec(bits, group, config.grouping, config.symmetric)
+        return QuantSpec(bits, group, config.grouping, config.symmetric, scale_dtype=self._scale_dtype)
 
     def _group(self, width: int) -> int:
         """Return the size of groups that suits a width, of those that the target holds where there is one."""
@@ -67,7 +67,7 @@ class UniformGrid(Grids):
 
     def of_head(self, bits: int, shape: Shape) -> QuantSpec:
         # symmetric codes, so that other runtimes hold them exactly (GGUF's Q8_0)
-        return QuantSpec(bits, best_group_size(shape[1]), symmetric=True)
+        return QuantSpec(bits, best_group_size(shape[1]), symmetric=True, scale_dtype=self._scale_dtype)
 
     def with_bits(self, bits: int, planned: QuantSpec | None, shape: Shape) -> QuantSpec:
         return self.of_width(bits, shape) if planned is None else replace(planned, bits=bits)

@@ -17,7 +17,8 @@ class Runtime:
     whole row. codes: the grids that it reads instead, if it does. zeros: whether codes may have zero points. mixed,
     mixed_with_zeros: whether layers may have several widths, and whether also where codes have zero points.
     words: dimensions along which the codes of a weight fill whole words of 32 bits. tables: whether embedding and head
-    may be packed. checked: what its facts were tried with or read in.
+    may be packed. keeps_dtype: whether scales and floats are kept in the dtype of the model, and scales not in float16
+    whatever that is. checked: what its facts were tried with or read in.
     """
 
     container: str
@@ -30,6 +31,7 @@ class Runtime:
     mixed_with_zeros: bool = True
     words: str = ""
     tables: bool = False
+    keeps_dtype: bool = False
     checked: str = ""
 
     def formats(self, symmetric: bool) -> tuple[str, ...]:
@@ -80,10 +82,12 @@ RUNTIMES = {
     # llama.cpp: a type for each tensor. MXFP4 too: made for experts, but any tensor may have it.
     "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="tested: llama.cpp b11549"),
     # Marlin kernels; siblings of other widths fail to load or give garbage (vllm#50214, intel/auto-round#2174).
-    "vllm": Runtime("compressed-tensors", True, (4, 8), GROUPS, words="NK", checked="by reading: vLLM 0.33"),
+    "vllm": Runtime(
+        "compressed-tensors", True, (4, 8), GROUPS, words="NK", keeps_dtype=True, checked="by reading: vLLM 0.33"
+    ),
     # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.
     "compressed-tensors": Runtime(
-        "compressed-tensors", False, (2, 3, 4, 5, 6, 7, 8), GROUPS, mixed_with_zeros=False,
+        "compressed-tensors", False, (2, 3, 4, 5, 6, 7, 8), GROUPS, mixed_with_zeros=False, keeps_dtype=True,
         checked="tested: transformers 5.23 with compressed-tensors 0.20",
     ),
     "gptq": Runtime("gptq", True, (2, 3, 4, 8), GROUPS, words="NK", checked="by reading: GPTQModel 7.6, vLLM 0.33"),
@@ -95,7 +99,8 @@ RUNTIMES = {
         checked="run once: transformers 5.23 with auto-round 0.16",
     ),
     "mlx": Runtime(
-        "mlx", False, (2, 3, 4, 5, 6, 8), GROUPS[:-1], words="K", tables=True, checked="run once: mlx-lm 0.32"
+        "mlx", False, (2, 3, 4, 5, 6, 8), GROUPS[:-1], words="K", tables=True, keeps_dtype=True,
+        checked="run once: mlx-lm 0.32"
     ),
 }  # fmt: skip
 

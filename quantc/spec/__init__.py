@@ -1,15 +1,16 @@
 """How one weight is stored: a grid, groups, a pattern and what wraps it; QuantSpec is the record that names them."""
 
 from .counts import LARGEST_COUNT, SCALE_BITS, packed_bytes
-from .grids import GRIDS, MAX_BITS, MIN_BITS, Fixed, Ggml, Grid, Table, Uniform
+from .grids import FLOAT16, GRIDS, MAX_BITS, MIN_BITS, Fixed, Ggml, Grid, Table, Uniform
 from .groups import WHOLE_ROW, Groups
 from .labels import spec_of_label
 from .patterns import PATTERNS, PLACE_BITS, SPARSE_GROUPS, Dense, GroupSparse, Pattern, TwoOfFour, TwoWidths, places
 from .quant_spec import QuantSpec
-from .record import Grouping
+from .record import Grouping, ScaleDtype
 from .wrapping import Wrapping
 
 __all__ = [
+    "FLOAT16",
     "GRIDS",
     "LARGEST_COUNT",
     "MAX_BITS",
@@ -28,6 +29,7 @@ __all__ = [
     "Groups",
     "Pattern",
     "QuantSpec",
+    "ScaleDtype",
     "Table",
     "TwoOfFour",
     "TwoWidths",

@@ -10,13 +10,13 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import UsageError
-from .grids import Grid, Uniform, grid_of
+from .grids import FLOAT16, Grid, Uniform, grid_of
 from .groups import Groups
 from .patterns import Pattern, pattern_of
-from .record import Grouping
+from .record import Grouping, ScaleDtype
 from .wrapping import Wrapping
 
-NEWER_FIELDS = ("wide_rows", "sparsity", "two_of_four", "code")  # than version 1 of the file format
+NEWER_FIELDS = ("wide_rows", "sparsity", "two_of_four", "code", "scale_dtype")  # than version 1 of the file format
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class QuantSpec:
     two_of_four: of every four consecutive inputs of an output channel two are dropped (2:4); per_oc only. The places of
         the others, two bits each, are stored too.
     code: name of the grid (spec/grids/), which says what values codes have.
+    scale_dtype: dtype whose values scales are rounded to, for a runtime that keeps them in it. Checkpoints do not say
+        it: scales are stored as float16 in any case.
 
     Raises UsageError when a field is out of range, or where parts do not go together.
     """
@@ -56,6 +58,7 @@ class QuantSpec:
     sparsity: float = 0.0
     two_of_four: bool = False
     code: str = Uniform.name
+    scale_dtype: ScaleDtype = FLOAT16
 
     def __post_init__(self) -> None:
         self.grid.check_groups(self.groups)
@@ -104,6 +107,14 @@ class QuantSpec:
     def dense(self) -> QuantSpec:
         """Return the spec with all weights stored, in one width."""
         return replace(self, wide_rows=0, sparsity=0.0, two_of_four=False)
+
+    def with_scales(self, dtype: ScaleDtype) -> QuantSpec:
+        """Return the spec with scales of a dtype, where its grid leaves that open."""
+        return replace(self, scale_dtype=dtype) if dtype in self.grid.scale_dtypes else self
+
+    def as_stored(self) -> QuantSpec:
+        """Return the spec without what only rounding asks."""
+        return replace(self, scale_dtype=FLOAT16)
 
     def group_length(self, shape: tuple[int, int]) -> int:
         """Return the weights in a full group for a weight of this shape (N, K)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 Grouping = Literal["per_oc", "per_ic"]
+ScaleDtype = Literal["float16", "bfloat16"]
 
 
 class Record(Protocol):
@@ -30,3 +31,5 @@ class Record(Protocol):
     def rank(self) -> int: ...
     @property
     def hadamard(self) -> int: ...
+    @property
+    def scale_dtype(self) -> ScaleDtype: ...

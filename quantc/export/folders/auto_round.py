@@ -15,7 +15,6 @@ class AutoRound(FolderContainer):
     """Symmetric codes; widths may differ."""
 
     name = "auto-round"
-    keeps_dtype = False
     readers = "transformers with auto-round, and vLLM"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

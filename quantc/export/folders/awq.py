@@ -17,7 +17,6 @@ class Awq(FolderContainer):
     """Words along the outputs, one row an input; zero points as they are, also of symmetric codes."""
 
     name = "awq"
-    keeps_dtype = False
     readers = "vLLM, GPTQModel, mlx-lm and transformers with GPTQModel"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -56,12 +56,10 @@ class Described:
 class FolderContainer(ABC):
     """A way to store a model that other runtimes read.
 
-    name: as `--to` takes it. keeps_dtype: whether the reader keeps scales in the dtype of the model, or in float16
-    whatever that is. readers: who loads it, for the summary.
+    name: as `--to` takes it. readers: who loads it, for the summary.
     """
 
     name: str
-    keeps_dtype: bool
     readers: str
 
     @abstractmethod

@@ -21,7 +21,6 @@ class CompressedTensors(FolderContainer):
     """Modules by schemes, each a group of the config with the names of its modules."""
 
     name = "compressed-tensors"
-    keeps_dtype = True
     readers = "vLLM, SGLang and transformers with compressed-tensors"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

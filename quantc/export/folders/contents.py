@@ -29,9 +29,8 @@ class Contents:
     """
 
     def __init__(self, reader: CheckpointReader, container: FolderContainer, target: str, model: nn.Module):
-        self._reader, self._container = reader, container
-        self.keeps_dtype = container.keeps_dtype
-        runtime = RUNTIMES[target]
+        self._reader, runtime = reader, RUNTIMES[target]
+        self.keeps_dtype = runtime.keeps_dtype
         _refuse_rotation(reader, container)
         modules = dict(model.named_modules())
         self.entries = {name.removesuffix(".weight"): (name, entry) for name, entry in reader.entries.items()}
@@ -66,7 +65,7 @@ class Contents:
         bfloat16 has fewer digits than quantc's scales: a model in it becomes one of float16 there, unless no scale
         needs them.
         """
-        if not self._container.keeps_dtype:
+        if not self.keeps_dtype:
             return torch.float16
         scales = (self._reader.tensor(f"{prefix}.scales") for prefix, _ in self.entries.values())
         exact = stored != torch.bfloat16 or all(torch.equal(part.to(stored).to(part.dtype), part) for part in scales)

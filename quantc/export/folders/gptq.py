@@ -20,7 +20,6 @@ class Gptq(FolderContainer):
     """Words along the inputs, one column an output."""
 
     name = "gptq"
-    keeps_dtype = False
     readers = "GPTQModel, vLLM (4 and 8 bits, symmetric) and transformers with GPTQModel"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -16,7 +16,6 @@ class Mlx(FolderContainer):
     """Words along the inputs; embedding and head may be packed too."""
 
     name = "mlx"
-    keeps_dtype = True
     readers = "mlx-lm"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

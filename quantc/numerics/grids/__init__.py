@@ -6,10 +6,10 @@ import torch
 
 from ...spec import QuantSpec
 from .base import Arithmetic, arithmetic_of, register
-from .clipping import LARGEST_SCALE, SMALLEST_NORMAL, SMALLEST_SCALE
 from .columns import Columns, Descent, ScaledColumns, side_by_side
 from .ggml import GgmlArithmetic
 from .parameters import MINIMA, Parameters
+from .scale_dtypes import LARGEST_SCALE, SMALLEST_NORMAL, SMALLEST_SCALE, to_stored
 from .table import TableArithmetic
 from .uniform import UniformColumns
 
@@ -36,4 +36,5 @@ __all__ = [
     "fit_grid",
     "register",
     "side_by_side",
+    "to_stored",
 ]

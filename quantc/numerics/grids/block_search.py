@@ -12,7 +12,8 @@ import torch
 
 from ...spec import Ggml
 from .block_scales import BlockScales, codes_near, levels_of, values_of
-from .clipping import CHUNK_WEIGHTS, LARGEST_SCALE
+from .clipping import CHUNK_WEIGHTS
+from .scale_dtypes import LARGEST_SCALE
 
 # Ranges that a grid covers: steps more or fewer than it has, which decide from 4 bits on, and shares of the whole,
 # which decide below.

@@ -8,13 +8,11 @@ import torch
 
 from ...spec import Groups, Uniform
 from ..groups import importance_by_group, to_groups
+from .scale_dtypes import SMALLEST_NORMAL, SMALLEST_SCALE, within_range
 
 # Share of the full range kept. Below 0.5 a grid never won on SmolLM2 at 2 to 4 bits; 16 steps lose less than
 # 1 % of squared error against 80 steps.
 CLIP_RATIOS = tuple(1.0 - 0.5 * step / 15 for step in range(16))
-SMALLEST_SCALE = 2.0**-24  # the least positive float16
-SMALLEST_NORMAL = 2.0**-14  # below it float16 has steps of SMALLEST_SCALE
-LARGEST_SCALE = 65504.0
 CHUNK_WEIGHTS = 1 << 18  # weights searched at once: the temporaries stay in a core's cache
 
 
@@ -79,9 +77,9 @@ def _grid_of_range(low: torch.Tensor, high: torch.Tensor, grid: Uniform) -> tupl
     if grid.symmetric:
         # Codes reach -mid but only mid - 1: the sign puts the larger end of the range on the longer side.
         extreme = torch.where(-low > high, low, high)
-        scale = _as_float16(-extreme / grid.mid)
+        scale = _as_stored(-extreme / grid.mid, grid)
     else:
-        scale = _as_float16((high - low) / (grid.levels - 1))
+        scale = _as_stored((high - low) / (grid.levels - 1), grid)
     return scale, _zero_of(low, scale, grid)
 
 
@@ -91,12 +89,10 @@ def _zero_of(low: torch.Tensor, scale: torch.Tensor, grid: Uniform) -> torch.Ten
     return (-low / scale).round_().clamp_(0, grid.levels - 1)
 
 
-def _as_float16(scale: torch.Tensor) -> torch.Tensor:
+def _as_stored(scale: torch.Tensor, grid: Uniform) -> torch.Tensor:
     """Return the stored value of a scale: finite, never 0, and 1 for a group of zeros.
 
     So large a step keeps a group of zeros at its zero point, whatever error feedback adds to it.
     """
-    stored = scale.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16).float()
-    tiny = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
-    stored = torch.where(stored == 0, tiny, stored)
+    stored = within_range(scale, grid.scale_dtype).float()
     return torch.where(scale == 0, torch.ones_like(stored), stored)

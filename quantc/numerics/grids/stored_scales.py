@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ...spec import ScaleDtype
 from ...spec.grids.table import DOUBLE, E8M0, FLOAT8, FLOAT16, SUPER_GROUP, ScaleForm
 from ..parts import Part
-from .clipping import LARGEST_SCALE, SMALLEST_SCALE
+from .scale_dtypes import within_range
 
 More = dict[str, torch.Tensor]
 # Exponents whose powers of two times 6 are float32: 2^125 is the largest.
@@ -46,14 +47,15 @@ class StoredScales(ABC):
 
 
 class Float16(StoredScales):
-    """As they are, of either sign; none that is not 0 becomes it."""
+    """As they are, of either sign; none that is not 0 becomes it. values: the dtype that has them."""
 
     dtype = torch.float16
 
+    def __init__(self, values: ScaleDtype):
+        self._values = values
+
     def near(self, wanted: torch.Tensor, more: More) -> Iterator[torch.Tensor]:
-        stored = wanted.clamp(-LARGEST_SCALE, LARGEST_SCALE).half()
-        least = torch.full_like(wanted, SMALLEST_SCALE).copysign(wanted).half()
-        yield torch.where((stored == 0) & (wanted != 0), least, stored)
+        yield within_range(wanted, self._values)
 
     def values(self, stored: torch.Tensor, more: More) -> torch.Tensor:
         return stored.float()
@@ -132,4 +134,9 @@ class Double(StoredScales):
         return {"super_scales": part, "super_minima": part}
 
 
-STORED: dict[ScaleForm, StoredScales] = {FLOAT16: Float16(), E8M0: PowersOfTwo(), FLOAT8: Float8(), DOUBLE: Double()}
+_SHARED: dict[ScaleForm, StoredScales] = {E8M0: PowersOfTwo(), FLOAT8: Float8(), DOUBLE: Double()}
+
+
+def stored_form(form: ScaleForm, dtype: ScaleDtype) -> StoredScales:
+    """Return what stores scales in a form; dtype: whose values float16 ones have."""
+    return Float16(dtype) if form == FLOAT16 else _SHARED[form]

@@ -14,7 +14,7 @@ from .columns import ScaledColumns
 from .parameters import Parameters
 from .points import Points, points_of
 from .scale_search import over, search_scales
-from .stored_scales import STORED
+from .stored_scales import stored_form
 
 
 class TableArithmetic(Arithmetic):
@@ -24,7 +24,7 @@ class TableArithmetic(Arithmetic):
 
     def __init__(self, grid: Grid):
         super().__init__(grid)
-        self._stored = STORED[self.grid.form]
+        self._stored = stored_form(self.grid.form, self.grid.scale_dtype)
 
     def points(self, device: torch.device) -> Points:
         """Return the values of codes, on a device."""

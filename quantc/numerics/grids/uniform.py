@@ -16,9 +16,10 @@ from ..groups import by_column, by_group, row_of_column, spread_groups, to_count
 from ..packing import pack_bits, unpack_bits
 from ..parts import Part, Parts
 from .base import Arithmetic, register
-from .clipping import SMALLEST_SCALE, search_clipping
+from .clipping import search_clipping
 from .columns import Columns, ScaledColumns
 from .parameters import Parameters
+from .scale_dtypes import SMALLEST_SCALE
 
 
 @register(Uniform.name)

@@ -1,12 +1,13 @@
 """Grids, one file each: what values a code can have. Importing this package registers them."""
 
-from .base import GRIDS, Grid, Trained, grid_of, register
+from .base import FLOAT16, GRIDS, Grid, Trained, grid_of, register
 from .fixed import Fixed
 from .ggml import Ggml
 from .table import Table
 from .uniform import MAX_BITS, MIN_BITS, Uniform
 
 __all__ = [
+    "FLOAT16",
     "GRIDS",
     "MAX_BITS",
     "MIN_BITS",

@@ -6,30 +6,34 @@ The arithmetic is in numerics/grids/, under the same name: importing a spec impo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from ...errors import UsageError
 from ..groups import Groups
-from ..record import Record
+from ..record import Record, ScaleDtype
 
 Trained = Literal["codes", "scales"]
+FLOAT16: ScaleDtype = "float16"
+ANY_SCALES: tuple[ScaleDtype, ...] = (FLOAT16, "bfloat16")
 
 
 @dataclass(frozen=True)
 class Grid(ABC):
     """One grid with its settings; each grid is a subclass in a file of its own, made known by `register`.
 
-    bits: code width.
+    bits: code width. scale_dtype: whose values scales have; they are stored as float16, which holds all of them.
 
     name: the `code` of a spec. most_bits: the largest width. trainable: what training may move, codes to a neighbour or
     scales by a factor; then a weight is the value of its code times the scale of its group, and what a
     minimum adds. least_code: codes below it are not used. holds_zero: whether
     weights can be dropped: some code means exactly 0 at any scale, and scales are stored group by group. rows_together:
     output channels that are coded together. since: first version of the file format that has the grid.
+    scale_dtypes: those that a spec may ask for.
     """
 
     bits: int
+    scale_dtype: ScaleDtype = field(default=FLOAT16, kw_only=True)
 
     name: ClassVar[str]
     most_bits: ClassVar[int]
@@ -38,6 +42,7 @@ class Grid(ABC):
     holds_zero: ClassVar[bool] = False
     rows_together: ClassVar[int] = 1
     since: ClassVar[int] = 1
+    scale_dtypes: ClassVar[tuple[ScaleDtype, ...]] = (FLOAT16,)
 
     @classmethod
     @abstractmethod
@@ -96,4 +101,10 @@ def grid_of(record: Record) -> Grid:
     """Return the grid that a record asks for; raises UsageError where there is none of that name."""
     if not isinstance(record.code, str) or record.code not in GRIDS:
         raise UsageError(f"code is {record.code!r}, but the grids are {', '.join(GRIDS)}; choose one of those.")
-    return GRIDS[record.code].of(record)
+    grid = GRIDS[record.code]
+    if record.scale_dtype not in grid.scale_dtypes:
+        raise UsageError(
+            f"scale_dtype is {record.scale_dtype!r}, but scales of {grid.name} are {' or '.join(grid.scale_dtypes)}; "
+            "write that."
+        )
+    return replace(grid.of(record), scale_dtype=record.scale_dtype)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..counts import SCALE_BITS
 from ..groups import WHOLE_ROW
-from .base import register
+from .base import ANY_SCALES, register
 from .fixed import Fixed
 from .values import E2M1, E4M3, NF4
 
@@ -63,6 +63,7 @@ class Scaled(Table):
 
     trainable = frozenset({"scales"})
     holds_zero = True
+    scale_dtypes = ANY_SCALES
 
 
 @register

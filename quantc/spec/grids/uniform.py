@@ -8,7 +8,7 @@ from typing import Self
 from ...errors import UsageError
 from ..counts import SCALE_BITS, is_count, packed_bytes
 from ..record import Record
-from .base import Grid, register
+from .base import ANY_SCALES, Grid, register
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -24,6 +24,7 @@ class Uniform(Grid):
     most_bits = MAX_BITS
     trainable = frozenset({"codes", "scales"})
     holds_zero = True
+    scale_dtypes = ANY_SCALES
 
     def __post_init__(self) -> None:
         if not is_count(self.bits) or not MIN_BITS <= self.bits <= MAX_BITS:

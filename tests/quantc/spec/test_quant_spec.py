@@ -90,6 +90,14 @@ def test_mapping_roundtrip(spec: QuantSpec) -> None:
             {"grouping": "per_row"},
             "grouping is 'per_row', but only per_oc and per_ic exist; choose one of those.",
         ),
+        (
+            {"scale_dtype": "float32"},
+            "scale_dtype is 'float32', but scales of uniform are float16 or bfloat16; write that.",
+        ),
+        (
+            {"code": "mxfp4", "group_size": 32, "scale_dtype": "bfloat16"},
+            "scale_dtype is 'bfloat16', but scales of mxfp4 are float16; write that.",
+        ),
         ({"rank": -1}, "rank is -1, but a rank is 0 (none) or more; choose one of those."),
         ({"wide_rows": -1}, "wide_rows is -1, but it counts rows, 0 (none) or more; choose one."),
         (
