@@ -21,6 +21,7 @@ from ..sensitivity.base import Losses
 from ..spec import QuantSpec
 
 LOSS_STEPS = 1 << 30  # that a limit of losses is divided into: solve() takes whole numbers
+EXPERTS = "experts"  # a unit of all of a block's, or of all there are
 KEPT_BITS = 16  # by which a rule says to keep a linear as it is
 
 
@@ -52,11 +53,13 @@ class Rules:
 
     pins: pattern of names -> bits of all weights there; 16 keeps a linear as it is. The last pattern that fits counts.
     formats: labels such as w4g128 of the specs allowed; empty allows all. fused: linears of a unit share one spec.
+    experts_alike: so do the experts of all blocks.
     """
 
     pins: Mapping[str, int]
     formats: tuple[str, ...] = ()
     fused: bool = False
+    experts_alike: bool = False
 
     def pinned(self, name: str) -> int | None:
         """Return the bits that a linear has to have."""
@@ -108,7 +111,7 @@ class Budget:
         self.weights = sum(graph.linears[name].weights for name in losses if name in graph.linears)
         self._stored = stored or self._bits
         self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
-        units = [*_units(graph, losses, rules.fused), *([name] for name in self._tables)]
+        units = [*_units(graph, losses, rules), *([name] for name in self._tables)]
         self._units = [self._options(unit) for unit in units]
         plans = {bits: self._uniform(specs) for bits, specs in (uniform or {}).items()}
         self.uniform = {bits: plan for bits, plan in plans.items() if plan is not None}
@@ -243,16 +246,23 @@ def format_label(spec: QuantSpec) -> str:
     return spec.label().removesuffix("-had").partition("-r")[0]
 
 
-def _units(graph: ModelGraph, names: Iterable[str], fused: bool) -> list[list[str]]:
+def _units(graph: ModelGraph, names: Iterable[str], rules: Rules) -> list[list[str]]:
     wanted = set(names)
-    if not fused:
+    if not (rules.fused or rules.experts_alike):
         return [[name] for name in graph.linears if name in wanted]
     units: dict[tuple[int, str], list[str]] = {}
     for block in graph.blocks:
         for linear in block.quantized:
             if linear.name in wanted:
-                units.setdefault((block.index, _fused_with(block, linear)), []).append(linear.name)
+                units.setdefault(_unit_of(block, linear, rules), []).append(linear.name)
     return list(units.values())
+
+
+def _unit_of(block: Block, linear: Linear, rules: Rules) -> tuple[int, str]:
+    """Return a key that linears share which have one spec."""
+    if rules.experts_alike and linear.kind == "stack":
+        return -1, EXPERTS
+    return block.index, _fused_with(block, linear) if rules.fused else linear.name
 
 
 def _fused_with(block: Block, linear: Linear) -> str:
@@ -262,5 +272,5 @@ def _fused_with(block: Block, linear: Linear) -> str:
     """
     numbered = re.match(r"(.*?\.)\d+\.", linear.name.removeprefix(block.name))
     if linear.kind == "stack" or numbered:
-        return "experts"
+        return EXPERTS
     return linear.reads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 
 import torch
@@ -51,13 +52,28 @@ class Formats:
         """
         one, bits = self._everywhere, self._config.bits
         if one is None:
-            return {name: self.grids.of_width(bits, linear.shape) for name, linear in linears.items()}
+            specs = {name: self.grids.of_width(bits, linear.shape) for name, linear in linears.items()}
+            return specs | self._of_experts(linears, specs)
         found = {name: one if _divides(one, linear) else None for name, linear in linears.items()}
         if not any(found.values()):
             raise UsageError(
                 f"no layer can be stored as {one.label()}, whose blocks of {one.group_size} divide no row of this "
                 "model; pass other --formats."
             )
+        return found
+
+    def _of_experts(self, linears: Linears, planned: Specs) -> dict[str, QuantSpec | None]:
+        """Return specs with one group size for stacks of experts that the target has in one way."""
+        runtime, together = self._config.runtime, dict[str, list[str]]()
+        if runtime is None or self._config.group_size is not None or not (runtime.fused or runtime.experts_alike):
+            return {}
+        for name in (name for name, linear in linears.items() if linear.kind == "stack"):
+            together.setdefault("" if runtime.experts_alike else name.rpartition(".")[0], []).append(name)
+        found = dict[str, QuantSpec | None]()
+        for names in together.values():
+            specs = {name: spec for name in names if (spec := planned[name]) is not None}
+            size = min(spec.group_size for spec in specs.values())
+            found |= {name: replace(spec, group_size=size) for name, spec in specs.items()}
         return found
 
     def pinned(self, linears: Linears, planned: Specs) -> dict[str, QuantSpec | None]:
@@ -126,7 +142,7 @@ class Formats:
         refused = [label for label in labels if label not in loaded]
         if refused:
             raise UsageError(f"{config.target} does not load {refused[0]}; it loads {', '.join(loaded)}.")
-        return Rules(config.pins, labels or loaded, runtime.fused)
+        return Rules(config.pins, labels or loaded, runtime.fused, runtime.experts_alike)
 
     @property
     def cover_head(self) -> bool:

@@ -18,7 +18,9 @@ class Runtime:
     mixed_with_zeros: whether layers may have several widths, and whether also where codes have zero points.
     words: dimensions along which the codes of a weight fill whole words of 32 bits. tables: whether embedding and head
     may be packed. keeps_dtype: whether scales and floats are kept in the dtype of the model, and scales not in float16
-    whatever that is. checked: what its facts were tried with or read in.
+    whatever that is. expert_zeros: whether stacks of experts may have zero points. experts_alike: whether all experts
+    of a model are stored in one way. splits_floats: whether experts are stored one by one where they are floats, too.
+    checked: what its facts were tried with or read in.
     """
 
     container: str
@@ -32,6 +34,9 @@ class Runtime:
     words: str = ""
     tables: bool = False
     keeps_dtype: bool = False
+    expert_zeros: bool = True
+    experts_alike: bool = False
+    splits_floats: bool = True
     checked: str = ""
 
     def formats(self, symmetric: bool) -> tuple[str, ...]:
@@ -83,11 +88,13 @@ RUNTIMES = {
     "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="tested: llama.cpp b11549"),
     # Marlin kernels; siblings of other widths fail to load or give garbage (vllm#50214, intel/auto-round#2174).
     "vllm": Runtime(
-        "compressed-tensors", True, (4, 8), GROUPS, words="NK", keeps_dtype=True, checked="by reading: vLLM 0.33"
+        "compressed-tensors", True, (4, 8), GROUPS, words="NK", expert_zeros=False, keeps_dtype=True,
+        checked="by reading: vLLM 0.33",
     ),
     # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.
     "compressed-tensors": Runtime(
         "compressed-tensors", False, (2, 3, 4, 5, 6, 7, 8), GROUPS, mixed_with_zeros=False, keeps_dtype=True,
+        expert_zeros=False, experts_alike=True, splits_floats=False,
         checked="tested: transformers 5.23 with compressed-tensors 0.20",
     ),
     "gptq": Runtime("gptq", True, (2, 3, 4, 8), GROUPS, words="NK", checked="by reading: GPTQModel 7.6, vLLM 0.33"),
@@ -122,10 +129,18 @@ def described(name: str) -> dict[str, str]:
         "zero points": zeros,
         "widths": _widths(runtime),
         "embedding, head": "packed too" if runtime.tables else "floats",
+        "experts": _experts(runtime),
         "rotations": ROTATIONS,
         "checked on": runtime.checked,
         **({"block types": ", ".join(code.upper() for code in runtime.codes)} if runtime.codes else {}),
     }
+
+
+def _experts(runtime: Runtime) -> str:
+    if runtime.container in ("gguf", "mlx"):
+        return "stacked"
+    alike = ", all alike" if runtime.experts_alike else ", those of a block alike" if runtime.fused else ""
+    return "one by one" + alike + ("" if runtime.expert_zeros and runtime.zeros else ", no zero points")
 
 
 def _widths(runtime: Runtime) -> str:

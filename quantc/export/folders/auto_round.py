@@ -21,9 +21,9 @@ class AutoRound(FolderContainer):
         return gptq_parts(tensor, less_one=True)
 
     def config(self, described: Described) -> dict[str, Any]:
-        inner = [name for name in described.floats if any(name.startswith(block + ".") for block in described.blocks)]
-        extra = {name: _scheme(scheme) for name, scheme in described.others.items()}
-        extra |= {name: {"bits": 16, "data_type": "float"} for name in inner}
+        experts = [pair for each in described.experts for pair in each.names() if pair[1] != described.common]
+        extra = {name: _scheme(scheme) for name, scheme in [*described.others.items(), *experts]}
+        extra |= {name: _scheme(None) for name in described.inner_floats}
         settings = {
             "quant_method": "auto-round",
             "packing_format": "auto_round:auto_gptq",
@@ -35,5 +35,7 @@ class AutoRound(FolderContainer):
         return {"quantization_config": settings}
 
 
-def _scheme(scheme: Scheme) -> dict[str, Any]:
+def _scheme(scheme: Scheme | None) -> dict[str, Any]:
+    if scheme is None:
+        return {"bits": 16, "data_type": "float"}
     return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric, "data_type": "int"}

@@ -27,7 +27,8 @@ class Awq(FolderContainer):
         }
 
     def config(self, described: Described) -> dict[str, Any]:
-        inner = [name for name in described.floats if any(name.startswith(block + ".") for block in described.blocks)]
+        inner = described.inner_floats
+        inner += [each.prefix for each in described.experts if None in each.schemes.values()]
         settings = {
             "quant_method": "awq",
             "version": "gemm",

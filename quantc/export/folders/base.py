@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from re import escape
 from typing import Any
 
 import torch
 
 from ...numerics.qtensor import QTensor
-from ...spec import WHOLE_ROW, QuantSpec
+from ...spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -22,45 +25,96 @@ class Scheme:
     symmetric: bool
 
     @classmethod
-    def of(cls, spec: QuantSpec, shape: tuple[int, int]) -> Scheme:
-        """Return that of a weight (N, K); a group longer than the row is the row."""
-        whole = spec.group_size > shape[1]
-        return cls(spec.bits, WHOLE_ROW if whole else spec.group_size, spec.symmetric)
+    def of(cls, spec: QuantSpec, shape: tuple[int, int], groups: tuple[int, ...]) -> Scheme:
+        """Return that of a weight (N, K); groups: the sizes that a runtime holds, -1 among them for the row."""
+        length = spec.group_length(shape)
+        whole = -1 in groups and (spec.group_size == -1 or length not in groups)
+        return cls(spec.bits, -1 if whole else length, spec.symmetric)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a block, `<prefix>.<number>.<leaf>` for each. schemes: leaf -> how it is stored, None: floats."""
+
+    prefix: str
+    count: int
+    schemes: Mapping[str, Scheme | None]
+
+    def names(self) -> Iterator[tuple[str, Scheme | None]]:
+        """Yield the matrices of all experts, and how they are stored."""
+        for number in range(self.count):
+            yield from ((f"{self.prefix}.{number}.{leaf}", scheme) for leaf, scheme in self.schemes.items())
+
+    def patterns(self) -> Iterator[tuple[str, Scheme | None]]:
+        """Yield regular expressions that match these names, one for each way to store them."""
+        start = rf"{escape(self.prefix)}\.\d+\."
+        ways = dict.fromkeys(self.schemes.values())
+        for way in ways:
+            leaves = "|".join(escape(leaf) for leaf, scheme in self.schemes.items() if scheme == way)
+            yield (start + ".*" if len(ways) == 1 else f"{start}({leaves})$"), way
 
 
 @dataclass(frozen=True)
 class Described:
     """What a model's config is to say.
 
-    schemes: module -> how its weight is stored. floats: linear modules that stay floats. blocks: names of the lists
-    of blocks. settings: the content of the checkpoint's config.json.
+    schemes: module -> how its weight is stored. experts: those of every block that has some. floats: modules with a
+    matrix of floats. blocks: names of the lists of blocks. splits_floats: whether experts of floats are stored one by
+    one too. settings: the content of the checkpoint's config.json.
     """
 
     schemes: Mapping[str, Scheme]
+    experts: tuple[Experts, ...]
     floats: tuple[str, ...]
     blocks: tuple[str, ...]
+    splits_floats: bool
     settings: Mapping[str, Any]
 
-    @property
+    @cached_property
+    def all_schemes(self) -> set[Scheme]:
+        """The schemes of modules and experts."""
+        return {scheme for scheme in (*self.schemes.values(), *self.expert_schemes) if scheme is not None}
+
+    @cached_property
+    def expert_schemes(self) -> set[Scheme | None]:
+        """The schemes of experts, None among them where some are floats."""
+        return {scheme for experts in self.experts for scheme in experts.schemes.values()}
+
+    @cached_property
     def common(self) -> Scheme:
-        """The scheme of most modules, the first of several that are as frequent."""
-        found = list(self.schemes.values())
-        return max(found, key=found.count)
+        """The scheme of most matrices, the first of several that are as frequent."""
+        found = Counter(self.schemes.values())
+        for experts in self.experts:
+            for scheme in experts.schemes.values():
+                found.update({scheme: experts.count} if scheme else {})
+        return found.most_common(1)[0][0]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are several schemes."""
+        return len(self.all_schemes) > 1
 
     @property
     def others(self) -> dict[str, Scheme]:
-        """Modules that are stored otherwise, and how."""
+        """Modules that are stored otherwise than most, and how; without experts."""
         return {name: scheme for name, scheme in self.schemes.items() if scheme != self.common}
+
+    @property
+    def inner_floats(self) -> list[str]:
+        """Modules of floats inside the blocks."""
+        return [name for name in self.floats if any(name.startswith(block + ".") for block in self.blocks)]
 
 
 class FolderContainer(ABC):
     """A way to store a model that other runtimes read.
 
-    name: as `--to` takes it. readers: who loads it, for the summary.
+    name: as `--to` takes it. readers: who loads it, for the summary. stacks_experts: whether the experts of a block
+    stay in one tensor for each of their matrices.
     """
 
     name: str
     readers: str
+    stacks_experts: bool = False
 
     @abstractmethod
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

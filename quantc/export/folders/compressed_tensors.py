@@ -35,9 +35,11 @@ class CompressedTensors(FolderContainer):
         return found
 
     def config(self, described: Described) -> dict[str, Any]:
+        patterns = [(f"re:{each}", way) for experts in described.experts for each, way in experts.patterns()]
         by_scheme: dict[Scheme, list[str]] = {}
-        for name, scheme in described.schemes.items():
-            by_scheme.setdefault(scheme, []).append(name)
+        for name, scheme in [*described.schemes.items(), *patterns]:
+            if scheme is not None:
+                by_scheme.setdefault(scheme, []).append(name)
         alone = len(by_scheme) == 1
         groups = {
             f"group_{number}": _group(scheme, ["Linear"] if alone else names)
@@ -48,7 +50,7 @@ class CompressedTensors(FolderContainer):
             "format": FORMAT,
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": list(described.floats),
+            "ignore": [*described.floats, *(pattern for pattern, scheme in patterns if scheme is None)],
             "kv_cache_scheme": None,
         }
         if alone and not described.common.symmetric:
@@ -56,18 +58,33 @@ class CompressedTensors(FolderContainer):
         return {"quantization_config": settings}
 
     def transformers_reads(self, described: Described) -> bool:
-        return not (described.others and _has_zeros(described))
+        return not (_experts_differ(described) or _floats_are_split(described)) and not (
+            described.mixed and _has_zeros(described)
+        )
 
     def notes(self, described: Described) -> list[str]:
+        if _experts_differ(described):
+            return ["transformers loads all experts by one scheme, and these have several"]
+        if _floats_are_split(described):
+            return ["transformers loads experts that are floats from --to compressed-tensors alone"]
         if not _has_zeros(described):
             return []
-        if described.others:
+        if described.mixed:
             return ["transformers loads no checkpoint with zero points and several widths; vLLM does"]
         return ["transformers makes floats of all weights while it loads, as it does with zero points; vLLM does not"]
 
 
+def _experts_differ(described: Described) -> bool:
+    return len(described.expert_schemes - {None}) > 1
+
+
+def _floats_are_split(described: Described) -> bool:
+    """Return whether experts of floats are stored one by one, of which transformers takes all for packed ones."""
+    return None in described.expert_schemes and described.splits_floats
+
+
 def _has_zeros(described: Described) -> bool:
-    return not all(scheme.symmetric for scheme in described.schemes.values())
+    return not all(scheme.symmetric for scheme in described.all_schemes)
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

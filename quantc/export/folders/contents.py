@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from itertools import groupby
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ...checkpoint.config import PackedEntry, read_residual_rotation
 from ...checkpoint.reader import CheckpointReader
 from ...errors import UsageError
 from ...formats import format_of
 from ...numerics.qtensor import QTensor
-from ...planning.targets import RUNTIMES, Runtime
-from ...spec import Uniform
-from ..misfit import Misfit, misfit_of_structure, refusal
-from .base import FolderContainer, Scheme
-
-WORD_BITS = 32
-# Layers that runtimes multiply as one (vLLM's packed_modules_mapping).
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+from ...planning.targets import RUNTIMES
+from ..misfit import refusal
+from .base import Experts, FolderContainer, Scheme
+from .fits import check_together, misfit_of
+from .places import Place, Places, expert_of
 
 
 class Contents:
@@ -28,36 +26,83 @@ class Contents:
     target: the name of the runtime that limits it. model: the checkpoint's, its weights on the meta device.
     """
 
-    def __init__(self, reader: CheckpointReader, container: FolderContainer, target: str, model: nn.Module):
-        self._reader, runtime = reader, RUNTIMES[target]
-        self.keeps_dtype = runtime.keeps_dtype
+    def __init__(self, reader: CheckpointReader, container: FolderContainer, target: str, model: PreTrainedModel):
+        self._reader, self._container, self._runtime = reader, container, RUNTIMES[target]
+        runtime, self.keeps_dtype = self._runtime, self._runtime.keeps_dtype
         _refuse_rotation(reader, container)
-        modules = dict(model.named_modules())
-        self.entries = {name.removesuffix(".weight"): (name, entry) for name, entry in reader.entries.items()}
-        found = {
-            name: misfit
-            for name, (_, entry) in self.entries.items()
-            if (misfit := misfit_of(entry, modules.get(name), runtime, target)) is not None
-        }
+        self._places, found = Places(model, reader.entries), {}
+        self.places: list[Place] = []
+        for prefix, entry in reader.entries.items():
+            places = self._places.of(prefix, entry)
+            module = self._places.modules.get(prefix.removesuffix(".weight"))
+            if (misfit := misfit_of(entry, places, module, runtime, target)) is not None:
+                found[prefix.removesuffix(".weight")] = misfit
+            self.places += places
         if found:
             raise refusal(target, found)
-        self.schemes = {name: Scheme.of(entry.spec, entry.shape) for name, (_, entry) in self.entries.items()}
-        linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        _check_together(self.schemes, linears, runtime, target)
-        self.floats = tuple(name for name in linears if name not in self.entries)
-        parts = {f"{prefix}.{part}" for prefix, entry in self.entries.values() for part in entry.layout()}
+        self.schemes = {place.name: self._scheme(place) for place in self.places if place.rows is None}
+        self.experts = self._experts()
+        linears = self._places.linears()
+        check_together(self.schemes, self.experts, linears.values(), runtime, target)
+        # by both names: one reader knows modules by that of its own code, another by that of published models
+        self.floats = tuple(dict.fromkeys(
+            name for pair in linears.items() if pair[1] not in self.schemes for name in pair
+        ))  # fmt: skip
+        parts = {f"{prefix}.{part}" for prefix, entry in reader.entries.items() for part in entry.layout()}
         self._plain = [name for name in reader.slices() if name not in parts]
 
-    def packed(self) -> Iterator[tuple[str, QTensor]]:
-        """Yield every packed weight by its module's name."""
-        for name, (prefix, entry) in self.entries.items():
+    def _experts(self) -> tuple[Experts, ...]:
+        """Return the experts of every block whose experts have names."""
+        packed = {place.name: self._scheme(place) for place in self.places if place.rows is not None}
+        found: dict[str, dict[str, Scheme | None]] = {}
+        counts: dict[str, int] = {}
+        for rows in (rows for stack in self._places.stacks.values() for rows in stack or ()):
+            prefix, leaf = expert_of(rows)
+            found.setdefault(prefix, {})[leaf] = packed.get(rows.name)
+            counts[prefix] = max(counts.get(prefix, 0), rows.expert + 1)
+        return tuple(Experts(prefix, counts[prefix], schemes) for prefix, schemes in found.items())
+
+    def _scheme(self, place: Place) -> Scheme:
+        return Scheme.of(place.entry.spec, place.shape, self._runtime.groups)
+
+    @property
+    def modules(self) -> int:
+        """How many packed modules the folder has."""
+        return len({place.stack if self._container.stacks_experts else place.name for place in self.places})
+
+    @property
+    def entries(self) -> list[PackedEntry]:
+        """How the checkpoint stores its packed weights."""
+        return list(self._reader.entries.values())
+
+    def packed(self) -> Iterator[tuple[Place, QTensor]]:
+        """Yield every matrix that is packed, experts that are stacked after each other."""
+        for prefix, places in groupby(self.places, lambda place: place.prefix):
+            entry = self._reader.entries[prefix]
             parts = {part: self._reader.tensor(f"{prefix}.{part}") for part in entry.layout()}
-            yield name, format_of(entry.spec).unpack(parts, entry.spec, entry.shape)
+            for place in places:
+                own = parts if place.rows is None else {part: each[place.rows.expert] for part, each in parts.items()}
+                yield place, place.cut(format_of(entry.spec).unpack(own, entry.spec, entry.shape))
+
+    def packed_parts(self, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yield the container's tensors of every module of the folder, by its name. dtype: of scales."""
+        if not self._container.stacks_experts:
+            for place, tensor in self.packed():
+                yield place.name, self._container.parts(tensor, dtype)
+            return
+        for name, stack in groupby(self.packed(), lambda pair: pair[0].stack):
+            each = [(place.rows, self._container.parts(tensor, dtype)) for place, tensor in stack]
+            (rows, first), parts = each[0], [parts for _, parts in each]
+            yield name, first if rows is None else {key: torch.stack([own[key] for own in parts]) for key in first}
 
     def plain(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every other tensor of the checkpoint."""
+        """Yield every tensor that is not packed."""
         for name in self._plain:
-            yield name, self._reader.tensor(name)
+            tensor = self._reader.tensor(name)
+            if self._runtime.splits_floats or not self._places.stacks.get(name):
+                yield from self._places.of_floats(name, tensor, self._container.stacks_experts)
+            else:
+                yield name, tensor
 
     def scale_dtype(self, stored: torch.dtype) -> torch.dtype:
         """Return the dtype of scales in the container; stored: that of the model, which some readers give them.
@@ -67,74 +112,9 @@ class Contents:
         """
         if not self.keeps_dtype:
             return torch.float16
-        scales = (self._reader.tensor(f"{prefix}.scales") for prefix, _ in self.entries.values())
+        scales = (self._reader.tensor(f"{prefix}.scales") for prefix in self._reader.entries)
         exact = stored != torch.bfloat16 or all(torch.equal(part.to(stored).to(part.dtype), part) for part in scales)
         return stored if exact else torch.float16
-
-
-def misfit_of(entry: PackedEntry, module: nn.Module | None, runtime: Runtime, container: str) -> Misfit | None:
-    """Return why a container cannot hold a packed weight, None where it can."""
-    spec, (n, k) = entry.spec, entry.shape
-    if (misfit := misfit_of_structure(entry)) is not None:
-        return misfit
-    if not isinstance(spec.grid, Uniform):
-        return Misfit(f"it has the code {spec.code}, and {container} holds whole numbers", "with --bits 4")
-    if entry.leading:
-        return Misfit("it is a stack of experts, which is not written yet", "with --target gguf")
-    if isinstance(module, nn.Embedding) and not runtime.tables:
-        return Misfit("it is the embedding", f"with --target {container}, or with --head-bits keep")
-    if not isinstance(module, nn.Linear | nn.Embedding):
-        return Misfit(f"its module is a {type(module).__name__}, and it holds nn.Linear alone", "with --target gguf")
-    if spec.bits not in runtime.bits:
-        return Misfit(
-            f"it has codes of {spec.bits} bits, and {container} holds {_listed(runtime.bits)}", "with --bits 4"
-        )
-    if not runtime.zeros and not spec.symmetric:
-        return Misfit("it has zero points", "with --symmetric")
-    group = spec.group_length(entry.shape)
-    if k % group or not (group in runtime.groups or (group == k and -1 in runtime.groups)):
-        held = _listed([length for length in runtime.groups if length > 0])
-        return Misfit(f"it has groups of {group} of {k} inputs, and {container} holds {held}", "with --group-size 32")
-    for axis, count, sides in (("N", n, "outputs"), ("K", k, "inputs")):
-        if axis in runtime.words and count * spec.bits % WORD_BITS:
-            reason = f"{count} {sides} of {spec.bits} bits fill no whole words of {WORD_BITS} bits"
-            return Misfit(reason, "with --pin '*{name}=16'")
-    return None
-
-
-def _check_together(schemes: Mapping[str, Scheme], linears: Sequence[str], runtime: Runtime, target: str) -> None:
-    """Raise UsageError for schemes that a runtime does not hold beside each other."""
-    if runtime.fused:
-        _check_fused(schemes, linears, target)
-    if len({(scheme.bits, scheme.group_size) for scheme in schemes.values()}) < 2:
-        return
-    if not runtime.mixed:
-        raise UsageError(
-            f"{target} holds one width and one group size, and layers have several; quantize the model again with "
-            "--bits 4 --group-size 64 --head-bits keep."
-        )
-    if any(not scheme.symmetric for scheme in schemes.values()) and not runtime.mixed_with_zeros:
-        raise UsageError(
-            f"{target} with several widths is read with symmetric codes alone; quantize the model again with "
-            "--symmetric, or export it with --to vllm."
-        )
-
-
-def _check_fused(schemes: Mapping[str, Scheme], linears: Sequence[str], target: str) -> None:
-    """Raise UsageError that names two layers which the runtime multiplies at once and which are stored otherwise."""
-    together: dict[tuple[str, int], list[str]] = {}
-    for name in linears:
-        parent, _, leaf = name.rpartition(".")
-        for number, names in enumerate(FUSED):
-            if leaf in names:
-                together.setdefault((parent, number), []).append(name)
-    for first, *others in together.values():
-        for other in others:
-            if schemes.get(other) != schemes.get(first):
-                raise UsageError(
-                    f"{target} multiplies {first} and {other[other.rfind('.') + 1 :]} at once, and they are stored "
-                    f"differently; quantize the model again with --target {target}."
-                )
 
 
 def _refuse_rotation(reader: CheckpointReader, container: FolderContainer) -> None:
@@ -143,7 +123,3 @@ def _refuse_rotation(reader: CheckpointReader, container: FolderContainer) -> No
             f"{reader.folder} has a rotated residual stream, which no reader of {container.name} rotates back; "
             "quantize the model again with --preset fast, or with a recipe without rotate."
         )
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))

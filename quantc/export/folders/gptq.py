@@ -6,6 +6,7 @@ alone, and version 2 (`gptq_v2`), which stores them as they are, for the others.
 
 from __future__ import annotations
 
+from re import escape
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Gptq(FolderContainer):
 
     def notes(self, described: Described) -> list[str]:
         found = []
-        if described.others:
+        if described.mixed:
             found.append("several widths (`dynamic`) are loaded by GPTQModel and vLLM, not by transformers")
         if not described.common.symmetric:
             found.append("vLLM loads no GPTQ checkpoint with zero points; --to awq or compressed-tensors is for it")
@@ -69,20 +70,17 @@ def _settings(described: Described) -> dict[str, Any]:
     }
     if not common.symmetric:
         settings["meta"] = {"quantizer": [f"quantc:{__version__}"]}
-    dynamic = {f"+:^{_escaped(name)}$": _override(scheme) for name, scheme in described.others.items()}
-    dynamic |= {f"-:^{_escaped(name)}$": {} for name in described.floats if _in_blocks(name, described)}
+    dynamic = dict(_rule(f"{escape(name)}$", scheme) for name, scheme in described.others.items())
+    for experts in described.experts:
+        dynamic |= dict(_rule(*pair) for pair in experts.patterns() if pair[1] != common)
+    dynamic |= dict(_rule(f"{escape(name)}$", None) for name in described.inner_floats)
     if dynamic:
         settings["dynamic"] = dynamic
     return settings
 
 
-def _in_blocks(name: str, described: Described) -> bool:
-    return any(name.startswith(block + ".") for block in described.blocks)
-
-
-def _override(scheme: Scheme) -> dict[str, Any]:
-    return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
-
-
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
+def _rule(pattern: str, scheme: Scheme | None) -> tuple[str, dict[str, Any]]:
+    """Return an entry of `dynamic` for the modules that an expression matches."""
+    if scheme is None:
+        return f"-:^{pattern}", {}
+    return f"+:^{pattern}", {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}

@@ -79,9 +79,9 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
     contents = Contents(reader, container, target, model)
     dtype = contents.scale_dtype(stored_dtype(reader.config))
     exported = ExportedFolder(str(checkpoint), str(out), container.name, container.readers)
-    described = _describe(reader, contents)
+    described = _describe(reader, contents, target)
     with CheckpointWriter(out, force, resumable=False) as writer:
-        _write(writer, contents, container, reader, dtype, progress)
+        _write(writer, contents, reader, dtype, progress)
         config = {
             **described.settings,
             **container.config(described),
@@ -98,7 +98,7 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
         writer.commit(config, _manifest(reader, target))
     exported.notes += [*container.notes(described), *_notes(reader, contents, dtype), *([why] if why else [])]
     exported.dtype, exported.bits_per_weight = str(config["dtype"]), reader.bits_per_weight()
-    for _, entry in contents.entries.values():
+    for entry in contents.entries:
         exported.schemes[entry.spec.label()] = exported.schemes.get(entry.spec.label(), 0) + 1
     return exported
 
@@ -123,9 +123,12 @@ def _skeleton(reader: CheckpointReader) -> PreTrainedModel:
         ) from error
 
 
-def _describe(reader: CheckpointReader, contents: Contents) -> Described:
-    blocks = dict.fromkeys(found[1] for name in contents.schemes if (found := BLOCK.match(name)))
-    return Described(contents.schemes, contents.floats, tuple(blocks), _without_packing(reader.config))
+def _describe(reader: CheckpointReader, contents: Contents, target: str) -> Described:
+    names = [*contents.schemes, *(experts.prefix for experts in contents.experts)]
+    blocks = tuple(dict.fromkeys(found[1] for name in names if (found := BLOCK.match(name))))
+    settings = _without_packing(reader.config)
+    splits = RUNTIMES[target].splits_floats
+    return Described(contents.schemes, contents.experts, contents.floats, blocks, splits, settings)
 
 
 def _without_packing(config: dict[str, Any]) -> dict[str, Any]:
@@ -137,18 +140,17 @@ def _without_packing(config: dict[str, Any]) -> dict[str, Any]:
 def _write(
     writer: CheckpointWriter,
     contents: Contents,
-    container: FolderContainer,
     reader: CheckpointReader,
     dtype: torch.dtype,
     progress: Progress,
 ) -> None:
     writer.require_space(reader.weights_bytes())
-    progress.stage("Writing", len(contents.entries))
+    progress.stage("Writing", contents.modules)
     floats = _floats_dtype(reader, contents, dtype)
     for name, tensor in contents.plain():
         writer.add(name, _as_floats(name, tensor, floats))
-    for name, packed in contents.packed():
-        for part, tensor in container.parts(packed, dtype).items():
+    for name, parts in contents.packed_parts(dtype):
+        for part, tensor in parts.items():
             writer.add(f"{name}.{part}", tensor)
         progress.step(name)
     progress.done()

@@ -14,7 +14,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 def older_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config.json has to say beside its settings."""
-    return {**_rope(settings.get("rope_parameters")), **_pattern(settings)}
+    count = settings.get("num_local_experts")
+    experts = {} if count is None else {"num_experts": count}
+    return {**_rope(settings.get("rope_parameters")), **_pattern(settings), **experts}
 
 
 def _rope(parameters: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ...progress import Progress
 from ...runtime.load import read_model, unpacked_values
 from ..probe import Agreement, logits_of, measure, probe_tokens, short_of_memory, tokenizer_of
 from .contents import Contents
+from .places import Place
 
 # Relative error of centred logits in float32. Right folders have 1e-6, and 3e-4 where zero points are read in float16.
 MOST_ERROR = 0.01
@@ -37,10 +38,10 @@ def check_weights(folder: Path, contents: Contents, container: str, progress: Pr
     MLX's biases are products in the scales' dtype, so that weights with zero points may be off by what that rounds.
     """
     read = _Mlx(folder) if container == "mlx" else _Quantized(folder)
-    progress.stage("Reading back", len(contents.entries))
-    for name, tensor in contents.packed():
-        expected = tensor.dequantize()
-        found = read.weight(name, tensor)
+    progress.stage("Reading back", len(contents.places))
+    for place, tensor in contents.packed():
+        name, expected = place.name, tensor.dequantize()
+        found = read.weight(place, tensor)
         allowed = expected.abs().amax() * 2.0**-8 if container == "mlx" and tensor.zeros is not None else 0.0
         if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
             raise CheckpointError(
@@ -65,8 +66,8 @@ class _Quantized:
         assert weights is not None
         self._weights = weights
 
-    def weight(self, name: str, _: QTensor) -> torch.Tensor:
-        key = f"{name}.weight"
+    def weight(self, place: Place, _: QTensor) -> torch.Tensor:
+        key = f"{place.name}.weight"
         found: torch.Tensor = self._weights.tensors([key])[key][...]
         return found
 
@@ -78,16 +79,19 @@ class _Mlx:
         shards = [safe_open(file, framework="pt") for file in folder.glob("*.safetensors")]
         self._shards = {name: shard for shard in shards for name in list(shard.keys())}
 
-    def _read(self, name: str) -> torch.Tensor:
-        found: torch.Tensor = self._shards[name].get_tensor(name)
-        return found
+    def _read(self, place: Place, part: str) -> torch.Tensor:
+        name = f"{place.stack}.{part}"
+        if place.rows is None:
+            found: torch.Tensor = self._shards[name].get_tensor(name)
+            return found
+        return self._shards[name].get_slice(name)[place.rows.expert]
 
-    def weight(self, name: str, tensor: QTensor) -> torch.Tensor:
+    def weight(self, place: Place, tensor: QTensor) -> torch.Tensor:
         (n, k), bits = tensor.shape, tensor.spec.bits
-        words = self._read(f"{name}.weight").view(torch.int32).numpy()
+        words = self._read(place, "weight").contiguous().view(torch.int32).numpy()
         stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : k * bits]
         codes = stream.reshape(n, k, bits) @ (1 << np.arange(bits))
-        scales, biases = (self._read(f"{name}.{part}").double().numpy() for part in ("scales", "biases"))
+        scales, biases = (self._read(place, part).double().numpy() for part in ("scales", "biases"))
         group = k // scales.shape[1]
         values = codes * scales.repeat(group, axis=1) + biases.repeat(group, axis=1)
         return torch.from_numpy(values.astype(np.float32))

@@ -196,12 +196,6 @@ def test_what_transformers_cannot_read_is_written_for_vllm(tmp_path: Path) -> No
     ]
 
 
-def test_stacks_of_experts_are_refused(tmp_path: Path) -> None:
-    packed = checkpoint(tmp_path, "mixtral", symmetric=True)
-    with pytest.raises(UsageError, match="it is a stack of experts, which is not written yet"):
-        quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

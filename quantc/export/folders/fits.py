@@ -1,0 +1,117 @@
+"""What a runtime cannot hold of a packed checkpoint, weight by weight and of weights beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from ...checkpoint.config import PackedEntry
+from ...errors import UsageError
+from ...planning.targets import Runtime
+from ...spec import Uniform
+from ..misfit import Misfit, misfit_of_structure
+from .base import Experts, Scheme
+from .places import STACKED_LEAVES, Place, expert_of
+
+WORD_BITS = 32
+# Layers that runtimes multiply as one (vLLM's packed_modules_mapping).
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+
+
+def misfit_of(
+    entry: PackedEntry, places: Sequence[Place], module: nn.Module | None, runtime: Runtime, target: str
+) -> Misfit | None:
+    """Return why a target cannot hold a packed weight, None where it can. places: the matrices that it becomes."""
+    spec = entry.spec
+    if (misfit := misfit_of_structure(entry)) is not None:
+        return misfit
+    if not isinstance(spec.grid, Uniform):
+        return Misfit(f"it has the code {spec.code}, and {target} holds whole numbers", "with --bits 4")
+    if entry.leading:
+        misfit = _misfit_of_stack(entry, places, runtime, target)
+    elif isinstance(module, nn.Embedding) and not runtime.tables:
+        misfit = Misfit("it is the embedding", f"with --target {target}, or with --head-bits keep")
+    elif not isinstance(module, nn.Linear | nn.Embedding):
+        misfit = Misfit(f"its module is a {type(module).__name__}, and it holds nn.Linear alone", "with --target gguf")
+    return misfit or _misfit_of_codes(entry, places, runtime, target)
+
+
+def _misfit_of_stack(entry: PackedEntry, places: Sequence[Place], runtime: Runtime, target: str) -> Misfit | None:
+    leaves = {expert_of(place.rows)[1] for place in places if place.rows is not None}
+    if not leaves or (runtime.container == "mlx" and not leaves <= set(STACKED_LEAVES)):
+        reason = f"it is a stack of experts that published models of its kind do not store one by one, as {target} does"
+        return Misfit(reason, "with --pin '*{name}=16'")
+    if not (runtime.expert_zeros or entry.spec.symmetric):
+        return Misfit(f"it is a stack of experts with zero points, which {target} does not load", "with --symmetric")
+    return None
+
+
+def _misfit_of_codes(entry: PackedEntry, places: Sequence[Place], runtime: Runtime, target: str) -> Misfit | None:
+    spec, k = entry.spec, entry.shape[1]
+    if spec.bits not in runtime.bits:
+        return Misfit(f"it has codes of {spec.bits} bits, and {target} holds {_listed(runtime.bits)}", "with --bits 4")
+    if not runtime.zeros and not spec.symmetric:
+        return Misfit("it has zero points", "with --symmetric")
+    group = spec.group_length(entry.shape)
+    if k % group or not (group in runtime.groups or (group == k and -1 in runtime.groups)):
+        held = _listed([length for length in runtime.groups if length > 0])
+        return Misfit(f"it has groups of {group} of {k} inputs, and {target} holds {held}", "with --group-size 32")
+    for place in places:
+        for axis, count, sides in zip("NK", place.shape, ("outputs", "inputs"), strict=True):
+            if axis in runtime.words and count * spec.bits % WORD_BITS:
+                reason = f"{count} {sides} of {spec.bits} bits fill no whole words of {WORD_BITS} bits"
+                return Misfit(reason, "with --pin '*{name}=16'")
+    return None
+
+
+def check_together(
+    schemes: Mapping[str, Scheme], experts: Sequence[Experts], linears: Iterable[str], runtime: Runtime, target: str
+) -> None:
+    """Raise UsageError for schemes that a runtime does not hold beside each other. linears: all, floats too."""
+    if runtime.fused:
+        _check_fused(schemes, linears, target)
+        _check_experts(experts, target)
+    ways = {scheme for each in experts for scheme in each.schemes.values() if scheme} | set(schemes.values())
+    if len({(scheme.bits, scheme.group_size) for scheme in ways}) < 2:
+        return
+    if not runtime.mixed:
+        raise UsageError(
+            f"{target} holds one width and one group size, and layers have several; quantize the model again with "
+            "--bits 4 --group-size 64 --head-bits keep."
+        )
+    if any(not scheme.symmetric for scheme in ways) and not runtime.mixed_with_zeros:
+        raise UsageError(
+            f"{target} with several widths is read with symmetric codes alone; quantize the model again with "
+            "--symmetric, or export it with --to vllm."
+        )
+
+
+def _check_fused(schemes: Mapping[str, Scheme], linears: Iterable[str], target: str) -> None:
+    """Raise UsageError that names two layers which the runtime multiplies at once and which are stored otherwise."""
+    together: dict[tuple[str, int], list[str]] = {}
+    for name in linears:
+        parent, _, leaf = name.rpartition(".")
+        for number, names in enumerate(FUSED):
+            if leaf in names:
+                together.setdefault((parent, number), []).append(name)
+    for first, *others in together.values():
+        for other in others:
+            if schemes.get(other) != schemes.get(first):
+                raise UsageError(
+                    f"{target} multiplies {first} and {other[other.rfind('.') + 1 :]} at once, and they are stored "
+                    f"differently; quantize the model again with --target {target}."
+                )
+
+
+def _check_experts(experts: Sequence[Experts], target: str) -> None:
+    for each in experts:
+        if len(set(each.schemes.values())) > 1:
+            raise UsageError(
+                f"{target} holds all matrices of the experts {each.prefix} in one way, and they are stored "
+                f"differently; quantize the model again with --target {target}."
+            )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
