@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from ..errors import CheckpointError
-from ..machine.dtypes import DTYPE_NAMES, DTYPES
+from ..machine.dtypes import WRITTEN_DTYPES, WRITTEN_NAMES
 from .journal import ANEW, DamagedRun, open_own
 
 INDEX = "model.safetensors.index.json"
@@ -40,7 +40,7 @@ class Entry:
 
 
 # Widest dtypes first, as safetensors' own writer does it: then every tensor starts at a multiple of its item size.
-_RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
+_RANKS = {dtype: rank for rank, dtype in enumerate(WRITTEN_NAMES)}
 
 
 class ShardWriter:
@@ -64,7 +64,7 @@ class ShardWriter:
     def described(self) -> dict[str, dict[str, Any]]:
         """Return dtype and shape of every tensor, by safetensors' names."""
         entries = self._entries.values()
-        return {entry.name: {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape} for entry in entries}
+        return {entry.name: {"dtype": WRITTEN_NAMES[entry.dtype], "shape": entry.shape} for entry in entries}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append a contiguous CPU tensor."""
@@ -117,7 +117,7 @@ class ShardWriter:
     def state(self) -> dict[str, Any]:
         """Return what `restored` needs, as a JSON value."""
         entries = self._entries.values()
-        tensors = {entry.name: [DTYPE_NAMES[entry.dtype], entry.shape, entry.start, entry.bytes] for entry in entries}
+        tensors = {entry.name: [WRITTEN_NAMES[entry.dtype], entry.shape, entry.start, entry.bytes] for entry in entries}
         return {"spool": self._spool.name, "end": self._end, "tensors": tensors}
 
     @classmethod
@@ -145,7 +145,7 @@ class ShardWriter:
             raise ValueError(f"it names {state['spool']!r}")
         self._end = self._synced = _count(state["end"])
         for name, (dtype, shape, start, count) in state["tensors"].items():
-            entry = Entry(name, DTYPES[dtype], [_count(size) for size in shape], _count(start), _count(count))
+            entry = Entry(name, WRITTEN_DTYPES[dtype], [_count(size) for size in shape], _count(start), _count(count))
             if entry.bytes != math.prod(entry.shape) * entry.dtype.itemsize or entry.start + entry.bytes > self._end:
                 raise ValueError(f"{name!r} is not inside it")
             self._entries[name] = entry
@@ -213,7 +213,7 @@ def header(entries: Iterable[Entry]) -> bytes:
     position = 0
     for entry in in_order(entries):
         offsets = [position, position + entry.bytes]
-        content[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
+        content[entry.name] = {"dtype": WRITTEN_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
         position += entry.bytes
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)

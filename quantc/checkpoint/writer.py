@@ -16,7 +16,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files.whole_file import json_text, utf8_path
-from ..machine.dtypes import DTYPE_NAMES, DTYPES
+from ..machine.dtypes import WRITTEN_DTYPES, WRITTEN_NAMES
 from ..progress import Progress
 from .journal import ANEW, JOURNAL, DamagedRun
 from .ownership import LIST, MARK, lasting, mark, marked, remove, survey
@@ -104,7 +104,7 @@ class CheckpointWriter(Workplace):
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor into the current shard."""
         tensor = tensor.contiguous()
-        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": checksum(tensor)}
+        entry = {"dtype": WRITTEN_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": checksum(tensor)}
         self.tensors[name] = entry
         if not self._shards or self._shards[-1].bytes >= self._shard_bytes:
             self._shards.append(ShardWriter(self._spool(len(self._shards) + 1)))
@@ -117,7 +117,7 @@ class CheckpointWriter(Workplace):
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtypes of the tensors that were added."""
-        return {name: DTYPES[entry["dtype"]] for name, entry in self.tensors.items()}
+        return {name: WRITTEN_DTYPES[entry["dtype"]] for name, entry in self.tensors.items()}
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
         """Replace a tensor that was added by one of the same dtype and shape."""

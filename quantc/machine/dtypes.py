@@ -11,6 +11,9 @@ DTYPE_NAMES = {
     torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# Those of folders that are written for other runtimes, too.
+WRITTEN_NAMES = DTYPE_NAMES | {torch.float8_e4m3fn: "F8_E4M3"}
+WRITTEN_DTYPES = {name: dtype for dtype, name in WRITTEN_NAMES.items()}
 # What files of other tools hold, too.
 KNOWN_DTYPES = DTYPES | {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,

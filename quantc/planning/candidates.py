@@ -30,7 +30,7 @@ def of_labels(labels: tuple[str, ...], spec: QuantSpec, shape: tuple[int, int]) 
     """Return the specs of other codes than uniform ones that labels ask for and a weight (N, K) can have."""
     named = [found for label in labels if (found := spec_of_label(label)) is not None]
     return [
-        replace(found.with_scales(spec.scale_dtype), hadamard=spec.hadamard, rank=spec.rank)
+        replace(found, hadamard=spec.hadamard, rank=spec.rank)
         for found in named
         if found.code != Uniform.name and found.grid.divides(shape[1])
     ]

@@ -18,6 +18,7 @@ from .budget import KEPT_BITS, Rules, format_label
 from .candidates import CANDIDATE_BITS
 from .grids import Grids, Shape, TargetGrids, UniformGrid
 from .settings import AllocateConfig
+from .targets import NVFP4
 
 NEAREST = 4  # formats named in place of one that there is not
 
@@ -33,17 +34,31 @@ class Formats:
     """
 
     def __init__(self, config: AllocateConfig, scale_dtype: ScaleDtype = FLOAT16):
-        self._config, runtime = config, config.runtime
+        self._config, self._scale_dtype, runtime = config, scale_dtype, config.runtime
         uniform = UniformGrid(config, scale_dtype)
         self.grids: Grids = uniform if runtime is None or not runtime.codes else TargetGrids(runtime)
         one = _single_format(config)
-        self._everywhere = None if one is None else one.with_scales(scale_dtype)
+        self._everywhere = None if one is None else self._with_scales(one)
 
     @classmethod
     def of(cls, config: AllocateConfig, source: Source) -> Formats:
         """Return those for a model: a target that keeps scales in bfloat16 gets no others of a model in it."""
         coarse = config.runtime is not None and config.runtime.keeps_dtype and source.dtype == torch.bfloat16
         return cls(config, "bfloat16" if coarse else FLOAT16)
+
+    def _holds(self, linear: Linear, spec: QuantSpec) -> bool:
+        """Return whether the target holds a linear so, where it is a stack of experts."""
+        runtime = self._config.runtime
+        return runtime is None or linear.kind != "stack" or not runtime.why_no_experts(spec)[0]
+
+    def _with_scales(self, spec: QuantSpec) -> QuantSpec:
+        """Return the spec with scales as the target reads them.
+
+        It may multiply layers at once that then share the unit of NVFP4's scales: powers of two fit each other.
+        """
+        runtime = self._config.runtime
+        fits_all = runtime is not None and spec.code in runtime.others
+        return spec.with_scales("bfloat16" if fits_all and spec.code == NVFP4 else self._scale_dtype)
 
     def specs(self, linears: Linears) -> dict[str, QuantSpec | None]:
         """Return what every linear is stored as where nothing chooses; None for rows that no block divides.
@@ -53,14 +68,25 @@ class Formats:
         one, bits = self._everywhere, self._config.bits
         if one is None:
             specs = {name: self.grids.of_width(bits, linear.shape) for name, linear in linears.items()}
-            return specs | self._of_experts(linears, specs)
+            return self._checked(linears, specs | self._of_experts(linears, specs))
         found = {name: one if _divides(one, linear) else None for name, linear in linears.items()}
         if not any(found.values()):
             raise UsageError(
                 f"no layer can be stored as {one.label()}, whose blocks of {one.group_size} divide no row of this "
                 "model; pass other --formats."
             )
-        return found
+        return self._checked(linears, found)
+
+    def _checked(self, linears: Linears, specs: dict[str, QuantSpec | None]) -> dict[str, QuantSpec | None]:
+        """Return the specs; raises UsageError for experts that the target does not hold so."""
+        runtime = self._config.runtime
+        for name, spec in specs.items():
+            if runtime is None or spec is None or linears[name].kind != "stack":
+                continue
+            why, instead = runtime.why_no_experts(spec)
+            if why and not self._config.has_budget:
+                raise UsageError(f"{self._config.target} holds no experts {why}; pass {instead}.")
+        return specs
 
     def _of_experts(self, linears: Linears, planned: Specs) -> dict[str, QuantSpec | None]:
         """Return specs with one group size for stacks of experts that the target has in one way."""
@@ -117,7 +143,8 @@ class Formats:
         found: dict[str, list[QuantSpec]] = {}
         for name, linear in linears.items():
             spec = planned[name]
-            found[name] = [] if spec is None else self.grids.of_linear(linear, spec)
+            of_linear = [] if spec is None else self.grids.of_linear(linear, spec)
+            found[name] = [self._with_scales(each) for each in of_linear if self._holds(linear, each)]
         found |= {name: self.grids.of_table(shape) for name, shape in tables.items()}
         self._check_labels(spec for specs in found.values() for spec in specs)
         return found
@@ -138,11 +165,11 @@ class Formats:
         config, runtime, labels = self._config, self._config.runtime, self._config.labels
         if runtime is None:
             return Rules(config.pins, labels)
-        loaded = runtime.formats(config.symmetric)
+        loaded = (*runtime.formats(config.symmetric), *runtime.others)
         refused = [label for label in labels if label not in loaded]
         if refused:
             raise UsageError(f"{config.target} does not load {refused[0]}; it loads {', '.join(loaded)}.")
-        return Rules(config.pins, labels or loaded, runtime.fused, runtime.experts_alike)
+        return Rules(config.pins, labels or runtime.formats(config.symmetric), runtime.fused, runtime.experts_alike)
 
     @property
     def cover_head(self) -> bool:

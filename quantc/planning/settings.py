@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..errors import UsageError
 from ..sensitivity import Estimator
-from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec, spec_of_label
+from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec, Uniform, spec_of_label
 from .budget import KEPT_BITS
 from .candidates import DEFAULT_GROUP
 from .targets import RUNTIMES, Runtime
@@ -69,7 +69,7 @@ class AllocateConfig:
             return
         if several and not runtime.mixed:
             raise UsageError(f"{self.target} holds one width for all layers; pass --bits instead of a budget or pins.")
-        if self.symmetric:
+        if not self.has_zeros:
             return
         if not runtime.zeros:
             raise UsageError(f"{self.target} loads symmetric codes alone; pass --symmetric.")
@@ -103,6 +103,14 @@ class AllocateConfig:
     def has_budget(self) -> bool:
         """Whether widths are chosen within an average or a size."""
         return self.avg_bits is not None or self.size is not None
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether layers may have zero points."""
+        named = [spec for label in self.formats if (spec := spec_of_label(label)) is not None]
+        if not named:
+            return not self.symmetric
+        return any(spec.code == Uniform.name and not spec.symmetric for spec in named)
 
     @property
     def any_group(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..spec import GRIDS, Fixed, Ggml, QuantSpec
+from ..spec import GRIDS, Fixed, Ggml, QuantSpec, Uniform
 from ..spec.groups import WHOLE_ROW
 
 
@@ -14,8 +14,9 @@ class Runtime:
 
     container: what the checkpoint becomes, as `quantc export --to` takes it. fused: linears that read the same
     activation, and all experts of a block, are stored alike. bits, groups: what it holds on the uniform grid; -1 is a
-    whole row. codes: the grids that it reads instead, if it does. zeros: whether codes may have zero points. mixed,
-    mixed_with_zeros: whether layers may have several widths, and whether also where codes have zero points.
+    whole row. codes: the grids that it reads instead, if it does. others: formats that may be asked for besides. zeros:
+    whether codes may have zero points. mixed, mixed_with_zeros: whether layers may have several widths, and whether
+    also where codes have zero points.
     words: dimensions along which the codes of a weight fill whole words of 32 bits. tables: whether embedding and head
     may be packed. keeps_dtype: whether scales and floats are kept in the dtype of the model, and scales not in float16
     whatever that is. expert_zeros: whether stacks of experts may have zero points. experts_alike: whether all experts
@@ -28,6 +29,7 @@ class Runtime:
     bits: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     codes: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     zeros: bool = True
     mixed: bool = True
     mixed_with_zeros: bool = True
@@ -44,6 +46,14 @@ class Runtime:
         if self.codes:
             return tuple(spec_of_code(code).label() for code in self.codes)
         return tuple(QuantSpec(b, g, symmetric=symmetric).label() for b in self.bits for g in self.groups)
+
+    def why_no_experts(self, spec: QuantSpec) -> tuple[str, str]:
+        """Return why a stack of experts cannot be stored so, and what to pass instead; "" and "" where it can."""
+        if spec.code == NVFP4 and self.experts_alike:  # transformers drops what all scales are multiplied by
+            return f"in {NVFP4}, of whose scales its readers drop a factor", "--formats mxfp4"
+        if spec.code == Uniform.name and not (spec.symmetric or self.expert_zeros):
+            return "with zero points, which its readers do not load", "--symmetric"
+        return "", ""
 
     def group_of(self, width: int) -> int | None:
         """Return the largest of its groups that divides a width, or else the whole row; None where it has neither."""
@@ -82,19 +92,21 @@ EVEN = frozenset(name for name, grid in GGML.items() if not grid.table)
 
 
 GROUPS = (32, 64, 128, -1)
+NVFP4 = "nvfp4"
+SMALL_FLOATS = (NVFP4, "mxfp4", "fp8-grow")
 ROTATIONS = "folded into heads alone"
 RUNTIMES = {
     # llama.cpp: a type for each tensor. MXFP4 too: made for experts, but any tensor may have it.
     "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="tested: llama.cpp b11549"),
     # Marlin kernels; siblings of other widths fail to load or give garbage (vllm#50214, intel/auto-round#2174).
     "vllm": Runtime(
-        "compressed-tensors", True, (4, 8), GROUPS, words="NK", expert_zeros=False, keeps_dtype=True,
-        checked="by reading: vLLM 0.33",
+        "compressed-tensors", True, (4, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
+        expert_zeros=False, checked="by reading: vLLM 0.33",
     ),
     # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.
     "compressed-tensors": Runtime(
-        "compressed-tensors", False, (2, 3, 4, 5, 6, 7, 8), GROUPS, mixed_with_zeros=False, keeps_dtype=True,
-        expert_zeros=False, experts_alike=True, splits_floats=False,
+        "compressed-tensors", False, (2, 3, 4, 5, 6, 7, 8), GROUPS, others=SMALL_FLOATS, mixed_with_zeros=False,
+        keeps_dtype=True, expert_zeros=False, experts_alike=True, splits_floats=False,
         checked="tested: transformers 5.23 with compressed-tensors 0.20",
     ),
     "gptq": Runtime("gptq", True, (2, 3, 4, 8), GROUPS, words="NK", checked="by reading: GPTQModel 7.6, vLLM 0.33"),
@@ -130,6 +142,7 @@ def described(name: str) -> dict[str, str]:
         "widths": _widths(runtime),
         "embedding, head": "packed too" if runtime.tables else "floats",
         "experts": _experts(runtime),
+        **({"other formats": ", ".join(runtime.others)} if runtime.others else {}),
         "rotations": ROTATIONS,
         "checked on": runtime.checked,
         **({"block types": ", ".join(code.upper() for code in runtime.codes)} if runtime.codes else {}),

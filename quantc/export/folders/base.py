@@ -13,20 +13,26 @@ from typing import Any
 import torch
 
 from ...numerics.qtensor import QTensor
-from ...spec import QuantSpec
+from ...spec import QuantSpec, Uniform
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of a module are stored: width of codes, weights in a group (-1: a row), symmetric or not."""
+    """How the weights of a module are stored: width of codes, weights in a group (-1: a row), symmetric or not.
+
+    code: the grid, which has whole numbers or small floats.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
+    code: str = Uniform.name
 
     @classmethod
     def of(cls, spec: QuantSpec, shape: tuple[int, int], groups: tuple[int, ...]) -> Scheme:
         """Return that of a weight (N, K); groups: the sizes that a runtime holds, -1 among them for the row."""
+        if not isinstance(spec.grid, Uniform):
+            return cls(spec.bits, spec.group_size, True, spec.code)
         length = spec.group_length(shape)
         whole = -1 in groups and (spec.group_size == -1 or length not in groups)
         return cls(spec.bits, -1 if whole else length, spec.symmetric)

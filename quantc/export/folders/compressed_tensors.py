@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from ...numerics.qtensor import QTensor
+from ...planning.targets import NVFP4
 from .base import Described, FolderContainer, Scheme
+from .small_floats import SMALL_FLOATS
 from .words import columns_in_words, rows_in_words
 
 FORMAT = "pack-quantized"
+MIXED = "mixed-precision"
+FP4 = (NVFP4, "mxfp4")
 
 
 class CompressedTensors(FolderContainer):
@@ -24,6 +28,8 @@ class CompressedTensors(FolderContainer):
     readers = "vLLM, SGLang and transformers with compressed-tensors"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        if (small := SMALL_FLOATS.get(tensor.spec.code)) is not None:
+            return small.parts(tensor, dtype)
         bits = tensor.spec.bits
         found = {
             "weight_packed": rows_in_words(tensor.codes, bits),
@@ -40,33 +46,42 @@ class CompressedTensors(FolderContainer):
         for name, scheme in [*described.schemes.items(), *patterns]:
             if scheme is not None:
                 by_scheme.setdefault(scheme, []).append(name)
-        alone = len(by_scheme) == 1
+        alone, forms = len(by_scheme) == 1, {_form(scheme) for scheme in by_scheme}
         groups = {
             f"group_{number}": _group(scheme, ["Linear"] if alone else names)
             for number, (scheme, names) in enumerate(by_scheme.items())
         }
         settings: dict[str, Any] = {
             "quant_method": "compressed-tensors",
-            "format": FORMAT,
+            "format": MIXED if len(forms) > 1 else next(iter(forms)),
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [*described.floats, *(pattern for pattern, scheme in patterns if scheme is None)],
             "kv_cache_scheme": None,
         }
-        if alone and not described.common.symmetric:
-            settings["dequantize"] = True  # transformers loads zero points this way alone; vLLM ignores the key
+        if _dequantized(described):
+            settings["dequantize"] = True  # transformers loads these in any dtype this way alone; vLLM ignores the key
         return {"quantization_config": settings}
 
     def transformers_reads(self, described: Described) -> bool:
-        return not (_experts_differ(described) or _floats_are_split(described)) and not (
-            described.mixed and _has_zeros(described)
-        )
+        return not (self._why_of_experts(described) or (described.mixed and _has_zeros(described)))
+
+    def _why_of_experts(self, described: Described) -> str:
+        """Return why transformers does not load the experts, "" where it does."""
+        found = described.expert_schemes
+        if len(found - {None}) > 1:
+            return "transformers loads all experts by one scheme, and these have several"
+        if None in found and described.splits_floats:  # it takes single ones for packed
+            return "transformers loads experts that are floats from --to compressed-tensors alone"
+        if any(scheme is not None and scheme.code == NVFP4 for scheme in found):
+            return "transformers drops a factor of the scales of experts in NVFP4, so do not load these there"
+        return ""
 
     def notes(self, described: Described) -> list[str]:
-        if _experts_differ(described):
-            return ["transformers loads all experts by one scheme, and these have several"]
-        if _floats_are_split(described):
-            return ["transformers loads experts that are floats from --to compressed-tensors alone"]
+        if why := self._why_of_experts(described):
+            return [why]
+        if described.mixed and _has_fp4(described) and described.settings.get("dtype") != "bfloat16":
+            return ["transformers unpacks 4-bit floats into bfloat16, so load the model in that dtype there"]
         if not _has_zeros(described):
             return []
         if described.mixed:
@@ -74,34 +89,37 @@ class CompressedTensors(FolderContainer):
         return ["transformers makes floats of all weights while it loads, as it does with zero points; vLLM does not"]
 
 
-def _experts_differ(described: Described) -> bool:
-    return len(described.expert_schemes - {None}) > 1
+def _has_fp4(described: Described) -> bool:
+    return any(scheme.code in FP4 for scheme in described.all_schemes)
 
 
-def _floats_are_split(described: Described) -> bool:
-    """Return whether experts of floats are stored one by one, of which transformers takes all for packed ones."""
-    return None in described.expert_schemes and described.splits_floats
+def _dequantized(described: Described) -> bool:
+    """Return whether transformers is to make floats while it loads: by one scheme, it cannot do so by several."""
+    return not described.mixed and (_has_zeros(described) or _has_fp4(described))
 
 
 def _has_zeros(described: Described) -> bool:
     return not all(scheme.symmetric for scheme in described.all_schemes)
 
 
-def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+def _form(scheme: Scheme) -> str:
+    small = SMALL_FLOATS.get(scheme.code)
+    return FORMAT if small is None else small.form
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    if scheme.code in SMALL_FLOATS:
+        return SMALL_FLOATS[scheme.code].weights
     whole = scheme.group_size == -1
-    weights = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if whole else "group",
-        "group_size": None if whole else scheme.group_size,
-        "dynamic": False,
-        "actorder": None,
-    }
+    strategy = {"strategy": "channel" if whole else "group", "group_size": None if whole else scheme.group_size}
+    return {"num_bits": scheme.bits, "type": "int", **strategy}
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
-        "format": FORMAT,
-        "weights": weights,
+        "format": _form(scheme),
+        "weights": {**_weights(scheme), "symmetric": scheme.symmetric, "dynamic": False, "actorder": None},
         "input_activations": None,
         "output_activations": None,
     }

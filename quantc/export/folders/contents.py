@@ -18,6 +18,7 @@ from ..misfit import refusal
 from .base import Experts, FolderContainer, Scheme
 from .fits import check_together, misfit_of
 from .places import Place, Places, expert_of
+from .units import UNIT, in_unit, shared_units
 
 
 class Contents:
@@ -48,6 +49,7 @@ class Contents:
         self.floats = tuple(dict.fromkeys(
             name for pair in linears.items() if pair[1] not in self.schemes for name in pair
         ))  # fmt: skip
+        self.units = shared_units(self.places, self._unit_of, target) if runtime.fused else {}
         parts = {f"{prefix}.{part}" for prefix, entry in reader.entries.items() for part in entry.layout()}
         self._plain = [name for name in reader.slices() if name not in parts]
 
@@ -61,6 +63,10 @@ class Contents:
             found.setdefault(prefix, {})[leaf] = packed.get(rows.name)
             counts[prefix] = max(counts.get(prefix, 0), rows.expert + 1)
         return tuple(Experts(prefix, counts[prefix], schemes) for prefix, schemes in found.items())
+
+    def _unit_of(self, place: Place) -> torch.Tensor:
+        unit = self._reader.tensor(f"{place.prefix}.{UNIT}")
+        return unit if place.rows is None else unit[place.rows.expert]
 
     def _scheme(self, place: Place) -> Scheme:
         return Scheme.of(place.entry.spec, place.shape, self._runtime.groups)
@@ -82,7 +88,8 @@ class Contents:
             parts = {part: self._reader.tensor(f"{prefix}.{part}") for part in entry.layout()}
             for place in places:
                 own = parts if place.rows is None else {part: each[place.rows.expert] for part, each in parts.items()}
-                yield place, place.cut(format_of(entry.spec).unpack(own, entry.spec, entry.shape))
+                tensor = place.cut(format_of(entry.spec).unpack(own, entry.spec, entry.shape))
+                yield place, in_unit(tensor, self.units[place.name]) if place.name in self.units else tensor
 
     def packed_parts(self, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Yield the container's tensors of every module of the folder, by its name. dtype: of scales."""
@@ -112,7 +119,8 @@ class Contents:
         """
         if not self.keeps_dtype:
             return torch.float16
-        scales = (self._reader.tensor(f"{prefix}.scales") for prefix in self._reader.entries)
+        names = (f"{prefix}.scales" for prefix in self._reader.entries)
+        scales = (part for name in names if (part := self._reader.tensor(name)).dtype == torch.float16)
         exact = stored != torch.bfloat16 or all(torch.equal(part.to(stored).to(part.dtype), part) for part in scales)
         return stored if exact else torch.float16
 

@@ -26,15 +26,18 @@ def misfit_of(
     spec = entry.spec
     if (misfit := misfit_of_structure(entry)) is not None:
         return misfit
-    if not isinstance(spec.grid, Uniform):
-        return Misfit(f"it has the code {spec.code}, and {target} holds whole numbers", "with --bits 4")
+    floats = not isinstance(spec.grid, Uniform)
+    if floats and spec.label() not in runtime.others:
+        held = ", ".join(("whole numbers", *runtime.others))
+        return Misfit(f"it is stored as {spec.label()}, and {target} holds {held}", "with --bits 4")
     if entry.leading:
         misfit = _misfit_of_stack(entry, places, runtime, target)
     elif isinstance(module, nn.Embedding) and not runtime.tables:
         misfit = Misfit("it is the embedding", f"with --target {target}, or with --head-bits keep")
     elif not isinstance(module, nn.Linear | nn.Embedding):
         misfit = Misfit(f"its module is a {type(module).__name__}, and it holds nn.Linear alone", "with --target gguf")
-    return misfit or _misfit_of_codes(entry, places, runtime, target)
+    codes = None if floats else _misfit_of_codes(entry, runtime, target)
+    return misfit or codes or _misfit_of_words(entry, places, runtime)
 
 
 def _misfit_of_stack(entry: PackedEntry, places: Sequence[Place], runtime: Runtime, target: str) -> Misfit | None:
@@ -42,12 +45,11 @@ def _misfit_of_stack(entry: PackedEntry, places: Sequence[Place], runtime: Runti
     if not leaves or (runtime.container == "mlx" and not leaves <= set(STACKED_LEAVES)):
         reason = f"it is a stack of experts that published models of its kind do not store one by one, as {target} does"
         return Misfit(reason, "with --pin '*{name}=16'")
-    if not (runtime.expert_zeros or entry.spec.symmetric):
-        return Misfit(f"it is a stack of experts with zero points, which {target} does not load", "with --symmetric")
-    return None
+    why, instead = runtime.why_no_experts(entry.spec)
+    return Misfit(f"it is a stack of experts {why}", f"with {instead}") if why else None
 
 
-def _misfit_of_codes(entry: PackedEntry, places: Sequence[Place], runtime: Runtime, target: str) -> Misfit | None:
+def _misfit_of_codes(entry: PackedEntry, runtime: Runtime, target: str) -> Misfit | None:
     spec, k = entry.spec, entry.shape[1]
     if spec.bits not in runtime.bits:
         return Misfit(f"it has codes of {spec.bits} bits, and {target} holds {_listed(runtime.bits)}", "with --bits 4")
@@ -57,6 +59,11 @@ def _misfit_of_codes(entry: PackedEntry, places: Sequence[Place], runtime: Runti
     if k % group or not (group in runtime.groups or (group == k and -1 in runtime.groups)):
         held = _listed([length for length in runtime.groups if length > 0])
         return Misfit(f"it has groups of {group} of {k} inputs, and {target} holds {held}", "with --group-size 32")
+    return None
+
+
+def _misfit_of_words(entry: PackedEntry, places: Sequence[Place], runtime: Runtime) -> Misfit | None:
+    spec = entry.spec
     for place in places:
         for axis, count, sides in zip("NK", place.shape, ("outputs", "inputs"), strict=True):
             if axis in runtime.words and count * spec.bits % WORD_BITS:
@@ -73,7 +80,7 @@ def check_together(
         _check_fused(schemes, linears, target)
         _check_experts(experts, target)
     ways = {scheme for each in experts for scheme in each.schemes.values() if scheme} | set(schemes.values())
-    if len({(scheme.bits, scheme.group_size) for scheme in ways}) < 2:
+    if len({(scheme.code, scheme.bits, scheme.group_size) for scheme in ways}) < 2:
         return
     if not runtime.mixed:
         raise UsageError(
@@ -87,15 +94,20 @@ def check_together(
         )
 
 
-def _check_fused(schemes: Mapping[str, Scheme], linears: Iterable[str], target: str) -> None:
-    """Raise UsageError that names two layers which the runtime multiplies at once and which are stored otherwise."""
+def fused_layers(linears: Iterable[str]) -> list[list[str]]:
+    """Return those of some linears that runtimes multiply at once, together."""
     together: dict[tuple[str, int], list[str]] = {}
     for name in linears:
         parent, _, leaf = name.rpartition(".")
         for number, names in enumerate(FUSED):
             if leaf in names:
                 together.setdefault((parent, number), []).append(name)
-    for first, *others in together.values():
+    return list(together.values())
+
+
+def _check_fused(schemes: Mapping[str, Scheme], linears: Iterable[str], target: str) -> None:
+    """Raise UsageError that names two layers which the runtime multiplies at once and which are stored otherwise."""
+    for first, *others in fused_layers(linears):
         for other in others:
             if schemes.get(other) != schemes.get(first):
                 raise UsageError(

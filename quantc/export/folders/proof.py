@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...checkpoint.reader import CheckpointReader
 from ...errors import CheckpointError, ModelError, in_one_sentence
@@ -22,6 +23,7 @@ from ...frontend.auto import first_line
 from ...frontend.folder import FolderSource
 from ...frontend.source import quiet_transformers
 from ...numerics.qtensor import QTensor
+from ...planning.targets import NVFP4
 from ...progress import Progress
 from ...runtime.load import read_model, unpacked_values
 from ..probe import Agreement, logits_of, measure, probe_tokens, short_of_memory, tokenizer_of
@@ -35,14 +37,19 @@ MOST_ERROR = 0.01
 def check_weights(folder: Path, contents: Contents, container: str, progress: Progress) -> None:
     """Raise CheckpointError that names the first weight which is not read back as the checkpoint's.
 
-    MLX's biases are products in the scales' dtype, so that weights with zero points may be off by what that rounds.
+    MLX's biases are products in the scales' dtype, so that weights with zero points may be off by what that rounds;
+    what scales of NVFP4 are divided by is the inverse of what quantc multiplies them by.
     """
     read = _Mlx(folder) if container == "mlx" else _Quantized(folder)
     progress.stage("Reading back", len(contents.places))
     for place, tensor in contents.packed():
         name, expected = place.name, tensor.dequantize()
         found = read.weight(place, tensor)
-        allowed = expected.abs().amax() * 2.0**-8 if container == "mlx" and tensor.zeros is not None else 0.0
+        allowed = torch.tensor(0.0)
+        if container == "mlx" and tensor.zeros is not None:
+            allowed = expected.abs().amax() * 2.0**-8
+        elif tensor.spec.code == NVFP4:
+            allowed = expected.abs() * 2.0**-22
         if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
             raise CheckpointError(
                 f"{name} is read back from the new folder as other weights, so nothing was written; report this with "
@@ -115,7 +122,7 @@ def ask_transformers(
     del model
     with quiet_transformers(), redirect_stderr(StringIO()), in_one_sentence(_not_loaded):  # the reader shows progress
         other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        found = logits_of(other, tokens)
+        found = logits_of(_decompressed(other), tokens)
     agreement = measure(expected, found, None)
     if not agreement.error <= MOST_ERROR:
         raise CheckpointError(
@@ -125,6 +132,14 @@ def ask_transformers(
     progress.step("transformers")
     progress.done()
     return agreement, ""
+
+
+def _decompressed(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with the weights that its first call would unpack, small floats into bfloat16, in float32."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        compressor.decompress_model(model)
+    return nn.Module.float(model)  # transformers' own refuses quantized models
 
 
 def _not_loaded(error: Exception) -> CheckpointError:

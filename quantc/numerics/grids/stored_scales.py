@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ...spec import ScaleDtype
-from ...spec.grids.table import DOUBLE, E8M0, FLOAT8, FLOAT16, SUPER_GROUP, ScaleForm
+from ...spec.grids.table import DOUBLE, E8M0, FLOAT16, SUPER_GROUP, ScaleForm
 from ..parts import Part
 from .scale_dtypes import within_range
 
@@ -76,12 +76,20 @@ class PowersOfTwo(StoredScales):
 
 
 class Float8(StoredScales):
-    """E4M3 bytes times one float32, by which the largest scale is the largest number."""
+    """E4M3 bytes times one float32, by which the largest scale is the largest number, or, as a power of two, near it.
+
+    values: the dtype that has the products.
+    """
 
     dtype = torch.uint8
 
+    def __init__(self, values: ScaleDtype):
+        self._values = values
+
     def shared(self, wanted: torch.Tensor) -> More:
         unit = wanted.max().reshape(1) / LARGEST_E4M3
+        if self._values == "bfloat16":
+            unit = torch.where(unit > 0, unit, 1.0).log2().ceil().exp2()
         return {"tensor_scale": torch.where(unit > 0, unit, 1.0)}
 
     def near(self, wanted: torch.Tensor, more: More) -> Iterator[torch.Tensor]:
@@ -134,9 +142,8 @@ class Double(StoredScales):
         return {"super_scales": part, "super_minima": part}
 
 
-_SHARED: dict[ScaleForm, StoredScales] = {E8M0: PowersOfTwo(), FLOAT8: Float8(), DOUBLE: Double()}
-
-
 def stored_form(form: ScaleForm, dtype: ScaleDtype) -> StoredScales:
-    """Return what stores scales in a form; dtype: whose values float16 ones have."""
-    return Float16(dtype) if form == FLOAT16 else _SHARED[form]
+    """Return what stores scales in a form; dtype: whose values they have."""
+    if form in (E8M0, DOUBLE):
+        return PowersOfTwo() if form == E8M0 else Double()
+    return Float16(dtype) if form == FLOAT16 else Float8(dtype)

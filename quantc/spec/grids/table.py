@@ -95,9 +95,12 @@ class MXFP4(Table):
 
 @register
 class NVFP4(Table):
-    """FP4 with an E4M3 scale for 16 weights, and one float32 for all of them, as NVIDIA's tensor cores multiply."""
+    """FP4 with an E4M3 scale for 16 weights, and one float32 for all of them, as NVIDIA's tensor cores multiply.
 
-    name, values, form = "nvfp4", E2M1, FLOAT8
+    Where scales are to have values of bfloat16, the float32 is a power of two.
+    """
+
+    name, values, form, scale_dtypes = "nvfp4", E2M1, FLOAT8, ANY_SCALES
     width = most_bits = 4
     block = 16
 

@@ -97,10 +97,17 @@ def test_mlx_has_stacks(stored: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["num_experts"] == 4
 
 
+def test_plans_have_experts_that_the_target_holds(tmp_path: Path) -> None:
+    save_with_tokenizer(build("mixtral"), tmp_path / "model")
+    for target in ("vllm", "compressed-tensors"):
+        with pytest.raises(UsageError, match=f"{target} holds no experts with zero points, .* pass --symmetric"):
+            quantc.quantize(tmp_path / "model", out=tmp_path / "out", bits=4, method="rtn", target=target)
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "target", "message"),
     [
-        ("mixtral", {}, "vllm", "a stack of experts with zero points, which vllm does not load; .* with --symmetric"),
+        ("mixtral", {}, "vllm", "experts with zero points, which its readers do not load; .* with --symmetric"),
         ("mixtral", {}, "compressed-tensors", "a stack of experts with zero points"),
         (
             "mixtral", {"symmetric": True, "pins": {"*down_proj": 8}}, "gptq",

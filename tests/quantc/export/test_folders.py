@@ -169,7 +169,8 @@ def test_scales_stay_of_bfloat16_through_every_pass(recipe: str, tmp_path: Path)
         ({"pins": {"*up_proj": 8}}, "vllm", "multiplies model.layers.0.mlp.gate_proj and up_proj at once"),
         ({"pins": {"*up_proj": 16}}, "vllm", "multiplies model.layers.0.mlp.gate_proj and up_proj at once"),
         ({"pins": {"*up_proj": 8}}, "compressed-tensors", "with several widths is read with symmetric codes alone"),
-        ({"formats": ["nf4"]}, "mlx", "it has the code nf4, and mlx holds whole numbers"),
+        ({"formats": ["nf4"]}, "mlx", "it is stored as nf4-g64, and mlx holds whole numbers; .* with --bits 4"),
+        ({"formats": ["fp8-g32"]}, "vllm", "fp8-g32, and vllm holds whole numbers, nvfp4, mxfp4, fp8-grow"),
     ],
 )
 def test_what_a_container_cannot_hold_is_refused_by_name(
