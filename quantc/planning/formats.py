@@ -168,7 +168,12 @@ class Formats:
         loaded = (*runtime.formats(config.symmetric), *runtime.others)
         refused = [label for label in labels if label not in loaded]
         if refused:
-            raise UsageError(f"{config.target} does not load {refused[0]}; it loads {', '.join(loaded)}.")
+            width = refused[0].partition("g")[0]
+            near = [label for label in loaded if label.partition("g")[0] == width] or loaded
+            raise UsageError(
+                f"{config.target} does not load {refused[0]}; it loads {', '.join(near)}; `quantc targets "
+                f"{config.target}` lists all."
+            )
         return Rules(config.pins, labels or runtime.formats(config.symmetric), runtime.fused, runtime.experts_alike)
 
     @property

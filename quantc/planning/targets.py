@@ -98,10 +98,10 @@ ROTATIONS = "folded into heads alone"
 RUNTIMES = {
     # llama.cpp: a type for each tensor. MXFP4 too: made for experts, but any tensor may have it.
     "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="tested: llama.cpp b11549"),
-    # Marlin kernels; siblings of other widths fail to load or give garbage (vllm#50214, intel/auto-round#2174).
+    # Layers of several widths that it multiplies at once fail to load, or give garbage (vllm#50214).
     "vllm": Runtime(
-        "compressed-tensors", True, (4, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
-        expert_zeros=False, checked="by reading: vLLM 0.33",
+        "compressed-tensors", True, (2, 3, 4, 5, 6, 7, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
+        expert_zeros=False, checked="tested: vLLM 0.32 on a CPU; experts and floats by reading",
     ),
     # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.
     "compressed-tensors": Runtime(

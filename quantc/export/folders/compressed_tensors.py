@@ -21,6 +21,9 @@ MIXED = "mixed-precision"
 FP4 = (NVFP4, "mxfp4")
 
 
+EVERYWHERE = {4, 8}  # widths that several of vLLM's kernels run
+
+
 class CompressedTensors(FolderContainer):
     """Modules by schemes, each a group of the config with the names of its modules."""
 
@@ -78,6 +81,11 @@ class CompressedTensors(FolderContainer):
         return ""
 
     def notes(self, described: Described) -> list[str]:
+        odd = sorted({scheme.bits for scheme in described.all_schemes if scheme.code == "uniform"} - EVERYWHERE)
+        widths = f"vLLM runs codes of {', '.join(map(str, odd))} bits by its Humming kernels alone, on NVIDIA GPUs"
+        return [*self._notes_of_transformers(described), *([widths] if odd else [])]
+
+    def _notes_of_transformers(self, described: Described) -> list[str]:
         if why := self._why_of_experts(described):
             return [why]
         if described.mixed and _has_fp4(described) and described.settings.get("dtype") != "bfloat16":

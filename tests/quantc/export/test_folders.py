@@ -161,7 +161,11 @@ def test_scales_stay_of_bfloat16_through_every_pass(recipe: str, tmp_path: Path)
     ("settings", "target", "message"),
     [
         ({}, "auto-round", "it has zero points; quantize the model again with --symmetric"),
-        ({"bits": 3}, "vllm", "it has codes of 3 bits, and vllm holds 4, 8; quantize the model again with --bits 4"),
+        (
+            {"bits": 5},
+            "gptq",
+            "it has codes of 5 bits, and gptq holds 2, 3, 4, 8; quantize the model again with --bits",
+        ),
         ({"bits": 7}, "mlx", "it has codes of 7 bits"),
         ({"preset": "balanced", "method": "gptq"}, "gptq", "its input is rotated while the model runs"),
         ({"head_bits": 8}, "vllm", "it is the embedding; quantize the model again with --target vllm"),
