@@ -1,13 +1,14 @@
 """Other runtimes that load folders, each in a virtual environment of its own: their packages exclude each other.
 
 To add one: NAME.txt, the packages of its environment, all of them; a script in scripts/ that calls `answer`; a row in
-READERS; and what it reads, in claims.py. `make readers` makes .readers/NAME, in which quantc is not installed.
+READERS; and what it reads, in claims.py. `make readers` makes .readers/NAME, where quantc is not installed.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / ".readers"
+SCRIPTS = Path(__file__).parent / "scripts"
 LAST_LINES = 15  # of what a reader prints before it fails
 
 
@@ -26,9 +28,11 @@ LAST_LINES = 15  # of what a reader prints before it fails
 class Reader:
     """A runtime in an environment.
 
-    script: in scripts/. start, each: seconds that it may take to start, and for each folder. variables: of its process.
+    environment: the folder in .readers, or "" for the tests' own. script: in scripts/. start, each: seconds that it may
+    take to start, and for each folder. variables: of its process.
     """
 
+    environment: str
     script: str
     start: int = 120
     each: int = 60
@@ -36,15 +40,19 @@ class Reader:
 
 
 READERS = {
-    "mlx": Reader("read_mlx.py"),
-    "auto-round": Reader("read_transformers.py"),
+    "transformers": Reader("", "read_transformers.py"),
+    "mlx-lm": Reader("mlx", "read_mlx.py"),
+    "auto-round": Reader("auto-round", "read_transformers.py"),
+    "GPTQModel": Reader("gptqmodel", "read_gptqmodel.py"),
+    "transformers with GPTQModel": Reader("gptqmodel", "read_transformers.py"),
 }
 
 
 def require(name: str) -> None:
     """Skip the test where a reader's environment was not made."""
-    if not (ENVIRONMENTS / name / ".ready").exists():
-        pytest.skip(f"there is no environment .readers/{name}: type `make readers`")
+    environment = READERS[name].environment
+    if environment and not (ENVIRONMENTS / environment / ".ready").exists():
+        pytest.skip(f"there is no environment .readers/{environment}: type `make readers`")
 
 
 def ask(name: str, folders: Sequence[Path], tokens: torch.Tensor) -> list[torch.Tensor | str]:
@@ -53,10 +61,10 @@ def ask(name: str, folders: Sequence[Path], tokens: torch.Tensor) -> list[torch.
     All folders are read in one process. Raises AssertionError where that ends before it has answered.
     """
     reader = READERS[name]
-    python, script = ENVIRONMENTS / name / "bin/python", Path(__file__).parent / "scripts" / reader.script
+    python = ENVIRONMENTS / reader.environment / "bin/python" if reader.environment else sys.executable
     with TemporaryDirectory() as place:
         np.save(Path(place, "tokens.npy"), tokens.numpy())
-        command = [str(python), str(script), place, *(str(folder.resolve()) for folder in folders)]
+        command = [str(python), str(SCRIPTS / reader.script), place, *(str(folder.resolve()) for folder in folders)]
         _run(name, command, reader.start + reader.each * len(folders), _variables(reader))
         return [_answer(Path(place), number) for number in range(len(folders))]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import quantc
-from quantc.export.probe import Agreement, logits_of, measure
+from quantc.export.probe import logits_of, measure
 from tests.helpers import save_with_tokenizer
 from tests.quantc.export.tiny import build
 from tests.readers import environments
@@ -39,23 +39,26 @@ def save(name: str, folder: Path) -> Path:
     return save_with_tokenizer(build(name, **MODELS[name]), folder)
 
 
-def exported(model: Path | str, target: str, out: Path, **settings: Any) -> tuple[torch.Tensor, Path]:
-    """Quantize a model to nearest and export it; return quantc's logits (T, V) of TOKENS and the new folder."""
-    chosen = {"preset": "fast", "method": "rtn", "calib": "none", "group_size": 32, "head_bits": "keep", **settings}
-    quantc.quantize(model, out=out / "packed", **chosen)
+def quantize(model: Path | str, out: Path, **settings: Any) -> None:
+    """Quantize to nearest, without text, in groups of 32, embedding and head as they are, or as settings say."""
+    usual = {"preset": "fast", "method": "rtn", "calib": "none", "group_size": 32, "head_bits": "keep"}
+    quantc.quantize(model, out=out, **{**usual, **settings})
+
+
+def exported(model: Path, target: str, out: Path, **settings: Any) -> tuple[torch.Tensor, Path]:
+    """Quantize a model and export it; return quantc's logits (T, V) of TOKENS and the new folder."""
+    quantize(model, out / "packed", **settings)
     quantc.export(out / "packed", to=target, out=out / "folder")
     return logits_of(quantc.load(out / "packed", dtype=torch.float32).eval(), TOKENS), out / "folder"
 
 
-def agreements(
-    reader: str, expected: Mapping[str, tuple[torch.Tensor, Path]]
-) -> tuple[dict[str, Agreement], dict[str, str]]:
-    """Return by name how a reader's logits agree with quantc's, and what it failed with on other folders."""
+def disagreements(reader: str, expected: Mapping[str, tuple[torch.Tensor, Path]], most: float) -> str:
+    """Return a line for each folder whose logits by a reader differ by more than that, or which it does not read."""
     answers = environments.ask(reader, [folder for _, folder in expected.values()], TOKENS)
-    found, failed = {}, {}
+    wrong = []
     for (name, (logits, _)), answer in zip(expected.items(), answers, strict=True):
         if isinstance(answer, str):
-            failed[name] = answer
-        else:
-            found[name] = measure(logits, answer, None)
-    return found, failed
+            wrong.append(f"{name}: {answer.strip()}")
+        elif not (error := measure(logits, answer, None).error) <= most:
+            wrong.append(f"{name}: a relative error of {error:.2g}")
+    return "\n".join(wrong)

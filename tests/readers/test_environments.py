@@ -40,11 +40,12 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python.chmod(0o755)
     (tmp_path / "script.py").write_text(SCRIPT.format(scripts=str(FOLDER / "scripts")))
     monkeypatch.setattr(environments, "ENVIRONMENTS", tmp_path)
-    monkeypatch.setitem(READERS, "toy", Reader(str(tmp_path / "script.py")))
+    monkeypatch.setitem(READERS, "toy", Reader("toy", str(tmp_path / "script.py")))
 
 
 def test_every_reader_has_packages_a_script_and_claims() -> None:
-    assert {file.stem for file in FOLDER.glob("*.txt")} == set(READERS) == {claim.reader for claim in CLAIMS}
+    assert {file.stem for file in FOLDER.glob("*.txt")} == {reader.environment for reader in READERS.values()} - {""}
+    assert set(READERS) == {claim.reader for claim in CLAIMS}
     for reader in READERS.values():
         assert (FOLDER / "scripts" / reader.script).is_file()
     for file in FOLDER.glob("*.txt"):

@@ -1,4 +1,7 @@
-"""Logits by mlx-lm on the CPU, in the dtype of the files."""
+"""Logits by mlx-lm on the CPU, in float32: there it adds up products in the dtype of the files, float16 too.
+
+Of SmolLM2 in 4 bits float16 sums alone are a relative error of 0.08, bit by bit what adding in float16 gives.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,8 @@ from mlx_lm.utils import load_model
 
 def logits(folder: str, tokens: np.ndarray) -> np.ndarray:
     model, _ = load_model(Path(folder))
-    return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
+    model.set_dtype(mx.float32)
+    return np.array(model(mx.array(tokens)[None])[0])
 
 
 if __name__ == "__main__":
