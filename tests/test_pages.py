@@ -20,6 +20,11 @@ def test_tables_are_written_from_the_results_files(page: Path) -> None:
     assert tables.rewritten(text) == text, "run `python -m benchmarks.tables`"
 
 
+def test_no_two_tables_have_one_name() -> None:
+    of_parts = (part.TABLES for part in (tables.quality, tables.speed, tables.gguf, tables.targets))
+    assert len(tables.TABLES) == sum(map(len, of_parts))
+
+
 def test_a_table_that_was_edited_by_hand_is_noticed() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     edited = page.replace("0.270", "0.170")
