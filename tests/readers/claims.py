@@ -33,6 +33,7 @@ class Claim:
 FLOAT16, BFLOAT16 = 1e-2, 2.5e-2
 CLAIMS = [
     Claim("transformers", "compressed-tensors", 1e-3),  # 1e-6, but zero points are read in float16
+    Claim("vLLM", "vllm", 1e-5),
     Claim("mlx-lm", "mlx", 1e-5),
     Claim("mlx-lm", "awq", FLOAT16),
     Claim("auto-round", "auto-round", FLOAT16),

@@ -1,7 +1,8 @@
 """Other runtimes that load folders, each in a virtual environment of its own: their packages exclude each other.
 
 To add one: NAME.txt, the packages of its environment, all of them; a script in scripts/ that calls `answer`; a row in
-READERS; and what it reads, in claims.py. `make readers` makes .readers/NAME, where quantc is not installed.
+READERS; and what it reads, in claims.py. `make readers` makes .readers/NAME, where quantc is not installed, but in
+that of vLLM.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ READERS = {
     "auto-round": Reader("auto-round", "read_transformers.py"),
     "GPTQModel": Reader("gptqmodel", "read_gptqmodel.py"),
     "transformers with GPTQModel": Reader("gptqmodel", "read_transformers.py"),
+    "vLLM": Reader("vllm", "read_vllm.py"),
+    "vLLM in two processes": Reader("vllm", "read_vllm.py", each=180, variables={"PROCESSES": "2"}),
+    "vLLM compiled": Reader("vllm", "read_vllm.py", each=180, variables={"COMPILE": "1"}),
+    "vLLM's text": Reader("vllm", "generate_vllm.py"),
 }
 
 

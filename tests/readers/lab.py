@@ -34,9 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(name: str, folder: Path) -> Path:
-    """Save the model of a name in float32, with its tokenizer."""
-    return save_with_tokenizer(build(name, **MODELS[name]), folder)
+def save(name: str, folder: Path, differs: dict[str, Any] | None = None) -> Path:
+    """Save the model of a name in float32, with its tokenizer. differs: what it has otherwise than in MODELS."""
+    return save_with_tokenizer(build(name, **(MODELS[name] if differs is None else differs)), folder)
 
 
 def quantize(model: Path | str, out: Path, **settings: Any) -> None:

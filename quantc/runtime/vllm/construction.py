@@ -16,7 +16,10 @@ Listener = Callable[[nn.Module, str, nn.Module], None]
 
 
 class Construction:
-    """listeners: called with parent, name and child for every module that is put into another, once it has started."""
+    """listeners: called with parent, name and child for every module that is put into another, once it has started.
+
+    One model only: after `stop`, `start` does nothing, as vLLM asks about layers later too, while other models are built.
+    """
 
     def __init__(self, listeners: Sequence[Listener]):
         self._listeners = listeners
@@ -24,14 +27,14 @@ class Construction:
 
     def start(self) -> None:
         """Begin to follow; calling it again does nothing."""
-        if self._hook is None and self._listeners:
+        if self._hook is None:
             self._hook = register_module_module_registration_hook(self._registered)
 
     def stop(self) -> None:
         """Stop following: the model is built."""
+        self._listeners = ()
         if self._hook is not None:
             self._hook.remove()
-            self._hook = None
 
     def _registered(self, parent: nn.Module, name: str, module: nn.Module | None) -> None:
         if module is not None:
