@@ -18,7 +18,7 @@ Listener = Callable[[nn.Module, str, nn.Module], None]
 class Construction:
     """listeners: called with parent, name and child for every module that is put into another, once it has started.
 
-    One model only: after `stop`, `start` does nothing, as vLLM asks about layers later too, while other models are built.
+    One model only: vLLM asks about layers later too, while others are built, and then `start` does nothing.
     """
 
     def __init__(self, listeners: Sequence[Listener]):
