@@ -15,6 +15,8 @@ from .base import Experts, Scheme
 from .places import STACKED_LEAVES, Place, expert_of
 
 WORD_BITS = 32
+# What readers call the matrices of an expert. auto-round 0.16 in transformers draws weights at random for other names.
+LEAVES = {"mlx": frozenset(STACKED_LEAVES), "auto-round": frozenset(STACKED_LEAVES.values())}
 # Layers that runtimes multiply as one (vLLM's packed_modules_mapping).
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
@@ -42,9 +44,13 @@ def misfit_of(
 
 def _misfit_of_stack(entry: PackedEntry, places: Sequence[Place], runtime: Runtime, target: str) -> Misfit | None:
     leaves = {expert_of(place.rows)[1] for place in places if place.rows is not None}
-    if not leaves or (runtime.container == "mlx" and not leaves <= set(STACKED_LEAVES)):
+    if not leaves:
         reason = f"it is a stack of experts that published models of its kind do not store one by one, as {target} does"
         return Misfit(reason, "with --pin '*{name}=16'")
+    unknown = sorted(leaves - LEAVES.get(runtime.container, leaves))
+    if unknown:
+        reason = f"its experts have a matrix {unknown[0]}, which readers of {target} do not find"
+        return Misfit(reason, "with --target vllm")
     why, instead = runtime.why_no_experts(entry.spec)
     return Misfit(f"it is a stack of experts {why}", f"with {instead}") if why else None
 
