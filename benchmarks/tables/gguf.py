@@ -61,6 +61,8 @@ def _grid(row: dict[str, Any]) -> dict[str, str]:
     nearest, fed_back = (_on_model(row["grid"], "stories15M", method) for method in ("rtn", "gptq"))
     spec = spec_of_label(row["grid"])
     readers = ["quantc", *(["llama.cpp"] if spec and spec.code in RUNTIMES["gguf"].codes else [])]
+    if row["grid"] in RUNTIMES["compressed-tensors"].others:
+        readers.append("transformers, vLLM")
     return {
         "grid": f"`{row['grid']}`", "bits/weight": f"{row['bits_per_weight']:.3f}", "Gaussian": _error(row["error"]),
         "linears, to nearest": _error(nearest.get("error")), "linears, GPTQ": _error(fed_back.get("error")),

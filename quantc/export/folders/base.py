@@ -64,12 +64,14 @@ class Experts:
 class Described:
     """What a model's config is to say.
 
-    schemes: module -> how its weight is stored. experts: those of every block that has some. floats: modules with a
-    matrix of floats. blocks: names of the lists of blocks. splits_floats: whether experts of floats are stored one by
-    one too. settings: the content of the checkpoint's config.json.
+    schemes: module -> how its weight is stored. aliases: module -> its name in transformers' code, where another.
+    experts: those of every block that has some. floats: modules with a matrix of floats. blocks: names of the lists of
+    blocks. splits_floats: whether experts of floats are stored one by one too. settings: the content of the
+    checkpoint's config.json.
     """
 
     schemes: Mapping[str, Scheme]
+    aliases: Mapping[str, str]
     experts: tuple[Experts, ...]
     floats: tuple[str, ...]
     blocks: tuple[str, ...]

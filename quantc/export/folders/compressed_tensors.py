@@ -48,7 +48,8 @@ class CompressedTensors(FolderContainer):
         by_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in [*described.schemes.items(), *patterns]:
             if scheme is not None:
-                by_scheme.setdefault(scheme, []).append(name)
+                both = dict.fromkeys((described.aliases.get(name, name), name))
+                by_scheme.setdefault(scheme, []).extend(both)
         alone, forms = len(by_scheme) == 1, {_form(scheme) for scheme in by_scheme}
         groups = {
             f"group_{number}": _group(scheme, ["Linear"] if alone else names)

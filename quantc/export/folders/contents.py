@@ -45,10 +45,10 @@ class Contents:
         self.experts = self._experts()
         linears = self._places.linears()
         check_together(self.schemes, self.experts, linears.values(), runtime, target)
-        # by both names: one reader knows modules by that of its own code, another by that of published models
-        self.floats = tuple(dict.fromkeys(
-            name for pair in linears.items() if pair[1] not in self.schemes for name in pair
-        ))  # fmt: skip
+        # one reader knows modules by the names of its own code, another by those of published models
+        self.aliases = {name: own for own, name in linears.items() if own != name}
+        floats = [name for name in linears.values() if name not in self.schemes]
+        self.floats = tuple(dict.fromkeys(each for name in floats for each in (self.aliases.get(name, name), name)))
         self.units = shared_units(self.places, self._unit_of, target) if runtime.fused else {}
         parts = {f"{prefix}.{part}" for prefix, entry in reader.entries.items() for part in entry.layout()}
         self._plain = [name for name in reader.slices() if name not in parts]

@@ -64,7 +64,8 @@ def _misfit_of_codes(entry: PackedEntry, runtime: Runtime, target: str) -> Misfi
     group = spec.group_length(entry.shape)
     if k % group or not (group in runtime.groups or (group == k and -1 in runtime.groups)):
         held = _listed([length for length in runtime.groups if length > 0])
-        return Misfit(f"it has groups of {group} of {k} inputs, and {target} holds {held}", "with --group-size 32")
+        remedy = "with --group-size 32" if k % 32 == 0 else "with --pin '*{name}=16'"
+        return Misfit(f"it has groups of {group} of {k} inputs, and {target} holds {held}", remedy)
     return None
 
 

@@ -128,7 +128,8 @@ def _describe(reader: CheckpointReader, contents: Contents, target: str) -> Desc
     blocks = tuple(dict.fromkeys(found[1] for name in names if (found := BLOCK.match(name))))
     settings = _without_packing(reader.config)
     splits = RUNTIMES[target].splits_floats
-    return Described(contents.schemes, contents.experts, contents.floats, blocks, splits, settings)
+    schemes, experts = contents.schemes, contents.experts
+    return Described(schemes, contents.aliases, experts, contents.floats, blocks, splits, settings)
 
 
 def _without_packing(config: dict[str, Any]) -> dict[str, Any]:

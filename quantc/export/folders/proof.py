@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...checkpoint.reader import CheckpointReader
 from ...errors import CheckpointError, ModelError, in_one_sentence
-from ...frontend.auto import first_line
+from ...frontend.auto import auto_class, first_line
 from ...frontend.folder import FolderSource
 from ...frontend.source import quiet_transformers
 from ...numerics.qtensor import QTensor
@@ -117,11 +117,11 @@ def ask_transformers(
         return None, f"nothing was verified by another runtime: {short}"
     progress.stage("Comparing logits", 1)
     model = read_model(reader, torch.float32).eval()
-    tokens = probe_tokens(tokenizer_of(reader.folder), model.config)
-    expected = logits_of(model, tokens)
+    tokens = probe_tokens(tokenizer_of(reader.folder), model.config.get_text_config())
+    expected, auto = logits_of(model, tokens), auto_class(model.config)
     del model
     with quiet_transformers(), redirect_stderr(StringIO()), in_one_sentence(_not_loaded):  # the reader shows progress
-        other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        other = auto.from_pretrained(folder, dtype=torch.float32).eval()
         found = logits_of(_decompressed(other), tokens)
     agreement = measure(expected, found, None)
     if not agreement.error <= MOST_ERROR:
