@@ -50,6 +50,7 @@ class Contents:
         floats = [name for name in linears.values() if name not in self.schemes]
         self.floats = tuple(dict.fromkeys(each for name in floats for each in (self.aliases.get(name, name), name)))
         self.units = shared_units(self.places, self._unit_of, target) if runtime.fused else {}
+        self.rounded: set[str] = set()  # layers that lose bits of their smallest scales in such a unit
         parts = {f"{prefix}.{part}" for prefix, entry in reader.entries.items() for part in entry.layout()}
         self._plain = [name for name in reader.slices() if name not in parts]
 
@@ -89,7 +90,16 @@ class Contents:
             for place in places:
                 own = parts if place.rows is None else {part: each[place.rows.expert] for part, each in parts.items()}
                 tensor = place.cut(format_of(entry.spec).unpack(own, entry.spec, entry.shape))
-                yield place, in_unit(tensor, self.units[place.name]) if place.name in self.units else tensor
+                yield place, self._in_unit(place.name, tensor)
+
+    def _in_unit(self, name: str, tensor: QTensor) -> QTensor:
+        """Return a weight with NVFP4 scales in the unit of the layers it is fused with; note what that rounds."""
+        if name not in self.units:
+            return tensor
+        moved = in_unit(tensor, self.units[name])
+        if not torch.equal(moved.dequantize(), tensor.dequantize()):
+            self.rounded.add(name)
+        return moved
 
     def packed_parts(self, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Yield the container's tensors of every module of the folder, by its name. dtype: of scales."""

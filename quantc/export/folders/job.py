@@ -22,6 +22,7 @@ from ...frontend.source import quiet_transformers
 from ...planning.targets import RUNTIMES
 from ...progress import Progress
 from ...runtime.load import stored_dtype
+from ...units import plural
 from ...version import __version__
 from ..probe import Agreement
 from . import proof
@@ -187,12 +188,18 @@ def _manifest(reader: CheckpointReader, target: str) -> dict[str, Any]:
 
 
 def _notes(reader: CheckpointReader, contents: Contents, dtype: torch.dtype) -> list[str]:
-    stored = stored_dtype(reader.config)
+    stored, found = stored_dtype(reader.config), []
+    if contents.rounded:
+        layers = plural(len(contents.rounded), "layer")
+        found.append(
+            f"the smallest NVFP4 scales of {layers} were rounded, to share a unit with layers multiplied at once"
+        )
     if not contents.keeps_dtype or dtype == stored:
-        return []
+        return found
     return [
+        *found,
         f"the model's floats were {_name(stored)} and are {_name(dtype)}: readers keep scales in the model's dtype, "
-        f"and {_name(stored)} would round them"
+        f"and {_name(stored)} would round them",
     ]
 
 

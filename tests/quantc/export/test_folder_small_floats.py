@@ -92,7 +92,8 @@ def test_a_note_says_what_transformers_needs(tmp_path: Path) -> None:
 def test_layers_that_vllm_multiplies_at_once_share_a_unit(tmp_path: Path) -> None:
     model = build("qwen3")
     with torch.no_grad():
-        model.get_submodule("model.layers.0.self_attn.k_proj").weight.mul_(0.2)
+        keys = model.get_submodule("model.layers.0.self_attn.k_proj").weight.mul_(0.2)
+        keys[0] *= 4e-5  # whose scales are below the normal numbers of E4M3
         model.get_submodule("model.layers.0.mlp.up_proj").weight.mul_(3.0)
     save_with_tokenizer(model, tmp_path / "model")
     quantize: dict[str, Any] = {"formats": ["nvfp4"], "preset": "fast", "method": "rtn"}
@@ -104,6 +105,8 @@ def test_layers_that_vllm_multiplies_at_once_share_a_unit(tmp_path: Path) -> Non
     for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
         units = {float(tensors[f"model.layers.0.{name}.weight_global_scale"]) for name in names}
         assert len(units) == 1
+    assert exported.notes == ["the smallest NVFP4 scales of 1 layer were rounded, to share a unit with layers "
+                              "multiplied at once"]  # fmt: skip
     quantc.quantize(tmp_path / "model", out=tmp_path / "free", head_bits="keep", **quantize)
     with pytest.raises(UsageError, match="their NVFP4 scales have different units; .* with --target vllm"):
         quantc.export(tmp_path / "free", to="vllm", out=tmp_path / "out2")
