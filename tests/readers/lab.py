@@ -10,10 +10,12 @@ import torch
 
 import quantc
 from quantc.export.probe import logits_of, measure
+from quantc.report import Report
 from tests.helpers import save_with_tokenizer
 from tests.quantc.export.tiny import build
 from tests.readers import environments
 
+Expected = tuple[torch.Tensor, Path]
 TOKENS = torch.arange(1, 41)
 # Rows of whole groups of 128; a rotary base that is no reader's default, so that one who does not find it shows.
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
@@ -45,14 +47,22 @@ def quantize(model: Path | str, out: Path, **settings: Any) -> None:
     quantc.quantize(model, out=out, **{**usual, **settings})
 
 
-def exported(model: Path, target: str, out: Path, **settings: Any) -> tuple[torch.Tensor, Path]:
-    """Quantize a model and export it; return quantc's logits (T, V) of TOKENS and the new folder."""
-    quantize(model, out / "packed", **settings)
+def rotate_heads(model: Path, out: Path) -> Report:
+    """Quantize a model after rotating the outputs of attention by the weights before and behind them."""
+    quantize(model, out / "plain", bits=4, symmetric=True)
+    recipe = out / "recipe.yaml"
+    recipe.write_text("version: 1\npasses: [{rotate: {value: folded}}, quantize]\n")
+    text = {"calib": str(model / "text.txt"), "samples": 2, "seq_len": 32}
+    return quantc.quantize(model, out=out / "packed", plan=out / "plain/plan.yaml", recipe=str(recipe), **text)
+
+
+def exported(target: str, out: Path) -> Expected:
+    """Export out/packed; return quantc's logits (T, V) of TOKENS and the new folder."""
     quantc.export(out / "packed", to=target, out=out / "folder")
     return logits_of(quantc.load(out / "packed", dtype=torch.float32).eval(), TOKENS), out / "folder"
 
 
-def disagreements(reader: str, expected: Mapping[str, tuple[torch.Tensor, Path]], most: float) -> str:
+def disagreements(reader: str, expected: Mapping[str, Expected], most: float) -> str:
     """Return a line for each folder whose logits by a reader differ by more than that, or which it does not read."""
     answers = environments.ask(reader, [folder for _, folder in expected.values()], TOKENS)
     wrong = []

@@ -17,12 +17,14 @@ import quantc
 from quantc.cli import main
 from quantc.cli.options import TARGETS
 from quantc.errors import CheckpointError, UsageError
+from quantc.evaluation import llama_cpp
 from quantc.export.folders.job import CONTAINERS
 from quantc.numerics.qtensor import QTensor
 from quantc.planning.targets import RUNTIMES
 from quantc.runtime.modules import unpack
 from tests.helpers import save_with_tokenizer, thinned
 from tests.quantc.export.tiny import build
+from tests.readers.lab import rotate_heads
 
 TOKENS = torch.arange(1, 30)[None]
 
@@ -121,6 +123,17 @@ def test_a_group_as_long_as_some_rows_is_one_of_that_length(tmp_path: Path) -> N
     assert set(json.loads((tmp_path / "packed-mlx/config.json").read_text())["quantization"]) == {
         "bits", "group_size", "mode", "lm_head"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "gguf"])
+def test_rotations_in_the_weights_around_heads_are_in_the_file(target: str, tmp_path: Path) -> None:
+    report = rotate_heads(save_with_tokenizer(build("llama"), tmp_path / "model"), tmp_path)
+    assert report.rewrites == {"rotate": {"value": 2}}
+    exported = quantc.export(tmp_path / "packed", to=target, out=tmp_path / "out.gguf", tokenizer=target != "gguf")
+    if target == "gguf" and llama_cpp.missing() is not None:
+        pytest.skip(str(llama_cpp.missing()))
+    assert exported.agreement is not None
+    assert exported.agreement.error < (0.1 if target == "gguf" else 1e-5)  # llama.cpp has activations of 8 bits
 
 
 def test_scales_that_bfloat16_cannot_hold_make_a_model_of_float16(tmp_path: Path) -> None:
