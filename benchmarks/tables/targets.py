@@ -15,4 +15,35 @@ def runtimes() -> str:
     return markdown([{"target": f"`{row['target']}`", **{name: row[name] for name in COLUMNS}} for row in rows])
 
 
-TABLES = {"runtimes": runtimes}
+def runtimes_short() -> str:
+    """Return the same in few words."""
+    rows = []
+    for name, runtime in RUNTIMES.items():
+        long = described(name)
+        rows.append(
+            {
+                "target": f"`{name}`",
+                "bits": _ranges(runtime.bits) or long["bits"].replace(" to ", "–"),
+                "groups": long["groups"],
+                "zero points": long["zero points"],
+                "widths": long["widths"].partition(", ")[0].replace("; one with zero points", " if symmetric"),
+                "embedding, head": long["embedding, head"],
+                "rotations": "folded",
+                "how it is known": runtime.checked,
+            }
+        )
+    return markdown(rows)
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Return ascending numbers with runs of neighbours as ranges: 2–4, 8."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+TABLES = {"runtimes": runtimes, "runtimes-short": runtimes_short}

@@ -109,17 +109,21 @@ RUNTIMES = {
         keeps_dtype=True, expert_zeros=False, experts_alike=True, splits_floats=False,
         checked="tested: transformers 5.23 with compressed-tensors 0.20",
     ),
-    "gptq": Runtime("gptq", True, (2, 3, 4, 8), GROUPS, words="NK", checked="by reading: GPTQModel 7.6, vLLM 0.33"),
+    "gptq": Runtime(
+        "gptq", True, (2, 3, 4, 8), GROUPS, words="NK",
+        checked="tested: GPTQModel 7.6, alone and in transformers 5.23; by reading: vLLM 0.33",
+    ),
     "awq": Runtime(
-        "awq", True, (4,), GROUPS[:-1], mixed=False, words="N", checked="by reading: AutoAWQ 0.2, vLLM 0.33"
+        "awq", True, (4,), GROUPS[:-1], mixed=False, words="N",
+        checked="tested: GPTQModel 7.6, alone and in transformers 5.23, mlx-lm 0.32; by reading: vLLM 0.33",
     ),
     "auto-round": Runtime(
         "auto-round", True, (2, 3, 4, 8), GROUPS, zeros=False, words="NK",
-        checked="run once: transformers 5.23 with auto-round 0.16",
+        checked="tested: transformers 5.23 with auto-round 0.16; by reading: vLLM 0.33",
     ),
     "mlx": Runtime(
         "mlx", False, (2, 3, 4, 5, 6, 8), GROUPS[:-1], words="K", tables=True, keeps_dtype=True,
-        checked="run once: mlx-lm 0.32"
+        checked="tested: mlx-lm 0.32",
     ),
 }  # fmt: skip
 

@@ -32,11 +32,13 @@ class Claim:
 # kernel has scales and products in bfloat16. A zero point that is off by one gives 0.09 at 8 bits, and more below.
 FLOAT16, BFLOAT16 = 1e-2, 2.5e-2
 CLAIMS = [
-    Claim("transformers", "compressed-tensors", 1e-3),  # 1e-6, but zero points are read in float16
+    Claim(
+        "transformers with compressed-tensors", "compressed-tensors", 1e-3
+    ),  # 1e-6, but zero points are read in float16
     Claim("vLLM", "vllm", 1e-5),
     Claim("mlx-lm", "mlx", 1e-5),
     Claim("mlx-lm", "awq", FLOAT16),
-    Claim("auto-round", "auto-round", FLOAT16),
+    Claim("transformers with auto-round", "auto-round", FLOAT16),
     Claim("GPTQModel", "gptq", FLOAT16),
     Claim("GPTQModel", "awq", FLOAT16),
     Claim("transformers with GPTQModel", "gptq", BFLOAT16, several=False),

@@ -41,9 +41,9 @@ class Reader:
 
 
 READERS = {
-    "transformers": Reader("", "read_transformers.py"),
+    "transformers with compressed-tensors": Reader("", "read_transformers.py"),
     "mlx-lm": Reader("mlx", "read_mlx.py"),
-    "auto-round": Reader("auto-round", "read_transformers.py"),
+    "transformers with auto-round": Reader("auto-round", "read_transformers.py"),
     "GPTQModel": Reader("gptqmodel", "read_gptqmodel.py"),
     "transformers with GPTQModel": Reader("gptqmodel", "read_transformers.py"),
     "vLLM": Reader("vllm", "read_vllm.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantc.planning.targets import RUNTIMES
 from tests.readers import environments
 from tests.readers.claims import CLAIMS
 from tests.readers.environments import READERS, Reader, ask, require
 
 FOLDER = Path(__file__).parent
+OTHER_TESTS = ("gguf", "vllm")  # targets whose readers have tests of their own
 SCRIPT = """
 import sys, time, os
 sys.path.insert(0, {scripts!r})
@@ -51,6 +54,25 @@ def test_every_reader_has_packages_a_script_and_claims() -> None:
     for file in FOLDER.glob("*.txt"):
         lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
         assert all("==" in line for line in lines)
+
+
+def test_the_table_names_the_versions_that_are_tested() -> None:
+    for target, runtime in RUNTIMES.items():
+        tested = next((part for part in runtime.checked.split("; ") if part.startswith("tested: ")), "")
+        readers = {claim.reader for claim in CLAIMS if claim.target == target}
+        assert bool(readers) == bool(tested) or target in OTHER_TESTS, target
+        for reader in readers:
+            for package in reader.split(" with "):
+                assert f"{package} {version(reader, package)}" in tested, target
+
+
+def version(reader: str, package: str) -> str:
+    """Return the first two numbers of the version of a package in a reader's environment."""
+    environment = READERS[reader].environment
+    text = (FOLDER / f"{environment}.txt" if environment else FOLDER.parents[1] / "constraints.txt").read_text()
+    found = re.search(rf"^{package}(?:-cpu)?==(\d+\.\d+)", text, re.MULTILINE | re.IGNORECASE)
+    assert found, package
+    return found[1]
 
 
 @pytest.mark.usefixtures("toy")
