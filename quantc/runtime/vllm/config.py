@@ -27,7 +27,7 @@ from .linear import Member, PackedLinearMethod
 from .names import rename, renamed_parts
 from .table import PackedTableMethod
 
-LEAST_CAPABILITY = 70  # of a CUDA device that has the kernels' instructions
+LEAST_CAPABILITY = 75  # of a CUDA device that has the kernels' instructions
 HEADS = ("lm_head", "embed_out", "output")  # what models call the module of an untied head
 
 

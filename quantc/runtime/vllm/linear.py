@@ -46,6 +46,7 @@ class FloatMember:
             )
         cuts = [self._weight.narrow(cut.along, cut.start, cut.stop - cut.start) for cut in self._slices]
         weight = torch.cat(cuts) if cuts else self._weight
+        self._weight = None
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         module.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
         return module
