@@ -16,13 +16,14 @@ class Claim:
     """What a reader is asked to read.
 
     error: the most by which its logits may differ, relative to quantc's in float32; the reader's own arithmetic.
-    several: whether it reads several widths where the target has them.
+    several: whether it reads several widths where the target has them. experts: the models with experts that it reads.
     """
 
     reader: str
     target: str
     error: float
     several: bool = True
+    experts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.target} by {self.reader}"
@@ -32,15 +33,14 @@ class Claim:
 # kernel has scales and products in bfloat16. A zero point that is off by one gives 0.09 at 8 bits, and more below.
 FLOAT16, BFLOAT16 = 1e-2, 2.5e-2
 CLAIMS = [
-    Claim(
-        "transformers with compressed-tensors", "compressed-tensors", 1e-3
-    ),  # 1e-6, but zero points are read in float16
+    # 1e-6, but zero points are read in float16.
+    Claim("transformers with compressed-tensors", "compressed-tensors", 1e-3, experts=("qwen3_moe", "mixtral")),
     Claim("vLLM", "vllm", 1e-5),
-    Claim("mlx-lm", "mlx", 1e-5),
+    Claim("mlx-lm", "mlx", 1e-5, experts=("qwen3_moe", "mixtral")),
     Claim("mlx-lm", "awq", FLOAT16),
-    Claim("transformers with auto-round", "auto-round", FLOAT16),
-    Claim("GPTQModel", "gptq", FLOAT16),
-    Claim("GPTQModel", "awq", FLOAT16),
+    Claim("transformers with auto-round", "auto-round", FLOAT16, experts=("qwen3_moe",)),
+    Claim("GPTQModel", "gptq", FLOAT16, experts=("qwen3_moe",)),
+    Claim("GPTQModel", "awq", FLOAT16, experts=("qwen3_moe",)),
     Claim("transformers with GPTQModel", "gptq", BFLOAT16, several=False),
     Claim("transformers with GPTQModel", "awq", BFLOAT16),
 ]
@@ -65,3 +65,10 @@ def cells(claim: Claim) -> Iterator[tuple[str, Settings]]:
             yield f"several widths, {kind}", {"bits": widest, "symmetric": symmetric, "pins": pins}
     if runtime.tables:
         yield "packed tables", {"bits": 4, "symmetric": True, "head_bits": 8}
+
+
+def expert_cells(claim: Claim) -> Iterator[tuple[str, Settings]]:
+    """Yield how models with experts are stored: all alike, and where the target holds that, the experts otherwise."""
+    yield "alike", {"bits": 4, "symmetric": True}
+    if claim.several and RUNTIMES[claim.target].mixed:
+        yield "narrow experts", {"bits": 8, "symmetric": True, "pins": {"*experts*": 4}}

@@ -34,11 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {**WIDE, **ROPE},
     "gemma3": GEMMA,
 }
+EXPERTS: dict[str, dict[str, Any]] = {"qwen3_moe": {**WIDE, **ROPE}, "mixtral": {**WIDE, **ROPE}}
 
 
 def save(name: str, folder: Path, differs: dict[str, Any] | None = None) -> Path:
-    """Save the model of a name in float32, with its tokenizer. differs: what it has otherwise than in MODELS."""
-    return save_with_tokenizer(build(name, **(MODELS[name] if differs is None else differs)), folder)
+    """Save the model of a name in float32, with its tokenizer. differs: settings instead of those of the name."""
+    return save_with_tokenizer(build(name, **({**MODELS, **EXPERTS}[name] if differs is None else differs)), folder)
 
 
 def quantize(model: Path | str, out: Path, **settings: Any) -> None:

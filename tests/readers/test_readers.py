@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.readers import environments, lab
-from tests.readers.claims import CLAIMS, Claim, cells
+from tests.readers.claims import CLAIMS, Claim, cells, expert_cells
 
 pytestmark = pytest.mark.slow
 
@@ -33,4 +33,17 @@ def test_every_architecture(claim: Claim, tmp_path: Path) -> None:
         model = lab.save(name, tmp_path / name / "model")
         lab.quantize(model, tmp_path / name / "packed", bits=4, symmetric=True)
         expected[name] = lab.exported(claim.target, tmp_path / name)
+    assert lab.disagreements(claim.reader, expected, claim.error) == ""
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.experts], ids=str)
+def test_models_with_experts(claim: Claim, tmp_path: Path) -> None:
+    environments.require(claim.reader)
+    expected = {}
+    for name in claim.experts:
+        model = lab.save(name, tmp_path / name / "model")
+        for stored, settings in expert_cells(claim):
+            out = tmp_path / name / stored
+            lab.quantize(model, out / "packed", **settings)
+            expected[f"{name}, {stored}"] = lab.exported(claim.target, out)
     assert lab.disagreements(claim.reader, expected, claim.error) == ""

@@ -8,6 +8,7 @@ import torch
 
 from ...numerics.qtensor import QTensor
 from .base import Described, FolderContainer, zero_codes
+from .gptq import notes_of_experts
 from .older_config import older_settings
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output whose code is nibble i of a word (AutoAWQ, utils/packing_utils.py)
@@ -38,6 +39,9 @@ class Awq(FolderContainer):
             "modules_to_not_convert": inner or None,
         }
         return {"quantization_config": settings, **older_settings(described.settings)}
+
+    def notes(self, described: Described) -> list[str]:
+        return notes_of_experts(described)
 
 
 def _in_order(codes: torch.Tensor) -> torch.Tensor:

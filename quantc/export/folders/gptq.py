@@ -14,6 +14,7 @@ import torch
 from ...numerics.qtensor import QTensor
 from ...version import __version__
 from .base import Described, FolderContainer, Scheme, zero_codes
+from .places import STACKED_LEAVES
 from .words import columns_in_words, rows_in_words
 
 
@@ -38,7 +39,18 @@ class Gptq(FolderContainer):
             found.append("several widths (`dynamic`) are loaded by GPTQModel and vLLM, not by transformers")
         if not described.common.symmetric:
             found.append("vLLM loads no GPTQ checkpoint with zero points; --to awq or compressed-tensors is for it")
-        return found
+        return found + notes_of_experts(described)
+
+
+def notes_of_experts(described: Described) -> list[str]:
+    """Return who reads the experts of GPTQ's and AWQ's containers; tried with GPTQModel 7.6 and transformers 5.23."""
+    leaves = {leaf for experts in described.experts for leaf in experts.schemes}
+    if not leaves:
+        return []
+    if leaves <= set(STACKED_LEAVES.values()):
+        return ["GPTQModel itself reads the experts; transformers with GPTQModel does not, and draws them at random"]
+    unknown = min(leaves - set(STACKED_LEAVES.values()))
+    return [f"GPTQModel and transformers with it do not find experts with a matrix {unknown}, and draw them at random"]
 
 
 def gptq_parts(tensor: QTensor, less_one: bool) -> dict[str, torch.Tensor]:

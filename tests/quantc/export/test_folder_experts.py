@@ -46,6 +46,14 @@ def test_transformers_computes_the_same(model: str, stored: str, tmp_path: Path)
     assert torch.allclose(logits(other), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+def test_a_note_says_who_reads_experts(target: str, tmp_path: Path) -> None:
+    for model, said in (("qwen3_moe", "GPTQModel itself reads the experts"), ("mixtral", "experts with a matrix w1")):
+        packed = checkpoint(tmp_path / model, model, symmetric=True)
+        exported = quantc.export(packed, to=target, out=tmp_path / model / "out")
+        assert any(said in note for note in exported.notes)
+
+
 @pytest.mark.parametrize(("model", "target"), [*product(MODELS, ["vllm", "gptq", "awq"]), ("qwen3_moe", "auto-round")])
 def test_the_reader_of_other_tools_folders_finds_every_expert(target: str, model: str, tmp_path: Path) -> None:
     packed = checkpoint(tmp_path, model, symmetric=True)
