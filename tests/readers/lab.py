@@ -23,6 +23,8 @@ ROPE: dict[str, Any] = {"rope_parameters": {"rope_theta": 5e4, "rope_type": "def
 PLAIN: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
 # 64 wide: mlx-lm scales its embedding by the root of the width in bfloat16, which is exact for 8 and not for 11.3.
 GEMMA: dict[str, Any] = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
     "rope_parameters": {
         "full_attention": {"rope_theta": 5e4, "rope_type": "default"},
         "sliding_attention": {"rope_theta": 3e3, "rope_type": "default"},
