@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -113,8 +113,9 @@ class Formats:
         for name, spec in found.items():
             if spec is not None and not rules.allows(name, spec):
                 raise UsageError(
-                    f"{name} would be stored as {format_label(spec)}, but only {', '.join(rules.formats)} may be used; "
-                    "change --bits and --group-size, or pass --avg-bits to have formats chosen."
+                    f"{name} would be stored as {format_label(spec)}, but only "
+                    f"{', '.join(_near(format_label(spec), rules.formats))} may be used; change --bits and "
+                    "--group-size, or pass --avg-bits to have formats chosen."
                 )
         self._check_alike(found)
         return found
@@ -168,11 +169,9 @@ class Formats:
         loaded = (*runtime.formats(config.symmetric), *runtime.others)
         refused = [label for label in labels if label not in loaded]
         if refused:
-            width = refused[0].partition("g")[0]
-            near = [label for label in loaded if label.partition("g")[0] == width] or loaded
             raise UsageError(
-                f"{config.target} does not load {refused[0]}; it loads {', '.join(near)}; `quantc targets "
-                f"{config.target}` lists all."
+                f"{config.target} does not load {refused[0]}; it loads {', '.join(_near(refused[0], loaded))}; "
+                f"`quantc targets {config.target}` lists all."
             )
         return Rules(config.pins, labels or runtime.formats(config.symmetric), runtime.fused, runtime.experts_alike)
 
@@ -217,3 +216,9 @@ def _single_format(config: AllocateConfig) -> QuantSpec | None:
 
 def _divides(spec: QuantSpec, linear: Linear) -> bool:
     return spec.grid.divides(linear.shape[1])
+
+
+def _near(label: str, labels: Sequence[str]) -> Sequence[str]:
+    """Return those of many formats that have the width of a label, or all where none has."""
+    width = label.partition("g")[0]
+    return [each for each in labels if each.partition("g")[0] == width] or labels

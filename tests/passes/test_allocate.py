@@ -236,7 +236,7 @@ def test_an_option_replaces_the_budget_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_a_width_for_all_holds_to_the_formats_too(saved: Path) -> None:
-    with pytest.raises(UsageError, match="would be stored as w3g16, but only w4g32, .* may be used"):
+    with pytest.raises(UsageError, match="would be stored as w3g16, but only w3g32, .* may be used"):
         quantize_saved(saved, bits=3, group_size=16, target="vllm", force=True)
     report = quantize_saved(saved, bits=4, group_size=32, target="vllm", force=True)
     assert {item.spec.label() for item in report.linears} == {"w4g32"}
