@@ -28,7 +28,7 @@ GEMMA: dict[str, Any] = {
     "rope_parameters": {
         "full_attention": {"rope_theta": 5e4, "rope_type": "default"},
         "sliding_attention": {"rope_theta": 3e3, "rope_type": "default"},
-    }
+    },
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**WIDE, **ROPE, **PLAIN},
