@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import quantc
 from quantc.errors import UsageError
@@ -18,7 +17,7 @@ from quantc.frontend.folder import FolderSource
 from quantc.planning.targets import RUNTIMES, described
 from quantc.runtime.modules import unpack
 from tests.helpers import save_with_tokenizer, thinned
-from tests.quantc.export.test_folders import checkpoint, logits
+from tests.quantc.export.test_folders import check_with_transformers, checkpoint
 from tests.quantc.export.tiny import build
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -38,12 +37,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("model", "stored"), [(model, stored) for model in MODELS for stored in SETTINGS])
 def test_transformers_computes_the_same(model: str, stored: str, tmp_path: Path) -> None:
     packed = checkpoint(tmp_path, model, symmetric=True, **SETTINGS[stored])
-    exported = quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
-    assert exported.agreement is not None
-    assert exported.agreement.error < 1e-5
-    other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    expected = logits(quantc.load(packed, dtype=torch.float32))
-    assert torch.allclose(logits(other), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    check_with_transformers(packed, tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", ["gptq", "awq"])

@@ -38,6 +38,16 @@ def checkpoint(folder: Path, model: str = "llama", dtype: torch.dtype = torch.fl
     return folder / "packed"
 
 
+def check_with_transformers(packed: Path, out: Path) -> None:
+    """Export a checkpoint to compressed-tensors: transformers computes quantc's logits from the folder."""
+    exported = quantc.export(packed, to="compressed-tensors", out=out)
+    assert exported.agreement is not None
+    assert exported.agreement.error < 1e-5
+    other = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    expected = logits(quantc.load(packed, dtype=torch.float32))
+    assert torch.allclose(logits(other), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits.float()
@@ -56,12 +66,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 )
 def test_transformers_computes_the_same_from_compressed_tensors(model: str, stored: str, tmp_path: Path) -> None:
     packed = checkpoint(tmp_path, model, **SETTINGS[stored])
-    exported = quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
-    assert exported.agreement is not None
-    assert exported.agreement.error < 1e-5
-    other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    expected = logits(quantc.load(packed, dtype=torch.float32))
-    assert torch.allclose(logits(other), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    check_with_transformers(packed, tmp_path / "out")
     with pytest.raises(UsageError, match="exists already"):
         quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
     quantc.export(packed, to="compressed-tensors", out=tmp_path / "out", force=True)
@@ -134,40 +139,6 @@ def test_rotations_in_the_weights_around_heads_are_in_the_file(target: str, tmp_
         pytest.skip(str(llama_cpp.missing()))
     assert exported.agreement is not None
     assert exported.agreement.error < (0.1 if target == "gguf" else 1e-5)  # llama.cpp has activations of 8 bits
-
-
-def test_scales_that_bfloat16_cannot_hold_make_a_model_of_float16(tmp_path: Path) -> None:
-    packed = checkpoint(tmp_path, dtype=torch.bfloat16, symmetric=True)
-    exported = quantc.export(packed, to="compressed-tensors", out=tmp_path / "out")
-    assert exported.dtype == "float16"
-    assert any("readers keep scales in the model's dtype" in note for note in exported.notes)
-    assert quantc.export(packed, to="gptq", out=tmp_path / "gptq").dtype == "bfloat16"
-
-
-@pytest.mark.parametrize("target", ["compressed-tensors", "vllm", "mlx"])
-def test_a_model_of_bfloat16_stays_one_where_it_was_made_for_the_target(target: str, tmp_path: Path) -> None:
-    packed = checkpoint(tmp_path, "qwen3", torch.bfloat16, symmetric=True, bits=8, target=target)
-    exported = quantc.export(packed, to=target, out=tmp_path / "out")
-    assert exported.dtype == "bfloat16"
-    assert exported.notes == ([] if exported.agreement else exported.notes[-1:])
-    tensors = load_file(next((tmp_path / "out").glob("*.safetensors")))
-    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.bfloat16}
-    assert "scale_dtype" not in (packed / "config.json").read_text()
-    assert "scale_dtype: bfloat16" in (packed / "plan.yaml").read_text()
-    again = {"plan": packed / "plan.yaml", "preset": "fast", "method": "rtn"}
-    quantc.quantize(tmp_path / "model", out=tmp_path / "again", **again)
-    assert quantc.export(tmp_path / "again", to=target, out=tmp_path / "out2").dtype == "bfloat16"
-
-
-@pytest.mark.parametrize("recipe", ["gptq", "tuned", "budget"])
-def test_scales_stay_of_bfloat16_through_every_pass(recipe: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"method": None, "calib": str(tmp_path / "model/text.txt"), "samples": 4, "seq_len": 32}
-    if recipe == "tuned":
-        settings |= {"preset": "best", "tune_steps": 2}
-    if recipe == "budget":
-        settings |= {"bits": None, "group_size": None, "avg_bits": 5.0}
-    packed = checkpoint(tmp_path, "qwen3", torch.bfloat16, symmetric=True, target="vllm", **settings)
-    assert quantc.export(packed, to="vllm", out=tmp_path / "out").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
