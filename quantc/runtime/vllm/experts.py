@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from ...checkpoint.config import PackedEntry
 from ...errors import CheckpointError
-from .members import Loading, table_of
+from .members import Loading, never_came, table_of
 
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 LIBRARY.define("experts(Tensor x, Tensor shares, Tensor chosen, str name) -> Tensor")
@@ -87,10 +87,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             self._stacks[leaf] = table_of(*weight, self._dtype, self._device)
         layer.packed = nn.ModuleDict(self._stacks)
         if missing := {GATE_UP, DOWN} - set(self._loading) - set(self._floats):
-            raise CheckpointError(
-                f"the files have no tensor {self._name}.{min(missing)}, which the model needs; copy the checkpoint "
-                "again."
-            )
+            raise never_came(f"{self._name}.{min(missing)}")
         self._check()
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinea
 
 from ...checkpoint.config import PackedEntry
 from ...errors import CheckpointError
-from .members import Loading, Slice, expect, forget, join, linear_of
+from .members import Loading, Slice, expect, forget, join, linear_of, never_came
 
 SHARDS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the members of its QKVParallelLinear
 
@@ -34,6 +34,10 @@ class FloatMember:
         self.name, self._slices = name, slices
         self._weight: torch.Tensor | None = None
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtype of the weight, which any of the model's may be loaded into."""
+        return {"weight": torch.get_default_dtype()}
+
     def take(self, part: str, tensor: torch.Tensor) -> None:
         """Keep the weight."""
         self._weight = tensor.clone()
@@ -41,9 +45,7 @@ class FloatMember:
     def finish(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Return the module that multiplies with it; raises CheckpointError where it never came."""
         if self._weight is None:
-            raise CheckpointError(
-                f"the files have no tensor {self.name}.weight, which the model needs; copy the checkpoint again."
-            )
+            raise never_came(f"{self.name}.weight")
         cuts = [self._weight.narrow(cut.along, cut.start, cut.stop - cut.start) for cut in self._slices]
         weight = torch.cat(cuts) if cuts else self._weight
         self._weight = None
@@ -70,14 +72,11 @@ class PackedLinearMethod(LinearMethodBase):
     ) -> None:
         """Let a layer take the tensors of all members; raises CheckpointError for what it cannot run."""
         slices = self._slices(layer, input_size_per_partition, output_partition_sizes, input_size)
-        self._loading: list[Any] = []  # a Loading or a FloatMember for each member
-        for member, cuts in zip(self._members, slices, strict=True):
-            if member.entry is None:
-                self._loading.append(FloatMember(member.name, cuts))
-            else:
-                self._loading.append(Loading(member.name, member.entry, cuts))
-        layouts = [{"weight": params_dtype} if m.entry is None else _dtypes(m.entry) for m in self._members]
-        self._parts = {name: dtype for layout in layouts for name, dtype in layout.items()}
+        self._loading: list[Any] = [  # a Loading or a FloatMember for each member
+            FloatMember(member.name, cuts) if member.entry is None else Loading(member.name, member.entry, cuts)
+            for member, cuts in zip(self._members, slices, strict=True)
+        ]
+        self._parts = {name: dtype for each in self._loading for name, dtype in each.dtypes().items()}
         self._dtype = params_dtype
         expect(layer, self._parts, self._take)
 
@@ -92,24 +91,24 @@ class PackedLinearMethod(LinearMethodBase):
 
     def _slices(self, layer: Any, inputs: int, outputs: Sequence[int], all_inputs: int) -> list[tuple[Slice, ...]]:
         """Return for each member what of it this process has; raises CheckpointError where shapes do not agree."""
-        totals, starts = _totals(layer, outputs) if inputs == all_inputs else (list(outputs), [])
-        if len(self._members) == 1:  # it may hold all that the layer multiplies at once
-            totals = [sum(totals)]
+        if inputs != all_inputs:
+            start = layer.tp_rank * inputs
+            cuts, totals = [Slice(1, start, start + inputs)], list(outputs)
+        else:
+            cuts, totals = _output_slices(layer, outputs)
+        if len(self._members) < len(cuts):  # one holds all that the layer multiplies at once
+            before = [sum(totals[:number]) for number in range(len(totals))]
+            moved = (Slice(0, at + cut.start, at + cut.stop) for at, cut in zip(before, cuts, strict=True))
+            found, totals = [tuple(moved) if layer.tp_size > 1 else ()], [sum(totals)]
+        else:
+            found = [(cut,) for cut in cuts]
         for member, total in zip(self._members, totals, strict=True):
             if member.entry is not None and member.entry.shape != (total, all_inputs):
                 raise CheckpointError(
                     f"the checkpoint packs {member.name} as {member.entry.shape}, but vLLM's model has a weight of "
                     f"{(total, all_inputs)} there; config.json does not belong to these weights."
                 )
-        if inputs != all_inputs:
-            start = layer.tp_rank * inputs
-            return [(Slice(1, start, start + inputs),) for _ in self._members]
-        cuts = [Slice(0, start, start + size) for start, size in zip(starts, outputs, strict=True)]
-        if len(self._members) == len(cuts):
-            return [(cut,) for cut in cuts]
-        before = [sum(_totals(layer, outputs)[0][:number]) for number in range(len(cuts))]
-        moved = (Slice(0, at + cut.start, at + cut.stop) for at, cut in zip(before, cuts, strict=True))
-        return [tuple(moved) if layer.tp_size > 1 else ()]
+        return found
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put packed modules in place of the tensors that came."""
@@ -135,15 +134,11 @@ class PackedLinearMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-def _dtypes(entry: PackedEntry) -> dict[str, torch.dtype]:
-    return {name: part.dtype for name, part in entry.layout().items()}
-
-
-def _totals(layer: Any, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return, for parts of a layer's outputs of which this process has some, all outputs and where its own start."""
-    ranks, parts = [layer.tp_rank] * len(sizes), [layer.tp_size] * len(sizes)
+def _output_slices(layer: Any, sizes: Sequence[int]) -> tuple[list[Slice], list[int]]:
+    """Return what this process has of each part of a layer's outputs, and how many outputs the whole part has."""
+    ranks, shares = [layer.tp_rank] * len(sizes), [layer.tp_size] * len(sizes)
     if isinstance(layer, QKVParallelLinear):  # several processes have the same head of keys and values
         replicas = layer.num_kv_head_replicas
-        ranks[1:], parts[1:] = [layer.tp_rank // replicas] * 2, [layer.tp_size // replicas] * 2
-    totals = [size * count for size, count in zip(sizes, parts, strict=True)]
-    return totals, [rank * size for rank, size in zip(ranks, sizes, strict=True)]
+        ranks[1:], shares[1:] = [layer.tp_rank // replicas] * 2, [layer.tp_size // replicas] * 2
+    cuts = [Slice(0, rank * size, (rank + 1) * size) for rank, size in zip(ranks, sizes, strict=True)]
+    return cuts, [size * count for size, count in zip(sizes, shares, strict=True)]

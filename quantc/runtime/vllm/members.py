@@ -29,6 +29,11 @@ class Slice:
     stop: int
 
 
+def never_came(tensor: str) -> CheckpointError:
+    """Return the error for a tensor that the model needs and vLLM has not loaded."""
+    return CheckpointError(f"the files have no tensor {tensor}, which the model needs; copy the checkpoint again.")
+
+
 @dataclass
 class Loading:
     """A packed weight of which some tensors have come.
@@ -47,6 +52,10 @@ class Loading:
             if (reason := obstacle(self.entry.spec, self.entry.shape, cut.along, cut.start, cut.stop)) is not None:
                 raise CheckpointError(f"tensor parallelism cannot slice {self.name}: it {reason}.")
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtypes of the tensors that are to come."""
+        return {name: part.dtype for name, part in self.entry.layout().items()}
+
     def take(self, part: str, tensor: torch.Tensor) -> None:
         """Keep a tensor of the weight; raises CheckpointError for one that is not as the config says."""
         expected = self.entry.layout().get(part)
@@ -61,9 +70,7 @@ class Loading:
     def finish(self) -> list[tuple[PackedEntry, Parts]]:
         """Return the slices, each a packed weight of its own; raises CheckpointError for a tensor that never came."""
         if missing := [part for part in self.entry.layout() if part not in self.came]:
-            raise CheckpointError(
-                f"the files have no tensor {self.name}.{missing[0]}, which the model needs; copy the checkpoint again."
-            )
+            raise never_came(f"{self.name}.{missing[0]}")
         whole, parts = self.entry, self.came
         self.came = {}
         if all((cut.start, cut.stop) == (0, whole.shape[cut.along]) for cut in self.slices):

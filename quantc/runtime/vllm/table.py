@@ -29,7 +29,7 @@ class PackedTableMethod(QuantizeMethodBase):
         rows = layer.shard_indices
         cut = Slice(0, rows.org_vocab_start_index, rows.org_vocab_end_index)
         self._loading = Loading(self._name, self._entry, (cut,))
-        self._parts = {name: part.dtype for name, part in self._entry.layout().items()}
+        self._parts = self._loading.dtypes()
         self._dtype = params_dtype
         layer.weight = nn.Module()
         expect(layer.weight, self._parts, lambda part, tensor, _: self._loading.take(part, tensor))
