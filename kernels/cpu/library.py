@@ -19,7 +19,7 @@ import torch
 
 from ...errors import KernelError, UsageError
 
-VERSION = 8  # of the C interface in native/api.h and of images
+VERSION = 9  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
 FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them
@@ -49,6 +49,7 @@ _CAN_FAIL: dict[str, list[Any]] = {
     "pack": [_INT, _LONG, _LONG, _LONG, _INT, *[_POINTER] * 4, _LONG, _INT],
     "kept_bytes": [_INT, _LONG, _LONG, _LONG, _POINTER, _INT, _LONG_OUT],
     "pack_kept": [_INT, _LONG, _LONG, _LONG, _POINTER, _LONG, *[_POINTER] * 3, _INT, _POINTER, _LONG, _INT],
+    "round_trellis": [_INT, _INT, _LONG, _LONG, *[_POINTER] * 4, _LONG, _LONG, _POINTER, _POINTER, _INT],
     "image_shape": [_POINTER, _LONG, _LONG_OUT, _LONG_OUT],
     "matmul": [_BYTES, _INT, _POINTER, _LONG, _LONG, _INT, _INT, _INT],
     "rotate": [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT],
@@ -82,6 +83,7 @@ class Library:
     pack: Any
     kept_bytes: Any
     pack_kept: Any
+    round_trellis: Any
     image_shape: Any
     matmul: Any
     rotate: Any

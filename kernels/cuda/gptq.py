@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...numerics.grids import UniformColumns
-from ...numerics.rounding import COLUMN_BY_COLUMN, Sweep
+from ...numerics.grids import Columns, UniformColumns
+from ...numerics.rounding import Sweep
 from .launch import launch, refusal
 from .program import Budget, Launch, Program
 
@@ -21,12 +21,17 @@ class CudaPanel:
 
     columns = BEST_COLUMNS
 
+    def takes(self, columns: Columns) -> bool:
+        """See Panel in numerics/rounding.py: uniform grids alone."""
+        return type(columns) is UniformColumns
+
+    def nearest(self, columns: Columns, values: torch.Tensor) -> torch.Tensor:
+        """See Panel: the rows of uniform grids are not coded together."""
+        raise NotImplementedError
+
     def round(self, sweep: Sweep, low: int, high: int) -> None:
-        """See Panel in numerics/rounding.py; the kernel rounds to uniform grids, and torch to others."""
-        if type(sweep.columns) is UniformColumns:
-            launch(panel_launch(sweep, low, high))
-        else:
-            COLUMN_BY_COLUMN.round(sweep, low, high)
+        """See Panel."""
+        launch(panel_launch(sweep, low, high))
 
 
 def panel_for(device: torch.device) -> CudaPanel | None:

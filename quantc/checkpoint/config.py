@@ -17,7 +17,8 @@ VERSION = 1
 TURNED_VERSION = 2  # of checkpoints with a rotated residual stream, which readers of version 1 would get wrong
 UNEVEN_VERSION = 3  # of those with rows of two widths or dropped weights in some, the residual stream rotated or not
 BLOCK_VERSION = 4  # of those with weights on the block types of GGUF
-VERSIONS = (VERSION, TURNED_VERSION, UNEVEN_VERSION, BLOCK_VERSION)
+TRELLIS_VERSION = 5  # of those with trellis codes
+VERSIONS = (VERSION, TURNED_VERSION, UNEVEN_VERSION, BLOCK_VERSION, TRELLIS_VERSION)
 LARGEST = 2**31 - 1  # of any dimension: kernels count in 32 bits, and products of two stay below 2^63
 CHECKED_KEYS = ("version", "default", "modules", "residual_rotation")  # of quantization_config, by its own checksum
 

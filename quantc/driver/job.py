@@ -19,8 +19,8 @@ from ..frontend.companions import tokenizer_files
 from ..frontend.source import PathLike
 from ..graph.derive import derive
 from ..graph.model_graph import ModelGraph
-from ..kernels.cuda.gptq import panel_for
 from ..kernels.cuda.gram import products_for
+from ..kernels.rounding import panel_for
 from ..machine.devices import usable_device
 from ..numerics.basis import Rounding
 from ..passes.allocate import Allocate

@@ -37,7 +37,7 @@ class DenseFormat:
 
     def unpack(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
         arithmetic = arithmetic_of(spec.grid)
-        codes = arithmetic.unpack_codes(parts, shape[1])
+        codes = arithmetic.unpack_codes(parts, shape)
         parameters = arithmetic.unpack_parameters(parts, spec.scales_shape(shape)[1])
         return QTensor.of(spec, codes, parameters, **unpack_low_rank(parts))
 

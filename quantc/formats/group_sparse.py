@@ -55,7 +55,7 @@ class GroupSparseFormat:
         kept, arithmetic = kept_groups(parts, spec, shape), arithmetic_of(spec.grid)
         g, idle = spec.group_length(shape), arithmetic.idle(kept.shape, kept.device)
         codes = _zero_codes(arithmetic, idle, spec, g)
-        codes[kept] = arithmetic.unpack_codes(parts, g).reshape(-1, g)
+        codes[kept] = arithmetic.unpack_codes(parts, (spec.kept_groups(shape), g)).reshape(-1, g)
         stored = arithmetic.unpack_parameters(parts, spec.kept_groups(shape))
         parameters = Parameters.merged([idle, stored], lambda pair: pair[0].index_put((kept,), pair[1].flatten()))
         codes = codes.flatten(-2)[..., : shape[1]].contiguous()

@@ -48,7 +48,7 @@ class TwoOfFourFormat:
         arithmetic = arithmetic_of(spec.grid)
         parameters = arithmetic.unpack_parameters(parts, spec.scales_shape(shape)[1])
         codes = arithmetic.zero_points(parameters, spec.groups, shape).to(torch.uint8).expand(*at.shape[:-2], k)
-        stored = arithmetic.unpack_codes(parts, places(k)).unflatten(-1, (-1, 2))
+        stored = arithmetic.unpack_codes(parts, (shape[0], places(k))).unflatten(-1, (-1, 2))
         codes = _fours(codes).scatter(-1, at, stored).flatten(-2)[..., :k].contiguous()
         kept = torch.zeros(*at.shape[:-1], 4, dtype=torch.bool, device=at.device).scatter_(-1, at, True)
         kept = kept.flatten(-2)[..., :k].contiguous()

@@ -54,7 +54,7 @@ class Rounding:
         block: order of the rotation, 0 for none. bits: the smallest code width among the weights that read them.
         """
         if not self.feedback:
-            return Basis.unguided(gram, rows, block)
+            return Basis.unguided(gram, rows, block, self.panel)
         if gram is not None and (block or bits >= SHRUNK_FROM_BITS):
             gram = self.shrunk(gram)
         return Basis.of(gram, rows, block, self.damp, self.act_order, self.panel)
@@ -90,9 +90,9 @@ class Basis:
     panel: Panel | None = None
 
     @classmethod
-    def unguided(cls, gram: torch.Tensor | None, rows: int, block: int) -> Basis:
+    def unguided(cls, gram: torch.Tensor | None, rows: int, block: int, panel: Panel | None = None) -> Basis:
         """Return a basis without a factor, for rounding to nearest; a Gram matrix, if any, only measures errors."""
-        return cls(rows, block, rotate_gram(gram, block) if block and gram is not None else gram)
+        return cls(rows, block, rotate_gram(gram, block) if block and gram is not None else gram, panel=panel)
 
     @classmethod
     def of(
@@ -108,9 +108,9 @@ class Basis:
 
         Raises ArithmeticError when the matrix cannot be factorised.
         """
-        basis = cls.unguided(gram, rows, block)
+        basis = cls.unguided(gram, rows, block, panel)
         if basis.gram is not None and rows >= len(basis.gram) * FEWEST_ROWS_SHARE:
-            basis.factor, basis.panel = factorize(basis.gram, damp, act_order), panel
+            basis.factor = factorize(basis.gram, damp, act_order)
         return basis
 
     def turn(self, weight: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ class Basis:
     def round_each(self, weight: torch.Tensor, specs: Sequence[QuantSpec], rounds: int = 0) -> list[QTensor]:
         """Return `round` for each of the specs, of one width each. All share a sweep over the columns."""
         if self.factor is None:
-            return [_to_nearest(weight, spec) for spec in specs]
+            return [_to_nearest(weight, spec, self.panel) for spec in specs]
         starts = self._starts(weight, specs)
         held = [_held(start, spec) for start, spec in zip(starts, specs, strict=True)]
         codes = gptq_each(
@@ -224,11 +224,11 @@ class _Start:
     stays: torch.Tensor | None = None
 
 
-def _to_nearest(weight: torch.Tensor, spec: QuantSpec) -> QTensor:
+def _to_nearest(weight: torch.Tensor, spec: QuantSpec, panel: Panel | None) -> QTensor:
     """Round a weight without a factor; where the spec drops some, the largest weights or groups are kept."""
     if not spec.sparse:
         parameters = fit_grid(weight, spec)
-        return _dense_qtensor(spec, round_to_nearest(weight, parameters, spec), parameters)
+        return _dense_qtensor(spec, round_to_nearest(weight, parameters, spec, panel), parameters)
     stays = sparsity.by_magnitude(weight, spec)
     parameters = fit_grid(weight * stays, spec)
     return _sparse_qtensor(spec, round_to_nearest(weight * stays, parameters, spec), parameters, stays)

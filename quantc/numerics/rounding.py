@@ -40,9 +40,19 @@ class Factor:
     dead: int
 
 
-def round_to_nearest(weight: torch.Tensor, parameters: Parameters, spec: QuantSpec) -> torch.Tensor:
-    """Return codes uint8 (N, K) of weight (N, K): each weight goes to the nearest point of its group's grid."""
-    return arithmetic_of(spec.grid).nearest(weight, parameters, spec.groups)
+def round_to_nearest(
+    weight: torch.Tensor, parameters: Parameters, spec: QuantSpec, panel: Panel | None = None
+) -> torch.Tensor:
+    """Return codes (N, K) of weight (N, K): each weight goes to the nearest point of its group's grid.
+
+    Weights that are coded together go to the nearest points together. panel: see `gptq`; it codes them.
+    """
+    arithmetic, shape = arithmetic_of(spec.grid), (weight.shape[0], weight.shape[1])
+    if panel is not None and spec.grid.rows_together(shape[0]) > 1:
+        columns = arithmetic.columns(parameters, spec.groups, shape, range(shape[1]))
+        if panel.takes(columns):
+            return panel.nearest(columns, weight.float().T.contiguous()).T.contiguous()
+    return arithmetic.nearest(weight, parameters, spec.groups)
 
 
 def factorize(gram: torch.Tensor, damp: float = 0.01, act_order: bool = True) -> Factor:
@@ -113,14 +123,12 @@ def _invert_lower_(lower: torch.Tensor) -> None:
 def gptq(
     weight: torch.Tensor, factor: Factor, parameters: Parameters, spec: QuantSpec, panel: Panel | None = None
 ) -> torch.Tensor:
-    """Return codes uint8 (N, K) of weight (N, K) on a static grid, with error feedback over the columns.
+    """Return codes (N, K) of weight (N, K) on a static grid, with error feedback over the columns.
 
     The grid stays fixed, so the rounding order is free (act order) and leaves no permutation to inference.
-    panel: made for the device of the weights; None rounds by torch.
+    panel: made for the device of the weights; it rounds the grids that it takes, torch all others.
     """
-    sweep = Sweep(weight, factor, parameters, spec)
-    _round_columns(sweep, panel or COLUMN_BY_COLUMN, 0, weight.shape[1])
-    return _in_order(sweep.codes, factor)
+    return gptq_each([weight], factor, [parameters], [spec], panel)[0]
 
 
 def gptq_each(
@@ -130,13 +138,25 @@ def gptq_each(
     specs: Sequence[QuantSpec],
     panel: Panel | None = None,
 ) -> list[torch.Tensor]:
-    """Return `gptq` of weights (N, K), one on each grid, in one sweep where the columns are what takes the time."""
-    each = list(zip(weights, parameters, specs, strict=True))
-    if panel is not None or len(each) == 1:
-        return [gptq(weight, factor, fitted, spec, panel) for weight, fitted, spec in each]
-    joined = JoinedSweep([Sweep(weight, factor, fitted, spec) for weight, fitted, spec in each])
-    _round_columns(joined, COLUMN_BY_COLUMN, 0, weights[0].shape[1])
-    return [_in_order(codes, factor) for codes in joined.codes.split(weights[0].shape[0], dim=1)]
+    """Return `gptq` of weights (N, K), one on each grid; those that torch rounds share a sweep over the columns."""
+    each = zip(weights, parameters, specs, strict=True)
+    sweeps = [Sweep(weight, factor, fitted, spec) for weight, fitted, spec in each]
+    together = [sweep for sweep in sweeps if panel is None or not panel.takes(sweep.columns)]
+    for sweep in sweeps:
+        if panel is not None and panel.takes(sweep.columns):
+            _round_columns(sweep, panel, 0, len(sweep.left))
+    if len(together) == 1:
+        _round_columns(together[0], COLUMN_BY_COLUMN, 0, len(together[0].left))
+    elif together:
+        _round_together(together)
+    return [_in_order(sweep.codes, factor) for sweep in sweeps]
+
+
+def _round_together(sweeps: Sequence[Sweep]) -> None:
+    joined = JoinedSweep(sweeps)
+    _round_columns(joined, COLUMN_BY_COLUMN, 0, len(joined.left))
+    for sweep, codes in zip(sweeps, joined.codes.split([sweep.left.shape[1] for sweep in sweeps], dim=1), strict=True):
+        sweep.codes = codes.to(sweep.columns.code_dtype)
 
 
 def _in_order(codes: torch.Tensor, factor: Factor) -> torch.Tensor:
@@ -150,8 +170,8 @@ class Sweep:
     """State of one GPTQ sweep; rows are input channels in rounding order, so that a column of W is contiguous.
 
     left: float32 (K, N), what is still to be rounded. upper: float32 (K, K), that of the Factor, of any strides.
-    columns: the grid, which says what a column is rounded to. codes: uint8 (K, N) and errors: float32 (K, N), over
-    their pivots upper[k, k], are filled in.
+    columns: the grid, which says what a column is rounded to. codes: (K, N) of its dtype and errors: float32 (K, N),
+    over their pivots upper[k, k], are filled in.
     """
 
     def __init__(self, weight: torch.Tensor, factor: Factor, parameters: Parameters, spec: QuantSpec):
@@ -159,9 +179,9 @@ class Sweep:
         self.upper = factor.upper
         self.left = weight.float().T[factor.order].contiguous()
         self.errors = torch.empty_like(self.left)
-        self.codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
         arithmetic = arithmetic_of(spec.grid)
         self.columns: Columns = arithmetic.columns(parameters, spec.groups, (n, k), factor.order.tolist())
+        self.codes = torch.empty(k, n, dtype=self.columns.code_dtype, device=weight.device)
 
     @cached_property
     def pivots(self) -> list[float]:
@@ -175,14 +195,23 @@ class JoinedSweep(Sweep):
         self.upper = sweeps[0].upper
         self.left = torch.cat([sweep.left for sweep in sweeps], 1)
         self.errors = torch.empty_like(self.left)
-        self.codes = torch.empty_like(self.left, dtype=torch.uint8)
         self.columns = side_by_side([sweep.columns for sweep in sweeps], [sweep.left.shape[1] for sweep in sweeps])
+        self.codes = torch.empty_like(self.left, dtype=self.columns.code_dtype)
 
 
 class Panel(Protocol):
-    """A way to round neighbouring columns of a sweep, and how many of them at once are best."""
+    """A way to round neighbouring columns of a sweep, and how many of them at once are best.
+
+    All but `takes` are asked for grids that it takes.
+    """
 
     columns: int
+
+    def takes(self, columns: Columns) -> bool:
+        """Return whether it rounds to a grid."""
+
+    def nearest(self, columns: Columns, values: torch.Tensor) -> torch.Tensor:
+        """Return codes (K, N) of contiguous float32 values (K, N), by columns; for grids that code rows together."""
 
     def round(self, sweep: Sweep, low: int, high: int) -> None:
         """Fill in codes and errors of columns [low, high); each error goes into those after it, up to high only."""
@@ -192,6 +221,14 @@ class ColumnByColumn:
     """By torch, on any device: a handful of operations for each column."""
 
     columns = LEAF_COLUMNS
+
+    def takes(self, columns: Columns) -> bool:
+        """See Panel."""
+        return True
+
+    def nearest(self, columns: Columns, values: torch.Tensor) -> torch.Tensor:
+        """See Panel."""
+        return torch.stack([columns.round(column, number)[0] for number, column in enumerate(values)])
 
     def round(self, sweep: Sweep, low: int, high: int) -> None:
         """See Panel."""

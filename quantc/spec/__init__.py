@@ -1,7 +1,20 @@
 """How one weight is stored: a grid, groups, a pattern and what wraps it; QuantSpec is the record that names them."""
 
 from .counts import LARGEST_COUNT, SCALE_BITS, packed_bytes
-from .grids import FLOAT16, GRIDS, MAX_BITS, MIN_BITS, Fixed, Ggml, Grid, Table, Uniform
+from .grids import (
+    FLOAT16,
+    GRIDS,
+    MAX_BITS,
+    MIN_BITS,
+    STATE_BITS,
+    Fixed,
+    Ggml,
+    Grid,
+    Table,
+    Trellis,
+    Uniform,
+    tile_of,
+)
 from .groups import WHOLE_ROW, Groups
 from .labels import spec_of_label
 from .patterns import PATTERNS, PLACE_BITS, SPARSE_GROUPS, Dense, GroupSparse, Pattern, TwoOfFour, TwoWidths, places
@@ -19,6 +32,7 @@ __all__ = [
     "PLACE_BITS",
     "SCALE_BITS",
     "SPARSE_GROUPS",
+    "STATE_BITS",
     "WHOLE_ROW",
     "Dense",
     "Fixed",
@@ -31,6 +45,7 @@ __all__ = [
     "QuantSpec",
     "ScaleDtype",
     "Table",
+    "Trellis",
     "TwoOfFour",
     "TwoWidths",
     "Uniform",
@@ -38,4 +53,5 @@ __all__ = [
     "packed_bytes",
     "places",
     "spec_of_label",
+    "tile_of",
 ]

@@ -1,11 +1,11 @@
-"""Specs from their labels, as users write them: w4g128, w3g64sym-per_ic, nf4-g64, fp8-grow or mxfp4."""
+"""Specs from their labels, as users write them: w4g128, w3g64sym-per_ic, nf4-g64, trellis3 or mxfp4."""
 
 from __future__ import annotations
 
 import re
 
 from ..errors import UsageError
-from .grids import GRIDS, Fixed, Uniform
+from .grids import GRIDS, Fixed, Trellis, Uniform
 from .groups import WHOLE_ROW
 from .quant_spec import QuantSpec
 from .record import Grouping
@@ -13,7 +13,7 @@ from .record import Grouping
 SIZE = r"g(?:row|[1-9]\d{0,8})"
 LABEL = re.compile(
     rf"(?:w(?P<bits>[2-8])(?P<group>{SIZE})(?P<symmetric>sym)?(?:-(?!per_ic)(?P<other>\w+))?"
-    rf"|(?P<code>[a-z]\w*)(?:-(?P<size>{SIZE}))?)(?P<per_ic>-per_ic)?"
+    rf"|{Trellis.name}(?P<trellis>[1-5])|(?P<code>[a-z]\w*)(?:-(?P<size>{SIZE}))?)(?P<per_ic>-per_ic)?"
 )
 
 
@@ -31,6 +31,8 @@ def spec_of_label(label: str) -> QuantSpec | None:
         if found["bits"]:
             group, code = _size(found["group"]), found["other"] or Uniform.name
             return QuantSpec(int(found["bits"]), group, grouping, bool(found["symmetric"]), code=code)
+        if found["trellis"]:
+            return QuantSpec(int(found["trellis"]), WHOLE_ROW, grouping, code=Trellis.name)
         if grid is None or not issubclass(grid, Fixed):
             return None
         size = _size(found["size"]) if found["size"] else grid.block or grid.usual_group

@@ -126,7 +126,7 @@ class QuantSpec:
 
     def rows_together(self, shape: tuple[int, int]) -> int:
         """Return how many neighbouring output channels cannot be rounded apart."""
-        return max(self.groups.rows_together(shape), self.grid.rows_together)
+        return max(self.groups.rows_together(shape), self.grid.rows_together(shape[0]))
 
     def kept_groups(self, shape: tuple[int, int]) -> int:
         """Return how many of the groups of a weight are stored; every expert of a stack keeps as many."""

@@ -5,7 +5,7 @@
 A one-block Llama of width 32 with random weights, quantized by a hand-made plan that mixes what the dense format
 can store; in version 2 its residual stream is rotated too, in version 3 some linears have rows of two widths, or groups
 of which some are dropped, or drop two of four weights (v3_sparse), and in version 4 all are on block types of
-GGUF, or on tables of values (v4_tables).
+GGUF, or on tables of values (v4_tables), and in version 5 most have trellis codes.
 `expected_<version>.json` keeps, per packed weight, a hash of its dequantized float32 values and a few of them.
 """
 
@@ -112,6 +112,19 @@ PLAN_TABLES = Plan(
 )
 
 
+PLAN_TRELLIS = Plan(
+    {
+        **PLAN.specs,
+        f"{BLOCK}.self_attn.q_proj": QuantSpec(3, WHOLE_ROW, code="trellis"),
+        f"{BLOCK}.self_attn.k_proj": QuantSpec(1, WHOLE_ROW, code="trellis"),
+        f"{BLOCK}.self_attn.o_proj": QuantSpec(4, WHOLE_ROW, code="trellis"),
+        f"{BLOCK}.mlp.gate_proj": QuantSpec(5, WHOLE_ROW, hadamard=32, code="trellis"),
+        f"{BLOCK}.mlp.up_proj": QuantSpec(2, WHOLE_ROW, hadamard=32, wide_rows=64, code="trellis"),
+    },
+    salience={f"{BLOCK}.mlp.up_proj": torch.arange(96) * 5 % 96},
+)
+
+
 def build_tiny(layers: int = 1, intermediate: int = 44) -> torch.nn.Module:
     config = AutoConfig.for_model(
         "llama", vocab_size=160, hidden_size=32, intermediate_size=intermediate, num_hidden_layers=layers,
@@ -174,3 +187,5 @@ if __name__ == "__main__":
         make("v4", ["allocate", "quantize"], PLAN_BLOCKS, layers=len(NESTED), intermediate=256)
     if not (HERE / "v4_tables").exists():
         make("v4_tables", ["allocate", "quantize"], PLAN_TABLES, layers=2, intermediate=256)
+    if not (HERE / "v5").exists():
+        make("v5", ["allocate", "quantize"], PLAN_TRELLIS, intermediate=96)

@@ -7,6 +7,7 @@
 #include "multiply.h"
 #include "pack.h"
 #include "threads.h"
+#include "trellis.h"
 
 namespace {
 
@@ -76,6 +77,20 @@ int32_t quantc_cpu_pack_kept(int32_t bits, int64_t n, int64_t k, int64_t group, 
     const Stored stored{static_cast<const uint8_t*>(marks), static_cast<const uint8_t*>(codes),
                         static_cast<const uint16_t*>(scales), static_cast<const uint8_t*>(zeros), symmetric != 0, kept};
     return pack_kept(bits, n, k, group, stored, threads, image, image_bytes) ? DONE : REFUSED;
+  });
+}
+
+int32_t quantc_cpu_round_trellis(int32_t bits, int32_t tile, int64_t n, int64_t columns, void* left, const void* unit,
+                                 const void* scale, const void* upper, int64_t upper_row, int64_t upper_column,
+                                 void* errors, void* codes, int32_t threads) {
+  return guarded([&] {
+    const bool known = bits >= trellis::LEAST_BITS && bits <= trellis::MOST_BITS && n >= 0 && columns >= 0;
+    if (!known || tile < 16 || tile > trellis::LARGEST_TILE || tile % 8 || (upper && !errors)) return REFUSED;
+    const trellis::Rounding job{bits, tile, columns, n, static_cast<float*>(left), static_cast<const float*>(unit),
+                                static_cast<const float*>(scale), static_cast<const float*>(upper), upper_row,
+                                upper_column, static_cast<float*>(errors), static_cast<int16_t*>(codes)};
+    trellis::round(job, n, threads);
+    return DONE;
   });
 }
 

@@ -42,6 +42,14 @@ EXPORT int32_t quantc_cpu_pack_kept(int32_t bits, int64_t n, int64_t k, int64_t 
                                     const void* codes, const void* scales, const void* zeros, int32_t symmetric,
                                     void* image, int64_t image_bytes, int32_t threads);
 
+// Trellis codes [columns][n] of columns of weights (trellis.h): tiles of `tile` rows are coded together, each row in units
+// of `unit` [n] and with the scale `scale` [n]. upper: U from the first column's pivot on, with strides upper_row and
+// upper_column; then errors [columns][n] over their pivots are written, and fed into the columns of left after them. Null:
+// nothing is fed back, and neither scale nor errors is needed.
+EXPORT int32_t quantc_cpu_round_trellis(int32_t bits, int32_t tile, int64_t n, int64_t columns, void* left,
+                                        const void* unit, const void* scale, const void* upper, int64_t upper_row,
+                                        int64_t upper_column, void* errors, void* codes, int32_t threads);
+
 // Write the size of an image's weight; REFUSED for anything but an image of this version of image_bytes bytes.
 EXPORT int32_t quantc_cpu_image_shape(const void* image, int64_t image_bytes, int64_t* n, int64_t* k);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "image.h"
+#include "trellis.h"
 #include "weight.h"
 
 enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -32,6 +33,7 @@ struct Level {
   const char* name;
   bool (*runs_here)();
   int tile;  // the largest Inputs::m
+  trellis::RoundTile round_tile;
   // One row of x (w->k values) in the order of the blocks, and its sums, or no sums if null.
   void (*load_float)(const Image*, const void* x, Type, float* row, float* sums);
   void (*load_bfloat16)(const Image*, const void* x, uint16_t* row, float* sums);

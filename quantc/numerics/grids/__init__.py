@@ -11,6 +11,7 @@ from .ggml import GgmlArithmetic
 from .parameters import MINIMA, Parameters
 from .scale_dtypes import LARGEST_SCALE, SMALLEST_NORMAL, SMALLEST_SCALE, to_stored
 from .table import TableArithmetic
+from .trellis import TrellisColumns
 from .uniform import UniformColumns
 
 
@@ -31,6 +32,7 @@ __all__ = [
     "Parameters",
     "ScaledColumns",
     "TableArithmetic",
+    "TrellisColumns",
     "UniformColumns",
     "arithmetic_of",
     "fit_grid",

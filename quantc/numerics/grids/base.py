@@ -101,9 +101,9 @@ class Arithmetic(ABC):
         """Return the stored codes, as `layout_codes` says."""
         return {CODES: pack_bits(codes, self.grid.bits)}
 
-    def unpack_codes(self, parts: Parts, count: int) -> torch.Tensor:
-        """Return codes (..., K) for K = count, exactly those that were packed."""
-        return unpack_bits(parts[CODES], self.grid.bits, count)
+    def unpack_codes(self, parts: Parts, size: tuple[int, int]) -> torch.Tensor:
+        """Return codes (..., R, K) for R, K = size, exactly those that were packed."""
+        return unpack_bits(parts[CODES], self.grid.bits, size[1])
 
     def layout_parameters(self, size: Sequence[int]) -> dict[str, Part]:
         """Return the parts of the parameters of groups (..., G)."""

@@ -24,12 +24,17 @@ class Descent(Protocol):
 class Columns(ABC):
     """A grid with the parameters of one weight (N, K), whose columns a sweep visits in any order it likes.
 
-    A sweep feeds back what `round` says that it lost, and knows nothing else of the grid.
+    A sweep feeds back what `round` says that it lost, and knows nothing else of the grid. code_dtype: of its codes.
     """
+
+    code_dtype: torch.dtype = torch.uint8
 
     @abstractmethod
     def round(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the codes nearest to values float32 (N,) of a column, and their float32 values (N,)."""
+        """Return the codes nearest to values float32 (N,) of a column, and their float32 values (N,).
+
+        Codes may come in any dtype that holds them.
+        """
 
     @abstractmethod
     def values(self, codes: torch.Tensor, column: int) -> torch.Tensor:
@@ -78,10 +83,11 @@ class SideBySide(Columns):
     def __init__(self, each: Sequence[Columns], widths: Sequence[int]):
         ends = list(accumulate(widths, initial=0))
         self._parts = [(columns, slice(*ends[place : place + 2])) for place, columns in enumerate(each)]
+        self.code_dtype = max((columns.code_dtype for columns in each), key=lambda dtype: dtype.itemsize)
 
     def round(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = [columns.round(values[rows], column) for columns, rows in self._parts]
-        return torch.cat([codes for codes, _ in found]), torch.cat([stored for _, stored in found])
+        return torch.cat([codes.to(self.code_dtype) for codes, _ in found]), torch.cat([stored for _, stored in found])
 
     def values(self, codes: torch.Tensor, column: int) -> torch.Tensor:
         return torch.cat([columns.values(codes[rows], column) for columns, rows in self._parts])

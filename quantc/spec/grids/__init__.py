@@ -4,6 +4,7 @@ from .base import FLOAT16, GRIDS, Grid, Trained, grid_of, register
 from .fixed import Fixed
 from .ggml import Ggml
 from .table import Table
+from .trellis import STATE_BITS, Trellis, tile_of
 from .uniform import MAX_BITS, MIN_BITS, Uniform
 
 __all__ = [
@@ -11,12 +12,15 @@ __all__ = [
     "GRIDS",
     "MAX_BITS",
     "MIN_BITS",
+    "STATE_BITS",
     "Fixed",
     "Ggml",
     "Grid",
     "Table",
     "Trained",
+    "Trellis",
     "Uniform",
     "grid_of",
     "register",
+    "tile_of",
 ]

@@ -27,9 +27,8 @@ class Grid(ABC):
     name: the `code` of a spec. most_bits: the largest width. trainable: what training may move, codes to a neighbour or
     scales by a factor; then a weight is the value of its code times the scale of its group, and what a
     minimum adds. least_code: codes below it are not used. holds_zero: whether
-    weights can be dropped: some code means exactly 0 at any scale, and scales are stored group by group. rows_together:
-    output channels that are coded together. since: first version of the file format that has the grid.
-    scale_dtypes: those that a spec may ask for.
+    weights can be dropped: some code means exactly 0 at any scale, and scales are stored group by group. since:
+    first version of the file format that has the grid. scale_dtypes: those that a spec may ask for.
     """
 
     bits: int
@@ -40,7 +39,6 @@ class Grid(ABC):
     trainable: ClassVar[frozenset[Trained]] = frozenset()
     least_code: ClassVar[int] = 0
     holds_zero: ClassVar[bool] = False
-    rows_together: ClassVar[int] = 1
     since: ClassVar[int] = 1
     scale_dtypes: ClassVar[tuple[ScaleDtype, ...]] = (FLOAT16,)
 
@@ -66,6 +64,10 @@ class Grid(ABC):
     def rowwise(self) -> bool:
         """Whether stored rows can be read one by one, as those of an embedding are."""
         return True
+
+    def rows_together(self, n: int) -> int:
+        """Return how many neighbouring ones of n output channels are coded together."""
+        return 1
 
     @property
     def levels(self) -> int:

@@ -41,8 +41,8 @@ def test_version_3_may_rotate_hidden_states_too() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"version": 5}, "format version 5, but this quantc reads versions 1 to 4; install the quantc that wrote it."),
-        ({"version": None}, "format version None, but this quantc reads versions 1 to 4"),
+        ({"version": 6}, "format version 6, but this quantc reads versions 1 to 5; install the quantc that wrote it."),
+        ({"version": None}, "format version None, but this quantc reads versions 1 to 5"),
         ({"version": 2}, "residual_rotation cannot be read"),
         ({"residual_rotation": {}}, "residual_rotation belongs to version 2, but the checkpoint has version 1"),
         ({"version": 2, "residual_rotation": {"width": 30, "order": 16, "first": "a", "last": "b"}}, "blocks of 16"),

@@ -20,6 +20,8 @@ from quantc.spec import QuantSpec, spec_of_label
         QuantSpec(4, 16, code="nvfp4"),
         QuantSpec(4, 256, code="iq4_xs"),
         QuantSpec(2, 256, code="q2_k"),
+        QuantSpec(1, -1, code="trellis"),
+        QuantSpec(4, -1, code="trellis"),
     ],
     ids=QuantSpec.label,
 )
@@ -36,7 +38,8 @@ def test_codes_have_a_usual_group() -> None:
 @pytest.mark.parametrize(
     "label",
     ["", "w4", "w9g64", "w4g0", "w4g64-s50", "w4g64-had", "w4g64sym-wide8", "nf5", "mxfp4-g64", "nf4-64", "uniform",
-     "mxfp4-per_ic", "w4g64-nope", "w4g99999999999", "w4g64 ", "W4G64"],
+     "mxfp4-per_ic", "w4g64-nope", "w4g99999999999", "w4g64 ", "W4G64", "trellis", "trellis6",
+     "trellis3-per_ic", "w3g64-trellis"],
 )  # fmt: skip
 def test_other_text_is_no_label(label: str) -> None:
     assert spec_of_label(label) is None
