@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import quantc
 from quantc.calibration.stream import CalibrationRun
@@ -53,6 +56,13 @@ def quantize_saved(folder: Path, **settings: Any) -> Report:
     return quantc.quantize(folder / "model", out=folder / "packed", **settings)
 
 
+def first_blocks(model: Path, blocks: int, folder: Path) -> Path:
+    """Save the embedding, the first blocks and the head of a model, with its tokenizer: as good to quantize, sooner."""
+    AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=blocks, dtype="auto").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 def opened_run(folder: Path) -> Run:
     """A run on a model folder, its weights loaded and freed as in a real one; nothing is planned yet."""
     source = open_model(folder)
@@ -76,3 +86,27 @@ def block_works(run: Run, tokens: torch.Tensor) -> Iterator[CalibratedWork]:
     calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device)
     for block in run.graph.blocks:
         yield CalibratedWork(run, block, run.source.model.get_submodule(block.name), calibration)
+
+
+FORKS = """
+import os, sys
+from transformers import GenerationMixin, PreTrainedModel
+for script in sys.argv[1:]:
+    if not os.fork():
+        exec(script)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0, script
+"""
+
+
+def run_forked(*scripts: str) -> list[str]:
+    """Return the lines that scripts print, each in a process that has transformers, and nothing of quantc yet.
+
+    Torch and transformers take four seconds to import, so that one process imports them for all.
+    """
+    command = [sys.executable, "-c", FORKS, *scripts]
+    environment = {**os.environ, "PYTHONPATH": str(Path(quantc.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from quantc.errors import CheckpointError, UsageError
 from quantc.runtime.modules import unpack
 from quantc.runtime.tables import unpack_tables
 from tests.families import build
-from tests.helpers import save_with_tokenizer
+from tests.helpers import run_forked, save_with_tokenizer
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
@@ -177,15 +174,11 @@ def test_unpacked_tables_are_trained_whole(folder: Path) -> None:
     assert float(head.grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize("order", ["import peft, quantc", "import quantc, peft"])
-def test_peft_knows_packed_linears_whatever_is_imported_first(order: str) -> None:
-    script = (
-        f"{order}\n"
+def test_peft_knows_packed_linears_whatever_is_imported_first() -> None:
+    code = (
         "from peft import tuners\n"
         "print(*(kind.__name__ for kind in peft.LoraConfig()._custom_modules), "
         "tuners.tuners_utils._maybe_include_all_linear_layers.of_quantc)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(quantc.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["QuantLinear", "True"]
+    orders = ["import peft, quantc", "import quantc, peft"]
+    assert run_forked(*(f"{order}\n{code}" for order in orders)) == ["QuantLinear True"] * 2
