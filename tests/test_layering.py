@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def read_floors() -> list[list[str]]:
 HEIGHT = {part: height for height, part in enumerate(part for floor in read_floors() for part in floor)}
 
 
+@cache
 def parse(module: str) -> ast.Module:
     return ast.parse(FILES[module].read_text())
 
@@ -49,22 +51,27 @@ def package_of(module: str) -> list[str]:
     return parts[:-1]
 
 
-def imports_of(module: str, everywhere: bool = True) -> Iterator[str]:
+@cache
+def imports_of(module: str, everywhere: bool = True) -> list[str]:
     """Full names of what a module imports: inside functions and for typing too, or only what its import runs."""
-    tree = parse(module)
-    for node in walk(tree, everywhere):
+    found: list[str] = []
+    for node in walk(parse(module), everywhere):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package_of(module)[: -(node.level - 1) or None] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{name}.{alias.name}" for alias in node.names)
+            found += [f"{name}.{alias.name}" for alias in node.names]
+    return found
 
 
 def walk(node: ast.AST, everywhere: bool) -> Iterator[ast.AST]:
+    if everywhere:
+        yield from ast.walk(node)
+        return
     for child in ast.iter_child_nodes(node):
         typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-        if not everywhere and (typing_only or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        if typing_only or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         yield child
         yield from walk(child, everywhere)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,10 @@ BANNED = (
 PLACEHOLDER = "\N{BLACK SQUARE}"
 
 
-def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
-    for folder in folders:
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            yield str(file.relative_to(ROOT)), ast.parse(file.read_text(encoding="utf-8"))
+@cache
+def sources(folder: str) -> list[tuple[str, ast.Module]]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    return [(str(file.relative_to(ROOT)), ast.parse(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def texts(node: ast.expr | None) -> list[str]:
@@ -53,11 +54,13 @@ def texts(node: ast.expr | None) -> list[str]:
     return []
 
 
-def messages() -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of every message that a QuantcError is raised with, or that a function makes for one."""
-    trees = list(sources(*FOLDERS))
+@cache
+def messages() -> list[tuple[str, str]]:
+    """Return (place, text) of every message that a QuantcError is raised with, or that a function makes for one."""
+    trees = [source for folder in FOLDERS for source in sources(folder)]
     classes = [node for _, tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     kinds = ERRORS | {node.name for node in classes if any(called(base) in ERRORS for base in node.bases)}
+    all_found = []
     for file, tree in trees:
         makers = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         for node in ast.walk(tree):
@@ -67,7 +70,8 @@ def messages() -> Iterator[tuple[str, str]]:
                 if isinstance(first, ast.Call) and called(first.func) in makers:
                     returned = [item for item in ast.walk(makers[called(first.func)]) if isinstance(item, ast.Return)]
                     found = [text for item in returned for text in texts(item.value)]
-                yield from ((f"{file}:{node.lineno}", text) for text in found)
+                all_found += [(f"{file}:{node.lineno}", text) for text in found]
+    return all_found
 
 
 def called(function: ast.expr) -> str:
@@ -100,7 +104,7 @@ def documented(tree: ast.Module, file: str) -> Iterator[tuple[str, bool, str]]:
 
 
 def test_there_are_hundreds_of_messages() -> None:
-    assert len(list(messages())) > 250
+    assert len(messages()) > 250
 
 
 def test_messages_are_one_sentence_of_a_colleague() -> None:
