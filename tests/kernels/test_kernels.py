@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
+
 import pytest
 import torch
 
@@ -39,6 +42,12 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def random_qtensor(spec: QuantSpec, shape: tuple[int, int], seed: int = 0) -> QTensor:
     """A normal weight on its own grid, with small low-rank factors where the spec has a rank."""
+    return deepcopy(fitted(spec, shape, seed))
+
+
+@cache
+def fitted(spec: QuantSpec, shape: tuple[int, int], seed: int) -> QTensor:
+    """The same, fitted once for all kernels and dtypes: that takes longer than multiplying."""
     generator = torch.Generator().manual_seed(seed)
     n, k = shape
     weight = torch.randn(n, k, generator=generator)
@@ -50,17 +59,17 @@ def random_qtensor(spec: QuantSpec, shape: tuple[int, int], seed: int = 0) -> QT
     return tensor
 
 
-def check_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, tensor: QTensor | None = None) -> None:
+def check_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, sizes: torch.Tensor | None = None) -> None:
     """y against x W^T in float64; the tolerance is a few roundings of y's dtype on the sum's absolute size.
 
     A kernel may round weights, products and the result to the dtype, so nothing more than its epsilon is allowed; and
-    float32 sums of codes and zeros, where a kernel multiplies `tensor`'s each by themselves.
+    float32 sums of codes and zeros, where a kernel multiplies each by themselves: of these `sizes`.
     """
     expected = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
     allowed = 4 * torch.finfo(y.dtype).eps * size + 1e-12
-    if tensor is not None:
-        allowed += 4 * torch.finfo(torch.float32).eps * (x.double().abs() @ sizes_of_codes_and_zeros(tensor).T)
+    if sizes is not None:
+        allowed += 4 * torch.finfo(torch.float32).eps * (x.double().abs() @ sizes.T)
     excess = ((y.double() - expected).abs() / allowed).max() if y.numel() else torch.zeros(())
     assert y.shape == expected.shape
     assert float(excess) <= 1, f"{float(excess):.2f} times the tolerance of {y.dtype}"
@@ -82,12 +91,13 @@ def test_a_kernel_multiplies_with_the_dequantized_weight(kernel: Kernel, dtype: 
             ran += 1
             tensor = random_qtensor(spec, shape)
             prepared = kernel.prepare(DENSE.pack(tensor), spec, shape, dtype)
+            weight = tensor.dequantize(torch.float64)
+            whole_codes = sizes_of_codes_and_zeros(tensor) if kernel is NATIVE and multiplies_whole_codes() else None
             for rows in ROWS:
                 x = torch.randn(*rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
                 y = kernel.run(x, prepared)
                 assert y.dtype == dtype
-                whole_codes = tensor if kernel is NATIVE and multiplies_whole_codes() else None
-                check_product(y, x, tensor.dequantize(torch.float64), whole_codes)
+                check_product(y, x, weight, whole_codes)
     assert ran or kernel.supports(QuantSpec(4, 32), (48, 128), CPU, dtype)
 
 
