@@ -18,7 +18,7 @@ from quantc.plan import Plan, read_plan
 from quantc.planning.candidates import CANDIDATE_BITS
 from quantc.spec import QuantSpec
 from tests.families import build
-from tests.helpers import quantize_saved, save_with_tokenizer
+from tests.helpers import first_blocks, quantize_saved, save_with_tokenizer
 from tests.quantc.cli_runner import run as run_command
 
 CALIBRATION = {"samples": 4, "seq_len": 32}
@@ -282,6 +282,7 @@ def test_losses_are_measured_once_for_all_budgets(saved: Path, monkeypatch: pyte
 
 
 def test_groups_along_the_outputs_take_part_where_inputs_are_not_rotated(tmp_path: Path) -> None:
+    model = first_blocks(TRAINED, 1, tmp_path / "model")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("version: 1\npasses: [allocate, group_channels, quantize]\n")
     settings: dict[str, Any] = {
@@ -291,9 +292,9 @@ def test_groups_along_the_outputs_take_part_where_inputs_are_not_rotated(tmp_pat
         "seq_len": 64,
         "head_bits": "keep",
     }
-    report = quantc.quantize(TRAINED, recipe=recipe, out=tmp_path / "packed", **settings)
-    planned_specs = api.plan(TRAINED, preset="fast", **settings).plan.specs
+    report = quantc.quantize(model, recipe=recipe, out=tmp_path / "packed", **settings)
+    planned_specs = api.plan(model, preset="fast", **settings).plan.specs
     assert {item.name: item.spec for item in report.linears} == planned_specs  # group_channels changed nothing
     assert {spec.grouping for spec in planned_specs.values() if spec} == {"per_oc", "per_ic"}
-    rotated = api.plan(TRAINED, **settings).plan.specs.values()
+    rotated = api.plan(model, **settings).plan.specs.values()
     assert all(spec.grouping == "per_oc" for spec in rotated if spec and spec.hadamard)

@@ -20,7 +20,7 @@ from quantc.errors import UsageError
 from quantc.planning.budget import Shared
 from quantc.report import Report, read_report
 from quantc.spec import QuantSpec
-from tests.helpers import thinned
+from tests.helpers import first_blocks, thinned
 
 MODEL = Path(__file__).parent.parent / "tiny_model" / "model"
 TEXT = MODEL.parent / "heldout.txt"
@@ -48,10 +48,21 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
     return found
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return first_blocks(MODEL, 2, tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def two_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no build decides needs no more of them."""
+    monkeypatch.setattr(quality, "BUILDS", 2)
+
+
 @pytest.mark.parametrize("wanted", thinned([{"max_kl": 0.03}, {"max_ppl_increase": 0.02}], every=2))
-def test_a_model_meets_its_target(wanted: dict[str, float], tmp_path: Path, rounds: list[Round]) -> None:
-    settings = {"calib": str(TEXT), "samples": 32, "seq_len": 64, **wanted}
-    report = quantc.quantize(MODEL, out=tmp_path / "out", text=str(TEXT), **settings)  # type: ignore[arg-type]
+def test_a_model_meets_its_target(wanted: dict[str, float], model: Path, tmp_path: Path, rounds: list[Round]) -> None:
+    settings = {"calib": str(TEXT), "samples": 16, "seq_len": 64, **wanted}
+    report = quantc.quantize(model, out=tmp_path / "out", text=str(TEXT), **settings)  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     verify(tmp_path / "out")
     assert read_report(tmp_path / "out")["notes"][-1] == report.notes[-1]
@@ -63,7 +74,7 @@ def test_a_model_meets_its_target(wanted: dict[str, float], tmp_path: Path, roun
     met, missed = bracket(rounds, limit)
     assert met is rounds[-1]
     assert len(rounds) == BUILDS or not is_wide(limit, met, missed)
-    found = quantc.evaluate(tmp_path / "out", text=str(TEXT), against=MODEL, context=64, windows=32)
+    found = quantc.evaluate(tmp_path / "out", text=str(TEXT), against=model, context=64, windows=32)
     assert found.mean_kl is not None
     assert found.perplexity_original is not None
     increase = 100 * (found.perplexity / found.perplexity_original - 1)
@@ -126,15 +137,17 @@ def test_of_the_builds_only_the_best_stays_and_none_is_made_again(
     assert written[len(plans) :] == [folder]
 
 
-def test_the_head_is_quantized_and_a_size_in_the_recipe_has_no_say(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("two_builds")
+def test_the_head_is_quantized_and_a_size_in_the_recipe_has_no_say(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("version: 1\npasses: [{allocate: {size: 1000000, head_bits: 8}}, quantize]\n")
     settings = {"calib": str(TEXT), "samples": 16, "seq_len": 48, "recipe": recipe}
-    quantc.quantize(MODEL, out=tmp_path / "out", max_kl=0.1, **settings)  # type: ignore[arg-type]
+    quantc.quantize(model, out=tmp_path / "out", max_kl=0.1, **settings)  # type: ignore[arg-type]
     assert CheckpointReader(tmp_path / "out").entries["model.embed_tokens.weight"].spec.bits == 8
 
 
-def test_contradictions_are_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("two_builds")
+def test_contradictions_are_refused_and_nothing_is_left_behind(model: Path, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"max_kl": 0.1, "bits": 4}, "--max-kl chooses the bits itself; remove --bits"),
         ({"max_kl": 0.1, "max_ppl_increase": 0.1}, "two quality targets; remove one of them"),
@@ -145,5 +158,5 @@ def test_contradictions_are_refused_and_nothing_is_left_behind(tmp_path: Path) -
     ]
     for settings, message in cases:
         with pytest.raises(UsageError, match=message):
-            quantc.quantize(MODEL, out=tmp_path / "out", **settings)
+            quantc.quantize(model, out=tmp_path / "out", **settings)
         assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from quantc.planning.meter import Meter
 from quantc.planning.rounded_weights import RoundedWeights, round_all
 from quantc.planning.sizes import weights_bytes
 from quantc.spec import QuantSpec
-from tests.families import VOCAB
-from tests.helpers import opened_run
+from tests.families import VOCAB, build
+from tests.helpers import first_blocks, opened_run, save_with_tokenizer
 from tests.quantc.cli_runner import run as run_command
 from tests.quantc.sensitivity.test_estimators import divergence, log_probabilities, saved, to_nearest, whole
 
@@ -31,10 +32,12 @@ WAYS = [QuantSpec(2, 16), QuantSpec(3, 32), QuantSpec(4, 16), None]
 TOKENS = torch.randint(0, VOCAB, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, cache: Path, **settings: Any) -> Run:
+def planned(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, model: Path = MODEL, text: Path = TEXT, **settings: Any
+) -> Run:
     monkeypatch.setenv("QUANTC_CACHE", str(cache))
-    small = {"calib": str(TEXT), "samples": 8, "seq_len": 32}
-    return api.plan(MODEL, **{"avg_bits": 3.5, "preset": "balanced", **small, **settings})
+    small = {"calib": str(text), "samples": 8, "seq_len": 32}
+    return api.plan(model, **{"avg_bits": 3.5, "preset": "balanced", **small, **settings})
 
 
 def measured(run: Run) -> tuple[float, float]:
@@ -89,8 +92,9 @@ def test_weights_come_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_search_finds_a_better_plan_within_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plain = planned(monkeypatch, tmp_path)
-    run = planned(monkeypatch, tmp_path, search=3)
+    model = first_blocks(MODEL, 2, tmp_path / "model")
+    plain = planned(monkeypatch, tmp_path, model)
+    run = planned(monkeypatch, tmp_path, model, search=3)
     found, before = measured(run)
     assert found < before
     assert run.plan.specs != plain.plan.specs
@@ -101,7 +105,9 @@ def test_a_search_finds_a_better_plan_within_the_budget(monkeypatch: pytest.Monk
 
 
 def test_a_search_that_went_on_is_one_that_never_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    at_once = planned(monkeypatch, tmp_path / "a", search=3)
+    model = save_with_tokenizer(build("llama"), tmp_path / "model")
+    plan = partial(planned, monkeypatch, model=model, text=model / "text.txt")
+    at_once = plan(tmp_path / "a", search=3)
     stored, kept = [], disk_cache.store
 
     def store_once(part: str, key: str, content: bytes) -> None:
@@ -112,16 +118,16 @@ def test_a_search_that_went_on_is_one_that_never_stopped(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(disk_cache, "store", store_once)
     with pytest.raises(KeyboardInterrupt):
-        planned(monkeypatch, tmp_path / "b", search=3)
-    resumed = planned(monkeypatch, tmp_path / "b", search=3)
+        plan(tmp_path / "b", search=3)
+    resumed = plan(tmp_path / "b", search=3)
     assert len(stored) == 2 + 2
     assert resumed.plan == at_once.plan
     assert resumed.report.notes == at_once.report.notes
     monkeypatch.setattr(search, "Meter", lambda *_: pytest.fail("measured again"))
-    assert planned(monkeypatch, tmp_path / "b", search=3).plan == at_once.plan
-    assert measured(planned(monkeypatch, tmp_path / "b", search=1))[0] >= measured(at_once)[0]
+    assert plan(tmp_path / "b", search=3).plan == at_once.plan
+    assert measured(plan(tmp_path / "b", search=1))[0] >= measured(at_once)[0]
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        planned(monkeypatch, tmp_path / "b", search=4)
+        plan(tmp_path / "b", search=4)
 
 
 @pytest.mark.slow
