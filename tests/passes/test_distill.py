@@ -15,7 +15,7 @@ from quantc.passes import distill
 from quantc.passes.distill import DistillConfig
 from quantc.report import Report
 from tests.families import build
-from tests.helpers import quantize_saved, save_with_tokenizer
+from tests.helpers import first_blocks, quantize_saved, save_with_tokenizer
 
 TRAINED = Path(__file__).parent.parent / "tiny_model" / "model"
 TEXT = TRAINED.parent / "heldout.txt"
@@ -27,15 +27,29 @@ def recipe(folder: Path, *passes: str) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is no better or worse for less of the model."""
+    return first_blocks(TRAINED, 2, tmp_path_factory.mktemp("short") / "model")
+
+
+def built(folder: Path, *passes: str, model: Path = TRAINED, **settings: Any) -> Report:
+    """Quantize a model into `folder`/out, calibrated on half of its text."""
+    (folder / "calib.txt").write_text(halves()[0])
+    how = {"calib": str(folder / "calib.txt"), "samples": 16, "seq_len": 64, "bits": 3, "group_size": 32, **settings}
+    return quantc.quantize(model, recipe=recipe(folder, *passes), out=folder / "out", force=True, **how)
+
+
+def halves() -> tuple[str, str]:
+    stories = TEXT.read_text()
+    return stories[: len(stories) // 2], stories[len(stories) // 2 :]
+
+
 def quantized(folder: Path, *passes: str, **settings: Any) -> tuple[Report, float]:
     """The report, and the KL divergence on text that is not the calibration text."""
-    stories = TEXT.read_text()
-    (folder / "calib.txt").write_text(stories[: len(stories) // 2])
-    (folder / "other.txt").write_text(stories[len(stories) // 2 :])
-    how = {"calib": str(folder / "calib.txt"), "samples": 16, "seq_len": 64, "bits": 3, "group_size": 32, **settings}
-    out = folder / "out"
-    report = quantc.quantize(TRAINED, recipe=recipe(folder, *passes), out=out, force=True, **how)
-    found = quantc.evaluate(out, text=str(folder / "other.txt"), against=TRAINED, context=128, windows=16)
+    report = built(folder, *passes, **settings)
+    (folder / "other.txt").write_text(halves()[1])
+    found = quantc.evaluate(folder / "out", text=str(folder / "other.txt"), against=TRAINED, context=128, windows=16)
     assert found.mean_kl is not None
     return report, found.mean_kl
 
@@ -66,18 +80,18 @@ def test_other_text_gains_too(steps: int, settings: dict[str, Any], tmp_path: Pa
     assert not list((tmp_path / "out").glob("*actors*"))
 
 
-def test_what_gets_worse_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized(tmp_path, "allocate", "quantize", samples=8)
+def test_what_gets_worse_is_not_kept(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(tmp_path, "allocate", "quantize", samples=8, model=short)
     before = weights(tmp_path)
     monkeypatch.setattr(distill, "RATE", 3.0)
-    quantized(tmp_path, "allocate", "quantize", "distill: {steps: 2}", samples=8)
+    built(tmp_path, "allocate", "quantize", "distill: {steps: 2}", samples=8, model=short)
     assert weights(tmp_path) == before
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_bytes(short: Path, tmp_path: Path) -> None:
     found = []
     for _ in range(2):
-        quantized(tmp_path, "allocate", "quantize", "distill: {steps: 2}", samples=8)
+        built(tmp_path, "allocate", "quantize", "distill: {steps: 2}", samples=8, model=short)
         found.append(weights(tmp_path))
     assert found[0] == found[1]
 
@@ -96,13 +110,13 @@ def test_other_kinds_of_models_and_every_pass_before_it(family: str, tmp_path: P
     assert bool(torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all())
 
 
-def test_it_follows_quantize_and_needs_text_and_rotations_online(tmp_path: Path) -> None:
+def test_it_follows_quantize_and_needs_text_and_rotations_online(short: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="steps is 0, but training takes 1 or more"):
         DistillConfig(steps=0)
     with pytest.raises(quantc.QuantcError, match="the pass distill needs"):
-        quantized(tmp_path, "allocate", "distill", "quantize")
-    report, _ = quantized(tmp_path, "allocate", "quantize", "distill", calib="none")
+        built(tmp_path, "allocate", "distill", "quantize", model=short)
+    report = built(tmp_path, "allocate", "quantize", "distill", calib="none", model=short)
     assert any("distill was left out" in note for note in report.notes)
     folded = ("allocate", "rotate: {residual: folded}", "quantize", "distill")
-    report, _ = quantized(tmp_path, *folded, samples=8)
+    report = built(tmp_path, *folded, samples=8, model=short)
     assert "the residual stream is rotated by the weights" in report.refused["distill"]

@@ -16,7 +16,7 @@ from quantc.report import Report
 from quantc.training.reconstruction import Reconstruction, Trainable, Trained
 from quantc.training.step_budget import Pace
 from tests.families import build
-from tests.helpers import quantize_saved, save_with_tokenizer, thinned
+from tests.helpers import first_blocks, quantize_saved, save_with_tokenizer, thinned
 
 TRAINED = Path(__file__).parent.parent / "tiny_model" / "model"
 TEXT = TRAINED.parent / "heldout.txt"
@@ -29,19 +29,34 @@ def recipe(folder: Path, *passes: str) -> Path:
     return file
 
 
-def quantized(folder: Path, *passes: str, **settings: Any) -> tuple[Report, float]:
-    """The report, and the KL divergence on text that is not the calibration text."""
-    stories = TEXT.read_text()
-    (folder / "calib.txt").write_text(stories[: len(stories) // 2])
-    (folder / "other.txt").write_text(stories[len(stories) // 2 :])
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is no better or worse for less of the model."""
+    return first_blocks(TRAINED, 2, tmp_path_factory.mktemp("short") / "model")
+
+
+def built(folder: Path, *passes: str, model: Path = TRAINED, **settings: Any) -> Report:
+    """Quantize a model into `folder`/out, calibrated on half of its text."""
+    (folder / "calib.txt").write_text(halves()[0])
     calibration = {"calib": str(folder / "calib.txt"), "samples": 16, "seq_len": 64, **settings}
-    report = quantc.quantize(
-        TRAINED,
+    return quantc.quantize(
+        model,
         recipe=recipe(folder, *passes),
         out=folder / "out",
         force=True,
         **{"bits": 3, "group_size": 32, **calibration},
     )
+
+
+def halves() -> tuple[str, str]:
+    stories = TEXT.read_text()
+    return stories[: len(stories) // 2], stories[len(stories) // 2 :]
+
+
+def quantized(folder: Path, *passes: str, **settings: Any) -> tuple[Report, float]:
+    """The report, and the KL divergence on text that is not the calibration text."""
+    report = built(folder, *passes, **settings)
+    (folder / "other.txt").write_text(halves()[1])
     found = quantc.evaluate(folder / "out", text=str(folder / "other.txt"), against=TRAINED, context=128, windows=16)
     assert found.mean_kl is not None
     return report, found.mean_kl
@@ -95,7 +110,7 @@ def test_blocks_that_are_kept_take_no_share_of_the_budget(tmp_path: Path, monkey
 
     pins = {f"model.layers.{index}.*": 16 for index in (0, 2, 3)}
     monkeypatch.setattr("quantc.passes.tune.Pace", recorded)
-    quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", pins=pins, samples=8)
+    built(tmp_path, "allocate", "quantize", "tune: {steps: 2}", pins=pins, samples=8)
     assert len(paces[-1].seconds) == 1
 
 
@@ -118,7 +133,7 @@ def test_it_builds_on_rotated_scaled_and_corrected_blocks(tmp_path: Path) -> Non
     """Seen by block: these passes leave this model so little that its KL divergence is chance (0.024 to 0.028 at 2 bits
     without training, by how many threads add up)."""
     passes = ("allocate", "scale", "rotate", "quantize: {correct: 0.5, rounds: 1, shrink: 0.3}")
-    report, _ = quantized(tmp_path, *passes, "tune: {steps: 40}", bits=2, **AT_LENGTH)
+    report = built(tmp_path, *passes, "tune: {steps: 40}", bits=2, **AT_LENGTH)
     assert "4 of 4 blocks are nearer to the original" in report.notes[-2]
     assert float(report.notes[-2].split("squared errors ")[1].split()[0]) < 0.8
     verify(tmp_path / "out")
@@ -133,7 +148,7 @@ def test_rates_are_halved_where_a_block_gets_no_better(tmp_path: Path, monkeypat
         return Trained(1.0, 0.5 if next(better) else 1.0)
 
     monkeypatch.setattr("quantc.passes.tune.train", recorded)
-    report, _ = quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8)
+    report = built(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8)
     assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25]
     assert "tune: 3 of 4 blocks are nearer" in report.notes[-2]
     assert "tune: 2 steps and " in report.notes[-1]
@@ -141,7 +156,7 @@ def test_rates_are_halved_where_a_block_gets_no_better(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(("bits", "dtype"), [(3, torch.bfloat16), (8, torch.float32)])
 def test_where_codes_are_fine_products_are_too(
-    bits: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bits: int, dtype: torch.dtype, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16's rounding would outweigh that to 8 bits, and be what is trained away."""
     found: list[torch.dtype] = []
@@ -152,14 +167,14 @@ def test_where_codes_are_fine_products_are_too(
 
     monkeypatch.setattr("quantc.calibration.precision.has_fast_bfloat16", lambda _: True)
     monkeypatch.setattr("quantc.passes.tune.train", recorded)
-    quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8, bits=bits)
-    assert found == [dtype] * 4
+    built(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8, bits=bits, model=short)
+    assert found == [dtype] * 2
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_bytes(short: Path, tmp_path: Path) -> None:
     sums = []
     for _ in range(2):
-        quantized(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8)
+        built(tmp_path, "allocate", "quantize", "tune: {steps: 2}", samples=8, model=short)
         sums.append(verify(tmp_path / "out") or (tmp_path / "out/model-00001-of-00001.safetensors").read_bytes())
     assert sums[0] == sums[1]
 
@@ -176,18 +191,18 @@ def test_other_kinds_of_models(family: str, tmp_path: Path) -> None:
     assert bool(torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all())
 
 
-def test_steps_and_a_budget_add_the_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_steps_and_a_budget_add_the_pass(short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="quantc"):
-        report, _ = quantized(tmp_path, "allocate", "quantize", tune_steps=2, samples=8)
+        report = built(tmp_path, "allocate", "quantize", tune_steps=2, samples=8, model=short)
     assert "tune: 2 steps and " in report.notes[-1]
     assert "tune: 2 steps a block, about " in caplog.text
-    report, _ = quantized(tmp_path, "allocate", "quantize", tune_steps=1000, tune_budget="0.001s", samples=8)
+    report = built(tmp_path, "allocate", "quantize", tune_steps=1000, tune_budget="0.001s", samples=8, model=short)
     assert "tune: 1 steps and " in report.notes[-1]
     with pytest.raises(UsageError, match=r"'soon' is no time; 90s, 10min and 1\.5h are examples"):
-        quantized(tmp_path, "allocate", "quantize", tune_budget="soon")
+        built(tmp_path, "allocate", "quantize", tune_budget="soon", model=short)
 
 
-def test_it_follows_quantize_and_needs_text_and_something_to_train(tmp_path: Path) -> None:
+def test_it_follows_quantize_and_needs_text_and_something_to_train(short: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="steps is 0, but training takes 1 or more"):
         TuneConfig(steps=0)
     with pytest.raises(UsageError, match="budget is 0 seconds, but training takes time"):
@@ -197,6 +212,6 @@ def test_it_follows_quantize_and_needs_text_and_something_to_train(tmp_path: Pat
     with pytest.raises(UsageError, match="trains neither codes nor scales"):
         TuneConfig(codes=False, scales=False)
     with pytest.raises(quantc.QuantcError, match="the pass tune needs"):
-        quantized(tmp_path, "allocate", "tune", "quantize")
-    report, _ = quantized(tmp_path, "allocate", "quantize", "tune", calib="none")
+        built(tmp_path, "allocate", "tune", "quantize", model=short)
+    report = built(tmp_path, "allocate", "quantize", "tune", calib="none", model=short)
     assert any("tune was left out" in note for note in report.notes)
