@@ -166,11 +166,6 @@ def test_before_rounding_to_nearest_nothing_is_rotated(placement: Any) -> None:
 # Outliers
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> OutlierLab:
-    return OutlierLab(tmp_path_factory.mktemp("outliers"))
-
-
 # Measured, without, with every and with the measured rotations: 0.0354, 0.0038, 0.0038 at 4 bits; 0.1696, 0.1602,
 # 0.0903 at 3; 1.79, 5.64, 1.79 at 2, on Zen 5. With AMX, and with AVX2 only, the measured ones give 0.2 and 0.4 % more
 # than none at 2 bits: something stays that gains nothing. Why is not known.

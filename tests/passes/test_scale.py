@@ -164,11 +164,6 @@ def test_statistics_kept_for_later_passes_are_those_of_the_divided_activations()
 # Outliers
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> OutlierLab:
-    return OutlierLab(tmp_path_factory.mktemp("outliers"))
-
-
 def test_the_outliers_that_are_taken_out_are_those_that_were_built_in(lab: OutlierLab) -> None:
     plain, removed = remove_outliers(lab.original)
     assert len(removed) == 72
