@@ -13,7 +13,7 @@ from quantc.checkpoint.writer import CheckpointWriter
 from quantc.errors import CalibrationError, ModelError, UsageError
 from quantc.progress import LogProgress
 from quantc.report import read_report
-from tests.whole.resume.runs import BLOCK, FAST, TINY, files_of, interrupt, quantize
+from tests.whole.resume.runs import BLOCK, FAST, files_of, interrupt, quantize
 
 
 def test_hours_of_work_are_not_thrown_away_unasked(kept: Path, model: Path, tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_what_the_same_input_would_meet_again_leaves_nothing(
     assert hasattr(error, "__notes__") == stays
 
 
-def test_points_of_a_curve_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = str(TINY.parent / "heldout.txt")
+def test_points_of_a_curve_are_not_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = str(model / "text.txt")
     settings: dict[str, Any] = {"calib": text, "samples": 8, "seq_len": 32, "text": text, "verify": 1}
-    error = interrupt(monkeypatch, lambda: api.pareto(TINY, out=tmp_path, **settings), BLOCK.format(2))
+    error = interrupt(monkeypatch, lambda: api.pareto(model, out=tmp_path, **settings), BLOCK.format(2))
     assert list(tmp_path.iterdir()) == []
     assert not hasattr(error, "__notes__")
