@@ -8,18 +8,21 @@ import pytest
 import torch
 
 from quantc.kernels.cpu import library
+from tests.helpers import thinned
 from tests.levels import LEVELS, THREADS_VARIABLE, Level, best, missing, run
 
 IN_USE = "tests/test_levels.py::test_the_level_that_was_asked_for_is_in_use"
-QUICK = [IN_USE, "tests/quantc/numerics/test_rounding.py", "tests/quantc/numerics/test_residual.py"]
+RESIDUAL, ROUNDING = (f"tests/quantc/numerics/test_{name}.py" for name in ("residual", "rounding"))
+QUICKEST = [IN_USE, RESIDUAL, f"{ROUNDING}::test_gptq_is_the_textbook_algorithm_at_any_width"]
 
 
+@pytest.mark.parametrize("tests", thinned([QUICKEST, [ROUNDING]], every=2), ids=["quickest", "rounding"])
 @pytest.mark.parametrize("level", LEVELS, ids=[level.torch for level in LEVELS])
-def test_quick_numeric_tests_pass_on_every_level(level: Level) -> None:
+def test_quick_numeric_tests_pass_on_every_level(level: Level, tests: list[str]) -> None:
     """On two threads, as the other tests run on one."""
     if reason := missing(level, *best()):
         pytest.skip(reason)
-    assert run(level, 2, QUICK)
+    assert run(level, 2, tests)
 
 
 def test_the_level_that_was_asked_for_is_in_use() -> None:
