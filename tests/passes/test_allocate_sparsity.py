@@ -29,7 +29,7 @@ CALIBRATION = {"samples": 4, "seq_len": 32}
 SPARSE = tuple(f"w2g32-s{share}" for share in (30, 50, 70))
 
 
-@pytest.fixture(scope="module", params=["llama", "mixtral"])
+@pytest.fixture(scope="module", params=thinned(["llama", "mixtral"], every=2))
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sparsity")
     save_with_tokenizer(build(request.param), folder / "model")
@@ -55,6 +55,7 @@ def sparse(run: api.Run) -> set[str]:
     return {name for name, spec in run.plan.specs.items() if spec is not None and spec.sparse}
 
 
+@pytest.mark.parametrize("saved", thinned(["mixtral", "llama"], every=2), indirect=True)
 def test_an_average_that_dense_weights_cannot_have_is_met_and_built_from_its_plan(saved: Path) -> None:
     with pytest.raises(UsageError, match="an average of 2 bits cannot be met"):
         planned(saved, avg_bits=2.0, sparsity=None)

@@ -14,12 +14,12 @@ from quantc.planning.budget import stored_bits
 from quantc.recipe import Recipe
 from quantc.sensitivity import fisher
 from tests.families import build
-from tests.helpers import quantize_saved, save_with_tokenizer
+from tests.helpers import quantize_saved, save_with_tokenizer, thinned
 
 AVERAGES = (3.6, 4.1, 4.5)
 
 
-@pytest.fixture(scope="module", params=["llama", "mixtral"])
+@pytest.fixture(scope="module", params=thinned(["llama", "mixtral"], every=2))
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide-rows")
     (folder / "model").mkdir()
@@ -59,6 +59,7 @@ def test_the_plan_is_the_same_from_losses_kept_on_disk(saved: Path, monkeypatch:
     assert [planned(saved, average).plan.to_yaml() for average in AVERAGES] == first
 
 
+@pytest.mark.parametrize("saved", thinned(["mixtral", "llama"], every=2), indirect=True)
 def test_what_is_built_within_a_budget_is_what_its_plan_builds(saved: Path) -> None:
     budget = quantize_saved(saved, avg_bits=4.1, group_size=16, force=True)
     weights = (saved / "packed/model-00001-of-00001.safetensors").read_bytes()

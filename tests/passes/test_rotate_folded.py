@@ -108,7 +108,7 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     return model.double()
 
 
-@pytest.mark.parametrize("name", thinned(list(FAMILIES), every=2))
+@pytest.mark.parametrize("name", thinned(list(FAMILIES), every=4))
 def test_the_rewritten_model_computes_the_same_or_is_refused(name: str, tmp_path: Path) -> None:
     original = build(name)
     save_with_tokenizer(original, tmp_path)
@@ -254,7 +254,7 @@ def packed(folder: Path, model: PreTrainedModel, chosen: Recipe) -> Report:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", E2E)
+@pytest.mark.parametrize("name", thinned(E2E, every=3))
 def test_a_checkpoint_in_8_bits_is_near_the_original(name: str, tmp_path: Path) -> None:
     model = build(name)
     report = packed(tmp_path, model, recipe())
