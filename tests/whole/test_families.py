@@ -16,7 +16,7 @@ from quantc.frontend import open_model, to_meta
 from quantc.graph.derive import derive
 from quantc.graph.model_graph import ModelGraph
 from tests.families import FAMILIES, VOCAB, build
-from tests.helpers import quantize_saved, save_with_tokenizer
+from tests.helpers import quantize_saved, save_with_tokenizer, thinned
 
 ROUTER = "it routes tokens to experts"
 TOKENS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -42,7 +42,8 @@ def test_every_linear_is_found_and_its_readers_are_grouped(name: str, tmp_path: 
             assert all(linear.shape[1] == item.width for linear in block.readers(item))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Those of every fourth family are computed in test_families_passes.py.
+@pytest.mark.parametrize("name", thinned(list(FAMILIES), every=2, at=1))
 def test_quantize_write_load_gives_the_logits_of_the_rounded_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ def check_report(name: str, report: Report) -> None:
 
 
 @pytest.mark.usefixtures("rotation_pays")
-@pytest.mark.parametrize("name", thinned(list(FAMILIES), every=3))
+@pytest.mark.parametrize("name", thinned(list(FAMILIES), every=4))
 def test_all_passes_together_give_the_logits_of_the_rounded_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

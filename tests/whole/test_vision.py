@@ -23,7 +23,7 @@ from quantc.graph.decoder import find_decoder
 from quantc.graph.derive import derive
 from quantc.recipe import Recipe
 from tests.families import VOCAB, randomize
-from tests.helpers import quantize_saved, save_with_tokenizer
+from tests.helpers import quantize_saved, save_with_tokenizer, thinned
 from tests.vision_families import LLAMA, MROPE, TEXT, VISION, VISION_FAMILIES, build_vision, image_inputs
 
 TOKENS = torch.randint(3, VOCAB - 2, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def check(model: PreTrainedModel, packed: PreTrainedModel, name: str, limit: flo
         assert distance(model(**blind, use_cache=False).logits, expected) > limit
 
 
-@pytest.mark.parametrize("name", VISION_FAMILIES)
+@pytest.mark.parametrize("name", thinned(list(VISION_FAMILIES), every=3))
 def test_the_decoder_is_quantized_and_the_tower_stays(name: str, tmp_path: Path) -> None:
     model = save(name, tmp_path)
     report = quantize_saved(tmp_path, bits=8, group_size=32)

@@ -47,6 +47,7 @@ CASES = [
     (QuantSpec(8, 64, symmetric=True), (40, 256), 16),
     (QuantSpec(8, 32), (72, 104), 7),
 ]
+ROTATED = [(64, 320, 1, 2), (8, 72, 2, 1), (96, 192, 1, 3), (320, 320, 3, 2), (512, 512, 1, 1)]
 
 
 def workspace() -> Workspace:
@@ -165,10 +166,10 @@ def test_every_code_with_every_zero_point(bits: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize(
-    ("order", "k", "m", "splits"),
-    thinned([(64, 320, 1, 2), (8, 72, 2, 1), (96, 192, 1, 3), (320, 320, 3, 2), (512, 512, 1, 1)], every=4),
+    ("dtype", "order", "k", "m", "splits"),
+    thinned([(dtype, *case) for case in ROTATED for dtype in DTYPES], every=5),
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_rotates_what_it_reads(
     order: int, k: int, m: int, splits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

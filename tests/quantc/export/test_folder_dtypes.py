@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import quantc
+from tests.helpers import thinned
 from tests.quantc.export.test_folders import checkpoint
 
 
@@ -36,7 +37,7 @@ def test_a_model_of_bfloat16_stays_one_where_it_was_made_for_the_target(target: 
     assert quantc.export(tmp_path / "again", to=target, out=tmp_path / "out2").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("recipe", ["gptq", "tuned", "budget"])
+@pytest.mark.parametrize("recipe", thinned(["tuned", "gptq", "budget"], every=3))
 def test_scales_stay_of_bfloat16_through_every_pass(recipe: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": None, "calib": str(tmp_path / "model/text.txt"), "samples": 4, "seq_len": 32}
     if recipe == "tuned":
