@@ -183,6 +183,7 @@ def test_where_rotations_lose_nearly_none_of_it_is_lost(lab: OutlierLab, monkeyp
     assert measured - none <= 0.05 * (every - none)
 
 
+@pytest.mark.slow
 def test_rotation_recovers_most_of_what_the_outliers_cost_at_4_bits(lab: OutlierLab) -> None:
     allocate = {"allocate": {"bits": 4, "group_size": 32}}
     assert lab.recovery([allocate], [allocate, "rotate"], method="gptq") > 0.5  # measured: 0.92

@@ -53,11 +53,11 @@ def halves() -> tuple[str, str]:
     return stories[: len(stories) // 2], stories[len(stories) // 2 :]
 
 
-def quantized(folder: Path, *passes: str, **settings: Any) -> tuple[Report, float]:
+def quantized(folder: Path, *passes: str, model: Path = TRAINED, **settings: Any) -> tuple[Report, float]:
     """The report, and the KL divergence on text that is not the calibration text."""
-    report = built(folder, *passes, **settings)
+    report = built(folder, *passes, model=model, **settings)
     (folder / "other.txt").write_text(halves()[1])
-    found = quantc.evaluate(folder / "out", text=str(folder / "other.txt"), against=TRAINED, context=128, windows=16)
+    found = quantc.evaluate(folder / "out", text=str(folder / "other.txt"), against=model, context=128, windows=16)
     assert found.mean_kl is not None
     return report, found.mean_kl
 
@@ -114,10 +114,10 @@ def test_blocks_that_are_kept_take_no_share_of_the_budget(tmp_path: Path, monkey
     assert len(paces[-1].seconds) == 1
 
 
-def test_folded_rotations_of_the_stream_leave_a_window_of_one(tmp_path: Path) -> None:
+def test_folded_rotations_of_the_stream_leave_a_window_of_one(short: Path, tmp_path: Path) -> None:
     passes = ("allocate", "rotate: {residual: folded}", "quantize")
-    _, plain = quantized(tmp_path, *passes)
-    _, tuned = quantized(tmp_path, *passes, "tune: {steps: 6}")
+    _, plain = quantized(tmp_path, *passes, model=short)
+    _, tuned = quantized(tmp_path, *passes, "tune: {steps: 6}", model=short)
     assert tuned < plain
 
 
