@@ -7,6 +7,7 @@ every candidate format (see quantc/sensitivity), and the formats are those whose
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ..planning.formats import Formats
 from ..planning.head import check_automatic, head_specs, keep_where_it_fits, table_shapes
 from ..planning.limits import Limit, limit_of
 from ..planning.search import refine
-from ..planning.settings import AllocateConfig
+from ..planning.settings import AUTO, GRID, AllocateConfig
 from ..sensitivity import Candidate, Losses, kept_losses, measure
 from ..sensitivity.wide_rows import with_wide_rows
 from ..spec import QuantSpec
@@ -49,13 +50,15 @@ class Allocate(Pass):
             raise UsageError(
                 "a budget chooses bits by what calibration shows, and --calib is none; pass --bits, or another --calib."
             )
-        return self
+        return Allocate(replace(self.config, code=GRID)) if self.config.code == AUTO else self
 
     def plan(self, run: Run) -> None:
         if run.plan.specs:  # a given plan stays as it is
             return
         linears, specs, formats = run.graph.linears, run.plan.specs, Formats.of(self.config, run.source)
         specs.update(formats.specs(linears))
+        if not self.config.has_budget:
+            run.plan.instead.update(formats.instead(linears, specs))
         check_automatic(self.config)
         specs.update(head_specs(run, self.config, formats))
         if self.config.has_budget:  # one that is too small is refused here

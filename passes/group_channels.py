@@ -27,7 +27,7 @@ from ..numerics.statistics import Gram, channel_energies
 from ..pipeline.base import Fact, Pass, register
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork
-from ..spec import Grouping, QuantSpec
+from ..spec import Grouping, QuantSpec, Trellis
 
 SAMPLED_ROWS = 256  # output channels, at least, on which both are tried: whole groups of them
 # Share of the error that per_ic must save. Fewer kernels run it (torch's int4 operator does not), so that a tie goes to
@@ -136,7 +136,7 @@ def turn_groups(spec: QuantSpec, shape: tuple[int, int]) -> QuantSpec | None:
     Groups keep their length where they can. Where the other dimension is no multiple of it, so that more groups would
     be needed, they are longer, by as little as saves the difference. Weights are dropped along K.
     """
-    if spec.sparse:
+    if spec.sparse or spec.code == Trellis.name:
         return None
     other = replace(spec, grouping="per_ic" if spec.grouping == "per_oc" else "per_oc")
     along = shape[0] if other.grouping == "per_ic" else shape[1]

@@ -14,11 +14,13 @@ from ..numerics.offsets import pays_off
 from ..numerics.statistics import Drift, Gram
 from ..numerics.strips import StripByStrip, goes_by_rows, join
 from ..pipeline.base import Fact, Pass, register
+from ..pipeline.code_choice import choose_codes
 from ..pipeline.outcome import LARGEST_LOSS, Outcome
 from ..pipeline.range_folds import fold_into_range
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork, OutsideWork
 from ..report import notes_on_errors, out_of_range
+from ..spec import Trellis
 
 Method = Literal["gptq", "rtn"]
 FAR_FROM_ZERO = "its weights are far from 0, and groups that contain 0 leave few codes for how they differ; "
@@ -88,7 +90,7 @@ class Quantize(Pass):
     def build(self, work: BlockWork) -> None:
         self._build(work)
         if work.block is work.run.graph.blocks[-1]:
-            work.run.report.notes += notes_on_errors(work.run.report.linears)
+            work.run.report.notes += [*notes_on_errors(work.run.report.linears), *_on_grids(work.run)]
 
     def _build(self, work: BlockWork) -> None:
         if self.calibrated and self.config.correct:
@@ -101,6 +103,7 @@ class Quantize(Pass):
     def _round(self, work: BlockWork, item: Activation, grams: list[Gram], drift: Drift | None = None) -> None:
         """Round every linear that reads one activation."""
         specs, rounding = work.run.plan.specs, replace(self.rounding, panel=work.rounding.panel)
+        choose_codes(work, item, grams, rounding)
         outcomes = [
             Outcome(linear, spec, rounding, work.run.plan.wide_rows(linear.name), linear.name in self._far)
             for linear in work.readers(item)
@@ -140,6 +143,13 @@ class Quantize(Pass):
         if table.offset.pays:
             work.run.report.notes.append(f"{name}: {FAR_FROM_ZERO}keep it")
         work.quantized[name] = join(table.tensors)
+
+
+def _on_grids(run: Run) -> list[str]:
+    """Return a note on the linears whose plan left the choice, and that are not in trellis codes."""
+    specs = {name: spec for name in run.plan.instead if (spec := run.plan.specs[name])}
+    others = [name for name, spec in specs.items() if spec.code != Trellis.name]
+    return [f"{len(others)} of {len(specs)} layers are on grids: trellis codes lose more there"] if others else []
 
 
 def _bases(

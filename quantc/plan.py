@@ -27,6 +27,7 @@ class Plan:
 
     why: linear -> remarks of the passes that chose its spec; nothing depends on it. given: the user gave the plan.
     shared_out: the specs were chosen together, within a budget.
+    instead: linear -> the other spec that it may have, where rounding decides which of the two loses less.
     salience: linear -> float (N,), the greater the sooner a row has one bit more; for specs with wide_rows.
     """
 
@@ -35,10 +36,13 @@ class Plan:
     given: bool = False
     shared_out: bool = False
     salience: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
+    instead: dict[str, QuantSpec] = field(default_factory=dict, compare=False)
 
     def copy(self) -> Plan:
         """Return a copy that can be changed by itself."""
-        return replace(self, specs=dict(self.specs), why=dict(self.why), salience=dict(self.salience))
+        return replace(
+            self, specs=dict(self.specs), why=dict(self.why), salience=dict(self.salience), instead=dict(self.instead)
+        )
 
     def wide_rows(self, name: str) -> torch.Tensor | None:
         """Return bool (N,), the rows of a linear (or of every expert) with one bit more; None where none have."""

@@ -31,7 +31,10 @@ def dtype_option(default: str) -> Decorator:
 
 
 BITS_OPTION = size(
-    "--bits", "-b", type=Number(2, 8), help="Bits per code, 2 to 8; 3.25 is the same as --avg-bits 3.25."
+    "--bits",
+    "-b",
+    type=Number(1, 8),
+    help="Bits per code, 2 to 8 (trellis codes: 1 to 5); 3.25 is the same as --avg-bits 3.25.",
 )
 BUDGET_OPTIONS = options(
     size("--size", metavar="SIZE",
@@ -56,6 +59,8 @@ PLAN_OPTION = size("--plan", type=YAML_FILE, metavar="FILE", help="Build this pl
 STORAGE_OPTIONS = options(
     stored("--group-size", type=Whole(-1),
            help="Weights that share a scale; -1 for a whole row. [default: 128 or near]"),
+    stored("--code", type=click.Choice(["grid", "trellis", "auto"]), metavar="NAME",
+           help="Codes of layers: grid, trellis (1 to 5 bits, loses less), or auto, what loses less. [default: grid]"),
     stored("--symmetric/--asymmetric", default=None,
            help="Leave zero points out, or store them. [default: asymmetric]"),
     stored("--head-bits", type=WholeOr(2, 8, "keep", "auto"),

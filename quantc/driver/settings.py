@@ -15,10 +15,10 @@ from ..passes.sparsify import Sparsify
 from ..passes.tune import Tune
 from ..pipeline.base import Pass
 from ..plan import Plan, read_plan
-from ..planning.settings import AllocateConfig
+from ..planning.settings import GRID, AllocateConfig
 from ..recipe import DEFAULT, Recipe, read_recipe, without_text
 from ..recipe import preset as named_preset
-from ..spec import QuantSpec, spec_of_label
+from ..spec import QuantSpec, Trellis, spec_of_label
 from ..units import parse_duration, parse_size, size
 
 BUDGETS = ("avg_bits", "size")  # of allocate
@@ -38,6 +38,7 @@ class Settings(TypedDict, total=False):
     get mixed precision by predicted loss, under these rules. pins: pattern of names -> bits. formats: the labels
     allowed, such as w4g128 or mxfp4; a single one without a budget is that of every layer. target: a runtime that has
     to load the result. search: generations that then refine the plan by measuring.
+    code: what codes of linears stand for: evenly spaced values (grid), trellis codes, or whichever loses less (auto).
     sparsity: share of the groups of every linear that are dropped, or "2:4"; group_size then is theirs. auto, with a
     budget: groups may be dropped from any linear.
     tune_steps: training steps for each block after rounding. tune_budget: wall seconds for all of them, or text such as
@@ -51,6 +52,7 @@ class Settings(TypedDict, total=False):
     bits: float | None
     avg_bits: float | None
     size: int | str | None
+    code: Literal["grid", "trellis", "auto"] | None
     group_size: int | None
     symmetric: bool | None
     sparsity: float | Literal["2:4", "auto"] | None
@@ -97,7 +99,8 @@ def _allocation(settings: Settings) -> dict[str, Any]:
                 f"--bits is {bits:g} and {as_option(name)} is {settings.get(name)}, but one of them decides; remove "
                 "the other."
             )
-    kept = {key: settings.get(key) for key in ("group_size", "symmetric", "head_bits", "pins", "target", "search")}
+    names = ("code", "group_size", "symmetric", "head_bits", "pins", "target", "search")
+    kept = {key: settings.get(key) for key in names}
     kept["sparsity"] = AUTO if settings.get("sparsity") == AUTO else None
     return {
         **_widths(bits, settings.get("avg_bits")),
@@ -208,6 +211,8 @@ def check_combination(passes: list[Pass]) -> None:
             "a budget chooses layer by layer, and the pass sparsify drops weights of every layer alike; pass --bits "
             "instead of the budget, or --sparsity auto instead of the pass."
         )
+    if config is not None and sparse and config.code != GRID:
+        raise UsageError(f"--sparsity drops weights of grids, and --code is {config.code}; remove one of the two.")
     if target is not None and (sparse or automatic):
         raise UsageError(f"{target} cannot load layers with dropped weights; remove --sparsity.")
 
@@ -242,6 +247,8 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
         return f"{model}-quantc-{size(allocate.size).replace(' ', '')}"
     if len(allocate.formats) == 1:
         return f"{model}-quantc-{allocate.formats[0]}"
+    if not allocate.uses_uniform:
+        return f"{model}-quantc-{Trellis.name}{allocate.bits}"
     spec = QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric)
     for item in passes:
         spec = item.config.sparse(spec) if isinstance(item, Sparsify) else spec

@@ -12,12 +12,12 @@ from ..errors import UsageError
 from ..frontend.source import Source
 from ..graph.model_graph import Linear
 from ..pipeline.run import Run, Specs
-from ..spec import FLOAT16, QuantSpec, ScaleDtype, spec_of_label
+from ..spec import FLOAT16, QuantSpec, ScaleDtype, Trellis, spec_of_label
 from ..units import plural
 from .budget import KEPT_BITS, Rules, format_label
 from .candidates import CANDIDATE_BITS
-from .grids import Grids, Shape, TargetGrids, UniformGrid
-from .settings import AllocateConfig
+from .grids import Grids, Shape, TargetGrids, TrellisGrids, UniformGrid
+from .settings import AUTO, AllocateConfig
 from .targets import NVFP4
 
 NEAREST = 4  # formats named in place of one that there is not
@@ -35,8 +35,8 @@ class Formats:
 
     def __init__(self, config: AllocateConfig, scale_dtype: ScaleDtype = FLOAT16):
         self._config, self._scale_dtype, runtime = config, scale_dtype, config.runtime
-        uniform = UniformGrid(config, scale_dtype)
-        self.grids: Grids = uniform if runtime is None or not runtime.codes else TargetGrids(runtime)
+        own = UniformGrid if config.uses_uniform else TrellisGrids
+        self.grids: Grids = own(config, scale_dtype) if runtime is None or not runtime.codes else TargetGrids(runtime)
         one = _single_format(config)
         self._everywhere = None if one is None else self._with_scales(one)
 
@@ -160,6 +160,13 @@ class Formats:
             return {name: spec for name, spec in found.items() if spec is not None}
 
         return {bits: of(bits) for bits in CANDIDATE_BITS}
+
+    def instead(self, linears: Linears, planned: Specs) -> dict[str, QuantSpec]:
+        """Return what linears planned in trellis codes have on the uniform grid, where settings leave the choice."""
+        if self._config.code != AUTO or not isinstance(self.grids, TrellisGrids):
+            return {}
+        trellis = {name: spec for name in linears if (spec := planned[name]) and spec.code == Trellis.name}
+        return {name: self.grids.instead(spec, linears[name].shape) for name, spec in trellis.items()}
 
     def rules(self) -> Rules:
         """Return what a plan must hold to; raises UsageError for a format that the target does not load."""

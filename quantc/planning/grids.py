@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..graph.model_graph import Linear
 from ..pipeline.run import Run
-from ..spec import QuantSpec, ScaleDtype
+from ..spec import MIN_BITS, MOST_TRELLIS_BITS, QuantSpec, ScaleDtype, Trellis
 from ..units import plural
 from . import candidates
 from .candidates import DEFAULT_GROUP, best_group_size
@@ -29,6 +29,10 @@ class Grids(ABC):
     @abstractmethod
     def of_head(self, bits: int, shape: Shape) -> QuantSpec | None:
         """Return the same of an embedding or a head for which settings say nothing."""
+
+    def of_table_width(self, bits: int, shape: Shape) -> QuantSpec | None:
+        """Return what an embedding or a head is stored as in a number of bits."""
+        return self.of_width(bits, shape)
 
     @abstractmethod
     def with_bits(self, bits: int, planned: QuantSpec | None, shape: Shape) -> QuantSpec | None:
@@ -78,7 +82,8 @@ class UniformGrid(Grids):
         return [*found, *candidates.of_labels(config.labels, planned, linear.shape)]
 
     def of_table(self, shape: Shape) -> list[QuantSpec]:
-        return candidates.of_table(self.of_width(self._config.bits, shape), shape, self._config.any_group)
+        spec = UniformGrid.of_width(self, self._config.bits, shape)
+        return candidates.of_table(spec, shape, self._config.any_group)
 
     def notes(self, run: Run) -> list[str]:
         sizes = {spec.group_size for spec in run.plan.specs.values() if spec is not None}
@@ -86,6 +91,33 @@ class UniformGrid(Grids):
             return []
         found = ", ".join(str(size) for size in sorted(sizes))
         return [f"group sizes {found}: {DEFAULT_GROUP} does not divide every width of this model"]
+
+
+class TrellisGrids(UniformGrid):
+    """Trellis codes for linears, in as many bits as they have, and the uniform grid for all else."""
+
+    def of_width(self, bits: int, shape: Shape) -> QuantSpec:
+        return candidates.trellis_of(bits) if bits <= MOST_TRELLIS_BITS else super().of_width(bits, shape)
+
+    def of_table_width(self, bits: int, shape: Shape) -> QuantSpec:
+        return super().of_width(bits, shape)
+
+    def instead(self, planned: QuantSpec, shape: Shape) -> QuantSpec:
+        """Return what a linear planned in trellis codes has on the uniform grid."""
+        spec = super().of_width(max(planned.bits, MIN_BITS), shape)
+        return replace(spec, hadamard=planned.hadamard, rank=planned.rank)
+
+    def with_bits(self, bits: int, planned: QuantSpec | None, shape: Shape) -> QuantSpec:
+        if planned is None:
+            return self.of_table_width(bits, shape)
+        return replace(self.of_width(bits, shape), hadamard=planned.hadamard, rank=planned.rank)
+
+    def of_linear(self, linear: Linear, planned: QuantSpec) -> list[QuantSpec]:
+        found = [self.with_bits(bits, planned, linear.shape) for bits in candidates.TRELLIS_BITS]
+        uniform = super().of_linear(linear, self.instead(planned, linear.shape))
+        if self._config.code == Trellis.name:
+            uniform = [spec for spec in uniform if spec.bits > MOST_TRELLIS_BITS and not spec.sparse]
+        return [*found, *uniform]
 
 
 class TargetGrids(Grids):

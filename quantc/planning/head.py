@@ -38,7 +38,7 @@ def head_specs(run: Run, config: AllocateConfig, formats: Formats) -> dict[str, 
     """Return what settings or the default say of the two; nothing where they stay as they are, or a budget chooses."""
     if isinstance(config.head_bits, int):
         bits = config.head_bits
-        return {name: formats.grids.of_width(bits, shape) for name, shape in table_shapes(run).items()}
+        return {name: formats.grids.of_table_width(bits, shape) for name, shape in table_shapes(run).items()}
     few_bits = config.has_budget or config.bits <= MOST_BLOCK_BITS
     if config.head_bits is None and few_bits and formats.cover_head:
         return {**default_specs(run, formats)}

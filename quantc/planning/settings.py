@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import UsageError
 from ..sensitivity import Estimator
-from ..spec import MAX_BITS, MIN_BITS, Grouping, QuantSpec, Uniform, spec_of_label
+from ..spec import (
+    MAX_BITS,
+    MIN_BITS,
+    MOST_TRELLIS_BITS,
+    WHOLE_ROW,
+    Grouping,
+    QuantSpec,
+    Trellis,
+    Uniform,
+    spec_of_label,
+)
 from .budget import KEPT_BITS
 from .candidates import DEFAULT_GROUP
 from .targets import RUNTIMES, Runtime
+
+AUTO = "auto"
+GRID = "grid"
+Code = Literal["grid", "trellis", "auto"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,9 @@ class AllocateConfig:
     budgets a group size of null lets every linear have its own.
     pins: pattern of names -> bits of these linears whatever the budget; 16 keeps them. formats: labels such as w4g128,
     where only these may be used. target: a runtime that has to load the result, such as vllm.
+
+    code: what codes of linears stand for: grid, evenly spaced values; trellis, in up to 5 bits (numerics/trellis);
+    auto, whichever of the two loses less, linear by linear. Targets hold grids alone.
 
     estimator: of losses, see quantc/sensitivity. search: generations that refine the plan by what it measures, see
     quantc/planning/search.py.
@@ -46,11 +63,16 @@ class AllocateConfig:
     search: int = 0
     sparsity: Literal["auto"] | None = None
     head_bits: int | Literal["auto", "keep"] | None = None
+    code: Code = "grid"
 
     def __post_init__(self) -> None:
         group = DEFAULT_GROUP if self.group_size is None else self.group_size
         for bits in (self.bits, *([self.head_bits] if isinstance(self.head_bits, int) else [])):
-            QuantSpec(bits=bits, group_size=group, grouping=self.grouping)
+            if self.code == GRID or bits >= MIN_BITS:
+                QuantSpec(bits=bits, group_size=group, grouping=self.grouping)
+            else:
+                QuantSpec(bits, WHOLE_ROW, code=Trellis.name)
+        self._check_code()
         self._check_budget()
         self._check_pins()
         if self.sparsity is not None and self.grouping != "per_oc":
@@ -61,6 +83,32 @@ class AllocateConfig:
         if self.target is not None and self.target not in RUNTIMES:
             raise UsageError(f"--target {self.target!r} is unknown; choose one of {', '.join(RUNTIMES)}, or remove it.")
         self._check_target()
+
+    def _check_code(self) -> None:
+        """Raise UsageError for settings of grids beside trellis codes alone."""
+        if self.code not in get_args(Code):
+            raise UsageError(f"--code is {self.code!r}, but only grid, trellis and auto exist; choose one of those.")
+        if self.code != Trellis.name:
+            return
+        grids = {
+            f"--target {self.target}": self.target is not None,
+            f"--group-size {self.group_size}": self.group_size is not None,
+            "--symmetric": self.symmetric,
+            f"grouping {self.grouping}": self.grouping != "per_oc",
+            "--formats": bool(self.formats),
+            "--sparsity": self.sparsity is not None,
+            f"--bits {self.bits}": self.bits > MOST_TRELLIS_BITS,
+        }
+        found = next((name for name, given in grids.items() if given), None)
+        if found is not None:
+            raise UsageError(
+                f"{found} is for grids, and --code is trellis; remove one of the two, or pass --code auto."
+            )
+
+    @property
+    def uses_uniform(self) -> bool:
+        """Whether linears have no trellis codes: not asked for, or a target or labels leave none."""
+        return self.code == GRID or self.target is not None or bool(self.formats)
 
     def _check_target(self) -> None:
         """Raise UsageError for zero points and widths that the target does not load."""

@@ -26,20 +26,20 @@ def with_wide_rows(losses: Losses) -> Losses:
 
 def _mixed(candidates: list[Candidate], salience: torch.Tensor) -> Iterator[Candidate]:
     by_spec = {candidate.spec: candidate.loss for candidate in candidates}
-    shares = _shares(salience)
     for spec, loss in by_spec.items():
         if spec.sparse or not spec.groups.per_oc or spec.grid.wider() is None:
             continue
         wider = by_spec.get(replace(spec, bits=spec.bits + 1))
         if wider is None:
             continue
-        for rows, share in shares.items():
+        step = max(ROW_STEP, spec.grid.rows_together(len(salience)))
+        for rows, share in _shares(salience, step).items():
             yield Candidate(replace(spec, wide_rows=rows), (1 - share) * loss + share * wider)
 
 
-def _shares(salience: torch.Tensor) -> dict[int, float]:
-    """Return the share of a linear's loss that its most salient rows have, by how many they are."""
+def _shares(salience: torch.Tensor, step: int) -> dict[int, float]:
+    """Return the share of a linear's loss that its most salient rows have, by how many they are, in steps."""
     n = len(salience)
     sums = salience.double().sort(descending=True).values.cumsum(0)
-    counts = sorted({round(n * part / 8 / ROW_STEP) * ROW_STEP for part in EIGHTHS} - {0, n})
+    counts = sorted({round(n * part / 8 / step) * step for part in EIGHTHS} - {0, n})
     return {rows: float(sums[rows - 1] / sums[-1]) for rows in counts if rows < n}

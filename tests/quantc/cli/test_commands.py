@@ -117,7 +117,7 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
     recipe.write_text("")
     plan.write_text("")
     words = "--bits 3 --avg-bits 3.25 -o out --group-size -1 --method rtn --symmetric --head-bits 8 --calib a.txt"
-    target = "--like Q4_K_M --max-kl 0.05 --max-ppl-increase 2% --text held.txt"
+    target = "--code auto --like Q4_K_M --max-kl 0.05 --max-ppl-increase 2% --text held.txt"
     budget = (
         "--size 300MiB --pin *.0.*=8 --pin *.v_proj=4 --formats w4g128,w8g128 --target vllm --search 5 --sparsity 2:4"
         " --tune-steps 20 --tune-budget 10min"
@@ -132,7 +132,7 @@ def test_quantize_passes_every_option_to_the_api(calls: list[dict[str, Any]], tm
             "size": "300MiB", "pins": {"*.0.*": 8, "*.v_proj": 4}, "formats": ("w4g128", "w8g128"),
             "target": "vllm", "search": 5, "model": "tiny",
             "bits": 3, "avg_bits": 3.25, "like": "Q4_K_M", "out": "out", "group_size": -1, "method": "rtn",
-            "symmetric": True, "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7,
+            "symmetric": True, "code": "auto", "head_bits": 8, "calib": "a.txt", "samples": 4, "seq_len": 64, "seed": 7,
             "preset": "best", "recipe": recipe, "plan": plan, "device": "cuda", "force": True, "resume": True,
             "trust_remote_code": True,
         }
@@ -207,11 +207,11 @@ def test_the_log_is_left_as_it_was(calls: list[dict[str, Any]]) -> None:
             "quantize m",
             "nothing says how small the model is to be; pass --bits 2 to 8, --size, --max-kl, --recipe or --plan.",
         ),
-        ("quantize m --bits 9", "--bits is 9; it must be a number from 2 to 8."),
-        ("quantize m -b 1", "--bits is 1; it must be a number from 2 to 8."),
+        ("quantize m --bits 9", "--bits is 9; it must be a number from 1 to 8."),
+        ("quantize m -b 0", "--bits is 0; it must be a number from 1 to 8."),
         ("quantize m --bits 4 --head-bits 3.5", "--head-bits is 3.5; it must be a whole number from 2 to 8."),
         ("quantize m --avg-bits 17", "--avg-bits is 17; it must be a number from 0 to 16."),
-        ("quantize m --bits four", "--bits is four; it must be a number from 2 to 8."),
+        ("quantize m --bits four", "--bits is four; it must be a number from 1 to 8."),
         ("quantize m --bits 4 --samples 0", "--samples is 0; it must be a whole number of 1 or more."),
         ("quantize m --pin v_proj", "--pin is v_proj; it must be NAMES=BITS, such as '*.down_proj=4'."),
         ("quantize m --max-kl 0", "--max-kl is 0; it must be a number above 0."),
@@ -352,7 +352,7 @@ def test_a_reader_that_has_read_enough_is_no_failure(words: list[str]) -> None:
         (f"--samples {'9' * 5000}", "must be a whole number of 1 or more"),
         (f"--seed {2**63}", "must be a whole number of 0 or more"),
         (f"--pin *={'9' * 5000}", "must be NAMES=BITS"),
-        (f"--bits {'9' * 5000}", "must be a number from 2 to 8"),
+        (f"--bits {'9' * 5000}", "must be a number from 1 to 8"),
         ("--samples 1000001 --calib builtin", "samples is 1000001, but 1000000 at most are possible; lower it."),
     ],
 )

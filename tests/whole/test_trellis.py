@@ -1,0 +1,166 @@
+"""Trellis codes from the command's settings to a model that runs: families, passes, budgets, the choice, exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import quantc
+from quantc.checkpoint.reader import CheckpointReader
+from quantc.errors import QuantcError, UsageError
+from quantc.plan import Plan, read_plan
+from quantc.planning.sizes import weights_bytes
+from quantc.recipe import Recipe
+from quantc.runtime.modules import unpack
+from quantc.sensitivity import Candidate, Losses
+from quantc.sensitivity.wide_rows import with_wide_rows
+from quantc.spec import QuantSpec, spec_of_label
+from tests.families import VOCAB, build
+from tests.helpers import opened_run, quantize_saved, save_with_tokenizer, thinned
+
+TOKENS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def saved(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("quantc.frontend.auto.AutoTokenizer", PreTrainedTokenizerFast)
+    save_with_tokenizer(build(family), folder / "model")
+    return folder
+
+
+def codes_of(folder: Path) -> dict[str, QuantSpec]:
+    return {name: entry.spec for name, entry in CheckpointReader(folder).entries.items()}
+
+
+@pytest.mark.parametrize("family", thinned(["llama", "mixtral", "gpt_oss", "gpt2", "qwen3_moe", "gemma3_text"], 3))
+def test_every_linear_has_them_and_the_model_runs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(family, tmp_path, monkeypatch)
+    report = quantize_saved(tmp_path, bits=3, code="trellis", preset="balanced")
+    specs = codes_of(tmp_path / "packed")
+    assert {(spec.code, spec.bits) for spec in specs.values()} == {("trellis", 3)}
+    assert CheckpointReader(tmp_path / "packed").config["quantization_config"]["version"] == 5
+    assert report.weights_bytes == weights_bytes(opened_run(tmp_path / "model"), dict(specs))
+    packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
+    with torch.no_grad():
+        found = packed(input_ids=TOKENS, use_cache=False).logits
+        generated = packed.generate(TOKENS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        expected = unpack(packed, torch.float32)(input_ids=TOKENS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert generated.shape == (2, 23)
+
+
+def test_every_pass_runs_before_and_after(tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    before = ["allocate", "importance", "scale", "rotate", "group_channels"]
+    passes = [*before, {"quantize": {"rounds": 1, "correct": 0.5}}, {"tune": {"steps": 3}}, {"distill": {"steps": 2}}]
+    recipe = Recipe.from_dict({"version": 1, "passes": passes})
+    quantize_saved(tmp_path, recipe=recipe, bits=2, code="trellis")
+    assert {spec.code for spec in codes_of(tmp_path / "packed").values()} == {"trellis"}
+    packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
+    assert bool(torch.isfinite(packed(input_ids=TOKENS, use_cache=False).logits).all())
+
+
+def test_a_plan_with_rows_of_two_widths_is_built_again_from_its_file(tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    run = opened_run(tmp_path / "model")
+    plan = Plan()
+    for place, (name, linear) in enumerate(run.graph.linears.items()):
+        n = linear.shape[0]
+        plan.specs[name] = QuantSpec(2 + place % 3, -1, code="trellis", wide_rows=n // 2)
+        plan.salience[name] = torch.rand(n, generator=torch.Generator().manual_seed(place))
+    plan.write(tmp_path / "plan.yaml")
+    quantize_saved(tmp_path, plan=tmp_path / "plan.yaml")
+    assert codes_of(tmp_path / "packed") == plan.specs
+    assert read_plan(tmp_path / "packed/plan.yaml").specs == plan.specs
+    packed = quantc.load(tmp_path / "packed", dtype=torch.float32)
+    with torch.no_grad():
+        found = packed(input_ids=TOKENS, use_cache=False).logits
+        expected = unpack(packed, torch.float32)(input_ids=TOKENS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_two_widths_come_in_whole_tiles() -> None:
+    specs = [spec for bits in (2, 3) if (spec := spec_of_label(f"trellis{bits}"))]
+    losses = Losses({"a": [Candidate(spec, 1.0 / spec.bits) for spec in specs]}, {"a": torch.rand(576).half()})
+    rows = {candidate.spec.wide_rows for candidate in with_wide_rows(losses)["a"]}
+    assert rows <= set(range(0, 576, 64))
+    assert len(rows) > 5
+
+
+@pytest.mark.parametrize("code", ["trellis", "auto"])
+def test_a_budget_chooses_among_their_widths(code: str, tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    report = quantize_saved(tmp_path, avg_bits=3.9, code=code, preset="balanced")
+    specs = codes_of(tmp_path / "packed")
+    assert any(spec.code == "trellis" for spec in specs.values())
+    if code == "trellis":
+        assert all(spec.code == "trellis" or spec.bits > 5 for spec in specs.values())
+    assert len({(spec.code, spec.bits) for spec in specs.values()}) > 1
+    assert 3 < report.bits_per_weight <= 3.9
+
+
+def test_what_loses_less_on_the_grid_stays_there(tmp_path: Path) -> None:
+    """Weights that are whole multiples of a step: 4 bits of a grid hold them exactly, a trellis does not."""
+    model = build("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate_proj" in name:
+                parameter.copy_(torch.randint(-8, 8, parameter.shape) * 0.01)
+    save_with_tokenizer(model, tmp_path / "model")
+    report = quantize_saved(tmp_path, bits=4, code="auto", method="rtn")
+    specs = codes_of(tmp_path / "packed")
+    assert all(spec.code == "uniform" for name, spec in specs.items() if "gate_proj" in name)
+    plan = read_plan(tmp_path / "packed/plan.yaml")
+    assert plan.specs == {name: spec for name, spec in specs.items() if name in plan.specs}
+    grids = sum(spec.code == "uniform" for spec in specs.values())
+    assert f"{grids} of {len(specs)} layers are on grids: trellis codes lose more there" in report.notes
+    assert "grid: trellis codes lose" in (tmp_path / "packed/plan.yaml").read_text()
+
+
+def test_without_calibration_text_the_choice_is_the_grid(tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    report = quantize_saved(tmp_path, bits=4, code="auto", calib="none")
+    assert {spec.code for spec in codes_of(tmp_path / "packed").values()} == {"uniform"}
+    assert any("allocate has code grid instead of auto" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "vllm"}, "--target vllm is for grids, and --code is trellis"),
+        ({"group_size": 64}, "--group-size 64 is for grids, and --code is trellis"),
+        ({"symmetric": True}, "--symmetric is for grids, and --code is trellis"),
+        ({"bits": 6}, "--bits 6 is for grids, and --code is trellis"),
+        ({"formats": ["w4g64"]}, "--formats is for grids, and --code is trellis"),
+        ({"code": "vector"}, "--code is 'vector', but only grid, trellis and auto exist"),
+        ({"sparsity": 0.5}, "--sparsity drops weights of grids, and --code is trellis; remove one of the two"),
+        ({"bits": 1, "code": "grid"}, "bits is 1, but codes have 2 to 8 bits"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings: dict[str, object], message: str, tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    with pytest.raises(UsageError, match=message):
+        quantize_saved(tmp_path, **{"bits": 3, "code": "trellis", **settings})
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_table_is_read_by_rows_and_has_none(tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    run = opened_run(tmp_path / "model")
+    plan = Plan(dict.fromkeys(run.graph.linears, QuantSpec(3, -1, code="trellis")))
+    plan.specs["model.embed_tokens.weight"] = QuantSpec(3, -1, code="trellis")
+    plan.write(tmp_path / "plan.yaml")
+    with pytest.raises(UsageError, match=r"model\.embed_tokens\.weight"):
+        quantize_saved(tmp_path, plan=tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("target", ["gguf", "vllm", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"])
+def test_exports_name_what_the_target_does_not_hold(target: str, tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    quantize_saved(tmp_path, bits=3, code="trellis")
+    with pytest.raises(QuantcError, match="trellis") as caught:
+        quantc.export(tmp_path / "packed", to=target, out=tmp_path / "exported")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exported").exists()
