@@ -36,7 +36,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "seq_len": args.seq_len,
         "windows": args.windows,
         "context": args.context,
-    } | ({"head_bits": args.head_bits} if args.head_bits else {})
+    } | {name: value for name in ("head_bits", "code") if (value := getattr(args, name, None))}
 
 
 def wanted_rows(args: argparse.Namespace, name: str, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -104,6 +104,8 @@ def measure(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Names
             options["group_size"] = row["group_size"]
         if args.head_bits:
             options["head_bits"] = args.head_bits
+        if getattr(args, "code", None):
+            options["code"] = args.code
         calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
         measured, summary = quantize(path, out, asymmetric=True, **options, **calibration)
         return {
@@ -124,7 +126,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         {
             "model": row["model"],
             "bits": row["bits"],
-            "group": row["group_size"] or "auto",
+            "group": row["settings"].get("code") or row["group_size"] or "auto",
             "method": row["method"],
             "bits/weight": f"{row['bits_per_weight']:.3f}",
             "perplexity": f"{row['perplexity']:.2f}",
@@ -168,6 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=bits, nargs="+", default=[4, 3, 2], help="3.25 is an average")
     parser.add_argument("--methods", nargs="+", default=["rtn", "fast"], help="rtn, presets, recipe files")
     parser.add_argument("--group-size", type=group, default=64, help="auto: as the recipe chooses it")
+    parser.add_argument("--code", help="trellis or auto, with --group-size auto [default: grids]")
     parser.add_argument("--head-bits", type=int, help="bits of embedding and head [default: as they are]")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--seq-len", type=int, help="tokens in each [default: the context]")
