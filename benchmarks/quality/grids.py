@@ -21,11 +21,13 @@ import torch
 import quantc
 from benchmarks.common import describe, machine, markdown, write_json
 from benchmarks.quality.results_table import Scorer
+from quantc.kernels.rounding import panel_for
 from quantc.numerics.basis import Basis
-from quantc.spec import GRIDS, Fixed, QuantSpec, spec_of_label
+from quantc.spec import GRIDS, Fixed, QuantSpec, Trellis, spec_of_label
 
 UNIFORM = ("w2g64", "w3g64", "w4g64", "w4g64sym", "w4g128", "w5g64", "w6g64", "w8g64")
-LABELS = (*UNIFORM, *(name for name, grid in GRIDS.items() if issubclass(grid, Fixed)))
+TRELLIS = tuple(f"{Trellis.name}{bits}" for bits in range(1, Trellis.most_bits + 1))
+LABELS = (*UNIFORM, *TRELLIS, *(name for name, grid in GRIDS.items() if issubclass(grid, Fixed)))
 WIDTH = 4096  # of the matrix that bits are counted for
 LARGE_BLOCK = 256
 IDENTITY = ("model", "grid", "method", "settings")
@@ -41,7 +43,8 @@ def on_gaussian(label: str) -> dict[str, Any]:
     """Return bits per weight, and the squared error of normal weights rounded to nearest over their squares."""
     spec = spec_of(label)
     weight = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(0))
-    lost = Basis.unguided(None, 0, 0).round(weight, spec).dequantize() - weight
+    basis = Basis.unguided(None, 0, 0, panel_for(weight.device))
+    lost = basis.round(weight, spec).dequantize() - weight
     return {
         "grid": spec.label(),
         "bits_per_weight": spec.bits_per_weight((WIDTH, WIDTH)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..spec import Fixed, QuantSpec, Table
+from ..spec import Fixed, QuantSpec, Table, Trellis, tile_of
 from ..spec.groups import WHOLE_ROW
 from .qtensor import QTensor
 
@@ -25,6 +25,11 @@ def obstacle(spec: QuantSpec, shape: Shape, along: int, start: int, stop: int) -
         return "has dropped groups, and each slice another number of them; quantize the model without --sparsity"
     if isinstance(spec.grid, Table) and spec.grid.form.together:
         return f"has the code {spec.code}, whose scales are shared across slices; quantize the model with --formats nf4"
+    if along == 0 and isinstance(spec.grid, Trellis) and not _has_whole_tiles(spec, shape[0], start, stop):
+        return (
+            f"has trellis codes in tiles of {tile_of(shape[0])} outputs, and a slice ends inside one; quantize the model "
+            "with --code grid"
+        )
     if along == 1 and spec.hadamard:
         return (
             "rotates all of its inputs at once; quantize the model with --preset fast, or without rotate in its recipe"
@@ -95,6 +100,13 @@ def _is_whole(spec: QuantSpec, shape: Shape, along: int, start: int, stop: int) 
     blocks = isinstance(spec.grid, Fixed) and spec.grid.block > 0
     inside = start // length == (stop - 1) // length and not blocks
     return inside or (start % length == 0 and (stop % length == 0 or stop == shape[along]))
+
+
+def _has_whole_tiles(spec: QuantSpec, n: int, start: int, stop: int) -> bool:
+    """Return whether some of n outputs are tiles that a weight of their own would have too; rows of two widths are not."""
+    tile = tile_of(n)
+    ends = start % tile == 0 and (stop % tile == 0 or stop == n)
+    return ends and not spec.wide_rows and tile_of(stop - start) == tile
 
 
 def _fit(start: int, stop: int) -> int:

@@ -31,6 +31,7 @@ SPECS = [
     QuantSpec(4, 64, wide_rows=20),
     QuantSpec(3, 64, symmetric=True, wide_rows=32),
     QuantSpec(4, 64, two_of_four=True),
+    QuantSpec(3, WHOLE_ROW, rank=2, code="trellis"),
     *CODES,
 ]
 
@@ -59,7 +60,7 @@ def test_a_slice_represents_what_it_did_and_is_stored_as_a_weight_of_its_own(spe
     for start, stop in ((0, half), (half, SHAPE[along]), (0, SHAPE[along])):
         found = obstacle(spec, SHAPE, along, start, stop)
         if found is not None:
-            assert spec.code == "nf4_dq"
+            assert spec.code == "nf4_dq" or (spec.code == "trellis" and along == 0)
             continue
         part = cut(whole, start, stop)
         torch.testing.assert_close(
@@ -88,6 +89,7 @@ def test_rotated_outputs_are_sliced_and_rotated_inputs_are_not() -> None:
         (QuantSpec(4, 32, sparsity=0.5), 0, 0, 32, "dropped groups"),
         (QuantSpec(4, 64, two_of_four=True), 1, 0, 62, "inside four"),
         (QuantSpec(4, 64, code="nf4_dq"), 0, 0, 32, "nf4_dq"),
+        (QuantSpec(3, WHOLE_ROW, code="trellis"), 0, 0, 32, "tiles of 64 outputs, .* --code grid"),
     ],
 )
 def test_what_cannot_be_sliced_is_told_with_what_can(
@@ -97,6 +99,18 @@ def test_what_cannot_be_sliced_is_told_with_what_can(
     assert found is not None
     with pytest.raises(ValueError, match=reason):
         raise ValueError(found)
+
+
+def test_whole_tiles_of_a_trellis_are_weights_of_their_own() -> None:
+    spec, weight = QuantSpec(2, WHOLE_ROW, code="trellis"), torch.randn(192, 8)
+    parameters = fit_grid(weight, spec)
+    whole = QTensor.of(spec, round_to_nearest(weight, parameters, spec), parameters)
+    for start, stop in ((0, 64), (64, 192)):
+        assert obstacle(spec, (192, 8), 0, start, stop) is None
+        part = slice_outputs(whole, start, stop)
+        again = format_of(spec).unpack(format_of(spec).pack(part), spec, part.shape)
+        assert torch.equal(again.dequantize(), whole.dequantize()[start:stop])
+    assert obstacle(replace(spec, wide_rows=64), (192, 8), 0, 0, 64)
 
 
 def test_a_slice_inside_one_group_is_one_group() -> None:
