@@ -27,8 +27,8 @@ def obstacle(spec: QuantSpec, shape: Shape, along: int, start: int, stop: int) -
         return f"has the code {spec.code}, whose scales are shared across slices; quantize the model with --formats nf4"
     if along == 0 and isinstance(spec.grid, Trellis) and not _has_whole_tiles(spec, shape[0], start, stop):
         return (
-            f"has trellis codes in tiles of {tile_of(shape[0])} outputs, and a slice ends inside one; quantize the model "
-            "with --code grid"
+            f"has trellis codes in tiles of {tile_of(shape[0])} outputs, and a slice ends inside one; quantize the "
+            "model with --code grid"
         )
     if along == 1 and spec.hadamard:
         return (
@@ -103,7 +103,7 @@ def _is_whole(spec: QuantSpec, shape: Shape, along: int, start: int, stop: int) 
 
 
 def _has_whole_tiles(spec: QuantSpec, n: int, start: int, stop: int) -> bool:
-    """Return whether some of n outputs are tiles that a weight of their own would have too; rows of two widths are not."""
+    """Return whether some of n outputs are tiles of a weight of their own too; rows of two widths never are."""
     tile = tile_of(n)
     ends = start % tile == 0 and (stop % tile == 0 or stop == n)
     return ends and not spec.wide_rows and tile_of(stop - start) == tile
