@@ -68,10 +68,10 @@ class AllocateConfig:
     def __post_init__(self) -> None:
         group = DEFAULT_GROUP if self.group_size is None else self.group_size
         for bits in (self.bits, *([self.head_bits] if isinstance(self.head_bits, int) else [])):
-            if self.code == GRID or bits >= MIN_BITS:
-                QuantSpec(bits=bits, group_size=group, grouping=self.grouping)
-            else:
+            if bits < MIN_BITS and (self.code != GRID or f"{Trellis.name}{bits}" in self.formats):
                 QuantSpec(bits, WHOLE_ROW, code=Trellis.name)
+            else:
+                QuantSpec(bits=bits, group_size=group, grouping=self.grouping)
         self._check_code()
         self._check_budget()
         self._check_pins()

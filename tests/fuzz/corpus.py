@@ -54,7 +54,7 @@ def _mixed_plan(folder: Path) -> Path:
     plan = read_plan(folder / "first" / "plan.yaml")
     kinds: list[dict[str, Any]] = [
         {"bits": 3, "rank": 2}, {"symmetric": True}, {"bits": 5, "grouping": "per_ic"}, {"hadamard": 16},
-        {"sparsity": 0.5}, {"two_of_four": True}, {},
+        {"sparsity": 0.5}, {"two_of_four": True}, {"code": "trellis", "group_size": -1}, {},
     ]  # fmt: skip
     for place, name in enumerate(plan.specs):
         spec = plan.specs[name]

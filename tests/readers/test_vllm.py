@@ -30,11 +30,12 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a linear of three": ("phi3", lab.WIDE, {}),
     "dropped groups": ("llama", lab.MODELS["llama"], {"sparsity": 0.4}),
     "4-bit floats": ("llama", lab.MODELS["llama"], {"formats": ["nvfp4"], **CHOSEN}),
+    "trellis codes": ("qwen3", lab.MODELS["qwen3"], {**ROTATED, "bits": 3, "group_size": None, "code": "trellis"}),
     "experts": ("qwen3_moe", {**lab.WIDE, "head_dim": 32}, {}),
     "renamed experts": ("mixtral", lab.WIDE, {}),
 }
 SLICED = ("packed tables", "several widths at once", "groups along outputs", "a linear of three", "4-bit floats")
-COMPILED = ("packed tables", "rotated inputs", "a rotated residual stream")
+COMPILED = ("packed tables", "rotated inputs", "a rotated residual stream", "trellis codes")
 EXPERTS = ("experts", "renamed experts")  # in a process without others: vLLM sets up groups for its first model alone
 DENSE = tuple(name for name in CHECKPOINTS if name not in EXPERTS)
 
