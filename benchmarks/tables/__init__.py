@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import choices, gguf, quality, speed, targets
+from . import choices, gguf, quality, speed, targets, trellis
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-TABLES = {**quality.TABLES, **speed.TABLES, **gguf.TABLES, **targets.TABLES}
+TABLES = {**quality.TABLES, **speed.TABLES, **gguf.TABLES, **targets.TABLES, **trellis.TABLES}
 
 
 def table(name: str) -> str:

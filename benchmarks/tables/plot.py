@@ -1,4 +1,4 @@
-"""The plot of KL divergence against bits a weight."""
+"""The plots of KL divergence against bits a weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .results import find, load, uniform
+from .results import MODELS, find, load, uniform
+from .trellis import FILE, mixed_grids
 
 METHODS = {"rtn": "round to nearest", "plain-gptq": "GPTQ", "fast": "fast", "balanced": "balanced", "best": "best"}
 COLOURS = {"rtn": "#9aa1a9", "plain-gptq": "#656b73", "fast": "#7fb0e0", "balanced": "#2f6fb3", "best": "#0b3d70"}
@@ -26,6 +27,31 @@ def save(file: Path) -> None:
         _draw(right, "Gemma-3-270M")
         left.set_ylabel("KL divergence, nats per token")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+
+
+def save_trellis(file: Path) -> None:
+    """Draw grids and trellis codes of all models into an SVG file."""
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        panels = figure.subplots(1, len(MODELS), sharey=True)
+        for axes, model in zip(panels, MODELS, strict=True):
+            grids = [row for bits in (2, 3, 4) if (row := uniform(model, bits, "balanced"))]
+            rows = [row for row in load(FILE) if row["model"] == model and row["method"] == "balanced"]
+            whole = [row for row in rows if isinstance(row["bits"], int)]
+            averages = [row for row in rows if isinstance(row["bits"], float)]
+            for label, points, colour, style in (
+                ("grids in groups of 64", grids, COLOURS["balanced"], "o-"),
+                ("grids, mixed widths", mixed_grids(model), COLOURS["fast"], "s-"),
+                ("trellis", whole, MIXED, "o-"),
+                ("trellis, mixed widths", averages, MIXED, "s:"),
+            ):
+                each = sorted((row["bits_per_weight"], row["mean_kl"]) for row in points)
+                axes.plot([x for x, _ in each], [y for _, y in each], style, color=colour, label=label, markersize=4)
+            axes.set(yscale="log", title=model, xlabel="bits per weight, scales counted")
+            axes.grid(alpha=0.3, which="both")
+        panels[0].set_ylabel("KL divergence, nats per token")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
 
 
