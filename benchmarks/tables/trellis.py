@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..common import markdown, uniform_at
-from .results import MISSING, MODELS, load, rounded, seconds, uniform
+from .results import MISSING, MODELS, load, rounded, uniform
 
 FILE = "trellis.json"
 
@@ -19,13 +19,11 @@ def trellis() -> str:
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
     grid = beside(row)
-    costs = [seconds(grid.get("cpu_seconds")), seconds(row["cpu_seconds"])]
     return {
         "model": row["model"], "preset": f"`{row['method']}`", "asked": f"{row['bits']:g} bits",
-        "grids, bits": MISSING if not grid else f"{grid['bits_per_weight']:.2f}", "KL": rounded(grid.get("mean_kl")),
-        "trellis, bits": f"{row['bits_per_weight']:.2f}", "KL of trellis": rounded(row["mean_kl"]),
+        "grids, bits": MISSING if not grid else f"{grid['bits_per_weight']:.2f}", "grids, KL": rounded(grid.get("mean_kl")),
+        "trellis, bits": f"{row['bits_per_weight']:.2f}", "trellis, KL": rounded(row["mean_kl"]),
         "share": f"{row['mean_kl'] / grid['mean_kl']:.2f}" if grid else MISSING,
-        "CPU s, grids and trellis": MISSING if isinstance(row["bits"], float) else " and ".join(costs),
     }  # fmt: skip
 
 
