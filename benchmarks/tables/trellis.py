@@ -21,7 +21,8 @@ def _row(row: dict[str, Any]) -> dict[str, str]:
     grid = beside(row)
     return {
         "model": row["model"], "preset": f"`{row['method']}`", "asked": f"{row['bits']:g} bits",
-        "grids, bits": MISSING if not grid else f"{grid['bits_per_weight']:.2f}", "grids, KL": rounded(grid.get("mean_kl")),
+        "grids, bits": MISSING if not grid else f"{grid['bits_per_weight']:.2f}",
+        "grids, KL": rounded(grid.get("mean_kl")),
         "trellis, bits": f"{row['bits_per_weight']:.2f}", "trellis, KL": rounded(row["mean_kl"]),
         "share": f"{row['mean_kl'] / grid['mean_kl']:.2f}" if grid else MISSING,
     }  # fmt: skip
