@@ -121,13 +121,17 @@ class Formats:
         return found
 
     def _check_alike(self, planned: Specs) -> None:
-        """Raise UsageError for groups of several sizes where the target holds one."""
-        runtime = self._config.runtime
-        sizes = sorted({spec.group_size for spec in planned.values() if spec is not None})
-        if runtime is not None and not runtime.mixed and len(sizes) > 1:
+        """Raise UsageError for groups of several sizes where the target holds one, perhaps with zero points alone."""
+        runtime, specs = self._config.runtime, [spec for spec in planned.values() if spec is not None]
+        sizes = sorted({spec.group_size for spec in specs})
+        if runtime is None or len(sizes) < 2:
+            return
+        by_zeros = runtime.mixed and not runtime.mixed_with_zeros
+        if not runtime.mixed or (by_zeros and not all(spec.symmetric for spec in specs)):
             raise UsageError(
-                f"{self._config.target} holds one group size, and {sizes[-1]} does not divide every width of this "
-                f"model; pass --group-size {sizes[0]}."
+                f"{self._config.target} holds one group size{' with zero points' if by_zeros else ''}, and {sizes[-1]} "
+                f"does not divide every width of this model; pass --group-size {sizes[0]}"
+                f"{', or --symmetric' if by_zeros else ''}."
             )
 
     def _pinned(self, rules: Rules, name: str, linear: Linear, planned: QuantSpec | None) -> QuantSpec | None:

@@ -94,7 +94,7 @@ class CompressedTensors(FolderContainer):
         if not _has_zeros(described):
             return []
         if described.mixed:
-            return ["transformers loads no checkpoint with zero points and several widths; vLLM does"]
+            return ["transformers loads no checkpoint with zero points and several widths or group sizes; vLLM does"]
         return ["transformers makes floats of all weights while it loads, as it does with zero points; vLLM does not"]
 
 

@@ -96,8 +96,8 @@ def check_together(
         )
     if any(not scheme.symmetric for scheme in ways) and not runtime.mixed_with_zeros:
         raise UsageError(
-            f"{target} with several widths is read with symmetric codes alone; quantize the model again with "
-            "--symmetric, or export it with --to vllm."
+            f"{target} with several widths or group sizes is read with symmetric codes alone; quantize the model again "
+            "with --symmetric, or export it with --to vllm."
         )
 
 

@@ -36,7 +36,7 @@ class Gptq(FolderContainer):
     def notes(self, described: Described) -> list[str]:
         found = []
         if described.mixed:
-            found.append("several widths (`dynamic`) are loaded by GPTQModel and vLLM, not by transformers")
+            found.append("GPTQModel and vLLM load several widths or group sizes (`dynamic`), transformers does not")
         if not described.common.symmetric:
             found.append("vLLM loads no GPTQ checkpoint with zero points; --to awq or compressed-tensors is for it")
         return found + notes_of_experts(described)

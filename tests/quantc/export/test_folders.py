@@ -156,7 +156,7 @@ def test_rotations_in_the_weights_around_heads_are_in_the_file(target: str, tmp_
         ({"group_size": 48}, "mlx", "it has groups of 48 of 96 inputs, and mlx holds 32, 64, 128"),
         ({"pins": {"*up_proj": 8}}, "vllm", "multiplies model.layers.0.mlp.gate_proj and up_proj at once"),
         ({"pins": {"*up_proj": 16}}, "vllm", "multiplies model.layers.0.mlp.gate_proj and up_proj at once"),
-        ({"pins": {"*up_proj": 8}}, "compressed-tensors", "with several widths is read with symmetric codes alone"),
+        ({"pins": {"*up_proj": 8}}, "compressed-tensors", "with several widths or group sizes is read with symmetric"),
         ({"formats": ["nf4"]}, "mlx", "it is stored as nf4-g64, and mlx holds whole numbers; .* with --bits 4"),
         ({"formats": ["fp8-g32"]}, "vllm", "fp8-g32, and vllm holds whole numbers, nvfp4, mxfp4, fp8-grow"),
     ],
@@ -180,7 +180,7 @@ def test_what_transformers_cannot_read_is_written_for_vllm(tmp_path: Path) -> No
     assert exported.schemes == {"w8g32": 12, "w4g32": 2}
     assert exported.agreement is None
     assert exported.notes == [
-        "transformers loads no checkpoint with zero points and several widths; vLLM does",
+        "transformers loads no checkpoint with zero points and several widths or group sizes; vLLM does",
         "nothing was verified by another runtime: none that reads it runs here",
     ]
 
@@ -208,6 +208,8 @@ def test_groups_are_chosen_that_the_target_holds(tmp_path: Path) -> None:
         assert quantc.export(tmp_path / target, to=target).schemes == found
     with pytest.raises(UsageError, match="awq holds one group size, .* pass --group-size 32"):
         quantc.quantize(tmp_path / "model", out=tmp_path / "awq", bits=4, method="rtn", target="awq")
+    with pytest.raises(UsageError, match="one group size with zero points, .* pass --group-size 32, or --symmetric"):
+        quantc.quantize(tmp_path / "model", out=tmp_path / "ct", bits=4, method="rtn", target="compressed-tensors")
     assert RUNTIMES["vllm"].group_of(100) == -1
     assert RUNTIMES["mlx"].group_of(100) is None
 
