@@ -6,6 +6,8 @@ import logging
 from typing import Protocol
 
 log = logging.getLogger("quantc")
+MOST_LINES = 128  # of a stage with a line for every step; models have fewer blocks than that, but more layers
+FEW_LINES = 16
 
 
 class Progress(Protocol):
@@ -24,7 +26,10 @@ class Progress(Protocol):
 
 
 class LogProgress:
-    """Progress as log lines: one per step at a level, INFO by default, and one per linear at DEBUG."""
+    """Progress as log lines: one per step at a level, INFO by default, and one per linear at DEBUG.
+
+    Of a stage with many steps only a few are at the level, evenly spaced, and the others at DEBUG.
+    """
 
     def __init__(self, level: int = logging.INFO) -> None:
         self._level = level
@@ -35,7 +40,8 @@ class LogProgress:
 
     def step(self, name: str) -> None:
         self._count += 1
-        log.log(self._level, "%s %d/%d %s", self._name, self._count, self._total, name)
+        shown = self._total <= MOST_LINES or self._count * FEW_LINES % self._total < FEW_LINES
+        log.log(self._level if shown else logging.DEBUG, "%s %d/%d %s", self._name, self._count, self._total, name)
 
     def linear(self, name: str, error: float) -> None:
         log.debug("%s error %.3g", name, error)
