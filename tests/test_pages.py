@@ -21,7 +21,7 @@ def test_tables_are_written_from_the_results_files(page: Path) -> None:
 
 
 def test_no_two_tables_have_one_name() -> None:
-    of_parts = (part.TABLES for part in (tables.quality, tables.speed, tables.gguf, tables.targets))
+    of_parts = (part.TABLES for part in (tables.quality, tables.speed, tables.gguf, tables.targets, tables.trellis))
     assert len(tables.TABLES) == sum(map(len, of_parts))
 
 

@@ -83,10 +83,9 @@ def model_card(
     """Return the text of the card. specs: of every weight in the plan. folder: where the other files are."""
     facts = dict(source.facts)
     repository = hub_id(source.path) or facts.get("repository", "")
-    _complete_link(facts, repository, folder)
     codes = {spec.code for spec in specs if spec is not None}
     total = report.weights_bytes
-    return _front(facts, repository) + CARD.format(
+    return front_matter(facts, repository, ["quantc"], folder) + CARD.format(
         name=repository or " ".join(source.name.split()),
         bits=report.bits_per_weight,
         total=size(total),
@@ -97,7 +96,7 @@ def model_card(
         folder=FOLDER,
         llama_cpp=OF_LLAMA_CPP if codes and codes <= set(RUNTIMES["gguf"].codes) else NOT_OF_LLAMA_CPP,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(),
-        licence=_licence(facts, repository),
+        licence=licence_note(facts, repository),
     )
 
 
@@ -114,10 +113,14 @@ def hub_id(path: Path) -> str:
     return next(cached, HUB_CACHE).removeprefix(HUB_CACHE).replace("--", "/")
 
 
-def _front(facts: dict[str, Any], repository: str) -> str:
-    """Return the front matter that the hub reads."""
+def front_matter(facts: dict[str, Any], repository: str, tags: list[str], folder: Path) -> str:
+    """Return the front matter that the hub reads; a link to a licence that leads nowhere is mended in the facts.
+
+    repository: owner/name of the original, or "". folder: where the files beside the card are.
+    """
+    _complete_link(facts, repository, folder)
     content = {key: facts[key] for key in CARRIED if key in facts}
-    content |= {"library_name": "transformers", "tags": ["quantc"]}
+    content |= {"library_name": "transformers", "tags": tags}
     if repository:
         content |= {"base_model": repository, "base_model_relation": "quantized"}
     return f"---\n{yaml.safe_dump(content, allow_unicode=True)}---\n"
@@ -142,7 +145,8 @@ def _formats(specs: list[QuantSpec | None]) -> str:
     return "\n".join(["| format | weights |", "|---|---|", *rows])
 
 
-def _licence(facts: dict[str, Any], repository: str) -> str:
+def licence_note(facts: dict[str, Any], repository: str) -> str:
+    """Return a sentence on the licence of the original."""
     found = facts.get("license")
     if found is None:
         return "The original's files name no licence; whatever holds for the original holds for this copy."

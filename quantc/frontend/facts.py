@@ -22,6 +22,7 @@ FORMS = {
     "language": r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*",
     "pipeline_tag": r"[a-z0-9-]{1,60}",
     "repository": r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}",
+    "base_model": r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}",
 }
 # How a licence's own text begins, and the hub's name of it.
 TEXTS = (

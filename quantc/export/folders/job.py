@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ...checkpoint.integrity import WEIGHTS_KEY
 from ...checkpoint.reader import CheckpointReader
 from ...checkpoint.writer import CheckpointWriter
+from ...driver.model_card import CARD_FILE
 from ...errors import ModelError, UsageError
 from ...files.whole_file import json_text
 from ...frontend.auto import build_skeleton, first_line
@@ -29,6 +30,7 @@ from . import proof
 from .auto_round import AutoRound
 from .awq import Awq
 from .base import Described, FolderContainer
+from .card import folder_card
 from .compressed_tensors import CompressedTensors
 from .contents import Contents
 from .gptq import Gptq
@@ -96,11 +98,13 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
         proof.check_weights(writer.folder, contents, container.name, progress)
         exported.agreement, why = _ask(writer.folder, reader, container, described, progress)
         reader.check_unchanged()
+        for entry in contents.entries:
+            exported.schemes[entry.spec.label()] = exported.schemes.get(entry.spec.label(), 0) + 1
+        exported.bits_per_weight = reader.bits_per_weight()
+        writer.add_text(CARD_FILE, _card(checkpoint, target, exported, writer.folder))
         writer.commit(config, _manifest(reader, target))
     exported.notes += [*container.notes(described), *_notes(reader, contents, dtype), *([why] if why else [])]
-    exported.dtype, exported.bits_per_weight = str(config["dtype"]), reader.bits_per_weight()
-    for entry in contents.entries:
-        exported.schemes[entry.spec.label()] = exported.schemes.get(entry.spec.label(), 0) + 1
+    exported.dtype = str(config["dtype"])
     return exported
 
 
@@ -110,6 +114,11 @@ def _ask(
     if not container.transformers_reads(described):
         return None, "nothing was verified by another runtime: none that reads it runs here"
     return proof.ask_transformers(folder, reader, container.name, progress)
+
+
+def _card(checkpoint: Path, target: str, exported: ExportedFolder, folder: Path) -> str:
+    bits, schemes = exported.bits_per_weight, exported.schemes
+    return folder_card(checkpoint, target, exported.readers, bits, schemes, folder)
 
 
 def _skeleton(reader: CheckpointReader) -> PreTrainedModel:

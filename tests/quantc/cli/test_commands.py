@@ -67,6 +67,13 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "quantc", "targets", "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    assert "quantc targets" in finished.stdout
+
+
 def test_help_loads_nothing_heavy() -> None:
     """Half a second of nothing is what importing torch for a help text feels like."""
     watch = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"

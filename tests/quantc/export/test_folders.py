@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -264,3 +265,20 @@ def test_a_folder_that_holds_other_weights_is_not_named(
         quantc.export(packed, to=target, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("target", ["vllm", "mlx"])
+def test_a_card_says_how_the_folder_is_loaded_and_carries_the_licence(target: str, tmp_path: Path) -> None:
+    packed = checkpoint(tmp_path, symmetric=True)
+    card = (packed / "README.md").read_text().replace("---\n", "---\nlicense: mit\nbase_model: somebody/tiny\n", 1)
+    (packed / "README.md").write_text(card)
+    quantc.export(packed, to=target, out=tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "mit"
+    assert front["base_model"] == "somebody/tiny"
+    assert front["tags"] == ["quantc", target]
+    assert f"# somebody/tiny, for {target}" in text
+    assert {"vllm": "vllm serve path/to", "mlx": "mlx_lm.generate --model path/to"}[target] in text
+    assert "| `w4g32sym` |" in text
+    assert "That of the original" in text

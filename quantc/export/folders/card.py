@@ -1,0 +1,71 @@
+"""README.md of an exported folder: what it is, who loads it and how; licence and origin are the checkpoint's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...driver.model_card import FOLDER, front_matter, licence_note
+from ...frontend.facts import facts_of_folder
+
+CARD = """
+# {name}, for {target}
+
+Packed by quantc: the same values as in a quantc checkpoint of {bits:.2f} bits per weight in the linears of the blocks.
+
+| format | layers |
+|---|---|
+{formats}
+
+## How to load it
+
+quantc is not needed. Read by: {readers}.
+
+{loading}
+
+## Licence
+
+{licence}
+"""
+TRANSFORMERS = """{install}
+
+```python
+{imports}
+
+model = {model}.{load}("{folder}"{dtype})
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```"""
+BY_TRANSFORMERS = {
+    "imports": "from transformers import AutoModelForCausalLM, AutoTokenizer", "model": "AutoModelForCausalLM",
+    "load": "from_pretrained", "folder": FOLDER, "dtype": ', dtype="auto"',
+}  # fmt: skip
+BY_GPTQMODEL = {
+    "install": "    pip install gptqmodel",
+    "imports": "from gptqmodel import GPTQModel\nfrom transformers import AutoTokenizer", "model": "GPTQModel",
+    "load": "load", "folder": FOLDER, "dtype": "",
+}  # fmt: skip
+LOADING = {
+    "vllm": f"    pip install vllm\n    vllm serve {FOLDER}",
+    "compressed-tensors": TRANSFORMERS.format(
+        install="    pip install transformers accelerate compressed-tensors", **BY_TRANSFORMERS
+    ),
+    "auto-round": TRANSFORMERS.format(install="    pip install auto-round", **BY_TRANSFORMERS),
+    "gptq": TRANSFORMERS.format(**BY_GPTQMODEL),
+    "awq": TRANSFORMERS.format(**BY_GPTQMODEL),
+    "mlx": f'    pip install mlx-lm\n    mlx_lm.generate --model {FOLDER} --prompt "Once upon a time"',
+}
+
+
+def folder_card(checkpoint: Path, target: str, readers: str, bits: float, schemes: dict[str, int], folder: Path) -> str:
+    """Return the text of the card. schemes: label -> layers stored so. folder: where the other files are."""
+    facts = facts_of_folder(checkpoint)
+    repository = facts.get("base_model", "")
+    rows = sorted(schemes.items(), key=lambda item: (-item[1], item[0]))
+    return front_matter(facts, repository, ["quantc", target], folder) + CARD.format(
+        name=repository or checkpoint.resolve().name,
+        target=target,
+        bits=bits,
+        formats="\n".join(f"| `{label}` | {count:,} |" for label, count in rows),
+        readers=readers,
+        loading=LOADING[target],
+        licence=licence_note(facts, repository),
+    )
