@@ -7,7 +7,7 @@
 namespace trellis {
 
 constexpr int STATE_BITS = 12, STATES = 1 << STATE_BITS, LEAST_BITS = 1, MOST_BITS = 5;
-constexpr int AROUND = 24;  // numbers on either side of the seam that the free run of a search sees
+constexpr int AROUND = 32;  // numbers on either side of the seam that the free run of a search sees
 constexpr int LARGEST_TILE = 96;
 constexpr uint32_t MULTIPLIER = 0x4c5bbdb1, MASK = 0x3f3f3f3f;
 constexpr int MIDDLE = 126;

@@ -18,7 +18,7 @@ import torch
 from ...spec import STATE_BITS
 from .code import INTEGERS, RMS, STATES
 
-AROUND = 24  # numbers on either side of the seam that the free run sees; 16 lose 2 % more
+AROUND = 32  # numbers on either side of the seam that the free run sees; 16 lose 2 % more
 FARTHEST = 3.99  # of numbers, in units of their RMS: codes reach 3.42
 VALUE_UNIT, COST_UNIT = 1 << 13, 1 << 10
 LARGEST, LEAST = 32767, -32768  # of int16
