@@ -17,8 +17,8 @@ from .parameters import Parameters
 from .scale_dtypes import within_range
 
 REACH = 3.2  # of codes, in units of their RMS, along a walk; the few beyond it come with poor neighbours
-# Scales by bits, over those at which codes have the RMS of a normal row: its tails are beyond the codes. That takes 3 to
-# 8 % off the error after error feedback, whose values have longer tails.
+# Scales by bits, over those at which codes have the RMS of a normal row: its tails are beyond the codes. That takes 3
+# to 8 % off the error after error feedback, whose values have longer tails.
 TAILS = {1: 1.05, 2: 1.05, 3: 1.08, 4: 1.12, 5: 1.15}
 # Squared error of normal weights by bits, over their mean square: what a longer scale costs against what it clips.
 DISTORTION = {1: 0.305, 2: 0.0757, 3: 0.0195, 4: 0.005, 5: 0.00135}
@@ -68,7 +68,7 @@ class TrellisArithmetic(Arithmetic):
 
 
 def _stretched(rows: torch.Tensor, bits: int, importance: torch.Tensor | None) -> torch.Tensor:
-    """Return float32 (R, 1), the scales of rows (R, K): those of normal rows of their RMS, longer where that clips more.
+    """Return float32 (R, 1), the scales of rows (R, K): those of normal ones of their RMS, longer where that clips.
 
     Rows of 0 have the scale 0.
     """
