@@ -44,6 +44,11 @@ def in_strips(b: torch.Tensor) -> torch.Tensor:
     return padded.unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
 
 
+def readable(bias: torch.Tensor) -> torch.Tensor:
+    """Return a bias as the library reads it."""
+    return bias if bias.is_contiguous() and bias.dtype in library.TYPES else bias.contiguous().float()
+
+
 def longest_row(group: int) -> int:
     """Return how many inputs a weight with dropped groups can have."""
     return LAST_PLACE // (PLACES * ceil(group / UNIT)) * group

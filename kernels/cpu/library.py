@@ -19,7 +19,7 @@ import torch
 
 from ...errors import KernelError, UsageError
 
-VERSION = 9  # of the C interface in native/api.h and of images
+VERSION = 10  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
 FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them
@@ -54,6 +54,8 @@ _CAN_FAIL: dict[str, list[Any]] = {
     "matmul": [_BYTES, _INT, _POINTER, _LONG, _LONG, _INT, _INT, _INT],
     "rotate": [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT],
     "keep_rotation": [_POINTER],
+    "multiply_trellis": [_BYTES, _POINTER, _LONG, _LONG, _INT, _INT],
+    "unpack_trellis": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _INT],
     "unpack": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _INT],
 }
 
@@ -93,6 +95,8 @@ class Library:
     use_torch: Any
     keep_rotation: Any
     step: Any
+    multiply_trellis: Any
+    unpack_trellis: Any
     unpack: Any
 
     def __init__(self, file: Path):

@@ -17,22 +17,20 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from math import ceil
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
-from torch.nn import functional as F
 
 from ...formats import Parts
-from ...numerics.hadamard import rotate_back
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY, other_grid
 from ..checks import expect_product, expect_same_device
 from ..gradients import differentiable, wants_gradient
-from . import library, rotation
-from .images import STRIP, image_shape, in_strips, longest_row, pack
+from . import library
+from .images import image_shape, in_strips, longest_row, pack, readable
 from .library import TYPES
+from .panels import check_low_rank, multiply_back, multiply_panels, weight_addresses
 
 INT8_VARIABLE = "QUANTC_CPU_INT8"
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
@@ -40,9 +38,6 @@ LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips
 # products of bfloat16. With half of the groups of 16 dropped, own bfloat16 products take 0.5 times as long as panels
 # at 32 rows, 0.8 and 1.5 times at 64 (K 1536 and 4096), 1.3 and 1.9 times at 128; float32 ones half up to 256 rows.
 PANEL_FROM = {torch.bfloat16: 64}
-# Rows of W unpacked at once, 1 MiB of bfloat16 at 4096 inputs: in wide panels every input is in a page of its own, and
-# writing them takes 20 times as long.
-PANEL_ROWS = 128
 
 # Looked up once: a product of one row takes 16 us in its smallest shape here, and every name on the way 0.05.
 _pack_product = struct.Struct(library.PRODUCT).pack
@@ -75,29 +70,37 @@ class NativeWeight:
     multiply_rows: Callable[..., None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._check()
-        tables = rotation.rotation(self.k, self.hadamard).address if self.hadamard else 0
-        a, b = self.low_rank_a, self.low_rank_b
-        factors = (0, 0, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
-        self.addresses = (self.image.data_ptr(), tables, *factors)
+        if image_shape(self.image) != (self.n, self.k):
+            raise ValueError(f"an image of {image_shape(self.image)} is no weight of {(self.n, self.k)}.")
+        check_low_rank(self.low_rank_a, self.low_rank_b, self.n, self.k)
+        self.addresses = weight_addresses(self, self.image.data_ptr())
         self.multiply_rows = library.loaded().matmul
-
-    def _check(self) -> None:
-        """Raise ValueError unless the image is of this size, and the low-rank factors belong to it."""
-        n, k, a, b = self.n, self.k, self.low_rank_a, self.low_rank_b
-        if image_shape(self.image) != (n, k):
-            raise ValueError(f"an image of {image_shape(self.image)} is no weight of {(n, k)}.")
-        if a is None or b is None:
-            return
-        needed = (a.shape[0], k), (ceil(n / STRIP), a.shape[0], STRIP)
-        for factor, shape in zip((a, b), needed, strict=True):
-            found = factor.shape, factor.dtype, factor.device.type
-            if found != (shape, torch.float16, "cpu") or not factor.is_contiguous():
-                raise ValueError(f"a low-rank factor must be contiguous {shape} float16 on the CPU, and is {found}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild copies from the parts: a copy has memory, and so addresses, of its own."""
         return NativeWeight, tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether panels are unpacked by outputs, as where groups are dropped, and not by inputs."""
+        return bool(library.loaded().panel_by_rows(self.image.data_ptr()))
+
+    @property
+    def panel_step(self) -> int:
+        """See Unpacked in panels.py."""
+        step: int = library.loaded().panel_step(self.image.data_ptr())
+        return step
+
+    def panel(self, room: torch.Tensor, rows: int) -> torch.Tensor:
+        """See Unpacked."""
+        values = room[: self.k * rows]
+        return values.view(rows, self.k).T if self.by_rows else values.view(self.k, rows)
+
+    def unpack(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """See Unpacked."""
+        assert (out.T if self.by_rows else out).is_contiguous()
+        room = out.data_ptr(), out.numel(), TYPES[out.dtype]
+        library.loaded().unpack(self.image.data_ptr(), start, stop, *room, torch.get_num_threads())
 
 
 class NativeCpu:
@@ -201,9 +204,9 @@ def multiply(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None) -> tor
     rows = x.numel() // k
     y = x.new_empty((*leading, n))
     if rows > 1 and _is_for_panels(w, rows, dtype):
-        _through_panels(x.view(rows, k), w, bias, y.view(rows, n))
+        multiply_panels(x.view(rows, k), w, bias, y.view(rows, n))
     elif rows:
-        bias = bias if bias is None else _readable(bias)
+        bias = bias if bias is None else readable(bias)
         of_bias = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
         product = _pack_product(*w.addresses, y.data_ptr(), *of_bias)
         w.multiply_rows(product, 1, x.data_ptr(), rows, k, TYPES[dtype], w.int8, _thread_count())
@@ -214,79 +217,3 @@ def _is_for_panels(w: NativeWeight, rows: int, dtype: torch.dtype) -> bool:
     if w.int8 or rows < PANEL_FROM.get(dtype, rows + 1):
         return False
     return not library.loaded().takes_many_rows(w.image.data_ptr())
-
-
-def _readable(bias: torch.Tensor) -> torch.Tensor:
-    """Return a bias as the library reads it."""
-    return bias if bias.is_contiguous() and bias.dtype in TYPES else bias.contiguous().float()
-
-
-def unpack(w: NativeWeight, start: int, stop: int, out: torch.Tensor) -> None:
-    """Unpack rows [start, stop) of W, on `_panel`'s steps or up to N, into out (K, stop - start), in its order."""
-    assert (out.T if _has_kept_groups(w) else out).is_contiguous()
-    lib, room = library.loaded(), (out.data_ptr(), out.numel(), TYPES[out.dtype])
-    lib.unpack(w.image.data_ptr(), start, stop, *room, torch.get_num_threads())
-
-
-def _has_kept_groups(w: NativeWeight) -> bool:
-    return bool(library.loaded().panel_by_rows(w.image.data_ptr()))
-
-
-def _panel(w: NativeWeight, room: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return (K, rows) in the order that the library writes: by inputs, or by outputs where groups are dropped."""
-    values = room[: w.k * rows]
-    return values.view(rows, w.k).T if _has_kept_groups(w) else values.view(w.k, rows)
-
-
-def _panels(w: NativeWeight) -> list[tuple[int, int]]:
-    step = library.loaded().panel_step(w.image.data_ptr())
-    rows = max(1, PANEL_ROWS // step) * step
-    return [(start, min(start + rows, w.n)) for start in range(0, w.n, rows)]
-
-
-def _through_panels(x: torch.Tensor, w: NativeWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    x = rotation.rotate(x, w.hadamard, torch.get_num_threads()) if w.hadamard else x
-    panels = _panels(w)
-    room = x.new_empty(w.k * (panels[0][1] - panels[0][0]))
-    for start, stop in panels:
-        panel = _panel(w, room, stop - start)
-        unpack(w, start, stop, panel)
-        if bias is None:
-            torch.mm(x, panel, out=y[:, start:stop])
-        else:
-            torch.addmm(bias[start:stop].to(x.dtype), x, panel, out=y[:, start:stop])
-    if w.low_rank_a is not None:
-        y += _low_rank(x, w)
-
-
-def multiply_back(y: torch.Tensor, w: NativeWeight) -> torch.Tensor:
-    """Return y (..., N) times W (N, K), low-rank addition and rotation included, in y's dtype: a gradient at x.
-
-    W is unpacked a panel at a time, and the products of panels are added up in float32.
-    """
-    rows = y.reshape(-1, w.n)
-    x = torch.zeros(len(rows), w.k, dtype=torch.float32)
-    panels = _panels(w)
-    room = rows.new_empty(w.k * (panels[0][1] - panels[0][0]))
-    for start, stop in panels:
-        panel = _panel(w, room, stop - start)
-        unpack(w, start, stop, panel)
-        x += rows[:, start:stop] @ panel.T
-    if w.low_rank_a is not None:
-        a, b = _factors(w, y.dtype)
-        x += rows @ b @ a
-    x = rotate_back(x, w.hadamard) if w.hadamard else x
-    return x.to(y.dtype).view(*y.shape[:-1], w.k)
-
-
-def _low_rank(x: torch.Tensor, w: NativeWeight) -> torch.Tensor:
-    """Return b (a x) by torch, for products with unpacked weights; x rotated."""
-    a, b = _factors(w, x.dtype)
-    return F.linear(F.linear(x, a), b)
-
-
-def _factors(w: NativeWeight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the low-rank factors a (R, K) and b (N, R)."""
-    assert w.low_rank_a is not None
-    assert w.low_rank_b is not None
-    return w.low_rank_a.to(dtype), w.low_rank_b.transpose(1, 2).flatten(0, 1)[: w.n].to(dtype)

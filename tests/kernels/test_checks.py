@@ -12,6 +12,7 @@ from quantc.kernels.base import Kernel
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE
 from quantc.kernels.cpu.torch_int4 import TORCH_INT4
+from quantc.kernels.cpu.trellis import NATIVE_TRELLIS
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
 
@@ -27,7 +28,9 @@ def products() -> dict[str, tuple[torch.dtype, Callable[..., torch.Tensor]]]:
     for label, spec in SPECS.items():
         for dtype in (torch.float32, torch.bfloat16):
             chosen = choose(spec, (N, K), CPU, dtype).kernel
-            kernels: tuple[Kernel, ...] = (chosen,) if spec.wide_rows else (NATIVE, TORCH_INT4, REFERENCE)
+            kernels: tuple[Kernel, ...] = (
+                (chosen,) if spec.wide_rows else (NATIVE, NATIVE_TRELLIS, TORCH_INT4, REFERENCE)
+            )
             for kernel in kernels:
                 if kernel.supports(spec, (N, K), CPU, dtype) is None:
                     weight = kernel.prepare(stored(spec), spec, (N, K), dtype)

@@ -10,11 +10,12 @@ from quantc.kernels import reference, registry
 from quantc.kernels.base import Kernel
 from quantc.kernels.cpu.native import NATIVE
 from quantc.kernels.cpu.torch_int4 import TORCH_INT4
+from quantc.kernels.cpu.trellis import NATIVE_TRELLIS
 from quantc.kernels.reference import REFERENCE
 from quantc.spec import QuantSpec
 from tests.kernels.weights import SPECS, K, N, filled
 
-KERNELS: list[tuple[Kernel, ...]] = [(NATIVE, REFERENCE), (REFERENCE,), (TORCH_INT4, REFERENCE)]
+KERNELS: list[tuple[Kernel, ...]] = [(NATIVE, NATIVE_TRELLIS, REFERENCE), (REFERENCE,), (TORCH_INT4, REFERENCE)]
 KINDS = {**SPECS, "rotated, low-rank": QuantSpec(3, 16, rank=2, hadamard=32), "of values": QuantSpec(4, 32, code="nf4")}
 
 

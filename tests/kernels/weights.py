@@ -9,7 +9,7 @@ from quantc.kernels.cpu import library
 from quantc.numerics.packing import pack_bits
 from quantc.numerics.qtensor import QTensor
 from quantc.runtime.modules import QuantLinear
-from quantc.spec import QuantSpec
+from quantc.spec import WHOLE_ROW, QuantSpec
 
 N, K = 48, 64
 SPECS = {
@@ -21,6 +21,7 @@ SPECS = {
     "two widths": QuantSpec(4, 32, wide_rows=17),
     "dropped groups": QuantSpec(4, 16, sparsity=0.5),
     "two of four": QuantSpec(4, 32, two_of_four=True),
+    "trellis": QuantSpec(3, WHOLE_ROW, code="trellis", hadamard=64),
 }
 
 

@@ -8,6 +8,7 @@
 #include "pack.h"
 #include "threads.h"
 #include "trellis.h"
+#include "trellis_multiply.h"
 
 namespace {
 
@@ -90,6 +91,30 @@ int32_t quantc_cpu_round_trellis(int32_t bits, int32_t tile, int64_t n, int64_t 
                                 static_cast<const float*>(scale), static_cast<const float*>(upper), upper_row,
                                 upper_column, static_cast<float*>(errors), static_cast<int16_t*>(codes)};
     trellis::round(job, n, threads);
+    return DONE;
+  });
+}
+
+int32_t quantc_cpu_multiply_trellis(const void* product, const void* x, int64_t m, int64_t k, int32_t type,
+                                    int32_t threads) {
+  return guarded([&] {
+    const Product& one = *static_cast<const Product*>(product);
+    const trellis::Stored* w = static_cast<const trellis::Stored*>(one.weight.image);
+    const Rotation* rotation = one.weight.rotation;
+    const bool belongs = trellis::is_weight(w) && w->k == k && (!rotation || rotation->width == k);
+    if (!belongs || one.weight.rank < 0 || !is_type(one.bias_type) || m < 0 || threads < 1 || !is_type(type)) return REFUSED;
+    trellis::multiply(one, Call{x, m, static_cast<Type>(type), false, threads});
+    return DONE;
+  });
+}
+
+int32_t quantc_cpu_unpack_trellis(const void* stored, int64_t from, int64_t to, void* out, int64_t values, int32_t type,
+                                  int32_t threads) {
+  return guarded([&] {
+    const trellis::Stored* w = static_cast<const trellis::Stored*>(stored);
+    if (!trellis::is_weight(w) || !trellis::are_tiles(w, from, to) || values != (to - from) * w->k || !is_type(type))
+      return REFUSED;
+    trellis::unpack(w, from, to, out, static_cast<Type>(type), threads);
     return DONE;
   });
 }

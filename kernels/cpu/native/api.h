@@ -50,6 +50,13 @@ EXPORT int32_t quantc_cpu_round_trellis(int32_t bits, int32_t tile, int64_t n, i
                                         const void* unit, const void* scale, const void* upper, int64_t upper_row,
                                         int64_t upper_column, void* errors, void* codes, int32_t threads);
 
+// The product of x [m][k] with a weight in trellis codes: a Product whose image is a trellis::Stored. Types: as below.
+EXPORT int32_t quantc_cpu_multiply_trellis(const void* product, const void* x, int64_t m, int64_t k, int32_t type,
+                                           int32_t threads);
+// Rows [from, to) of a trellis::Stored, whole tiles, as columns of out [k][to - from] of a type. values: of out.
+EXPORT int32_t quantc_cpu_unpack_trellis(const void* stored, int64_t from, int64_t to, void* out, int64_t values,
+                                         int32_t type, int32_t threads);
+
 // Write the size of an image's weight; REFUSED for anything but an image of this version of image_bytes bytes.
 EXPORT int32_t quantc_cpu_image_shape(const void* image, int64_t image_bytes, int64_t* n, int64_t* k);
 

@@ -34,6 +34,12 @@ struct Level {
   bool (*runs_here)();
   int tile;  // the largest Inputs::m
   trellis::RoundTile round_tile;
+  // Trellis codes: one row of x as floats, and its sum; a tile's outputs for any number of such rows, with their sums in
+  // Inputs::sums; and a tile's rows as columns of W^T, out [k][stride] of a type. workspace: trellis::PART_VALUES floats, and
+  // for products of more than one row of x as many as these have outputs.
+  float (*load_plain)(const void* x, Type, int64_t k, float* row);
+  void (*multiply_trellis)(const trellis::Stored*, const Inputs&, const Outputs&, int64_t tile, float* workspace);
+  void (*unpack_trellis)(const trellis::Stored*, int64_t tile, char* out, Type, int64_t stride, float* workspace);
   // One row of x (w->k values) in the order of the blocks, and its sums, or no sums if null.
   void (*load_float)(const Image*, const void* x, Type, float* row, float* sums);
   void (*load_bfloat16)(const Image*, const void* x, uint16_t* row, float* sums);

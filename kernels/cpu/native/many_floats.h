@@ -3,12 +3,11 @@
 #pragma once
 
 #include "fields.h"
+#include "float_rows.h"
 #include "scratch.h"
 
 namespace {
 
-// Rows of x at once: with the registers of a strip as many sums as 16 registers leave room for.
-constexpr int ABREAST = LANES == 8 ? 6 : 3;
 constexpr int64_t MANY_FROM = 17;  // rows: at 16, codes that are decoded for every six are level
 constexpr int64_t MANY_DEPTH = 8;  // blocks of a part: 16 KB of weights, half of the smallest first cache
 constexpr int64_t PART_FLOATS = MANY_DEPTH * BLOCK * STRIP;
@@ -65,40 +64,9 @@ class WeightMaker {
   float input_scales_[BLOCK], input_offsets_[BLOCK];
 };
 
-// sums [ROWS][16] += ROWS rows of x times `inputs` inputs of weights.
-template <int ROWS>
-__attribute__((noinline)) void add_inputs(const float* x, int64_t stride, const float* weights, int64_t inputs, float* sums,
-                                          bool first) {
-  const float* rows[ROWS];
-  Floats own[ROWS];
-  unrolled<ROWS>([&](int m) INLINE_LAMBDA {
-    rows[m] = x + m * stride;
-    own[m] = first ? all(0) : load_floats(sums + m * STRIP);
-  });
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < inputs; ++k) {
-    const Floats outputs = load_floats(weights + k * STRIP);
-    unrolled<ROWS>([&](int m) INLINE_LAMBDA { own[m] = multiply_add(outputs, rows[m][k], own[m]); });
-  }
-  unrolled<ROWS>([&](int m) INLINE_LAMBDA { store_floats(own[m], sums + m * STRIP); });
-}
-
-void add_rows(int rows, const float* x, int64_t stride, const float* weights, int64_t inputs, float* sums, bool first) {
-  switch (rows) {
-    case 1: return add_inputs<1>(x, stride, weights, inputs, sums, first);
-    case 2: return add_inputs<2>(x, stride, weights, inputs, sums, first);
-    case 3: return add_inputs<3>(x, stride, weights, inputs, sums, first);
-  }
-  if constexpr (ABREAST > 3) {
-    if (rows == 4) return add_inputs<4>(x, stride, weights, inputs, sums, first);
-    if (rows == 5) return add_inputs<5>(x, stride, weights, inputs, sums, first);
-    return add_inputs<6>(x, stride, weights, inputs, sums, first);
-  }
-}
-
 template <int BITS>
 void multiply_many_bits(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
-  const int64_t side = x.m * STRIP, tiles = (x.m + ABREAST - 1) / ABREAST;
+  const int64_t side = x.m * STRIP;
   float* weights = reinterpret_cast<float*>(many_scratch.at_least(static_cast<size_t>(4 * (PART_FLOATS + (to - from) * side))));
   float* sums = weights + PART_FLOATS;
   WeightMaker<BITS> maker(w);
@@ -106,12 +74,8 @@ void multiply_many_bits(const Image* w, const Inputs& x, const Outputs& y, int64
     const int64_t count = b + MANY_DEPTH < w->blocks ? MANY_DEPTH : w->blocks - b;
     for (int64_t strip = from; strip < to; ++strip) {
       w->per_ic ? maker.template make<true>(strip, b, count, weights) : maker.template make<false>(strip, b, count, weights);
-      for (int64_t t = 0, row = 0; t < tiles; ++t) {
-        const int rows = static_cast<int>((x.m - row + tiles - t - 1) / (tiles - t));
-        add_rows(rows, static_cast<const float*>(x.rows) + row * x.stride + b * BLOCK, x.stride, weights, count * BLOCK,
-                 sums + (strip - from) * side + row * STRIP, b == 0);
-        row += rows;
-      }
+      add_all_rows(x.m, static_cast<const float*>(x.rows) + b * BLOCK, x.stride, weights, count * BLOCK,
+                   sums + (strip - from) * side, b == 0);
     }
   }
   for (int64_t strip = from; strip < to; ++strip)

@@ -18,6 +18,21 @@ constexpr int value_of(uint32_t state) {
   return static_cast<int>((word & 255) + (word >> 8 & 255) + (word >> 16 & 255) + (word >> 24)) - MIDDLE;
 }
 
+// Tiles that kernels know: a weight has the first of them that divides its rows (quantc/spec/grids/trellis.py).
+constexpr bool is_tile(int tile) { return tile == 64 || tile == 96 || tile == 80 || tile == 48 || tile == 32; }
+
+// A weight [n][k] as it is stored: codes [ceil(n / tile)][k][tile * bits / 8], and a float16 scale for each row.
+// kernels/cpu/trellis.py writes this struct.
+struct Stored {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  int64_t code_bytes, n, k;
+  int32_t bits, tile;
+};
+
+// Integers of a tile that are decoded at once, half of the smallest first cache in floats.
+constexpr int64_t PART_VALUES = 4096;
+
 // By state: values over their RMS in units of 2^-13, their squares in units of 2^-10, and the values.
 struct Tables {
   alignas(64) int16_t scaled[STATES], squares[STATES];

@@ -10,7 +10,7 @@ import torch
 
 from quantc.errors import KernelError
 from quantc.kernels.cpu import images, library
-from quantc.kernels.cpu.native import NATIVE, NativeWeight, unpack
+from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.cpu.rotation import Rotation, Tables
 from quantc.numerics import hadamard
 from quantc.spec import QuantSpec
@@ -68,7 +68,7 @@ def test_the_library_takes_no_sizes_that_do_not_belong_together() -> None:
             lib.unpack(image, start, stop, out.data_ptr(), values, 0, 1)
     with pytest.raises(KernelError, match="quantc_cpu_pack;"):
         lib.pack(4, 40, 96, 32, 0, None, None, None, image, weight.image.numel() - 64, 1)
-    unpack(weight, 0, 16, out)
+    weight.unpack(0, 16, out)
 
 
 def weight_product(weight: NativeWeight) -> bytes:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quantc.errors import CheckpointError
 from quantc.formats import GROUP_SPARSE
 from quantc.kernels.base import DENSE_ONLY
-from quantc.kernels.cpu import library, native, steps
+from quantc.kernels.cpu import library, native, panels, steps
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
@@ -69,7 +69,7 @@ def test_every_level_multiplies_as_float64_does(level: str, tensor: QTensor, row
 def test_every_level_unpacks_the_reference_s_bits(level: str, tensor: QTensor, dtype: torch.dtype) -> None:
     out = torch.empty(tensor.shape, dtype=dtype)
     with library.forced(level):
-        native.unpack(prepare(tensor, dtype), 0, tensor.shape[0], out.T)
+        prepare(tensor, dtype).unpack(0, tensor.shape[0], out.T)
     assert torch.equal(out, tensor.dequantize(dtype))
 
 
@@ -104,11 +104,11 @@ def test_bias_low_rank_and_rotation(level: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_go_through_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "PANEL_ROWS", 80)
+    monkeypatch.setattr(panels, "PANEL_ROWS", 80)
     monkeypatch.setattr(native, "_is_for_panels", lambda w, rows, dtype: rows >= 60)  # whatever this processor has
     tensor = random_kept(QuantSpec(3, 16, sparsity=0.5), (190, 130))
     weight = prepare(tensor, dtype)
-    assert len(native._panels(weight)) > 1
+    assert len(panels.panels(weight)) > 1
     x = torch.randn(60, 130, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.randn(190, generator=torch.Generator().manual_seed(2))
     y = NATIVE.run(x, weight, bias)

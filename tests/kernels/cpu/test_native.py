@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantc.kernels.cpu import library, native
+from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import INT8_VARIABLE, NATIVE
 from quantc.spec import WHOLE_ROW, QuantSpec
 
@@ -53,7 +53,7 @@ def test_every_level_unpacks_the_reference_s_bits(
     weight = prepare(tensor, dtype)
     out = torch.empty(shape[1], shape[0], dtype=dtype)
     with library.forced(level):
-        native.unpack(weight, 0, shape[0], out)
+        weight.unpack(0, shape[0], out)
     assert torch.equal(out.T, tensor.dequantize(dtype))
 
 

@@ -1,0 +1,18 @@
+// y = x W^T + b (a x) + bias of weights in trellis codes.
+#pragma once
+
+#include "multiply.h"
+#include "trellis.h"
+
+namespace trellis {
+
+// Whether sizes belong together: of a weight, and of rows [from, to) of it, whole tiles.
+bool is_weight(const Stored* w);
+bool are_tiles(const Stored* w, int64_t from, int64_t to);
+
+// product.weight.image: a Stored. Throws std::bad_alloc.
+void multiply(const Product& product, const Call& call);
+// Rows [from, to) as columns of out [k][to - from]. Throws std::bad_alloc.
+void unpack(const Stored* w, int64_t from, int64_t to, void* out, Type type, int threads);
+
+}  // namespace trellis

@@ -1,0 +1,187 @@
+"""Products of weights in trellis codes on every instruction set against float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from quantc.formats import DENSE
+from quantc.kernels.cpu import library
+from quantc.kernels.cpu.trellis import NATIVE_TRELLIS, TrellisWeight
+from quantc.kernels.registry import choose
+from quantc.numerics.qtensor import QTensor
+from quantc.spec import WHOLE_ROW, QuantSpec, tile_of
+
+from .cases import DTYPES, LEVELS, built
+
+pytestmark = built
+CPU = torch.device("cpu")
+BITS = range(1, 6)
+# By tile: rows that fill tiles; and rows that no tile divides, in tiles of 64 and of 32.
+SIZES = {64: 128, 96: 96, 80: 80, 48: 48, 32: 32, "odd": 133, "short": 7}
+ROWS = (1, 2, 3, 5, 8, 9, 40)
+
+
+def trellis(bits: int, hadamard: int = 0, rank: int = 0) -> QuantSpec:
+    return QuantSpec(bits, WHOLE_ROW, code="trellis", hadamard=hadamard, rank=rank)
+
+
+def random_trellis(spec: QuantSpec, shape: tuple[int, int]) -> tuple[TrellisWeight, torch.Tensor]:
+    """A weight of any bits, as a kernel takes it and in float64."""
+    generator = torch.Generator().manual_seed(shape[0] + spec.bits)
+    parts = {}
+    for name, part in DENSE.layout(spec, shape).items():
+        values = torch.randint(0, 256, part.shape, generator=generator)
+        parts[name] = ((values - 128) / 256).half() if part.dtype == torch.float16 else values.to(part.dtype)
+    tensor: QTensor = DENSE.unpack(parts, spec, shape)
+    return NATIVE_TRELLIS.prepare(parts, spec, shape, torch.float32), tensor.effective_weight().double()
+
+
+def random_rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """y against float64: one rounding to its dtype, and float32 sums whose terms may have the middle of codes in them.
+
+    The middle is 126, up to five times as large as what a weight is.
+    """
+    exact = x.double() @ weight.T + (0 if bias is None else bias.double())
+    sizes = x.double().abs() @ (5 * weight.abs() + weight.abs().max()).T
+    allowed = torch.finfo(y.dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * sizes + 1e-7
+    assert y.shape == exact.shape
+    assert not y.numel() or float(((y.double() - exact).abs() / allowed).max()) <= 1
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_level_multiplies_every_width_and_tile(level: str, size: int | str) -> None:
+    n = SIZES[size]
+    assert tile_of(n) == {"odd": 64, "short": 32}.get(str(size), size)
+    for bits in BITS:
+        for k in (1, 37):
+            weight, exact = random_trellis(trellis(bits), (n, k))
+            for m in ROWS:
+                x = random_rows(m, k, dtype=DTYPES[(m + bits) % 3])
+                with library.forced(level):
+                    check(NATIVE_TRELLIS.run(x, weight), x, exact)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_unpacks_the_reference_s_bits(level: str) -> None:
+    for n in SIZES.values():
+        for bits in BITS:
+            weight, exact = random_trellis(trellis(bits), (n, 150))
+            for dtype in DTYPES:
+                out = torch.empty(150, n, dtype=dtype)
+                with library.forced(level):
+                    weight.unpack(0, n, out)
+                assert torch.equal(out.T, exact.float().to(dtype))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_parts_of_tiles_and_slabs_of_rows_add_up(level: str) -> None:
+    """More inputs than a part has, and one row more than a slab."""
+    for dtype in DTYPES:
+        weight, exact = random_trellis(trellis(3), (130, 333))
+        x = random_rows(193, 333, dtype=dtype)
+        with library.forced(level):
+            check(NATIVE_TRELLIS.run(x, weight), x, exact)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_of_any_dtype_low_rank_and_rotation(dtype: torch.dtype, level: str) -> None:
+    for n, hadamard, rank in [(70, 64, 3), (96, 0, 2), (64, 16, 0)]:
+        weight, exact = random_trellis(trellis(2, hadamard, rank), (n, 64))
+        for m in (1, 3):
+            x = random_rows(2, m, 64, dtype=dtype)
+            for bias_dtype in [*DTYPES, torch.float64]:
+                bias = random_rows(2 * n).to(bias_dtype)[::2]
+                with library.forced(level):
+                    y = NATIVE_TRELLIS.run(x, weight, bias)
+                error = (y.double() - x.double() @ exact.T - bias.double()).abs()
+                size = x.double().norm(dim=-1, keepdim=True) * exact.norm(dim=1)
+                assert bool((error <= 4 * torch.finfo(dtype).eps * (size + 4)).all())
+
+
+def test_strided_empty_and_unaligned_inputs() -> None:
+    weight, exact = random_trellis(trellis(3), (33, 100))
+    wide = random_rows(6, 401)
+    for x in (wide[:, 1:101], wide[:, ::4][:, :100], wide[1::2, 201:301], wide.flatten()[3:203].view(2, 100)):
+        before = x.clone()
+        check(NATIVE_TRELLIS.run(x, weight), x, exact)
+        assert torch.equal(x, before)
+    assert NATIVE_TRELLIS.run(torch.empty(0, 100), weight).shape == (0, 33)
+    assert NATIVE_TRELLIS.run(wide[0, :100], weight).shape == (33,)
+
+
+def test_infinite_activations_stay_visible() -> None:
+    weight, _ = random_trellis(trellis(4), (64, 64))
+    for m in (1, 2):
+        for strange in (float("inf"), float("nan")):
+            x = torch.ones(m, 64)
+            x[:, 40] = strange
+            assert not NATIVE_TRELLIS.run(x, weight).isfinite().any()
+
+
+def test_one_thread_and_many_give_the_same_bits() -> None:
+    weight, exact = random_trellis(trellis(3), (1000, 512))
+    before = torch.get_num_threads()
+    try:
+        for m in (1, 9):
+            x, results = random_rows(m, 512), []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(NATIVE_TRELLIS.run(x, weight))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+            check(results[0], x, exact)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_reach_the_activations() -> None:
+    weight, exact = random_trellis(trellis(3, hadamard=64, rank=2), (200, 64))
+    x = random_rows(3, 64).requires_grad_()
+    NATIVE_TRELLIS.run(x, weight, torch.ones(200)).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact.sum(0).expand(3, 64), rtol=1e-4, atol=1e-3)
+
+
+def test_the_operator_has_shapes_without_values_and_equals_the_direct_call() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    weight, _ = random_trellis(trellis(4, hadamard=64), (80, 64))
+    x, bias = random_rows(2, 3, 64).bfloat16(), torch.ones(80)
+    arguments = (weight.codes, weight.scales, None, None, bias, 4, 64)
+    assert torch.equal(torch.ops.quantc.trellis_matmul(x, *arguments), NATIVE_TRELLIS.run(x, weight, bias))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = NATIVE_TRELLIS.run(mode.from_tensor(x), weight)
+    assert (y.shape, y.dtype) == ((2, 3, 80), torch.bfloat16)
+
+
+def test_a_copy_has_addresses_of_its_own() -> None:
+    weight, exact = random_trellis(trellis(3), (64, 40))
+    other, x = copy.deepcopy(weight), random_rows(1, 40)
+    weight.scales.zero_()
+    check(NATIVE_TRELLIS.run(x, other), x, exact)
+
+
+def test_rows_of_two_widths_are_two_products() -> None:
+    spec = QuantSpec(2, WHOLE_ROW, code="trellis", wide_rows=64)
+    assert choose(spec, (160, 64), CPU, torch.float32).kernel.name == "native-trellis"
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "dtype", "reason"),
+    [
+        (trellis(3), "cuda", torch.float32, "runs on cpu, not on cuda"),
+        (trellis(3), "cpu", torch.float64, "runs in float32, float16 and bfloat16, not in float64"),
+        (QuantSpec(4, 32), "cpu", torch.float32, "multiplies trellis codes, not uniform ones"),
+    ],
+)
+def test_why_it_does_not_run(spec: QuantSpec, device: str, dtype: torch.dtype, reason: str) -> None:
+    assert NATIVE_TRELLIS.supports(spec, (64, 64), torch.device(device), dtype) == reason
