@@ -1,11 +1,13 @@
 """Times the native CPU matmul beside torch's on this machine, in one process, the competitors taking turns.
 
-For shapes of 135M, 1B and 7B models: milliseconds, GB/s of packed weight read, and how many times faster than
-F.linear in float32 and bfloat16 and than torch's int4 operator. Weights take turns too, so that no cache serves them,
-and every product is checked first. The read bandwidth is that of a sum over a large tensor, measured beside every shape
-and number of rows, as it changes on a shared machine. The arithmetic bound is the
+For shapes of 135M, 1B and 7B models: milliseconds, GB/s of packed weight read, and how many times faster than F.linear
+in float32 and bfloat16, than torch's int4 operator and than the same kernels with codes of 4 bits. Weights take turns
+too, so that no cache serves them, and every product is checked first. The read bandwidth is that of a sum over a large
+tensor, measured beside every shape and number of rows, as it changes on a shared machine. The arithmetic bound is the
 speed of the same kernel for one row and one small weight again and again, which its threads' caches hold: no memory can
 make it faster. Each figure is the best of the rounds: on a machine that others use, compare within one run only.
+
+With --trellis BITS ... also weights in trellis codes of these widths.
 
 With --ggml LIBRARY ... also than ggml's fastest 4-bit type for the same shape (see ggml_matmul.py), measured right
 before in a process of its own. There its weights take turns with nobody else's, so that for this ratio own weights of
@@ -30,16 +32,17 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import describe, machine, markdown, write_json
-from quantc.formats import DENSE
+from quantc.formats import DENSE, Parts
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.cpu.torch_int4 import TORCH_INT4
+from quantc.kernels.registry import choose
 from quantc.machine.compute_dtype import name_of
 from quantc.machine.timing import best_in_turns
 from quantc.numerics.hadamard import block_order, rotate
 from quantc.numerics.qtensor import QTensor
 from quantc.runtime.kernel_speed import Call, copies, random_weight, read_bandwidth
-from quantc.spec import QuantSpec
+from quantc.spec import WHOLE_ROW, QuantSpec, Trellis
 
 SHAPES = {
     "135M": [(576, 576), (1536, 576), (576, 1536)],
@@ -49,8 +52,23 @@ SHAPES = {
 CPU = torch.device("cpu")
 
 
+def specs_of(args: Any) -> dict[str, QuantSpec]:
+    """Return the specs to be timed, by the first word of their competitors' names."""
+    grids = {f"w{bits}": QuantSpec(bits, args.group) for bits in args.bits}
+    return grids | {f"t{bits}": QuantSpec(bits, WHOLE_ROW, code=Trellis.name) for bits in args.trellis}
+
+
+def random_parts(spec: QuantSpec, shape: tuple[int, int]) -> Parts:
+    """Return the stored parts of a weight of any codes; those of a trellis are any bits."""
+    if spec.code != Trellis.name:
+        return DENSE.pack(random_weight(spec, shape))
+    layout = DENSE.layout(spec, shape)
+    codes, scales = torch.randint(0, 256, layout["qweight"].shape), torch.full(layout["scales"].shape, 0.01)
+    return {"qweight": codes.to(torch.uint8), "scales": scales.half()}
+
+
 def competitors(
-    bits: list[int], group: int, shape: tuple[int, int], int8: bool, of_x: list[torch.dtype]
+    specs: dict[str, QuantSpec], shape: tuple[int, int], int8: bool, of_x: list[torch.dtype]
 ) -> tuple[dict[str, list[Call]], dict[str, int], dict[str, torch.dtype]]:
     """Calls on weights of their own, bytes of one packed weight, and the dtype of x, by name."""
     calls: dict[str, list[Call]] = {}
@@ -64,20 +82,18 @@ def competitors(
     for dtype in of_x:
         dense = torch.randn(shape).to(dtype)
         add(f"F.linear {name_of(dtype)}", dtype, dense.nbytes, lambda dense=dense: through(F.linear, dense.clone()))
-    for width in bits:
-        spec = QuantSpec(width, group)
-        tensor = random_weight(spec, shape)
-        parts = DENSE.pack(tensor)
+    for word, spec in specs.items():
+        parts = random_parts(spec, shape)
         size = sum(part.nbytes for part in parts.values())
         for dtype in of_x:
-            add(f"w{width} {name_of(dtype)}", dtype, size, lambda dtype=dtype, parts=parts, spec=spec: packed(
-                NATIVE, parts, spec, shape, dtype))  # fmt: skip
-        if int8:
-            add(f"w{width} int8", of_x[0], size, lambda parts=parts, spec=spec: packed_int8(parts, spec, shape))
+            add(f"{word} {name_of(dtype)}", dtype, size, lambda dtype=dtype, parts=parts, spec=spec: packed(
+                choose(spec, shape, CPU, dtype).kernel, parts, spec, shape, dtype))  # fmt: skip
+        if int8 and spec.code != Trellis.name:
+            add(f"{word} int8", of_x[0], size, lambda parts=parts, spec=spec: packed_int8(parts, spec, shape))
         if torch.bfloat16 in of_x and TORCH_INT4.supports(spec, shape, CPU, torch.bfloat16) is None:
             add("torch int4", torch.bfloat16, size, lambda parts=parts, spec=spec: packed(
                 TORCH_INT4, parts, spec, shape, torch.bfloat16))  # fmt: skip
-        check(calls, dtypes, width, tensor, k)
+        check(calls, dtypes, word, DENSE.unpack(parts, spec, shape), k)
     return calls, sizes, dtypes
 
 
@@ -86,7 +102,7 @@ def through(linear: Callable[..., torch.Tensor], weight: torch.Tensor) -> Call:
 
 
 def packed(kernel: Any, parts: Any, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Call:
-    prepared = kernel.prepare(parts, spec, shape, dtype)
+    prepared = kernel.prepare({name: part.clone() for name, part in parts.items()}, spec, shape, dtype)
     return lambda x: kernel.run(x, prepared)  # type: ignore[no-any-return]
 
 
@@ -98,11 +114,11 @@ def packed_int8(parts: Any, spec: QuantSpec, shape: tuple[int, int]) -> Call:
         NATIVE.int8 = False
 
 
-def check(calls: dict[str, list[Call]], dtypes: dict[str, torch.dtype], bits: int, tensor: QTensor, k: int) -> None:
+def check(calls: dict[str, list[Call]], dtypes: dict[str, torch.dtype], word: str, tensor: QTensor, k: int) -> None:
     """A wrong kernel is never fast."""
     x = torch.randn(2, k)
     exact = x.double() @ tensor.dequantize(torch.float64).T
-    for name in [name for name in calls if name.startswith(f"w{bits} ")]:
+    for name in [name for name in calls if name.startswith(f"{word} ")]:
         error = (calls[name][0](x.to(dtypes[name])).double() - exact).norm() / exact.norm()
         limit = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 2e-2}[name.split()[1]]
         if error > limit:
@@ -141,9 +157,8 @@ def ggml_rows(shape: tuple[int, int], args: Any) -> list[dict[str, Any]]:
 
 def rows_of(model: str, shape: tuple[int, int], args: Any) -> list[dict[str, Any]]:
     of_ggml = ggml_rows(shape, args)
-    calls, sizes, dtypes = competitors(
-        args.bits, args.group, shape, args.int8, [getattr(torch, name) for name in args.dtypes]
-    )
+    of_x = [getattr(torch, name) for name in args.dtypes]
+    calls, sizes, dtypes = competitors(specs_of(args), shape, args.int8, of_x)
     out = []
     for m in args.tokens:
         inputs = {name: torch.randn(m, shape[1]).to(dtype) for name, dtype in dtypes.items()}
@@ -160,6 +175,8 @@ def rows_of(model: str, shape: tuple[int, int], args: Any) -> list[dict[str, Any
             row |= {"ms": round(ms, 4), "GB/s": round(size / ms / 1e6, 1), "read GB/s": bandwidth}
             for peer in ("F.linear float32", "F.linear bfloat16", "torch int4"):
                 row[f"x {peer}"] = round(best[peer] / ms, 2) if peer in best else "-"
+            same = f"w4 {name.rpartition(' ')[2]}"
+            row["x w4"] = round(best[same] / ms, 2) if same in best else "-"
             if of_ggml_ms:
                 row["alone ms"] = round(alone[name], 4) if name in alone else "-"
                 row["x ggml"] = round(of_ggml_ms / alone.get(name, ms), 2)
@@ -212,6 +229,7 @@ def main() -> int:
     parser = describe(__doc__)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 5, 6, 8])
+    parser.add_argument("--trellis", nargs="+", type=int, default=[], metavar="BITS", help="also trellis codes")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128])

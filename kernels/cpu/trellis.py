@@ -72,6 +72,9 @@ class TrellisWeight:
     multiply_rows: Callable[..., None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.codes.ndim != 3 or self.scales.ndim != 2:
+            found = tuple(self.codes.shape), tuple(self.scales.shape)
+            raise ValueError(f"a weight has codes (tiles, K, bytes) and scales (N, 1), and these are {found}.")
         self.n, self.k = self.scales.shape[0], self.codes.shape[1]
         self._check()
         parts = self.codes.data_ptr(), self.scales.data_ptr(), self.codes.numel()

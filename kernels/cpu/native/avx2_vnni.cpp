@@ -4,9 +4,14 @@
 #include <cpuid.h>
 
 #include "int8_quads.h"
+#include "trellis_tiles.h"
 
 void multiply_avx_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   multiply_quads(w, x, y, from, to);
+}
+
+void multiply_trellis_avx_vnni(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile, float* workspace) {
+  multiply_trellis(w, x, y, tile, workspace);
 }
 
 bool avx_vnni_runs_here() {
@@ -18,5 +23,6 @@ bool avx_vnni_runs_here() {
 #include "level.h"
 
 void multiply_avx_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t) {}
+void multiply_trellis_avx_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*) {}
 bool avx_vnni_runs_here() { return false; }
 #endif

@@ -3,8 +3,14 @@
 #if defined(__x86_64__)
 #define LANES 8
 #include "int8_quads.h"
+#include "trellis_tiles.h"
 
 void multiply_avx512vl_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   multiply_quads(w, x, y, from, to);
+}
+
+void multiply_trellis_avx512vl_vnni(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile,
+                                    float* workspace) {
+  multiply_trellis(w, x, y, tile, workspace);
 }
 #endif

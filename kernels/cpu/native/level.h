@@ -36,7 +36,7 @@ struct Level {
   trellis::RoundTile round_tile;
   // Trellis codes: one row of x as floats, and its sum; a tile's outputs for any number of such rows, with their sums in
   // Inputs::sums; and a tile's rows as columns of W^T, out [k][stride] of a type. workspace: trellis::PART_VALUES floats, and
-  // for products of more than one row of x as many as these have outputs.
+  // for products as many as they have outputs in a tile's rows.
   float (*load_plain)(const void* x, Type, int64_t k, float* row);
   void (*multiply_trellis)(const trellis::Stored*, const Inputs&, const Outputs&, int64_t tile, float* workspace);
   void (*unpack_trellis)(const trellis::Stored*, int64_t tile, char* out, Type, int64_t stride, float* workspace);

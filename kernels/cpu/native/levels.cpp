@@ -9,6 +9,9 @@
 void multiply_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_avx_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_avx512vl_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+void multiply_trellis_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
+void multiply_trellis_avx_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
+void multiply_trellis_avx512vl_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
 bool avx_vnni_runs_here();
 void multiply_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_rounded_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
@@ -38,12 +41,14 @@ struct Available {
     Level short_vnni = LEVEL_AVX2;
     short_vnni.name = "avx2_vnni";
     short_vnni.by_int8 = avx_vnni_runs_here() ? multiply_avx_vnni : multiply_avx512vl_vnni;
+    short_vnni.multiply_trellis = avx_vnni_runs_here() ? multiply_trellis_avx_vnni : multiply_trellis_avx512vl_vnni;
     short_vnni.runs_here = [] { return LEVEL_AVX2.runs_here() && (avx_vnni_runs_here() || avx512_vnni_runs_here()); };
     offer(short_vnni);
     offer(LEVEL_AVX512);
     Level vnni = LEVEL_AVX512;
     vnni.name = "avx512_vnni";
     vnni.by_int8 = multiply_vnni;
+    vnni.multiply_trellis = multiply_trellis_vnni;
     vnni.runs_here = avx512_vnni_runs_here;
     offer(vnni);
     Level bfloat16 = vnni;

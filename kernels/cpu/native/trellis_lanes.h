@@ -24,11 +24,16 @@ struct Walk {
 
   static constexpr int byte_of(int lane) { return BYTES * lane / 8; }
   static constexpr int shift_of(int lane) { return BYTES * lane % 8; }
-  // Byte of a lane's stretch from which the word for `together` registers from j on, an even multiple of it, is read.
+  // Byte of a lane's stretch from which the word for `together` registers from j on, an even multiple of it, is read. The
+  // last word ends with the last state where it can: a shift alone then takes the state out.
   static constexpr int start_of(int j, int together) {
+    constexpr int END = BITS * (HEIGHT - 1) + trellis::STATE_BITS;
     int start = 0;
     for (int i = 0; i <= j; i += together)
-      if (BITS * (i + together - 1) - 8 * start + MOST_SHIFT + trellis::STATE_BITS > 32) start = BITS * i / 8;
+      if (BITS * (i + together - 1) - 8 * start + MOST_SHIFT + trellis::STATE_BITS > 32) {
+        const int first = BITS * i / 8, last = (END - 32) / 8;
+        start = WHOLE && END % 8 == 0 && last > start && last < first ? last : first;
+      }
     return start;
   }
   static constexpr bool starts_word(int j, int together) {
@@ -95,15 +100,23 @@ constexpr Bytes<COUNT> shuffle_of(Place place) {
 }
 
 #if LANES == 8
+INLINE __m256i side_by_side(__m128i low, __m128i high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+INLINE __m256i whole_column(const uint8_t* column) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column)); }
 INLINE __m256i shuffled(__m128i low, __m128i high, const Bytes<32>& order) {
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  return _mm256_shuffle_epi8(both, _mm256_load_si256(reinterpret_cast<const __m256i*>(order.of)));
+  return _mm256_shuffle_epi8(side_by_side(low, high), _mm256_load_si256(reinterpret_cast<const __m256i*>(order.of)));
 }
 INLINE __m256i either(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
 #else
+INLINE __m512i side_by_side(__m128i low, __m128i high) {
+  return _mm512_broadcast_i64x4(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+}
+INLINE __m512i whole_column(const uint8_t* column) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(column)));
+}
 INLINE __m512i shuffled(__m128i low, __m128i high, const Bytes<64>& order) {
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  return _mm512_shuffle_epi8(_mm512_broadcast_i64x4(both), _mm512_load_si512(order.of));
+  return _mm512_shuffle_epi8(side_by_side(low, high), _mm512_load_si512(order.of));
 }
 INLINE __m512i either(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
 #endif
@@ -119,19 +132,26 @@ INLINE auto words_of(const uint8_t* column) {
     });
     const __m128i all_bytes = Short<CYCLE>::load(column);
     return shuffled(all_bytes, all_bytes, order);
-  } else if constexpr (W::byte_of(3) + 4 <= 16) {  // four lanes read within sixteen bytes
-    static constexpr auto order = shuffle_of<COUNT>([](int lane, int byte) { return W::byte_of(lane % 4) + byte; });
-    return shuffled(sixteen_from<CYCLE, START>(column), sixteen_from<CYCLE, START + W::byte_of(4)>(column), order);
+  } else if constexpr (CYCLE == 32 && START == 0) {
+    return whole_column(column);
+  } else if constexpr (W::byte_of(3) + 4 <= 16) {  // four lanes read within sixteen bytes, of several words if they can
+    constexpr int FROM = W::byte_of(3) + 4 + START <= 16 ? 0 : START;
+    static constexpr auto order = shuffle_of<COUNT>([](int lane, int byte) { return W::byte_of(lane % 4) + byte + START - FROM; });
+    const __m128i low = sixteen_from<CYCLE, FROM>(column), high = sixteen_from<CYCLE, FROM + W::byte_of(4)>(column);
+    if constexpr (CYCLE == 32) return side_by_side(low, high);
+    else return shuffled(low, high, order);
   } else {  // two do
-    constexpr int SECOND = W::byte_of(2), THIRD = W::byte_of(4), FOURTH = W::byte_of(6);
+    constexpr int FROM = W::byte_of(3) - W::byte_of(2) + 4 + START <= 16 ? 0 : START;
     static constexpr auto even = shuffle_of<COUNT>([](int lane, int byte) {
-      return lane % 4 < 2 ? W::byte_of(lane % 4) + byte : -1;
+      return lane % 4 < 2 ? W::byte_of(lane % 4) + byte + START - FROM : -1;
     });
     static constexpr auto odd = shuffle_of<COUNT>([](int lane, int byte) {
-      return lane % 4 < 2 ? -1 : W::byte_of(lane % 4) - W::byte_of(2) + byte;
+      return lane % 4 < 2 ? -1 : W::byte_of(lane % 4) - W::byte_of(2) + byte + START - FROM;
     });
-    return either(shuffled(sixteen_from<CYCLE, START>(column), sixteen_from<CYCLE, START + THIRD>(column), even),
-                  shuffled(sixteen_from<CYCLE, START + SECOND>(column), sixteen_from<CYCLE, START + FOURTH>(column), odd));
+    const auto load = [&](auto lane) INLINE_LAMBDA { return sixteen_from<CYCLE, FROM + W::byte_of(decltype(lane)::value)>(column); };
+    using std::integral_constant;
+    return either(shuffled(load(integral_constant<int, 0>{}), load(integral_constant<int, 4>{}), even),
+                  shuffled(load(integral_constant<int, 2>{}), load(integral_constant<int, 6>{}), odd));
   }
 }
 
@@ -147,16 +167,20 @@ constexpr Shifts<8 * TOGETHER> shifts_of() {
 
 #if LANES == 8
 template <int BITS, int HEIGHT, int J>
-INLINE __m256i moved(__m256i words) {
-  using W = Walk<BITS, HEIGHT>;
+INLINE __m256i states_of(__m256i words) {
   static constexpr auto shifts = shifts_of<BITS, HEIGHT, J, 1>();
-  if constexpr (W::WHOLE) return _mm256_srli_epi32(words, shifts.of[0]);
-  return _mm256_srlv_epi32(words, _mm256_load_si256(reinterpret_cast<const __m256i*>(shifts.of)));
+  const __m256i mask = _mm256_set1_epi32(trellis::STATES - 1);
+  if constexpr (!Walk<BITS, HEIGHT>::WHOLE) {
+    const __m256i each = _mm256_load_si256(reinterpret_cast<const __m256i*>(shifts.of));
+    return _mm256_and_si256(_mm256_srlv_epi32(words, each), mask);
+  } else {
+    const __m256i moved = _mm256_srli_epi32(words, shifts.of[0]);
+    return shifts.of[0] + trellis::STATE_BITS == 32 ? moved : _mm256_and_si256(moved, mask);
+  }
 }
 
 // The integers of 8 states, less MIDDLE where CENTRED.
-INLINE FloatLanes integers_of(__m256i windows) {
-  const __m256i states = _mm256_and_si256(windows, _mm256_set1_epi32(trellis::STATES - 1));
+INLINE FloatLanes integers_of(__m256i states) {
   const __m256i words = _mm256_mullo_epi32(states, _mm256_set1_epi32(static_cast<int32_t>(trellis::MULTIPLIER)));
   const __m256i bytes = _mm256_and_si256(words, _mm256_set1_epi32(trellis::MASK));
 #if defined(__AVXVNNI__)
@@ -179,7 +203,7 @@ INLINE void for_each_strip(const uint8_t* column, Visit visit) {
     unrolled<2>([&](auto p) INLINE_LAMBDA {
       constexpr int j = 2 * decltype(s)::value + decltype(p)::value;
       if constexpr (W::starts_word(j, 1)) words = words_of<BITS, HEIGHT, W::start_of(j, 1)>(column);
-      integers.part[p] = integers_of(moved<BITS, HEIGHT, j>(words));
+      integers.part[p] = integers_of(states_of<BITS, HEIGHT, j>(words));
     });
     visit(s, integers);
   });

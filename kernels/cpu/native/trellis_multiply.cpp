@@ -46,7 +46,7 @@ void load_row(void* context, int64_t row) {
 void multiply_one(void* context, int64_t tile) {
   const Multiplication& job = *static_cast<const Multiplication*>(context);
   const Stored* w = job.w;
-  const int64_t sums = job.m > 1 ? job.m * w->tile : 0, first = tile * w->tile, last = first + w->tile;
+  const int64_t sums = job.m * w->tile, first = tile * w->tile, last = first + w->tile;
   Outputs y = job.y;
   if (job.weight->rank) {
     job.level->add_times_b(job.weight, job.inner, y, first, last < w->n ? last : w->n, job.added);

@@ -20,26 +20,30 @@ INLINE Floats scales_from(const trellis::Stored* w, int64_t row, int count) {
   return load_float16(own);
 }
 
-// sums: of x times integers, for row m of y and one strip.
-INLINE void store_sums(const trellis::Stored* w, const Outputs& y, int m, int64_t row, const Floats& sums) {
-  const int count = rows_from(w, row);
-  store_row(y, m, row, count, multiplied(sums, scales_from(w, row, count)));
+// sums: [strip][side / 16][16], of x times integers for the rows of y.
+__attribute__((noinline)) void store_sums(const trellis::Stored* w, const Outputs& y, int64_t tile, const float* sums, int64_t side) {
+  for (int s = 0; s < w->tile / STRIP && first_of(w, tile, s) < w->n; ++s) {
+    const int64_t row = first_of(w, tile, s);
+    const int count = rows_from(w, row);
+    const Floats scales = scales_from(w, row, count);
+    for (int m = 0; m < y.rows; ++m)
+      store_row(y, m, row, count, multiplied(load_floats(sums + s * side + m * STRIP), scales));
+  }
 }
 
+// sums [strip][16] of one row of x.
 template <int BITS, int HEIGHT>
-__attribute__((noinline)) void multiply_row(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile) {
+__attribute__((noinline)) void multiply_row(const trellis::Stored* w, const Inputs& x, int64_t tile, float* sums) {
   using W = Walk<BITS, HEIGHT>;
   const float* row = static_cast<const float*>(x.rows);
   const uint8_t* column = w->codes + tile * w->k * W::BYTES;
-  Floats sums[W::STRIPS];
-  for (Floats& sum : sums) sum = all(CENTRED ? 0 : -MIDDLE * *x.sums);
+  Floats own[W::STRIPS];
+  for (Floats& sum : own) sum = all(CENTRED ? 0 : -MIDDLE * *x.sums);
   for (int64_t k = 0; k < w->k; ++k, column += W::BYTES)
     for_each_strip<BITS, HEIGHT>(column, [&](auto s, const Floats& integers) INLINE_LAMBDA {
-      sums[s] = multiply_add(integers, row[k], sums[s]);
+      own[s] = multiply_add(integers, row[k], own[s]);
     });
-  unrolled<W::STRIPS>([&](auto s) INLINE_LAMBDA {
-    if (first_of(w, tile, s) < w->n) store_sums(w, y, 0, first_of(w, tile, s), sums[s]);
-  });
+  unrolled<W::STRIPS>([&](auto s) INLINE_LAMBDA { store_floats(own[s], sums + s * STRIP); });
 }
 
 // Integers of columns [from, from + count) of a tile: [strip][count][16].
@@ -69,22 +73,21 @@ void decode_part(const trellis::Stored* w, int64_t tile, int64_t from, int64_t c
   with_walk(w, [&](auto bits, auto height) INLINE_LAMBDA { decode<bits, height>(w, tile, from, count, out); });
 }
 
-void multiply_rows_of_tile(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile, float* workspace) {
+void multiply_rows(const trellis::Stored* w, const Inputs& x, int64_t tile, float* integers, float* sums) {
   const int64_t strips = w->tile / STRIP, depth = trellis::PART_VALUES / w->tile, side = x.m * STRIP;
-  float *integers = workspace, *sums = integers + trellis::PART_VALUES;
   for (int64_t k = 0; k < w->k; k += depth) {
     const int64_t count = w->k - k < depth ? w->k - k : depth;
     decode_part(w, tile, k, count, integers);
     for (int64_t s = 0; s < strips; ++s)
       add_all_rows(x.m, static_cast<const float*>(x.rows) + k, x.stride, integers + s * count * STRIP, count, sums + s * side, k == 0);
   }
-  for (int s = 0; s < strips && first_of(w, tile, s) < w->n; ++s)
-    for (int m = 0; m < x.m; ++m) store_sums(w, y, m, first_of(w, tile, s), load_floats(sums + s * side + m * STRIP));
 }
 
 void multiply_trellis(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile, float* workspace) {
-  if (x.m > 1) return multiply_rows_of_tile(w, x, y, tile, workspace);
-  with_walk(w, [&](auto bits, auto height) INLINE_LAMBDA { multiply_row<bits, height>(w, x, y, tile); });
+  float* sums = workspace + trellis::PART_VALUES;
+  if (x.m > 1) multiply_rows(w, x, tile, workspace, sums);
+  else with_walk(w, [&](auto bits, auto height) INLINE_LAMBDA { multiply_row<bits, height>(w, x, tile, sums); });
+  store_sums(w, y, tile, sums, x.m * STRIP);
 }
 
 void unpack_trellis(const trellis::Stored* w, int64_t tile, char* out, Type type, int64_t stride, float* workspace) {

@@ -10,6 +10,7 @@
 #include "api.h"
 #include "level.h"
 #include "steps_of_torch.h"
+#include "trellis.h"
 #include "weight.h"
 
 static unsigned state = 1;
@@ -165,6 +166,59 @@ static void exercise_kept(int bits, int64_t n, int64_t k, int64_t group, unsigne
   refuse(image, n, k);
 }
 
+// A weight in trellis codes, as many rows of it as fill their tiles or not: its products and its unpacked rows.
+static void exercise_trellis(int bits, int tile, int64_t n, int64_t k) {
+  const int64_t tiles = (n + tile - 1) / tile;
+  Block codes(static_cast<size_t>(tiles * k * tile * bits / 8)), scales(static_cast<size_t>(2 * n)), none(0);
+  const trellis::Stored stored{codes.data, reinterpret_cast<const uint16_t*>(scales.data), static_cast<int64_t>(codes.size), n, k, bits, tile};
+  const Tables tables(k);
+  const int64_t rank = k % 3;
+  Block a(static_cast<size_t>(2 * rank * k)), b(static_cast<size_t>(2 * rank * ((n + 15) / 16 * 16)));
+  const auto weight = [&](const trellis::Stored& one) {
+    return Weight{&one, k > 1 ? &tables.rotation : nullptr, reinterpret_cast<const uint16_t*>(a.data), reinterpret_cast<const uint16_t*>(b.data), rank};
+  };
+  for (int type = 0; type < 3; ++type) {
+    const size_t size = type ? 2 : 4;
+    for (int64_t m : {1, 2, 9, 193}) {
+      Block x(size * static_cast<size_t>(m * k)), y(size * static_cast<size_t>(m * n)), bias(size * static_cast<size_t>(n));
+      const Product product{weight(stored), y.data, m % 2 ? bias.data : nullptr, type};
+      expect(quantc_cpu_multiply_trellis(&product, x.data, m, k, type, 2), DONE);
+    }
+    Block panel(size * static_cast<size_t>(n * k));
+    expect(quantc_cpu_unpack_trellis(&stored, 0, n, panel.data, n * k, type, 2), DONE);
+  }
+  const auto refuse = [&](const trellis::Stored& one, int64_t m, int64_t width, int type, int threads) {
+    const Product product{weight(one), none.data, nullptr, 0};
+    expect(quantc_cpu_multiply_trellis(&product, none.data, m, width, type, threads), REFUSED);
+  };
+  const auto unpack = [&](int64_t from, int64_t to, int64_t values, int type) {
+    expect(quantc_cpu_unpack_trellis(&stored, from, to, none.data, values, type, 1), REFUSED);
+  };
+  refuse(stored, -1, k, 0, 1), refuse(stored, 1, k + 1, 0, 1), refuse(stored, 1, k, 3, 1), refuse(stored, 1, k, 0, 0);
+  for (int other : {0, 6, -1}) { trellis::Stored one = stored; one.bits = other; refuse(one, 1, k, 0, 1); }
+  for (int other : {0, 8, 16, 128, -64}) { trellis::Stored one = stored; one.tile = other; refuse(one, 1, k, 0, 1); }
+  for (int64_t other : {int64_t{0}, int64_t{-1}, n + tile, INT64_MAX}) { trellis::Stored one = stored; one.n = other; refuse(one, 1, k, 0, 1); }
+  for (int64_t other : {int64_t{0}, k + 1, INT64_MAX}) { trellis::Stored one = stored; one.k = other; refuse(one, 1, other, 0, 1); }
+  unpack(-tile, 0, tile * k, 0), unpack(0, n + tile, (n + tile) * k, 0), unpack(n, n, 0, 0);
+  unpack(0, n, n * k - 1, 0), unpack(0, n, n * k, 3);
+}
+
+// The search for codes of a few columns, with what is fed back and without.
+static void exercise_search(int bits, int tile, int64_t n, int64_t columns) {
+  Block left(static_cast<size_t>(4 * n * columns)), errors(static_cast<size_t>(4 * n * columns)), codes(static_cast<size_t>(2 * n * columns));
+  Block unit(static_cast<size_t>(4 * n)), scale(static_cast<size_t>(4 * n)), upper(static_cast<size_t>(4 * columns * columns));
+  for (Block* block : {&left, &unit, &scale, &upper})
+    for (size_t i = 0; i < block->size / 4; ++i) reinterpret_cast<float*>(block->data)[i] = 0.5f + static_cast<float>(next() % 64) / 64;
+  const auto round = [&](int width, int height, const void* factor, void* fed) {
+    return quantc_cpu_round_trellis(width, height, n, columns, left.data, unit.data, scale.data, factor, columns, 1, fed, codes.data, 2);
+  };
+  expect(round(bits, tile, nullptr, nullptr), DONE);
+  expect(round(bits, tile, upper.data, errors.data), DONE);
+  for (int width : {0, 6}) expect(round(width, tile, nullptr, nullptr), REFUSED);
+  for (int height : {8, 20, 104}) expect(round(bits, height, nullptr, nullptr), REFUSED);
+  expect(round(bits, tile, upper.data, nullptr), REFUSED);
+}
+
 int main() {
   exhaust();
   std::vector<char> names(quantc_cpu_levels(), quantc_cpu_levels() + std::strlen(quantc_cpu_levels()) + 1);
@@ -185,6 +239,11 @@ int main() {
         exercise_kept(bits, 35, 130, 16, one_in, one_in & 2);
         exercise_kept(bits, 3, 1150, 32, one_in, one_in & 1);
       }
+    for (int bits = 1; bits <= 5; ++bits) {
+      for (int tile : {32, 48, 64, 80, 96}) exercise_trellis(bits, tile, tile, 3), exercise_trellis(bits, tile, 2 * tile, 131);
+      exercise_trellis(bits, 64, 133, 1), exercise_trellis(bits, 32, 7, 20);
+      exercise_search(bits, 32, 7, 2), exercise_search(bits, 96, 192, 3);
+    }
     std::printf("%s\n", name);
   }
   return 0;

@@ -12,6 +12,7 @@ from quantc.errors import KernelError
 from quantc.kernels.cpu import images, library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
 from quantc.kernels.cpu.rotation import Rotation, Tables
+from quantc.kernels.cpu.trellis import TrellisWeight
 from quantc.numerics import hadamard
 from quantc.spec import QuantSpec
 
@@ -69,6 +70,53 @@ def test_the_library_takes_no_sizes_that_do_not_belong_together() -> None:
     with pytest.raises(KernelError, match="quantc_cpu_pack;"):
         lib.pack(4, 40, 96, 32, 0, None, None, None, image, weight.image.numel() - 64, 1)
     weight.unpack(0, 16, out)
+
+
+WRONG_SIZES = {"bits": (0, 6), "tile": (8, 128), "n": (0, 129, 2**62), "k": (95,), "code_bytes": (0,)}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in WRONG_SIZES for value in WRONG_SIZES[field]])
+def test_the_library_takes_no_trellis_whose_sizes_do_not_belong_together(field: str, value: int) -> None:
+    lib, x = library.loaded(), torch.ones(1, 96)
+    weight = trellis_weight(128, 96)
+    setattr(weight.stored, field, value)
+    with pytest.raises(KernelError, match="takes no such sizes or types in quantc_cpu_multiply_trellis"):
+        lib.multiply_trellis(trellis_product(weight), x.data_ptr(), 1, 96, 0, 1)
+    with pytest.raises(KernelError, match="takes no such sizes or types in quantc_cpu_unpack_trellis"):
+        lib.unpack_trellis(ctypes.addressof(weight.stored), 0, 64, x.data_ptr(), 64 * 96, 0, 1)
+
+
+def test_the_library_takes_no_rows_and_panels_that_a_trellis_does_not_have() -> None:
+    lib, weight, x = library.loaded(), trellis_weight(130, 96), torch.ones(1, 96)
+    for rows, k, kind, threads in [(-1, 96, 0, 1), (1, 95, 0, 1), (1, 96, 3, 1), (1, 96, 0, 0)]:
+        with pytest.raises(KernelError, match="takes no such sizes or types in quantc_cpu_multiply_trellis"):
+            lib.multiply_trellis(trellis_product(weight), x.data_ptr(), rows, k, kind, threads)
+    out = torch.empty(96, 64)
+    for start, stop, values in [(-64, 0, 6144), (0, 16, 1536), (0, 192, 18432), (64, 64, 0), (0, 64, 6143)]:
+        with pytest.raises(KernelError, match="takes no such sizes or types in quantc_cpu_unpack_trellis"):
+            lib.unpack_trellis(ctypes.addressof(weight.stored), start, stop, out.data_ptr(), values, 0, 1)
+    weight.unpack(0, 64, out)
+
+
+def test_parts_that_are_not_those_of_one_trellis_weight_are_refused() -> None:
+    codes, scales = torch.zeros(2, 96, 24, dtype=torch.uint8), torch.ones(128, 1).half()
+    for wrong in [(codes[:1], scales), (codes, scales[:64]), (codes[:, :, :23], scales), (codes, scales.float())]:
+        with pytest.raises(ValueError, match="must be contiguous"):
+            TrellisWeight(*wrong, None, None, 3, 0)
+    for wrong in [(codes[0], scales), (codes, scales[:, 0])]:
+        with pytest.raises(ValueError, match=r"codes \(tiles, K, bytes\) and scales \(N, 1\)"):
+            TrellisWeight(*wrong, None, None, 3, 0)
+    with pytest.raises(ValueError, match="a low-rank factor must be contiguous"):
+        TrellisWeight(codes, scales, torch.ones(2, 96).half(), torch.ones(2, 2, 16).half(), 3, 0)
+
+
+def trellis_weight(n: int, k: int) -> TrellisWeight:
+    codes = torch.zeros(-(-n // 64), k, 24, dtype=torch.uint8)
+    return TrellisWeight(codes, torch.ones(n, 1).half(), None, None, 3, 0)
+
+
+def trellis_product(weight: TrellisWeight) -> bytes:
+    return struct.pack(library.PRODUCT, *weight.addresses, 0, 0, 0)
 
 
 def weight_product(weight: NativeWeight) -> bytes:

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 import quantc
 from quantc.errors import UsageError
 from quantc.kernels.cpu import library
+from quantc.plan import Plan
 from quantc.runtime import compiled, step_graph
+from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.families import build
 from tests.helpers import save_with_tokenizer, thinned
 
@@ -109,6 +111,23 @@ def test_what_reads_the_same_tensor_is_one_call_and_attention_is_open(
     assert ops.native_matmul not in found
     assert F.scaled_dot_product_attention not in found
     assert found.count(step_graph.attend) == blocks
+
+
+@native
+def test_trellis_weights_stay_one_operator_each(tmp_path: Path, graphs: list[fx.GraphModule]) -> None:
+    model = build("llama")
+    save_with_tokenizer(model, tmp_path / "llama")
+    linears = [
+        name
+        for name, module in model.model.layers.named_modules(prefix="model.layers")
+        if isinstance(module, torch.nn.Linear)
+    ]
+    plan = Plan(dict.fromkeys(linears, QuantSpec(3, WHOLE_ROW, code="trellis")))
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml())
+    quantc.quantize(tmp_path / "llama", plan=tmp_path / "plan.yaml", method="rtn", out=tmp_path / "out")
+    fast = quantc.load(tmp_path / "out", dtype=torch.float32, compile=True)
+    assert text(fast) == text(quantc.load(tmp_path / "out", dtype=torch.float32))
+    assert targets(graphs[:1]).count(torch.ops.quantc.trellis_matmul) == len(linears)
 
 
 @native
