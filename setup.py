@@ -35,7 +35,7 @@ OWN_FLAGS = {
     "avx512vl_vnni": [*AVX512, "-mavx512vnni"],
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     "avx512_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 NEW_FLAGS = {"avx2_vnni", "avx512_amx"}  # compiled to nothing where the compiler is too old for their flags

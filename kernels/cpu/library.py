@@ -39,6 +39,7 @@ _INTERFACE: dict[str, tuple[Any, list[Any]]] = {
     "has_int8": (_INT, []),
     "pool": (_TEXT, []),
     "image_bytes": (_LONG, [_INT, _LONG, _LONG, _LONG, _INT, _INT]),
+    "trellis_takes_many_rows": (_INT, []),
     "panel_by_rows": (_INT, [_POINTER]),
     "takes_many_rows": (_INT, [_POINTER]),
     "panel_step": (_LONG, [_POINTER]),
@@ -97,6 +98,7 @@ class Library:
     step: Any
     multiply_trellis: Any
     unpack_trellis: Any
+    trellis_takes_many_rows: Any
     unpack: Any
 
     def __init__(self, file: Path):

@@ -108,6 +108,8 @@ int32_t quantc_cpu_multiply_trellis(const void* product, const void* x, int64_t 
   });
 }
 
+int32_t quantc_cpu_trellis_takes_many_rows() { return trellis::takes_many_rows(); }
+
 int32_t quantc_cpu_unpack_trellis(const void* stored, int64_t from, int64_t to, void* out, int64_t values, int32_t type,
                                   int32_t threads) {
   return guarded([&] {

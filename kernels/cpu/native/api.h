@@ -53,6 +53,8 @@ EXPORT int32_t quantc_cpu_round_trellis(int32_t bits, int32_t tile, int64_t n, i
 // The product of x [m][k] with a weight in trellis codes: a Product whose image is a trellis::Stored. Types: as below.
 EXPORT int32_t quantc_cpu_multiply_trellis(const void* product, const void* x, int64_t m, int64_t k, int32_t type,
                                            int32_t threads);
+// Whether many rows of bfloat16 are best left to it, and not to torch's product with unpacked rows.
+EXPORT int32_t quantc_cpu_trellis_takes_many_rows();
 // Rows [from, to) of a trellis::Stored, whole tiles, as columns of out [k][to - from] of a type. values: of out.
 EXPORT int32_t quantc_cpu_unpack_trellis(const void* stored, int64_t from, int64_t to, void* out, int64_t values,
                                          int32_t type, int32_t threads);

@@ -1,5 +1,6 @@
 // bfloat16 activations: two inputs of 16 rows in an instruction. Codes of up to 8 bits less mid are exact in bfloat16
-// and products in the float32 sums, so nothing is lost. Compiled as avx512.cpp, with -mavx512bf16.
+// and products in the float32 sums, so nothing is lost. Compiled as avx512.cpp, with -mavx512bf16 and
+// -mavx512vnni, which processors with the one have too.
 #if defined(__x86_64__)
 #define LANES 16
 #include <immintrin.h>
@@ -8,6 +9,7 @@
 #include "many_bfloat16.h"
 #include "pairs.h"
 #include "totals.h"
+#include "trellis_pairs.h"
 
 namespace {
 

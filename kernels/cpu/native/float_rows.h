@@ -9,22 +9,30 @@ namespace {
 // take every cycle's product, whose sum takes four.
 constexpr int ABREAST = LANES == 16 ? 8 : LANES == 8 ? 6 : 3;
 
-// sums [ROWS][16] += ROWS rows of x times `inputs` inputs of weights [inputs][16].
+// sums [ROWS][16] += ROWS rows of x times `inputs` inputs of weights [inputs][16]. CHAINS: sums of every other input, and so
+// on, where there are fewer than the eight registers of sums that do not wait for each other's four cycles.
 template <int ROWS>
 __attribute__((noinline)) void add_inputs(const float* x, int64_t stride, const float* weights, int64_t inputs, float* sums,
                                           bool first) {
+  constexpr int CHAINS = ROWS * PARTS >= 8 ? 1 : ROWS * PARTS >= 3 ? 2 : 4;
   const float* rows[ROWS];
-  Floats own[ROWS];
+  Floats own[CHAINS][ROWS];
   unrolled<ROWS>([&](int m) INLINE_LAMBDA {
     rows[m] = x + m * stride;
-    own[m] = first ? all(0) : load_floats(sums + m * STRIP);
+    own[0][m] = first ? all(0) : load_floats(sums + m * STRIP);
+    for (int c = 1; c < CHAINS; ++c) own[c][m] = all(0);
   });
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < inputs; ++k) {
+  const auto step = [&](int64_t k, int c) INLINE_LAMBDA {
     const Floats outputs = load_floats(weights + k * STRIP);
-    unrolled<ROWS>([&](int m) INLINE_LAMBDA { own[m] = multiply_add(outputs, rows[m][k], own[m]); });
-  }
-  unrolled<ROWS>([&](int m) INLINE_LAMBDA { store_floats(own[m], sums + m * STRIP); });
+    unrolled<ROWS>([&](int m) INLINE_LAMBDA { own[c][m] = multiply_add(outputs, rows[m][k], own[c][m]); });
+  };
+  int64_t k = 0;
+  for (; k + 4 <= inputs; k += 4) unrolled<4>([&](auto i) INLINE_LAMBDA { step(k + i, i % CHAINS); });
+  for (; k < inputs; ++k) step(k, 0);
+  unrolled<ROWS>([&](int m) INLINE_LAMBDA {
+    for (int c = 1; c < CHAINS; ++c) own[0][m] = add(own[0][m], own[c][m]);
+    store_floats(own[0][m], sums + m * STRIP);
+  });
 }
 
 // The same of 1 to ABREAST rows.

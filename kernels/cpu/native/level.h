@@ -76,6 +76,8 @@ struct Level {
   // Of any number of rows of floats with weights made floats, or null; and the number from which this is the fastest way.
   Strips by_weights;
   int64_t weights_from;
+  // As multiply_trellis, of rows of bfloat16 with an even stride, filled up with zeros; or null.
+  void (*multiply_trellis_pairs)(const trellis::Stored*, const Inputs&, const Outputs&, int64_t tile, float* workspace);
 };
 
 extern const Level LEVEL_SCALAR;

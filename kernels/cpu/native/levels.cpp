@@ -15,6 +15,7 @@ void multiply_trellis_avx512vl_vnni(const trellis::Stored*, const Inputs&, const
 bool avx_vnni_runs_here();
 void multiply_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_rounded_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
+void multiply_trellis_pairs(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
 void load_kept_bfloat16(const Image*, const void*, uint16_t*);
 void multiply_kept_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 #endif
@@ -55,6 +56,7 @@ struct Available {
     bfloat16.name = "avx512_bf16";
     bfloat16.by_bfloat16 = multiply_bfloat16;
     bfloat16.by_rounded = multiply_rounded_bfloat16;
+    bfloat16.multiply_trellis_pairs = multiply_trellis_pairs;
     bfloat16.rounded_from = 33;  // level with codes that are decoded for every 8 rows at 24 (8 bits) to 40 (4 bits)
     bfloat16.load_kept_bfloat16 = load_kept_bfloat16;
     bfloat16.by_kept_bfloat16 = multiply_kept_bfloat16;

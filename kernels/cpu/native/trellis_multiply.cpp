@@ -1,5 +1,7 @@
 #include "trellis_multiply.h"
 
+#include <cstring>
+
 #include "cost.h"
 #include "levels.h"
 #include "scratch.h"
@@ -15,6 +17,7 @@ constexpr int64_t DECODING = 8;  // products that take as long as decoding a wei
 thread_local Scratch caller_scratch, worker_scratch;
 
 int64_t size_of(Type type) { return type == FLOAT32 ? 4 : 2; }
+int64_t even(int64_t k) { return (k + 1) / 2 * 2; }
 int64_t tiles_of(const Stored* w) { return (w->n + w->tile - 1) / w->tile; }
 
 struct Multiplication {
@@ -24,7 +27,8 @@ struct Multiplication {
   const char* x;
   Outputs y;
   int64_t m;
-  float *rows, *totals;   // x as floats [m][k], rotated, and its sums
+  bool pairs;             // whether rows of x stay bfloat16
+  float *rows, *totals;   // x as floats [m][k], rotated, and its sums; or as bfloat16 [m][even(k)]
   float *inner, *added;   // the low-rank addition, half done [m][rank] and with the bias [m][n]
 };
 
@@ -40,7 +44,13 @@ void load_row(void* context, int64_t row) {
     x = room;
   }
   if (weight.rank) job.level->times_a(&weight, k, x, job.y.type, job.inner + row * weight.rank);
-  job.totals[row] = job.level->load_plain(x, job.y.type, k, job.rows + row * k);
+  if (!job.pairs) {
+    job.totals[row] = job.level->load_plain(x, job.y.type, k, job.rows + row * k);
+    return;
+  }
+  uint16_t* to = reinterpret_cast<uint16_t*>(job.rows) + row * even(k);
+  to[even(k) - 1] = 0;
+  std::memcpy(to, x, static_cast<size_t>(2 * k));
 }
 
 void multiply_one(void* context, int64_t tile) {
@@ -55,8 +65,8 @@ void multiply_one(void* context, int64_t tile) {
     y.bias_stride = w->n;
   }
   float* workspace = reinterpret_cast<float*>(worker_scratch.at_least(static_cast<size_t>(4 * (PART_VALUES + sums))));
-  const Inputs inputs{job.rows, job.totals, nullptr, w->k, 1, static_cast<int>(job.m)};
-  job.level->multiply_trellis(w, inputs, y, tile, workspace);
+  const Inputs inputs{job.rows, job.totals, nullptr, job.pairs ? even(w->k) : w->k, 1, static_cast<int>(job.m)};
+  (job.pairs ? job.level->multiply_trellis_pairs : job.level->multiply_trellis)(w, inputs, y, tile, workspace);
 }
 
 // Puts the job's share of the caller's scratch at `room`; returns its bytes. At 0 this only counts them.
@@ -99,6 +109,8 @@ bool is_weight(const Stored* w) {
          !__builtin_mul_overflow(column, w->k, &bytes) && bytes == w->code_bytes;
 }
 
+bool takes_many_rows() { return !level().multiply_trellis_pairs; }
+
 bool are_tiles(const Stored* w, int64_t from, int64_t to) {
   return from >= 0 && from < to && to <= w->n && from % w->tile == 0 && (to % w->tile == 0 || to == w->n);
 }
@@ -113,6 +125,7 @@ void multiply(const Product& product, const Call& call) {
   take_room(job, slab, reinterpret_cast<uintptr_t>(caller_scratch.at_least(take_room(job, slab, 0))));
   for (int64_t from = 0; from < call.m; from += slab) {
     job.m = call.m - from < slab ? call.m - from : slab;
+    job.pairs = call.type == BFLOAT16 && job.m > 1 && job.level->multiply_trellis_pairs;
     job.x = static_cast<const char*>(call.x) + from * k * size;
     job.y = Outputs{static_cast<char*>(product.y) + from * n * size, product.bias, call.type,
                     static_cast<Type>(product.bias_type), n, static_cast<int>(job.m)};

@@ -9,6 +9,8 @@ namespace trellis {
 // Whether sizes belong together: of a weight, and of rows [from, to) of it, whole tiles.
 bool is_weight(const Stored* w);
 bool are_tiles(const Stored* w, int64_t from, int64_t to);
+// False where torch's product of many rows of bfloat16 with an unpacked weight is faster: with instructions made for it.
+bool takes_many_rows();
 
 // product.weight.image: a Stored. Throws std::bad_alloc.
 void multiply(const Product& product, const Call& call);

@@ -10,6 +10,8 @@ namespace {
 
 constexpr float MIDDLE = static_cast<float>(trellis::MIDDLE);
 
+INLINE Floats centred(const Floats& integers) { return CENTRED ? integers : add(integers, all(-MIDDLE)); }
+
 INLINE int64_t first_of(const trellis::Stored* w, int64_t tile, int strip) { return tile * w->tile + strip * STRIP; }
 INLINE int rows_from(const trellis::Stored* w, int64_t row) { return w->n - row < STRIP ? static_cast<int>(w->n - row) : STRIP; }
 
@@ -20,14 +22,17 @@ INLINE Floats scales_from(const trellis::Stored* w, int64_t row, int count) {
   return load_float16(own);
 }
 
-// sums: [strip][side / 16][16], of x times integers for the rows of y.
-__attribute__((noinline)) void store_sums(const trellis::Stored* w, const Outputs& y, int64_t tile, const float* sums, int64_t side) {
+// sums: [strip][rows][16], of x times integers; totals: of x, where these are not centred.
+__attribute__((noinline)) void store_sums(const trellis::Stored* w, const Outputs& y, int64_t tile, const float* sums,
+                                          const float* totals) {
   for (int s = 0; s < w->tile / STRIP && first_of(w, tile, s) < w->n; ++s) {
     const int64_t row = first_of(w, tile, s);
     const int count = rows_from(w, row);
     const Floats scales = scales_from(w, row, count);
-    for (int m = 0; m < y.rows; ++m)
-      store_row(y, m, row, count, multiplied(load_floats(sums + s * side + m * STRIP), scales));
+    for (int m = 0; m < y.rows; ++m) {
+      const Floats middle = all(totals ? -MIDDLE * totals[m] : 0);
+      store_row(y, m, row, count, multiplied(add(load_floats(sums + (s * y.rows + m) * STRIP), middle), scales));
+    }
   }
 }
 
@@ -38,7 +43,7 @@ __attribute__((noinline)) void multiply_row(const trellis::Stored* w, const Inpu
   const float* row = static_cast<const float*>(x.rows);
   const uint8_t* column = w->codes + tile * w->k * W::BYTES;
   Floats own[W::STRIPS];
-  for (Floats& sum : own) sum = all(CENTRED ? 0 : -MIDDLE * *x.sums);
+  for (Floats& sum : own) sum = all(0);
   for (int64_t k = 0; k < w->k; ++k, column += W::BYTES)
     for_each_strip<BITS, HEIGHT>(column, [&](auto s, const Floats& integers) INLINE_LAMBDA {
       own[s] = multiply_add(integers, row[k], own[s]);
@@ -46,14 +51,14 @@ __attribute__((noinline)) void multiply_row(const trellis::Stored* w, const Inpu
   unrolled<W::STRIPS>([&](auto s) INLINE_LAMBDA { store_floats(own[s], sums + s * STRIP); });
 }
 
-// Integers of columns [from, from + count) of a tile: [strip][count][16].
+// Integers of columns [from, from + count) of a tile, centred where CENTRED: [strip][count][16].
 template <int BITS, int HEIGHT>
 __attribute__((noinline)) void decode(const trellis::Stored* w, int64_t tile, int64_t from, int64_t count, float* out) {
   using W = Walk<BITS, HEIGHT>;
   const uint8_t* column = w->codes + (tile * w->k + from) * W::BYTES;
   for (int64_t k = 0; k < count; ++k, column += W::BYTES)
     for_each_strip<BITS, HEIGHT>(column, [&](auto s, const Floats& integers) INLINE_LAMBDA {
-      store_floats(CENTRED ? integers : add(integers, all(-MIDDLE)), out + (s * count + k) * STRIP);
+      store_floats(integers, out + (s * count + k) * STRIP);
     });
 }
 
@@ -87,7 +92,7 @@ void multiply_trellis(const trellis::Stored* w, const Inputs& x, const Outputs& 
   float* sums = workspace + trellis::PART_VALUES;
   if (x.m > 1) multiply_rows(w, x, tile, workspace, sums);
   else with_walk(w, [&](auto bits, auto height) INLINE_LAMBDA { multiply_row<bits, height>(w, x, tile, sums); });
-  store_sums(w, y, tile, sums, x.m * STRIP);
+  store_sums(w, y, tile, sums, CENTRED ? nullptr : x.sums);
 }
 
 void unpack_trellis(const trellis::Stored* w, int64_t tile, char* out, Type type, int64_t stride, float* workspace) {
@@ -102,7 +107,8 @@ void unpack_trellis(const trellis::Stored* w, int64_t tile, char* out, Type type
       for (int64_t k = 0; k < columns; ++k) {
         char rounded[4 * STRIP];
         char* to = out + ((from + k) * stride + s * STRIP) * size;
-        round_to(type, multiplied(load_floats(workspace + (s * columns + k) * STRIP), scales), count == STRIP ? to : rounded);
+        const Floats integers = centred(load_floats(workspace + (s * columns + k) * STRIP));
+        round_to(type, multiplied(integers, scales), count == STRIP ? to : rounded);
         if (count < STRIP) __builtin_memcpy(to, rounded, static_cast<size_t>(count * size));
       }
     }
