@@ -13,10 +13,19 @@ from .cpu.torch_int4 import TORCH_INT4
 from .cpu.trellis import NATIVE_TRELLIS
 from .cuda.dense import CUDA_PACKED
 from .cuda.kept import CUDA_KEPT
+from .cuda.trellis import CUDA_TRELLIS
 from .reference import REFERENCE
 from .two_widths import TwoWidths
 
-KERNELS: tuple[Kernel, ...] = (CUDA_PACKED, CUDA_KEPT, NATIVE, NATIVE_TRELLIS, TORCH_INT4, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (
+    CUDA_PACKED,
+    CUDA_KEPT,
+    CUDA_TRELLIS,
+    NATIVE,
+    NATIVE_TRELLIS,
+    TORCH_INT4,
+    REFERENCE,
+)
 
 
 @dataclass(frozen=True)

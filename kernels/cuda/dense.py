@@ -116,11 +116,11 @@ def _launches(wanted: Product[CudaWeight], device: Device, workspace: Workspace)
     return [(packed.decode_launch if few else packed.matmul_launch)(wanted, device, workspace)]
 
 
-def _unpacked_from(index: int) -> int:
+def _unpacked_from(weight: CudaWeight, index: int) -> int:
     return max(crossover(capability(index)), packed.DECODE_TOKENS[-1] + 1)
 
 
-LAYOUT = Layout(packed.dequantize_launch, _launches, _unpacked_from)
+LAYOUT = Layout(packed.dequantize_launch, _launches, _unpacked_from, packed.rotates)
 
 
 def _programs(

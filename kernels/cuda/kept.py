@@ -16,7 +16,7 @@ from .device import device_index, shared_limit, unavailable
 from .kept_launch import TOKENS, longest_row, rows_bytes, tokens_at_once
 from .kept_layout import OCTET, KeptVariant, KeptWeight, prepare, row_width
 from .launch import refusal
-from .packed import Device, Product, Workspace
+from .packed import Device, Product, Workspace, rotates
 from .product import Layout, element_checks, fake_product, refuse_first
 from .program import Launch, Program
 from .resources import WORKSPACE_COUNTERS
@@ -131,7 +131,7 @@ def _unpack(weight: KeptWeight, whole: torch.Tensor) -> Launch:
     return kept_launch.dequantize_launch(weight, whole.zero_())  # it writes the groups that are kept
 
 
-LAYOUT = Layout(_unpack, _launches, lambda _: KEPT_FROM)
+LAYOUT = Layout(_unpack, _launches, lambda *_: KEPT_FROM, rotates)
 
 
 def _programs(

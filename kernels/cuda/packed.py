@@ -15,8 +15,9 @@ from . import hadamard
 from .kept_layout import KeptWeight
 from .layout import TILE, CudaWeight, Variant
 from .program import Budget, Launch, Program
+from .trellis_layout import TrellisWeight
 
-Weight = TypeVar("Weight", CudaWeight, KeptWeight)
+Weight = TypeVar("Weight", CudaWeight, KeptWeight, TrellisWeight)
 ELEMENTS = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
 
 X_STEP = 8  # inputs: a row of x is read 16 bytes at a time

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -15,14 +15,15 @@ from .device import device_index
 from .kept_layout import KeptWeight
 from .launch import launch
 from .layout import CODE_BITS, CudaWeight
-from .packed import ELEMENTS, X_STEP, Device, Product, Workspace, rotates
+from .packed import ELEMENTS, X_STEP, Device, Product, Workspace
 from .program import Launch
 from .resources import aligned, capability, device_limits, unpacked_buffer, workspace
+from .trellis_layout import TrellisWeight
 from .unpacked import multiply_unpacked, multiply_unpacked_back
 
 BFLOAT16_FROM = 80  # compute capability
 
-Weight = TypeVar("Weight", CudaWeight, KeptWeight)
+Weight = TypeVar("Weight", CudaWeight, KeptWeight, TrellisWeight)
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,26 @@ class Layout(Generic[Weight]):
     """The programs for one layout of codes.
 
     unpack: the launch that writes the weight into a tensor (N, K). multiply: the launches of a product with few rows.
-    unpacked_from: rows from which the vendor's matmul with the unpacked weight is faster, for a device's index.
+    unpacked_from: rows from which the vendor's matmul with the unpacked weight is faster, for a weight and a device's
+    index. rotates: whether the program for so many rows rotates them itself. dtypes: of rows.
     """
 
     unpack: Callable[[Weight, torch.Tensor], Launch]
     multiply: Callable[[Product[Weight], Device, Workspace], list[Launch]]
-    unpacked_from: Callable[[int], int]
+    unpacked_from: Callable[[Weight, int], int]
+    rotates: Callable[[Weight, int], bool]
+    dtypes: tuple[torch.dtype, ...] = tuple(ELEMENTS)
 
 
 def multiply(layout: Layout[Weight], x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """Return y (..., N) for x (..., K) on the weight's device, on the current stream, without waiting for it.
 
-    Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that is not in ELEMENTS.
+    Raises RuntimeError for what nn.Linear does not multiply, and for a dtype that the layout has no programs for.
     """
-    expect_product(x, *weight.shape, bias, ELEMENTS)
+    expect_product(x, *weight.shape, bias, layout.dtypes)
     expect_same_device(x.device, weight.device)
     n, k = weight.shape
-    fused = rotates(weight, x.numel() // k)
+    fused = layout.rotates(weight, x.numel() // k)
     rows = aligned((rotate(x, weight.hadamard) if weight.hadamard and not fused else x).reshape(-1, k))
     y = x.new_empty(*x.shape[:-1], n)
     if y.numel() == 0:
@@ -54,7 +58,7 @@ def multiply(layout: Layout[Weight], x: torch.Tensor, weight: Weight, bias: torc
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     index = device_index(x.device)
     stream = torch.cuda.current_stream(index).cuda_stream
-    if rows.shape[0] >= layout.unpacked_from(index):
+    if rows.shape[0] >= layout.unpacked_from(weight, index):
         whole = unpacked_buffer(index, stream, rows.dtype, weight.shape)
         launch(layout.unpack(weight, whole))
         multiply_unpacked(rows, whole, weight, bias, y.view(-1, n))
@@ -78,11 +82,13 @@ def multiply_back(layout: Layout[Weight], y: torch.Tensor, weight: Weight) -> to
     return multiply_unpacked_back(rows, whole, weight).view(*y.shape[:-1], k)
 
 
-def fake_product(x: torch.Tensor, n: object, k: object, bias: object) -> torch.Tensor:
+def fake_product(
+    x: torch.Tensor, n: object, k: object, bias: object, dtypes: Container[torch.dtype] = ELEMENTS
+) -> torch.Tensor:
     """Return an empty y (..., N) for x (..., K), for operators that are traced; raises what `multiply` raises."""
     assert isinstance(n, int)
     assert isinstance(k, int)
-    *leading, _ = expect_product(x, n, k, bias if isinstance(bias, torch.Tensor) else None, ELEMENTS)
+    *leading, _ = expect_product(x, n, k, bias if isinstance(bias, torch.Tensor) else None, dtypes)
     return x.new_empty(*leading, n)
 
 

@@ -83,6 +83,14 @@ INLINE u32 lop3(u32 a, u32 b, u32 c) {
 INLINE u32 lower_twice(u32 word) { return (word & 0xffffu) | word << 16; }
 INLINE u32 upper_twice(u32 word) { return word >> 16 | (word & 0xffff0000u); }
 
+INLINE u32 lower_halves(u32 first, u32 second) { return (first & 0xffffu) | second << 16; }
+INLINE u32 upper_halves(u32 first, u32 second) { return first >> 16 | (second & 0xffff0000u); }
+INLINE u32 funnel_right(u32 low, u32 high, int shift) { return (u32)(((u64)high << 32 | low) >> (shift & 31)); }
+INLINE u32 sum_bytes(u32 bytes, u32 start) {
+    for (int shift = 0; shift < 32; shift += 8) start += bytes >> shift & 0xff;
+    return start;
+}
+
 namespace simt {
 // On an older GPU the instruction does not exist: ptx.cuh gives zeros there, which nobody can mean.
 template <class T>
@@ -182,6 +190,11 @@ INLINE V shuffle_xor(V value, int mask, simt::Site site = simt::Site()) {
 template <class V>
 INLINE V shuffle(V value, int lane, simt::Site site = simt::Site()) {
     return simt::shuffle_from("shuffle", value, lane & 31, site);
+}
+
+INLINE int least_of_warp(int value, simt::Site site = simt::Site()) {
+    for (int mask = 16; mask > 0; mask /= 2) value = min(value, shuffle_xor(value, mask, site));
+    return value;
 }
 
 // One CPU thread: what was written is seen.

@@ -14,6 +14,7 @@ typedef unsigned long long u64;
 
 struct Half {};    // IEEE binary16
 struct Bfloat {};  // bfloat16
+struct Float {};   // IEEE binary32
 
 #ifdef QUANTC_HOST
 #include "host.h"
@@ -47,6 +48,32 @@ INLINE u32 lower_twice(u32 word) {
 INLINE u32 upper_twice(u32 word) {
     u32 result;
     asm("prmt.b32 %0, %1, %1, 0x3232;" : "=r"(result) : "r"(word));
+    return result;
+}
+
+// The lower halves of two words, or their upper ones, the first word's first.
+INLINE u32 lower_halves(u32 first, u32 second) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(result) : "r"(first), "r"(second));
+    return result;
+}
+INLINE u32 upper_halves(u32 first, u32 second) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, 0x7632;" : "=r"(result) : "r"(first), "r"(second));
+    return result;
+}
+
+// The lower word of 64 bits from bit `shift` (0 to 31) on.
+INLINE u32 funnel_right(u32 low, u32 high, int shift) {
+    u32 result;
+    asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(shift));
+    return result;
+}
+
+// The sum of a word's bytes and start.
+INLINE u32 sum_bytes(u32 bytes, u32 start) {
+    u32 result;
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(bytes), "r"(0x01010101), "r"(start));
     return result;
 }
 
@@ -225,6 +252,18 @@ INLINE V shuffle_xor(V value, int mask) {
 template <class V>
 INLINE V shuffle(V value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// The least value of a warp's lanes, which all take part.
+INLINE int least_of_warp(int value) {
+#if QUANTC_AMPERE
+    int result;
+    asm volatile("redux.sync.min.s32 %0, %1, 0xffffffff;" : "=r"(result) : "r"(value));
+    return result;
+#else
+    for (int mask = 16; mask > 0; mask /= 2) value = min(value, shuffle_xor(value, mask));
+    return value;
+#endif
 }
 
 // What this thread wrote before is seen by whoever sees what it writes after.
