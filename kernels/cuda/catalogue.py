@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import gptq, gram, hadamard, kept_launch, packed, trellis_launch
+from . import gptq, gram, hadamard, kept_launch, packed, trellis_launch, trellis_panel
 from .program import Budget, Program
 
 # One function of each launcher module; a new launcher adds its own here.
@@ -15,6 +15,7 @@ LAUNCHERS: tuple[Callable[[], dict[Program, Budget]], ...] = (
     kept_launch.programs,
     packed.programs,
     trellis_launch.programs,
+    trellis_panel.programs,
 )
 
 

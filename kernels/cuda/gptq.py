@@ -1,11 +1,15 @@
-"""The GPTQ sweep over a panel of columns on a GPU: gptq.cu's programs, launches, and the panel that `gptq` can use."""
+"""The GPTQ sweep over a panel of columns on a GPU: gptq.cu's programs, launches, and the panel that `gptq` can use.
+
+Trellis codes have a program of their own: trellis_panel.py.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ...numerics.grids import Columns, UniformColumns
+from ...numerics.grids import Columns, TrellisColumns, UniformColumns
 from ...numerics.rounding import Sweep
+from . import trellis_panel
 from .launch import launch, refusal
 from .program import Budget, Launch, Program
 
@@ -22,16 +26,22 @@ class CudaPanel:
     columns = BEST_COLUMNS
 
     def takes(self, columns: Columns) -> bool:
-        """See Panel in numerics/rounding.py: uniform grids alone."""
+        """See Panel in numerics/rounding.py: uniform grids, and trellis codes where their program runs."""
+        if type(columns) is TrellisColumns:
+            shared = trellis_panel.shared_bytes(trellis_panel.LARGEST_TILE)
+            return refusal(trellis_panel.program(columns.bits), columns.scales.device, shared) is None
         return type(columns) is UniformColumns
 
     def nearest(self, columns: Columns, values: torch.Tensor) -> torch.Tensor:
-        """See Panel: the rows of uniform grids are not coded together."""
-        raise NotImplementedError
+        """See Panel: for trellis codes alone."""
+        codes = torch.empty_like(values, dtype=columns.code_dtype)
+        launch(trellis_panel.nearest_launch(columns, values, codes))
+        return codes
 
     def round(self, sweep: Sweep, low: int, high: int) -> None:
         """See Panel."""
-        launch(panel_launch(sweep, low, high))
+        trellis = type(sweep.columns) is TrellisColumns
+        launch((trellis_panel.panel_launch if trellis else panel_launch)(sweep, low, high))
 
 
 def panel_for(device: torch.device) -> CudaPanel | None:

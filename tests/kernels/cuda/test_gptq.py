@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantc.kernels.cuda.gptq import PANELS, panel_for, panel_launch, programs
+from quantc.kernels.cuda.gptq import PANELS, CudaPanel, panel_for, panel_launch, programs
 from quantc.numerics.grids import Parameters, UniformColumns, fit_grid
 from quantc.numerics.rounding import Factor, Sweep, factorize, gptq
 from quantc.spec import WHOLE_ROW, QuantSpec
@@ -14,8 +14,8 @@ from tests.simt.harness import run
 W4 = QuantSpec(4, 16)
 
 
-class SimtPanel:
-    """What CudaPanel does, on the CPU."""
+class SimtPanel(CudaPanel):
+    """A CudaPanel whose launches run on the CPU."""
 
     columns = 32
 

@@ -1,0 +1,189 @@
+// The Viterbi search of quantc/numerics/trellis/encode.py by a block of threads: the same states, bit for bit.
+//
+// A step goes from the costs of states to those after one more symbol. The 2^BITS states that share their low bits, the
+// head, lead to the same 2^BITS states, which are neighbours. A thread has 16 neighbouring states: it looks for the least
+// cost of their heads (of which it has several, or for 5 bits shares one with the next thread), notes in a byte which
+// these were, and adds what each symbol costs. The least of all costs, which a step takes off, comes with the costs
+// before it: one barrier a step.
+//
+// Needs what trellis.cuh needs.
+#pragma once
+
+#include "trellis.cuh"
+
+constexpr int THREADS = 256, WARPS = THREADS / 32, OWN = STATES / THREADS;
+constexpr int SYMBOLS = 1 << BITS, HEADS = STATES >> BITS;
+constexpr int OWN_HEADS = OWN > SYMBOLS ? OWN / SYMBOLS : 1;
+constexpr int SHARERS = SYMBOLS > OWN ? SYMBOLS / OWN : 1;  // threads that have states of one head
+constexpr int OWN_SYMBOLS = SYMBOLS / SHARERS;              // of those that fall out, which a thread compares
+constexpr int CHOICE_BITS = 8 / OWN_HEADS;
+constexpr int AROUND = 24;  // numbers on either side of the seam that the free run sees
+constexpr int LARGEST = 32767, LARGEST_TILE = 96;
+constexpr float FARTHEST = 3.99f;
+
+// In shared memory; all threads of a block may read all of it.
+struct SearchMemory {
+    u16 costs[2][STATES];  // int16
+    int least[2][WARPS];   // of the costs of a warp's states
+    int found[WARPS];
+    int inputs[LARGEST_TILE];  // of every step: see input_of
+};
+// Then a byte of each thread for every step: THREADS * tile.
+
+// What a step needs of a number: -2^13 times it in the upper half, 2^10 times its square in the lower one.
+INLINE int input_of(float number) {
+    const float x = number > -FARTHEST ? number < FARTHEST ? number : FARTHEST : -FARTHEST;
+    return (int)((u32)(int)rintf(x * -8192.0f) << 16 | (u32)(int)rintf(x * x * 1024.0f));
+}
+
+INLINE int least_of(const int (&values)[WARPS]) {
+    int least = ld_shared(values);
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) least = min(least, ld_shared(values + w));
+    return least;
+}
+
+// Costs with their numbers: the upper and the lower half of a word, before what tells them apart.
+INLINE int upper_key(u32 word, int number) { return (int)((word & 0xffff0000u) | (u32)number); }
+INLINE int lower_key(u32 word, int number) { return (int)(word << 16 | (u32)number); }
+
+struct Search {
+    SearchMemory* memory;
+    u8* choices;
+    int length;
+    int turn;                     // the costs that are read
+    int values[OWN], squares[OWN];  // of this thread's states, as path_tables says
+
+    INLINE Search(u8* shared, int length, const int* all_values, const int* all_squares)
+        : memory((SearchMemory*)shared), choices(shared + sizeof(SearchMemory)), length(length), turn(0) {
+#pragma unroll
+        for (int o = 0; o < OWN; ++o) {
+            values[o] = all_values[threadIdx.x * OWN + o];
+            squares[o] = all_squares[threadIdx.x * OWN + o];
+        }
+    }
+
+    // The state at step threadIdx.x (where there is one) of the closed walk nearest to the numbers of memory->inputs, which
+    // is written but for a barrier. Every thread calls it; a barrier has to follow before `inputs` is written again.
+    INLINE int find() {
+        start([](int) { return 0; });
+        sync_block();
+        for (int i = 0; i < 2 * AROUND; ++i) step((i + length - AROUND) % length, max(i - AROUND, 0));
+        const int head = trace_back(cheapest(), AROUND, -1) & (HEADS - 1);
+        start([=](int state) { return (state & (HEADS - 1)) == head ? 0 : LARGEST; });
+        sync_block();
+        for (int i = 0; i < length; ++i) step(i, i);
+        int least = LARGEST << 16;
+        for (int symbol = 0; symbol < SYMBOLS; ++symbol)
+            least = min(least, lower_key(ld_shared(memory->costs[turn] + symbol * HEADS + head), symbol));
+        return trace_back((least & (SYMBOLS - 1)) * HEADS + head, length, threadIdx.x);
+    }
+
+    // Sets this thread's costs, where nobody still reads the ones before.
+    template <class COST>
+    INLINE void start(COST cost) {
+        turn ^= 1;
+        int costs[OWN];
+#pragma unroll
+        for (int o = 0; o < OWN; ++o) costs[o] = cost((int)threadIdx.x * OWN + o);
+        store(costs);
+        if (threadIdx.x < WARPS) st_shared(memory->least[turn] + threadIdx.x, 0);
+    }
+
+    INLINE void store(const int (&costs)[OWN]) {
+        uint4* to = (uint4*)(memory->costs[turn] + threadIdx.x * OWN);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 words[4];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) words[w] = lower_halves(costs[half * 8 + 2 * w], costs[half * 8 + 2 * w + 1]);
+            st_shared(to + half, make_uint4(words[0], words[1], words[2], words[3]));
+        }
+    }
+
+    // The least costs of the thread's heads, each with the symbol that falls out, the first of equal ones.
+    INLINE void compare(int (&heads)[OWN_HEADS]) const {
+        const int first_symbol = threadIdx.x % SHARERS * OWN_SYMBOLS;
+        const u16* from = memory->costs[turn] + first_symbol * HEADS + threadIdx.x / SHARERS * OWN_HEADS;
+#pragma unroll
+        for (int h = 0; h < OWN_HEADS; ++h) heads[h] = LARGEST << 16 | 0xffff;
+#pragma unroll
+        for (int p = 0; p < OWN_SYMBOLS; ++p) {
+            u32 words[4];
+            read_heads(words, from + p * HEADS);
+#pragma unroll
+            for (int h = 0; h < OWN_HEADS; ++h) {
+                const u32 word = words[h / 2];
+                heads[h] = min(heads[h], h % 2 ? upper_key(word, first_symbol + p) : lower_key(word, first_symbol + p));
+            }
+        }
+        if (SHARERS > 1) heads[0] = min(heads[0], shuffle_xor(heads[0], 1));
+    }
+
+    INLINE static void read_heads(u32 (&words)[4], const u16* from) {
+        if (OWN_HEADS == 1) words[0] = ld_shared(from);
+        if (OWN_HEADS == 2) words[0] = ld_shared((const u32*)from);
+        if (OWN_HEADS == 4) {
+            const uint2 v = ld_shared((const uint2*)from);
+            words[0] = v.x, words[1] = v.y;
+        }
+        if (OWN_HEADS == 8) {
+            const uint4 v = ld_shared((const uint4*)from);
+            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+        }
+    }
+
+    // place: of the number. row: where the choices go.
+    //
+    // Costs are int16 with saturation, which can be seen only where it is written: squares less the least cost need none,
+    // and costs are not below -2, since a step's cost and square together are not, and what saturates from below does so
+    // because the least cost is LARGEST.
+    INLINE void step(int place, int row) {
+        int heads[OWN_HEADS];
+        compare(heads);
+        u32 chosen = 0;
+#pragma unroll
+        for (int h = 0; h < OWN_HEADS; ++h) chosen |= (heads[h] & (SYMBOLS - 1)) << h * CHOICE_BITS;
+        st_shared(choices + row * THREADS + threadIdx.x, (u8)chosen);
+        const int input = ld_shared(memory->inputs + place), times = input >> 16;
+        const int offset = (input & 0xffff) - least_of(memory->least[turn]);
+        int costs[OWN], least = LARGEST;
+#pragma unroll
+        for (int o = 0; o < OWN; ++o) {
+            const int distance = min(((times * values[o] + (1 << 14)) >> 15) + squares[o], LARGEST);
+            costs[o] = min(max(min(distance + offset, LARGEST), -LARGEST - 1) + (heads[o >> BITS] >> 16), LARGEST);
+            least = min(least, costs[o]);
+        }
+        turn ^= 1;
+        store(costs);
+        least = least_of_warp(least);
+        if (threadIdx.x % 32 == 0) st_shared(memory->least[turn] + threadIdx.x / 32, least);
+        sync_block();
+    }
+
+    // The first of the cheapest states.
+    INLINE int cheapest() const {
+        int least = 0x7fffffff;
+#pragma unroll
+        for (int o = 0; o < OWN; ++o) {
+            const int state = threadIdx.x * OWN + o;
+            least = min(least, (short)ld_shared(memory->costs[turn] + state) * STATES + state);
+        }
+        least = least_of_warp(least);
+        if (threadIdx.x % 32 == 0) st_shared(memory->found + threadIdx.x / 32, least);
+        sync_block();
+        return least_of(memory->found) & (STATES - 1);
+    }
+
+    // From the state after `steps` steps: the one after step `wanted`; for -1 the one before all.
+    INLINE int trace_back(int state, int steps, int wanted) const {
+        int found = state;
+        for (int i = steps - 1; i >= 0; --i) {
+            if (i == wanted) found = state;
+            const int head = state >> BITS;
+            const u32 byte = ld_shared(choices + i * THREADS + head * SHARERS / OWN_HEADS);
+            state = head + (byte >> head % OWN_HEADS * CHOICE_BITS & (SYMBOLS - 1)) * HEADS;
+        }
+        return wanted < 0 ? state : found;
+    }
+};
