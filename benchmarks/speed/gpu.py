@@ -1,9 +1,10 @@
 """Builds, checks and times the CUDA kernels on the GPU of this machine.
 
-Every figure comes from one run: the packed matmul beside the vendor's float16 matmul of the same shape, the one of
-weights with dropped groups beside that, the machine's copy bandwidth and matmul rate, products against float64, greedy
-text against the reference kernel if --checkpoint names a quantized model, and from how many tokens on unpacking the
-weight is faster. Operands take turns, so that no cache serves them. Writes benchmarks/results/<gpu>.json.
+Every figure comes from one run: the packed matmul beside the vendor's float16 matmul of the same shape, those of
+weights with dropped groups and in trellis codes beside that, the search for such codes, the machine's copy bandwidth
+and matmul rate, products against float64, greedy text against the reference kernel if --checkpoint names a quantized
+model, and from how many tokens on unpacking the weight is faster. Operands take turns, so that no cache serves them.
+Writes benchmarks/results/<gpu>.json.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import describe, machine, markdown, write_json
+from benchmarks.speed.gpu_checks import check_products
 from benchmarks.speed.gpu_kept import kept_verdict, measure_kept_crossover, time_kept
 from benchmarks.speed.gpu_timing import copies_for, copy_bandwidth, matmul_rate, seconds, wall_seconds
+from benchmarks.speed.gpu_trellis import WIDTHS, time_search, time_trellis
 
 SHAPES = {  # (N, K)
     "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
@@ -25,8 +28,6 @@ SHAPES = {  # (N, K)
 }
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LARGE = ((4096, 4096), (14336, 4096), (8192, 28672))  # that the targets are about: small ones are all latency
-CHECK_SHAPE = (1000, 1600)
-CHECK_TOKENS = (1, 5, 16, 33, 64, 200, 700)
 GROUP = 128
 # At least: share of the copy bandwidth at M = 1, and speed in units of the vendor's float16 matmul.
 TARGETS: dict[int, float] = {1: 3.0, 16: 2.5, 64: 1.5, 256: 0.9, 512: 0.9, 1024: 0.9}
@@ -97,44 +98,6 @@ def measure_crossover(bits: int) -> dict[str, int]:
     finally:
         dense.crossover = chosen
     return found
-
-
-def check_products() -> list[dict[str, Any]]:
-    """Largest error against float64 in units of what rounding weights and result to the dtype allows."""
-    from benchmarks.speed.cpu_sparse import drop
-    from quantc.formats import format_of
-    from quantc.kernels.registry import choose
-    from quantc.numerics.grids import fit_grid
-    from quantc.numerics.qtensor import QTensor
-    from quantc.numerics.rounding import round_to_nearest
-    from quantc.spec import SPARSE_GROUPS, WHOLE_ROW, QuantSpec
-
-    cases = [
-        QuantSpec(bits, group, grouping, symmetric)  # type: ignore[arg-type]
-        for bits in (2, 3, 4, 5, 6, 8)
-        for group, grouping in ((32, "per_oc"), (128, "per_oc"), (WHOLE_ROW, "per_oc"), (16, "per_ic"), (64, "per_ic"))
-        for symmetric in (False, True)
-    ]
-    cases += [QuantSpec(bits, group, sparsity=0.5) for bits in (2, 3, 4, 5, 6, 8) for group in SPARSE_GROUPS]
-    rows = []
-    for spec in cases:
-        weight = torch.randn(CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
-        grid = fit_grid(weight, spec)
-        tensor = QTensor(spec, round_to_nearest(weight, grid, spec), grid.scales, grid.zeros)
-        tensor = drop(tensor, spec) if spec.sparsity else tensor
-        parts = {name: part.cuda() for name, part in format_of(spec).pack(tensor).items()}
-        matrix = tensor.effective_weight().double().cuda()
-        for dtype in (torch.float16, torch.bfloat16):
-            kernel = choose(spec, CHECK_SHAPE, torch.device("cuda"), dtype).kernel
-            prepared = kernel.prepare(parts, spec, CHECK_SHAPE, dtype)
-            worst = 0.0
-            for m in CHECK_TOKENS:
-                x = torch.randn(m, CHECK_SHAPE[1], device="cuda").to(dtype)
-                allowed = 2 * torch.finfo(dtype).eps * (x.double().abs() @ matrix.abs().T + 1)
-                error = (kernel.run(x, prepared).double() - x.double() @ matrix.T).abs()
-                worst = max(worst, float((error / allowed).max()))
-            rows.append({"spec": spec.label(), "dtype": str(dtype)[6:], "kernel": kernel.name, "worst": worst})
-    return rows
 
 
 def time_rotations(bandwidth: float) -> list[dict[str, Any]]:
@@ -223,7 +186,7 @@ def show(result: dict[str, Any]) -> None:
     print(markdown([*verdicts(result["matmul"]), kept_verdict(result["kept"], 4, LARGE)]))
     worst = max(result["checks"], key=lambda row: row["worst"])
     print(f"products: worst {worst['worst']:.2f} of the tolerance ({worst['spec']}, {worst['dtype']})")
-    for key in ("rotation", "quantizing"):
+    for key in ("rotation", "quantizing", "trellis", "trellis_search"):
         print(markdown([{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in result[key]]))
     print(f"unpacking is faster from: {result['crossover']}; with dropped groups from: {result['kept_crossover']}")
     if "text" in result:
@@ -254,6 +217,9 @@ def main() -> int:
                    for row in time_shape(shape, bits, bandwidth)],
         "kept": [row for model in args.models for shape in SHAPES[model] for bits in args.bits
                  for row in time_kept(shape, bits, random_weight, bandwidth)],
+        "trellis": [row for model in args.models for shape in SHAPES[model] for bits in WIDTHS
+                    for row in time_trellis(shape, bits, random_weight, bandwidth)],
+        "trellis_search": time_search(),
         "crossover": measure_crossover(args.bits[0]), "kept_crossover": measure_kept_crossover(LARGE, args.bits[0]),
         "rotation": time_rotations(bandwidth), "quantizing": time_quantizing(),
     }  # fmt: skip

@@ -62,7 +62,7 @@ def whole(tensor: QTensor) -> torch.Tensor:
     ("rows", "shape", "entry"),
     [
         ((1,), (64, 40), "trellis_decode"),
-        ((2, 8), (64, 40), "trellis_decode"),
+        ((2, 3), (64, 40), "trellis_decode"),
         ((17,), (64, 40), "trellis_dequantize"),
         ((3,), (64, 41), "trellis_dequantize"),
         ((3,), (96, 40), "trellis_dequantize"),
@@ -82,8 +82,8 @@ def test_the_program_fits_tokens_and_shape(
 @needs_harness
 def test_inputs_that_are_strided_or_empty(launches: list[Launch]) -> None:
     tensor = random_trellis(3, (64, 64))
-    weight, wide = prepare(tensor), torch.randn(3, 5, 200, generator=torch.Generator().manual_seed(0))
-    for x in (wide[..., 3:67], wide[..., :128:2].half(), wide[:, 2, :64], wide[..., :64].transpose(0, 1)):
+    weight, wide = prepare(tensor), torch.randn(2, 4, 200, generator=torch.Generator().manual_seed(0)).half()
+    for x in (wide[..., 3:67], wide[..., :128:2], wide[:, 2, :64], wide[..., :64].transpose(0, 1)):
         check_product(trellis.multiply(x, weight, None), x, whole(tensor))
     assert trellis.multiply(wide[:0, 0, :64], weight, None).shape == (0, 64)
     assert len(launches) == 4
