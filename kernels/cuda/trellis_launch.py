@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from math import ceil
 
 import torch
@@ -28,17 +29,17 @@ def decodes(tile: int, k: int) -> bool:
     return tile == DECODE_TILE and k % X_STEP == 0
 
 
-def decode_launch(product: Product[TrellisWeight], device: Device, workspace: Workspace) -> Launch:
+def decode_launch(wanted: Product[TrellisWeight], device: Device, workspace: Workspace) -> Launch:
     """Return the launch that computes y for at most 16 tokens, of weights that `decodes` is for."""
-    m, weight = product.x.shape[0], product.weight
+    m, weight = wanted.x.shape[0], wanted.weight
     (n, k), tiles = weight.shape, weight.walks.shape[0]
     tokens = next(count for count in DECODE_TOKENS if m <= count)
     room = workspace.partial.numel() // (tiles * tokens * DECODE_TILE)
     splits = best_splits(tiles, ceil(k / CHUNK), DECODE_WARPS, device.multiprocessors, room)
-    rank = 0 if product.low_rank_t is None else product.low_rank_t.shape[1]
-    tensors = (weight.walks, weight.scales, product.x, product.y, product.bias)
-    extras = (weight.low_rank_b, product.low_rank_t, workspace.partial, workspace.counters)
-    program = decode_program(weight.bits, product.x.dtype, tokens)
+    rank = 0 if wanted.low_rank_t is None else wanted.low_rank_t.shape[1]
+    tensors = (weight.walks, weight.scales, wanted.x, wanted.y, wanted.bias)
+    extras = (weight.low_rank_b, wanted.low_rank_t, workspace.partial, workspace.counters)
+    program = decode_program(weight.bits, wanted.x.dtype, tokens)
     block, shared = (32 * DECODE_WARPS, 1, 1), decode_shared(weight.bits, tokens)
     return Launch(program, (tiles, splits, 1), block, shared, (*tensors, *extras, m, n, k, rank))
 
@@ -71,13 +72,12 @@ def dequantize_program(bits: int, tile: int, dtype: torch.dtype) -> Program:
 
 
 def programs() -> dict[Program, Budget]:
-    """Return every variant."""
+    """Return the variants to prove: every one for few tokens, and all heights of tiles as float16."""
     budgets: dict[Program, Budget] = {}
-    for dtype, oldest in OLDEST.items():
-        for bits in WIDTHS:
-            everyday = dtype == torch.float16 and bits == 3
-            for tokens in DECODE_TOKENS:
-                budgets[decode_program(bits, dtype, tokens)] = Budget(128, 16, oldest, everyday)
-            for tile in TILES:
-                budgets[dequantize_program(bits, tile, dtype)] = Budget(64, 0, oldest, everyday and tile == DECODE_TILE)
+    for (dtype, oldest), bits in product(OLDEST.items(), WIDTHS):
+        everyday = dtype == torch.float16 and bits == 3
+        for tokens in DECODE_TOKENS:
+            budgets[decode_program(bits, dtype, tokens)] = Budget(128, 16, oldest, everyday)
+        for tile in TILES if dtype == torch.float16 else (DECODE_TILE,):
+            budgets[dequantize_program(bits, tile, dtype)] = Budget(64, 0, oldest, everyday and tile == DECODE_TILE)
     return budgets
