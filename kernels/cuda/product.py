@@ -32,7 +32,7 @@ class Layout(Generic[Weight]):
 
     unpack: the launch that writes the weight into a tensor (N, K). multiply: the launches of a product with few rows.
     unpacked_from: rows from which the vendor's matmul with the unpacked weight is faster, for a weight and a device's
-    index. rotates: whether the program for so many rows rotates them itself. dtypes: of rows.
+    index. rotates: whether the program for a number of rows rotates them itself. dtypes: of rows.
     """
 
     unpack: Callable[[Weight, torch.Tensor], Launch]

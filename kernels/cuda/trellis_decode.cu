@@ -96,7 +96,7 @@ struct Places {
     }
 };
 
-// A chunk of a tile's walks, of so many inputs, into a slot; zeros for the inputs that are missing.
+// A chunk of a tile's walks into a slot; zeros where fewer inputs are left.
 INLINE void copy_chunk(u8* slot, const u8* from, int inputs, int lane) {
     for (int piece = lane; piece < CHUNK_BYTES / 16; piece += 32) {
         const bool valid = piece * 16 < inputs * COLUMN_BYTES;
