@@ -17,7 +17,7 @@ constexpr int OWN_HEADS = OWN > SYMBOLS ? OWN / SYMBOLS : 1;
 constexpr int SHARERS = SYMBOLS > OWN ? SYMBOLS / OWN : 1;  // threads that have states of one head
 constexpr int OWN_SYMBOLS = SYMBOLS / SHARERS;              // of those that fall out, which a thread compares
 constexpr int CHOICE_BITS = 8 / OWN_HEADS;
-constexpr int AROUND = 24;  // numbers on either side of the seam that the free run sees
+constexpr int AROUND = 32;  // numbers on either side of the seam that the free run sees
 constexpr int LARGEST = 32767, LARGEST_TILE = 96;
 constexpr float FARTHEST = 3.99f;
 
