@@ -54,6 +54,8 @@ def quantizers() -> str:
     for name in ("fast", "balanced", "best"):
         rows.append(_tool(f"**quantc `{name}`**", uniform("SmolLM2-135M", 3, name)))
     rows.append(_tool("**quantc `balanced`, mixed widths**", _mixed("SmolLM2-135M", 3.25)))
+    walks = find("trellis.json", model="SmolLM2-135M", bits=3, method="balanced") or {}
+    rows.append(_tool("**quantc `balanced`, trellis codes**", {**walks, "cpu_seconds": None}))  # beside other work
     return markdown(rows)
 
 
