@@ -46,10 +46,12 @@ from ..numerics.statistics import Gram
 from ..pipeline.base import Fact, Pass, register
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork
+from ..spec import Trellis
 
 # Below this a block mixes too few channels to pay for its additions.
 SMALLEST_BLOCK = 16
 SAMPLED_ROWS = 128  # output channels of each reader, at least, that are rounded with and without a rotation
+SAMPLED_TILE = 64  # the same of trellis codes, whose search would take a fifth of all seconds for SmolLM2-135M
 TRIED_EXPERTS = 8  # of a stack, at most
 Placement = Literal["online", "folded"]
 
@@ -211,14 +213,15 @@ def error_ratio(work: BlockWork, item: Activation, readers: list[Linear], grams:
     specs = {reader: spec for reader in readers if (spec := work.run.plan.specs[reader.name])}
     bits = min(spec.bits for spec in specs.values())
     for expert in seen[:: -(-len(seen) // TRIED_EXPERTS) or 1]:
-        gram, rows = grams[expert].matrix, grams[expert].rows
+        gram, seen_rows = grams[expert].matrix, grams[expert].rows
         # At 2 bits a basis without rotation is not shrunk, and by its own measure it would always win.
         measure = work.rounding.shrunk(gram)
         for order in lost:
-            basis = work.rounding.basis(gram, rows, order, bits)
+            basis = work.rounding.basis(gram, seen_rows, order, bits)
             for linear, spec in specs.items():
                 weight = work.weight(linear, expert)
-                lost[order] += output_change(weight, basis, spec, measure, SAMPLED_ROWS)
+                rows = SAMPLED_TILE if spec.code == Trellis.name else SAMPLED_ROWS
+                lost[order] += output_change(weight, basis, spec, measure, rows)
     return lost[block] / lost[0] if lost[0] > 0 else None
 
 
