@@ -81,8 +81,8 @@ def shared_bytes(tile: int) -> int:
 @functools.cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
-        tables = path_tables()
-        return tables.values.to(device), tables.squares.to(device)
+        tables = path_tables(device)
+        return tables.values, tables.squares
 
 
 def programs() -> dict[Program, Budget]:

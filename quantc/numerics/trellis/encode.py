@@ -31,11 +31,11 @@ def encode(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     """
     search = _Search(bits, numbers)
     walks, length = numbers.shape
-    free = torch.zeros(walks, STATES, dtype=torch.int32)
+    free = torch.zeros(walks, STATES, dtype=torch.int32, device=numbers.device)
     seam = [(step - AROUND) % length for step in range(2 * AROUND)]
     costs, choices = search.run(free, seam)
     low = search.back(costs.argmin(1), choices[AROUND:])[0] & (search.heads - 1)
-    ends = low[:, None] + search.heads * torch.arange(search.symbols)
+    ends = low[:, None] + search.heads * torch.arange(search.symbols, device=numbers.device)
     costs, choices = search.run(torch.full_like(free, LARGEST).scatter_(1, ends, 0), range(length))
     last = ends.gather(1, costs.gather(1, ends).argmin(1, keepdim=True))[:, 0]
     return torch.stack(search.back(last, choices)[1:], 1).to(torch.int16)
@@ -46,7 +46,7 @@ class _Search:
 
     def __init__(self, bits: int, numbers: torch.Tensor):
         self.bits, self.symbols, self.heads = bits, 1 << bits, STATES >> bits
-        self.tables = path_tables()
+        self.tables = path_tables(numbers.device)
         numbers = numbers.clamp(-FARTHEST, FARTHEST)
         self.products = (numbers * -VALUE_UNIT).round().int()
         self.squares = (numbers * numbers * COST_UNIT).round().int()
@@ -62,7 +62,8 @@ class _Search:
     def _step(
         self, costs: torch.Tensor, products: torch.Tensor, squares: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        least, choice = costs[:, : self.heads].clone(), torch.zeros(len(costs), self.heads, dtype=torch.uint8)
+        least = costs[:, : self.heads].clone()
+        choice = torch.zeros_like(least, dtype=torch.uint8)
         for symbol in range(1, self.symbols):  # of those that fall out; the first of equal ones stays
             other = costs[:, symbol * self.heads : (symbol + 1) * self.heads]
             less = other < least
@@ -91,8 +92,8 @@ class PathTables:
 
 
 @cache
-def path_tables() -> PathTables:
-    """Return what the search adds up."""
-    values = INTEGERS.double() / RMS
+def path_tables(device: torch.device) -> PathTables:
+    """Return what the search adds up, on a device."""
+    values = INTEGERS.to(device).double() / RMS
     assert values.shape == (1 << STATE_BITS,)
     return PathTables((values * VALUE_UNIT).round().int(), (values.square() * COST_UNIT).round().int())

@@ -6,13 +6,16 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from quantc.formats import DENSE
+from quantc.checkpoint.config import PackedEntry
+from quantc.formats import DENSE, Parts
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu import trellis as kernel
 from quantc.kernels.cpu.trellis import NATIVE_TRELLIS, TrellisWeight
 from quantc.kernels.registry import choose
 from quantc.numerics.qtensor import QTensor
+from quantc.runtime.layers import PackedWeight
 from quantc.spec import WHOLE_ROW, QuantSpec, tile_of
 
 from .cases import DTYPES, LEVELS, built
@@ -29,13 +32,17 @@ def trellis(bits: int, hadamard: int = 0, rank: int = 0) -> QuantSpec:
     return QuantSpec(bits, WHOLE_ROW, code="trellis", hadamard=hadamard, rank=rank)
 
 
-def random_trellis(spec: QuantSpec, shape: tuple[int, int]) -> tuple[TrellisWeight, torch.Tensor]:
-    """A weight of any bits, as a kernel takes it and in float64."""
-    generator = torch.Generator().manual_seed(shape[0] + spec.bits)
-    parts = {}
+def random_parts(spec: QuantSpec, shape: tuple[int, int], seed: int) -> Parts:
+    generator, parts = torch.Generator().manual_seed(seed), {}
     for name, part in DENSE.layout(spec, shape).items():
         values = torch.randint(0, 256, part.shape, generator=generator)
         parts[name] = ((values - 128) / 256).half() if part.dtype == torch.float16 else values.to(part.dtype)
+    return parts
+
+
+def random_trellis(spec: QuantSpec, shape: tuple[int, int]) -> tuple[TrellisWeight, torch.Tensor]:
+    """A weight of any bits, as a kernel takes it and in float64."""
+    parts = random_parts(spec, shape, shape[0] + spec.bits)
     tensor: QTensor = DENSE.unpack(parts, spec, shape)
     return NATIVE_TRELLIS.prepare(parts, spec, shape, torch.float32), tensor.effective_weight().double()
 
@@ -185,6 +192,18 @@ def test_a_copy_has_addresses_of_its_own() -> None:
     other, x = copy.deepcopy(weight), random_rows(1, 40)
     weight.scales.zero_()
     check(NATIVE_TRELLIS.run(x, other), x, exact)
+
+
+def test_experts_are_weights_of_their_own() -> None:
+    spec, shape = trellis(3), (48, 20)
+    stack = PackedWeight(torch.empty(2, *shape, device="meta"), PackedEntry(spec, shape, (2,)))
+    of_experts = [random_parts(spec, shape, seed) for seed in range(2)]
+    for name in of_experts[0]:
+        setattr(stack, name, torch.stack([parts[name] for parts in of_experts]))
+    x = random_rows(3, 20)
+    for expert, parts in enumerate(of_experts):
+        y = F.linear(x, stack[expert])  # type: ignore[arg-type]
+        check(y, x, DENSE.unpack(parts, spec, shape).effective_weight().double())
 
 
 def test_rows_of_two_widths_are_two_products() -> None:
