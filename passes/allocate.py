@@ -57,8 +57,6 @@ class Allocate(Pass):
             return
         linears, specs, formats = run.graph.linears, run.plan.specs, Formats.of(self.config, run.source)
         specs.update(formats.specs(linears))
-        if not self.config.has_budget:
-            run.plan.instead.update(formats.instead(linears, specs))
         check_automatic(self.config)
         specs.update(head_specs(run, self.config, formats))
         if self.config.has_budget:  # one that is too small is refused here
@@ -66,6 +64,7 @@ class Allocate(Pass):
         else:
             self._refuse_without_budget()
             specs.update(formats.pinned(linears, specs))
+            run.plan.instead.update(formats.instead(linears, specs))
             run.report.notes += formats.notes(run)
 
     def _refuse_without_budget(self) -> None:

@@ -23,6 +23,7 @@ from quantc.pipeline.run import Run
 from quantc.plan import Plan
 from quantc.progress import LogProgress
 from quantc.report import Report
+from quantc.runtime.modules import unpack
 from quantc.spec import QuantSpec
 from tests.families import VOCAB
 from tests.word_tokenizer import make_tokenizer
@@ -86,6 +87,17 @@ def block_works(run: Run, tokens: torch.Tensor) -> Iterator[CalibratedWork]:
     calibration = CalibrationRun(run.source.model, run.graph, tokens, run.device)
     for block in run.graph.blocks:
         yield CalibratedWork(run, block, run.source.model.get_submodule(block.name), calibration)
+
+
+def check_runs_as_unpacked(folder: Path, tokens: torch.Tensor) -> None:
+    """A packed model gives the logits that it gives with its weights unpacked to floats, and generates."""
+    packed = quantc.load(folder, dtype=torch.float32, verify=True)
+    with torch.no_grad():
+        found = packed(input_ids=tokens, use_cache=False).logits
+        generated = packed.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        expected = unpack(packed, torch.float32)(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert generated.shape == (len(tokens), tokens.shape[1] + 3)
 
 
 FORKS = """

@@ -27,28 +27,30 @@ def choose_codes(work: BlockWork, item: Activation, grams: list[Gram], rounding:
         return
     seen = [expert for expert, gram in enumerate(grams) if guides(gram)]
     tried = seen[:: -(-len(seen) // TRIED_EXPERTS) or 1] or [0]
-    lost = {linear.name: {"trellis": 0.0, "grid": 0.0} for linear in readers}
+    each = {linear.name: _ways(work, linear) for linear in readers}
+    lost = {name: dict.fromkeys(ways, 0.0) for name, ways in each.items()}
     for expert in tried:
-        gram = grams[expert] if seen else None
+        matrix, rows = (grams[expert].matrix, grams[expert].rows) if seen else (None, 0)
+        bases = rounding.bases(matrix, rows, [spec for ways in each.values() for spec in ways.values()])
         for linear in readers:
-            for way, spec in _ways(work, linear).items():
-                matrix, rows = (None, 0) if gram is None else (gram.matrix, gram.rows)
-                basis = rounding.bases(matrix, rows, [spec])[spec.hadamard]
-                lost[linear.name][way] += lost_energy(work.weight(linear, expert), basis, spec, SAMPLED_ROWS)
+            weight = work.weight(linear, expert)
+            for way, spec in each[linear.name].items():
+                lost[linear.name][way] += lost_energy(weight, bases[spec.hadamard], spec, SAMPLED_ROWS)
     for linear in readers:
-        _settle(work, linear, lost[linear.name])
+        _settle(work, linear.name, each[linear.name], lost[linear.name])
 
 
 def _ways(work: BlockWork, linear: Linear) -> dict[str, QuantSpec]:
     plan = work.run.plan
     planned = plan.specs[linear.name]
     assert planned is not None
-    return {"trellis": planned, "grid": replace(plan.instead[linear.name], hadamard=planned.hadamard)}
+    grid = replace(plan.instead[linear.name], hadamard=planned.hadamard, rank=planned.rank)
+    return {"trellis": planned, "grid": grid}
 
 
-def _settle(work: BlockWork, linear: Linear, lost: dict[str, float]) -> None:
-    plan, ways = work.run.plan, _ways(work, linear)
+def _settle(work: BlockWork, name: str, ways: dict[str, QuantSpec], lost: dict[str, float]) -> None:
+    plan = work.run.plan
     chosen = "grid" if lost["grid"] < lost["trellis"] else "trellis"
-    plan.specs[linear.name] = ways[chosen]
+    plan.specs[name] = ways[chosen]
     ratio = lost["trellis"] / lost["grid"] if lost["grid"] else 1.0
-    plan.remark(linear.name, f"{chosen}: trellis codes lose {ratio:.2g} times what {ways['grid'].label()} loses")
+    plan.remark(name, f"{chosen}: trellis codes lose {ratio:.2g} times what {ways['grid'].label()} loses")

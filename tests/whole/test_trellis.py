@@ -14,12 +14,11 @@ from quantc.errors import QuantcError, UsageError
 from quantc.plan import Plan, read_plan
 from quantc.planning.sizes import weights_bytes
 from quantc.recipe import Recipe
-from quantc.runtime.modules import unpack
 from quantc.sensitivity import Candidate, Losses
 from quantc.sensitivity.wide_rows import with_wide_rows
 from quantc.spec import QuantSpec, spec_of_label
 from tests.families import VOCAB, build
-from tests.helpers import opened_run, quantize_saved, save_with_tokenizer, thinned
+from tests.helpers import check_runs_as_unpacked, opened_run, quantize_saved, save_with_tokenizer, thinned
 
 TOKENS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
 
@@ -42,24 +41,17 @@ def test_every_linear_has_them_and_the_model_runs(family: str, tmp_path: Path, m
     assert {(spec.code, spec.bits) for spec in specs.values()} == {("trellis", 3)}
     assert CheckpointReader(tmp_path / "packed").config["quantization_config"]["version"] == 5
     assert report.weights_bytes == weights_bytes(opened_run(tmp_path / "model"), dict(specs))
-    packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
-    with torch.no_grad():
-        found = packed(input_ids=TOKENS, use_cache=False).logits
-        generated = packed.generate(TOKENS, max_new_tokens=3, do_sample=False, pad_token_id=0)
-        expected = unpack(packed, torch.float32)(input_ids=TOKENS, use_cache=False).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert generated.shape == (2, 23)
+    check_runs_as_unpacked(tmp_path / "packed", TOKENS)
 
 
 def test_every_pass_runs_before_and_after(tmp_path: Path) -> None:
     save_with_tokenizer(build("llama"), tmp_path / "model")
-    before = ["allocate", "importance", "scale", "rotate", "group_channels"]
+    before = ["allocate", "importance", "scale", "rotate", "group_channels", "compensate"]
     passes = [*before, {"quantize": {"rounds": 1, "correct": 0.5}}, {"tune": {"steps": 3}}, {"distill": {"steps": 2}}]
     recipe = Recipe.from_dict({"version": 1, "passes": passes})
     quantize_saved(tmp_path, recipe=recipe, bits=2, code="trellis")
     assert {spec.code for spec in codes_of(tmp_path / "packed").values()} == {"trellis"}
-    packed = quantc.load(tmp_path / "packed", dtype=torch.float32, verify=True)
-    assert bool(torch.isfinite(packed(input_ids=TOKENS, use_cache=False).logits).all())
+    check_runs_as_unpacked(tmp_path / "packed", TOKENS)
 
 
 def test_a_plan_with_rows_of_two_widths_is_built_again_from_its_file(tmp_path: Path) -> None:
@@ -74,11 +66,7 @@ def test_a_plan_with_rows_of_two_widths_is_built_again_from_its_file(tmp_path: P
     quantize_saved(tmp_path, plan=tmp_path / "plan.yaml")
     assert codes_of(tmp_path / "packed") == plan.specs
     assert read_plan(tmp_path / "packed/plan.yaml").specs == plan.specs
-    packed = quantc.load(tmp_path / "packed", dtype=torch.float32)
-    with torch.no_grad():
-        found = packed(input_ids=TOKENS, use_cache=False).logits
-        expected = unpack(packed, torch.float32)(input_ids=TOKENS, use_cache=False).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    check_runs_as_unpacked(tmp_path / "packed", TOKENS)
 
 
 def test_rows_of_two_widths_come_in_whole_tiles() -> None:
@@ -117,6 +105,28 @@ def test_what_loses_less_on_the_grid_stays_there(tmp_path: Path) -> None:
     grids = sum(spec.code == "uniform" for spec in specs.values())
     assert f"{grids} of {len(specs)} layers are on grids: trellis codes lose more there" in report.notes
     assert "grid: trellis codes lose" in (tmp_path / "packed/plan.yaml").read_text()
+
+
+def test_a_pin_is_no_choice_and_a_rank_stays(tmp_path: Path) -> None:
+    """Each layer is tried against the grid of its own width, and with the low-rank part that it has."""
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    recipe = Recipe.from_dict({"version": 1, "passes": ["allocate", {"compensate": {"rank": 2}}, "quantize"]})
+    quantize_saved(tmp_path, recipe=recipe, bits=3, code="auto", pins={"*gate_proj": 2, "*up_proj": 8})
+    for name, spec in codes_of(tmp_path / "packed").items():
+        wanted = 2 if "gate_proj" in name else 8 if "up_proj" in name else 3
+        assert (spec.bits, spec.rank) == (wanted, 2), name
+
+
+def test_a_target_has_grids_whatever_loses_less(tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    quantize_saved(tmp_path, bits=4, code="auto", target="vllm")
+    assert {spec.code for spec in codes_of(tmp_path / "packed").values()} == {"uniform"}
+
+
+def test_a_search_refines_their_plan(tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    quantize_saved(tmp_path, avg_bits=3.9, code="trellis", search=1)
+    assert any(spec.code == "trellis" for spec in codes_of(tmp_path / "packed").values())
 
 
 def test_without_calibration_text_the_choice_is_the_grid(tmp_path: Path) -> None:
