@@ -7,7 +7,7 @@ import torch
 from ...formats import Parts
 from ...spec import QuantSpec
 from ..base import DENSE_ONLY, other_grid
-from ..gradients import differentiable, wants_gradient
+from ..gradients import wants_gradient
 from . import packed, product
 from .crossover import crossover
 from .device import device_index, shared_limit, unavailable
@@ -59,13 +59,8 @@ class CudaPacked:
         return prepare(parts, spec, shape)
 
     def run(self, x: torch.Tensor, prepared: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if wants_gradient(x, bias):  # the operator has no gradients
-            return differentiable(
-                x,
-                bias,
-                lambda x, bias: multiply(x, prepared, bias),
-                lambda y: product.multiply_back(LAYOUT, y, prepared),
-            )
+        if wants_gradient(x, bias):
+            return product.differentiated(LAYOUT, x, prepared, bias)
         w, v = prepared, prepared.variant
         y: torch.Tensor = torch.ops.quantc.cuda_matmul(
             x, w.tiles, w.scales, w.zeros, w.low_rank_a, w.low_rank_b, bias,

@@ -9,7 +9,7 @@ import torch
 from ...formats import Parts
 from ...spec import QuantSpec
 from ..base import other_grid
-from ..gradients import differentiable, wants_gradient
+from ..gradients import wants_gradient
 from . import kept_launch, product
 from .crossover import KEPT_FROM
 from .device import device_index, shared_limit, unavailable
@@ -61,13 +61,8 @@ class CudaKept:
         return prepare(parts, spec, shape)
 
     def run(self, x: torch.Tensor, prepared: KeptWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if wants_gradient(x, bias):  # the operator has no gradients
-            return differentiable(
-                x,
-                bias,
-                lambda x, bias: multiply(x, prepared, bias),
-                lambda y: product.multiply_back(LAYOUT, y, prepared),
-            )
+        if wants_gradient(x, bias):
+            return product.differentiated(LAYOUT, x, prepared, bias)
         w = prepared
         y: torch.Tensor = torch.ops.quantc.cuda_kept_matmul(
             x, w.codes, w.groups, w.zeros, w.owners, w.starts, w.rows, w.low_rank_a, w.low_rank_b, bias,

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..checks import expect_product, expect_same_device
+from ..gradients import differentiable
 from ..rotation import rotate
 from .device import device_index
 from .kept_layout import KeptWeight
@@ -80,6 +81,13 @@ def multiply_back(layout: Layout[Weight], y: torch.Tensor, weight: Weight) -> to
     whole = unpacked_buffer(index, torch.cuda.current_stream(index).cuda_stream, y.dtype, weight.shape)
     launch(layout.unpack(weight, whole))
     return multiply_unpacked_back(rows, whole, weight).view(*y.shape[:-1], k)
+
+
+def differentiated(layout: Layout[Weight], x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return `multiply` with gradients to x and bias, which the operators do not have."""
+    return differentiable(
+        x, bias, lambda x, bias: multiply(layout, x, weight, bias), lambda y: multiply_back(layout, y, weight)
+    )
 
 
 def fake_product(

@@ -7,7 +7,7 @@ import torch
 from ...formats import Parts
 from ...spec import QuantSpec, Trellis, tile_of
 from ..base import DENSE_ONLY
-from ..gradients import differentiable, wants_gradient
+from ..gradients import wants_gradient
 from . import product, trellis_launch
 from .device import device_index, unavailable
 from .launch import refusal
@@ -53,13 +53,8 @@ class CudaTrellis:
         return prepare(parts, spec, shape)
 
     def run(self, x: torch.Tensor, prepared: TrellisWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if wants_gradient(x, bias):  # the operator has no gradients
-            return differentiable(
-                x,
-                bias,
-                lambda x, bias: multiply(x, prepared, bias),
-                lambda y: product.multiply_back(LAYOUT, y, prepared),
-            )
+        if wants_gradient(x, bias):
+            return product.differentiated(LAYOUT, x, prepared, bias)
         w = prepared
         y: torch.Tensor = torch.ops.quantc.cuda_trellis_matmul(
             x, w.walks, w.scales, w.low_rank_a, w.low_rank_b, bias, *w.shape, w.bits, w.hadamard

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from quantc.kernels.cuda import build, device, launch
-from quantc.kernels.cuda.program import Program
+from quantc.kernels.cuda import build, device, launch, product
+from quantc.kernels.cuda.packed import Device, Workspace
+from quantc.kernels.cuda.program import Launch, Program
 from tests.kernels.cuda.fakes import FakeMachine
+from tests.simt.harness import run
 
 SCALE = """
 #include "ptx.cuh"
@@ -43,6 +47,28 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     """torch and CuPy say that there are two H100s."""
     return FakeMachine(monkeypatch)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What product.multiply starts; it runs on this CPU, where the tensors are, as if on one small GPU."""
+    started: list[Launch] = []
+
+    def start(launch: Launch) -> None:
+        started.append(launch)
+        run(launch)
+
+    workspace = Workspace(torch.full((1 << 18,), float("nan")), torch.zeros(64, dtype=torch.int32))
+    monkeypatch.setattr(product, "launch", start)
+    monkeypatch.setattr(product, "device_index", lambda _: 0)
+    monkeypatch.setattr(product, "device_limits", lambda _: Device(2, 99 * 1024))
+    monkeypatch.setattr(product, "workspace", lambda *_: workspace)
+    # As if another weight had been there before.
+    monkeypatch.setattr(
+        product, "unpacked_buffer", lambda _, __, dtype, shape: torch.full(shape, torch.nan, dtype=dtype)
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    return started
 
 
 @pytest.fixture

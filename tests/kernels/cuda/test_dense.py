@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from quantc.kernels.cuda import dense, packed, resources
 from quantc.kernels.cuda import product as product_module
 from quantc.kernels.cuda.dense import CUDA_PACKED
 from quantc.kernels.cuda.layout import prepare
-from quantc.kernels.cuda.packed import Device, Workspace
 from quantc.kernels.cuda.program import Launch
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
@@ -20,7 +17,7 @@ from quantc.numerics.qtensor import QTensor
 from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.kernels.cuda.fakes import FakeMachine
 from tests.kernels.test_kernels import check_product, random_qtensor
-from tests.simt.harness import run, unavailable
+from tests.simt.harness import unavailable
 
 needs_harness = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 GPU = torch.device("cuda", 0)
@@ -32,28 +29,16 @@ def _forget() -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """What multiply starts; it runs on this CPU, where the tensors are, as if on one small GPU."""
-    started: list[Launch] = []
-
-    def start(launch: Launch) -> None:
-        started.append(launch)
-        run(launch)
-
-    monkeypatch.setattr(product_module, "launch", start)
-    monkeypatch.setattr(product_module, "device_index", lambda _: 0)
+def launches(launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """As in conftest.py, on an Ampere, with buffers that stay."""
     monkeypatch.setattr(dense, "capability", lambda _: 80)
-    monkeypatch.setattr(product_module, "device_limits", lambda _: Device(2, 99 * 1024))
-    workspace = Workspace(torch.full((1 << 18,), float("nan")), torch.zeros(64, dtype=torch.int32))
-    monkeypatch.setattr(product_module, "workspace", lambda *_: workspace)
     buffers: dict[tuple[int, ...], torch.Tensor] = {}
     monkeypatch.setattr(
         product_module,
         "unpacked_buffer",
         lambda _, __, dtype, shape: buffers.setdefault(shape, torch.empty(shape, dtype=dtype)),
     )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    return started
+    return launches
 
 
 def product(tensor: QTensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

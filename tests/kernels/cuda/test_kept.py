@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from quantc.formats import GROUP_SPARSE
 from quantc.kernels.cuda import kept, resources
 from quantc.kernels.cuda import product as product_module
 from quantc.kernels.cuda.kept import CUDA_KEPT
-from quantc.kernels.cuda.packed import Device, Workspace
+from quantc.kernels.cuda.packed import Device
 from quantc.kernels.cuda.program import Launch
 from quantc.kernels.reference import REFERENCE
 from quantc.kernels.registry import choose
@@ -21,7 +20,7 @@ from quantc.spec import QuantSpec
 from tests.kernels.cuda.fakes import FakeMachine
 from tests.kernels.cuda.kept_weights import prepare, random_kept
 from tests.kernels.test_kernels import check_product
-from tests.simt.harness import run, unavailable
+from tests.simt.harness import unavailable
 
 needs_harness = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 GPU = torch.device("cuda", 0)
@@ -31,28 +30,6 @@ SPEC = QuantSpec(4, 16, sparsity=0.5)
 @pytest.fixture(autouse=True)
 def _forget() -> None:
     resources.capability.cache_clear()
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """What multiply starts; it runs on this CPU, where the tensors are, as if on one small GPU."""
-    started: list[Launch] = []
-
-    def start(launch: Launch) -> None:
-        started.append(launch)
-        run(launch)
-
-    monkeypatch.setattr(product_module, "launch", start)
-    monkeypatch.setattr(product_module, "device_index", lambda _: 0)
-    monkeypatch.setattr(product_module, "device_limits", lambda _: Device(2, 99 * 1024))
-    workspace = Workspace(torch.full((1 << 18,), float("nan")), torch.zeros(64, dtype=torch.int32))
-    monkeypatch.setattr(product_module, "workspace", lambda *_: workspace)
-    # As if another weight had been there before.
-    monkeypatch.setattr(
-        product_module, "unpacked_buffer", lambda _, __, dtype, shape: torch.full(shape, torch.nan, dtype=dtype)
-    )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    return started
 
 
 def product(tensor: QTensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from quantc.formats import DENSE
-from quantc.kernels.cuda import product as product_module
 from quantc.kernels.cuda import resources, trellis
-from quantc.kernels.cuda.packed import Device, Workspace
 from quantc.kernels.cuda.program import Launch
 from quantc.kernels.cuda.trellis import CUDA_TRELLIS
 from quantc.kernels.reference import REFERENCE
@@ -20,7 +16,7 @@ from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.kernels.cuda.fakes import FakeMachine
 from tests.kernels.cuda.trellis_weights import prepare, random_trellis
 from tests.kernels.test_kernels import check_product
-from tests.simt.harness import run, unavailable
+from tests.simt.harness import unavailable
 
 needs_harness = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 GPU = torch.device("cuda", 0)
@@ -30,27 +26,6 @@ TRELLIS3 = QuantSpec(3, WHOLE_ROW, code="trellis")
 @pytest.fixture(autouse=True)
 def _forget() -> None:
     resources.capability.cache_clear()
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """What multiply starts; it runs on this CPU, where the tensors are, as if on one small GPU."""
-    started: list[Launch] = []
-
-    def start(launch: Launch) -> None:
-        started.append(launch)
-        run(launch)
-
-    workspace = Workspace(torch.full((1 << 18,), float("nan")), torch.zeros(64, dtype=torch.int32))
-    monkeypatch.setattr(product_module, "launch", start)
-    monkeypatch.setattr(product_module, "device_index", lambda _: 0)
-    monkeypatch.setattr(product_module, "device_limits", lambda _: Device(2, 99 * 1024))
-    monkeypatch.setattr(product_module, "workspace", lambda *_: workspace)
-    monkeypatch.setattr(
-        product_module, "unpacked_buffer", lambda _, __, dtype, shape: torch.full(shape, float("nan"), dtype=dtype)
-    )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    return started
 
 
 def whole(tensor: QTensor) -> torch.Tensor:
