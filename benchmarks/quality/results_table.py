@@ -104,8 +104,8 @@ def measure(row: dict[str, Any], path: str, scorer: Scorer, args: argparse.Names
             options["group_size"] = row["group_size"]
         if args.head_bits:
             options["head_bits"] = args.head_bits
-        if getattr(args, "code", None):
-            options["code"] = args.code
+        if code := row["settings"].get("code"):
+            options["code"] = code
         calibration = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len}
         measured, summary = quantize(path, out, asymmetric=True, **options, **calibration)
         return {

@@ -15,15 +15,14 @@ from ..passes.sparsify import Sparsify
 from ..passes.tune import Tune
 from ..pipeline.base import Pass
 from ..plan import Plan, read_plan
-from ..planning.settings import GRID, AllocateConfig
+from ..planning.settings import AUTO, GRID, AllocateConfig
 from ..recipe import DEFAULT, Recipe, read_recipe, without_text
 from ..recipe import preset as named_preset
-from ..spec import QuantSpec, Trellis, spec_of_label
+from ..spec import MOST_TRELLIS_BITS, QuantSpec, spec_of_label, trellis_spec
 from ..units import parse_duration, parse_size, size
 
 BUDGETS = ("avg_bits", "size")  # of allocate
 ANY_SIZE = 1 << 60  # bytes
-AUTO = "auto"
 # SmolLM2-135M in groups of 64: a KL divergence of 0.348 without the pass and 0.270 with it (docs/results.md).
 ROTATION_GAIN = "a checkpoint of quantc's own with it loses about a fifth less at 3 bits"
 
@@ -247,8 +246,8 @@ def default_name(model: str, passes: list[Pass], plan: Plan) -> str:
         return f"{model}-quantc-{size(allocate.size).replace(' ', '')}"
     if len(allocate.formats) == 1:
         return f"{model}-quantc-{allocate.formats[0]}"
-    if not allocate.uses_uniform:
-        return f"{model}-quantc-{Trellis.name}{allocate.bits}"
+    if not allocate.uses_uniform and allocate.bits <= MOST_TRELLIS_BITS:
+        return f"{model}-quantc-{trellis_spec(allocate.bits).label()}"
     spec = QuantSpec(allocate.bits, group, allocate.grouping, allocate.symmetric)
     for item in passes:
         spec = item.config.sparse(spec) if isinstance(item, Sparsify) else spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..graph.model_graph import Linear
-from ..spec import SPARSE_GROUPS, WHOLE_ROW, QuantSpec, Trellis, Uniform, spec_of_label
+from ..spec import MOST_TRELLIS_BITS, SPARSE_GROUPS, WHOLE_ROW, QuantSpec, Uniform, spec_of_label
 
 DEFAULT_GROUP = 128
 # Kernels everywhere handle groups of 128 and 64; after those, what divides the width in SIMD-friendly steps.
@@ -22,7 +22,7 @@ PER_IC_GROUPS = (32, 64)
 # size, some in groups of 16 beside them, and 2:4 never: one way of it is there because hardware knows it.
 SPARSE_BITS, SPARSE_GROUP, SHARES = 2, 32, (0.3, 0.5, 0.7)
 TWO_OF_FOUR_BITS = 4
-TRELLIS_BITS = (1, 2, 3, 4, 5)
+TRELLIS_BITS = range(1, MOST_TRELLIS_BITS + 1)
 # For embeddings and heads, which are rounded to nearest: at 2 bits they would be useless.
 TABLE_BITS = (3, 4, 5, 6, 8)
 
@@ -35,11 +35,6 @@ def of_labels(labels: tuple[str, ...], spec: QuantSpec, shape: tuple[int, int]) 
         for found in named
         if found.code != Uniform.name and found.grid.divides(shape[1])
     ]
-
-
-def trellis_of(bits: int) -> QuantSpec:
-    """Return the spec of trellis codes."""
-    return QuantSpec(bits, WHOLE_ROW, code=Trellis.name)
 
 
 def of_linear(spec: QuantSpec, linear: Linear, any_group: bool, sparse: bool = False) -> list[QuantSpec]:

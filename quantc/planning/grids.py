@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..graph.model_graph import Linear
 from ..pipeline.run import Run
-from ..spec import MIN_BITS, MOST_TRELLIS_BITS, QuantSpec, ScaleDtype, Trellis
+from ..spec import MIN_BITS, MOST_TRELLIS_BITS, QuantSpec, ScaleDtype, Trellis, trellis_spec
 from ..units import plural
 from . import candidates
 from .candidates import DEFAULT_GROUP, best_group_size
@@ -97,7 +97,7 @@ class TrellisGrids(UniformGrid):
     """Trellis codes for linears, in as many bits as they have, and the uniform grid for all else."""
 
     def of_width(self, bits: int, shape: Shape) -> QuantSpec:
-        return candidates.trellis_of(bits) if bits <= MOST_TRELLIS_BITS else super().of_width(bits, shape)
+        return trellis_spec(bits) if bits <= MOST_TRELLIS_BITS else super().of_width(bits, shape)
 
     def of_table_width(self, bits: int, shape: Shape) -> QuantSpec:
         return super().of_width(bits, shape)

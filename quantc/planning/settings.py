@@ -11,12 +11,12 @@ from ..spec import (
     MAX_BITS,
     MIN_BITS,
     MOST_TRELLIS_BITS,
-    WHOLE_ROW,
     Grouping,
     QuantSpec,
     Trellis,
     Uniform,
     spec_of_label,
+    trellis_spec,
 )
 from .budget import KEPT_BITS
 from .candidates import DEFAULT_GROUP
@@ -69,7 +69,7 @@ class AllocateConfig:
         group = DEFAULT_GROUP if self.group_size is None else self.group_size
         for bits in (self.bits, *([self.head_bits] if isinstance(self.head_bits, int) else [])):
             if bits < MIN_BITS and (self.code != GRID or f"{Trellis.name}{bits}" in self.formats):
-                QuantSpec(bits, WHOLE_ROW, code=Trellis.name)
+                trellis_spec(bits)
             else:
                 QuantSpec(bits=bits, group_size=group, grouping=self.grouping)
         self._check_code()

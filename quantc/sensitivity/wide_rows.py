@@ -26,6 +26,7 @@ def with_wide_rows(losses: Losses) -> Losses:
 
 def _mixed(candidates: list[Candidate], salience: torch.Tensor) -> Iterator[Candidate]:
     by_spec = {candidate.spec: candidate.loss for candidate in candidates}
+    shares: dict[int, dict[int, float]] = {}
     for spec, loss in by_spec.items():
         if spec.sparse or not spec.groups.per_oc or spec.grid.wider() is None:
             continue
@@ -33,7 +34,9 @@ def _mixed(candidates: list[Candidate], salience: torch.Tensor) -> Iterator[Cand
         if wider is None:
             continue
         step = max(ROW_STEP, spec.grid.rows_together(len(salience)))
-        for rows, share in _shares(salience, step).items():
+        if step not in shares:
+            shares[step] = _shares(salience, step)
+        for rows, share in shares[step].items():
             yield Candidate(replace(spec, wide_rows=rows), (1 - share) * loss + share * wider)
 
 

@@ -19,7 +19,7 @@ from .grids import (
 from .groups import WHOLE_ROW, Groups
 from .labels import spec_of_label
 from .patterns import PATTERNS, PLACE_BITS, SPARSE_GROUPS, Dense, GroupSparse, Pattern, TwoOfFour, TwoWidths, places
-from .quant_spec import QuantSpec
+from .quant_spec import QuantSpec, trellis_spec
 from .record import Grouping, ScaleDtype
 from .wrapping import Wrapping
 
@@ -56,4 +56,5 @@ __all__ = [
     "places",
     "spec_of_label",
     "tile_of",
+    "trellis_spec",
 ]

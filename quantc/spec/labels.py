@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 
 from ..errors import UsageError
-from .grids import GRIDS, Fixed, Trellis, Uniform
+from .grids import GRIDS, MOST_TRELLIS_BITS, Fixed, Trellis, Uniform
 from .groups import WHOLE_ROW
-from .quant_spec import QuantSpec
+from .quant_spec import QuantSpec, trellis_spec
 from .record import Grouping
 
 SIZE = r"g(?:row|[1-9]\d{0,8})"
 LABEL = re.compile(
     rf"(?:w(?P<bits>[2-8])(?P<group>{SIZE})(?P<symmetric>sym)?(?:-(?!per_ic)(?P<other>\w+))?"
-    rf"|{Trellis.name}(?P<trellis>[1-5])|(?P<code>[a-z]\w*)(?:-(?P<size>{SIZE}))?)(?P<per_ic>-per_ic)?"
+    rf"|{Trellis.name}(?P<trellis>[1-{MOST_TRELLIS_BITS}])|(?P<code>[a-z]\w*)(?:-(?P<size>{SIZE}))?)(?P<per_ic>-per_ic)?"
 )
 
 
@@ -32,7 +32,7 @@ def spec_of_label(label: str) -> QuantSpec | None:
             group, code = _size(found["group"]), found["other"] or Uniform.name
             return QuantSpec(int(found["bits"]), group, grouping, bool(found["symmetric"]), code=code)
         if found["trellis"]:
-            return QuantSpec(int(found["trellis"]), WHOLE_ROW, grouping, code=Trellis.name)
+            return None if found["per_ic"] else trellis_spec(int(found["trellis"]))
         if grid is None or not issubclass(grid, Fixed):
             return None
         size = _size(found["size"]) if found["size"] else grid.block or grid.usual_group

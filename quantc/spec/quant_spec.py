@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import UsageError
-from .grids import FLOAT16, Grid, Uniform, grid_of
-from .groups import Groups
+from .grids import FLOAT16, Grid, Trellis, Uniform, grid_of
+from .groups import WHOLE_ROW, Groups
 from .patterns import Pattern, pattern_of
 from .record import Grouping, ScaleDtype
 from .wrapping import Wrapping
@@ -26,7 +26,7 @@ class QuantSpec:
     The fields are one flat record. What they mean is known by the parts they make: `grid`, `groups`, `pattern` and
     `wrapping`, each of which checks, counts and labels itself.
 
-    bits: code width, 2 to 8.
+    bits: code width, 2 to 8; of trellis codes 1 to 5.
     group_size: weights that share a scale; -1 is the whole row (per_oc) or column (per_ic). The last group
         is shorter where the size does not divide the dimension.
     grouping: "per_oc" groups consecutive inputs of one output channel, "per_ic" groups consecutive outputs
@@ -173,3 +173,8 @@ class QuantSpec:
         if unknown:
             raise UsageError(f"a quantization spec has the unknown key {unknown[0]!r}; known keys are {sorted(known)}.")
         return cls(**mapping)
+
+
+def trellis_spec(bits: int) -> QuantSpec:
+    """Return the spec of trellis codes; raises UsageError for a width that they do not have."""
+    return QuantSpec(bits, WHOLE_ROW, code=Trellis.name)
