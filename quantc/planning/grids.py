@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..graph.model_graph import Linear
 from ..pipeline.run import Run
-from ..spec import MIN_BITS, MOST_TRELLIS_BITS, QuantSpec, ScaleDtype, Trellis, trellis_spec
+from ..spec import MIN_BITS, MOST_TRELLIS_BITS, QuantSpec, ScaleDtype, Trellis, Uniform, trellis_spec
 from ..units import plural
 from . import candidates
 from .candidates import DEFAULT_GROUP, best_group_size
@@ -86,7 +86,7 @@ class UniformGrid(Grids):
         return candidates.of_table(spec, shape, self._config.any_group)
 
     def notes(self, run: Run) -> list[str]:
-        sizes = {spec.group_size for spec in run.plan.specs.values() if spec is not None}
+        sizes = {spec.group_size for spec in run.plan.specs.values() if spec is not None and spec.code == Uniform.name}
         if not self._config.any_group or not sizes - {DEFAULT_GROUP}:
             return []
         found = ", ".join(str(size) for size in sorted(sizes))
