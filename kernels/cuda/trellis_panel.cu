@@ -49,12 +49,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                   const float* upper,   // the factor from the first column on, in the two steps given below, or null
                   u16* codes,           // (columns, N), states
                   float* errors,        // (columns, N), over their pivots; null without a factor
-                  const int* values,    // (STATES,), as path_tables says
-                  const int* squares,
+                  const int* values,    // (STATES,), as path_values says
                   int N, int tile, int row_step, int column_step,
                   int count) {          // columns of a block
     DYNAMIC_SHARED(shared);
-    Search search(shared, tile, values, squares);
+    Search search(shared, tile, values);
     const int n = blockIdx.y * tile + row_of_step(threadIdx.x, tile);
     const bool exists = threadIdx.x < tile && n < N;
     const size_t at = (size_t)blockIdx.x * count * N + (exists ? n : 0);

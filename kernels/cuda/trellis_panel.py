@@ -9,7 +9,7 @@ import torch
 
 from ...numerics.grids import Columns, TrellisColumns
 from ...numerics.rounding import Sweep
-from ...numerics.trellis.encode import path_tables
+from ...numerics.trellis.encode import path_values
 from ...spec import STATE_BITS, tile_of
 from ..checks import expect_tensors
 from .program import Argument, Budget, Launch, Program
@@ -64,7 +64,7 @@ def _launch(
         grid=(blocks, ceil(n / tile), 1),
         block=(THREADS, 1, 1),
         shared=shared_bytes(tile),
-        arguments=(*tensors, *_tables(left.device), n, tile, *steps, count),
+        arguments=(*tensors, _values(left.device), n, tile, *steps, count),
     )
 
 
@@ -79,10 +79,9 @@ def shared_bytes(tile: int) -> int:
 
 
 @functools.cache
-def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _values(device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
-        tables = path_tables(device)
-        return tables.values, tables.squares
+        return path_values(device)
 
 
 def programs() -> dict[Program, Budget]:

@@ -31,18 +31,16 @@ const Tables& tables() {
     for (int s = 0; s < STATES; ++s) {
       const double value = value_of(static_cast<uint32_t>(s)) / RMS;
       found->values[s] = static_cast<int16_t>(value_of(static_cast<uint32_t>(s)));
-      found->scaled[s] = static_cast<int16_t>(std::lrint(value * (1 << 13)));
-      found->squares[s] = static_cast<int16_t>(std::lrint(value * value * (1 << 10)));
+      found->scaled[s] = static_cast<int16_t>(std::lrint(value * VALUE_UNIT));
     }
     return found;
   }();
   return *made;
 }
 
-// Two arrays of costs, the least of each head, and a choice for each head and step.
+// The least costs of heads before a step and after it, and a choice for each head and step.
 size_t room_for(int bits) {
-  const size_t heads = static_cast<size_t>(STATES >> bits);
-  return aligned(2 * (2 * STATES + heads + 32)) + aligned(heads * LARGEST_TILE);
+  return 2 * bytes_of_heads(bits) + aligned(static_cast<size_t>(STATES >> bits) * LARGEST_TILE);
 }
 
 void round(const Rounding& job, int64_t n, int threads) {

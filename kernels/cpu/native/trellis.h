@@ -7,6 +7,7 @@
 namespace trellis {
 
 constexpr int STATE_BITS = 12, STATES = 1 << STATE_BITS, LEAST_BITS = 1, MOST_BITS = 5;
+constexpr int VALUE_UNIT = 3800;
 constexpr int AROUND = 32;  // numbers on either side of the seam that the free run of a search sees
 constexpr int LARGEST_TILE = 96;
 constexpr uint32_t MULTIPLIER = 0x4c5bbdb1, MASK = 0x3f3f3f3f;
@@ -33,10 +34,9 @@ struct Stored {
 // Integers of a tile that are decoded at once, half of the smallest first cache in floats.
 constexpr int64_t PART_VALUES = 4096;
 
-// By state: values over their RMS in units of 2^-13, their squares in units of 2^-10, and the values.
+// By state: values over their RMS in units of 1 / VALUE_UNIT, and the values.
 struct Tables {
-  alignas(64) int16_t scaled[STATES], squares[STATES];
-  int16_t values[STATES];
+  alignas(64) int16_t scaled[STATES], values[STATES];
 };
 const Tables& tables();
 
@@ -55,6 +55,7 @@ struct Rounding {
 // workspace: room_for(bits) bytes, at a multiple of 64.
 using RoundTile = void (*)(const Rounding&, int64_t first, int rows, char* workspace);
 size_t room_for(int bits);
+inline size_t bytes_of_heads(int bits) { return static_cast<size_t>(2 * STATES >> bits); }
 
 // Rounds all tiles of n rows. Throws std::bad_alloc.
 void round(const Rounding& job, int64_t n, int threads);

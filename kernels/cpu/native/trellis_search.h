@@ -1,10 +1,12 @@
 // The Viterbi search of quantc/numerics/trellis/encode.py, in int16: the same states, bit for bit.
 //
-// A step goes from costs of states [S] to those after one more symbol. The 2^k states that share their low L - k bits, the
-// head, lead to the same 2^k states: the least of them first (and which one it was), then what each symbol adds.
+// A step goes from the least costs of heads to those after one more symbol. The 2^k states that share their low L - k bits,
+// the head, lead to the same 2^k states. Costs of states are made in registers, of their head's and what each symbol adds,
+// and compared there.
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <utility>
 
@@ -16,10 +18,11 @@ namespace {
 using trellis::AROUND;
 using trellis::STATES;
 
-constexpr float FARTHEST = 3.99f;
-constexpr int16_t FORBIDDEN = 32767;
+constexpr float FARTHEST = 5.2f;
+constexpr int16_t LARGEST = 32767;
 
-INLINE int16_t saturated(long value) { return static_cast<int16_t>(value > 32767 ? 32767 : value < -32768 ? -32768 : value); }
+// Of a state, int32: what a number costs there.
+INLINE int distance(int number, int value) { return ((number - value) * (number - value) + (1 << 14)) >> 15; }
 
 #if LANES >= 8 && defined(__AVX2__)
 constexpr int COSTS = 2 * LANES;  // of a register
@@ -29,6 +32,7 @@ INLINE CostLanes all_costs(int16_t value) { return _mm512_set1_epi16(value); }
 INLINE CostLanes load_costs(const int16_t* at) { return _mm512_load_si512(at); }
 INLINE void store_costs(int16_t* at, CostLanes costs) { _mm512_store_si512(at, costs); }
 INLINE CostLanes least(CostLanes a, CostLanes b) { return _mm512_min_epi16(a, b); }
+INLINE CostLanes minus(CostLanes a, CostLanes b) { return _mm512_sub_epi16(a, b); }
 INLINE CostLanes plus(CostLanes a, CostLanes b) { return _mm512_adds_epi16(a, b); }
 INLINE CostLanes product(CostLanes a, CostLanes b) { return _mm512_mulhrs_epi16(a, b); }
 // The choice, and `number` where other is less than best.
@@ -44,6 +48,7 @@ INLINE CostLanes all_costs(int16_t value) { return _mm256_set1_epi16(value); }
 INLINE CostLanes load_costs(const int16_t* at) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(at)); }
 INLINE void store_costs(int16_t* at, CostLanes costs) { _mm256_store_si256(reinterpret_cast<__m256i*>(at), costs); }
 INLINE CostLanes least(CostLanes a, CostLanes b) { return _mm256_min_epi16(a, b); }
+INLINE CostLanes minus(CostLanes a, CostLanes b) { return _mm256_sub_epi16(a, b); }
 INLINE CostLanes plus(CostLanes a, CostLanes b) { return _mm256_adds_epi16(a, b); }
 INLINE CostLanes product(CostLanes a, CostLanes b) { return _mm256_mulhrs_epi16(a, b); }
 INLINE CostLanes chosen(CostLanes choice, CostLanes best, CostLanes other, int16_t number) {
@@ -61,133 +66,169 @@ INLINE int16_t least_of(CostLanes costs) {
   return *std::min_element(each, each + COSTS);
 }
 
-// Register V of those that COSTS / 2 heads (8, or 16) make, each head 2^BITS times: bytes of a shuffle within 16.
-template <int BITS, int V>
-INLINE CostLanes repeated(const int16_t* heads) {
-  constexpr int FIRST = (COSTS * V) >> BITS;  // head of the register's first state
+// What lane i of a register takes from some heads, each of which has 2^BITS lanes: BYTES of a head's number.
+template <int BITS, int BYTES>
+struct Order {
+  alignas(64) uint8_t byte[2 * COSTS];
+  constexpr Order() : byte() {
+    for (int i = 0; i < 2 * COSTS; ++i) byte[i] = BYTES == 1 ? 2 * (i / 2 >> BITS) + i % 2 : i % 2 ? 0 : i / 2 >> BITS;
+  }
+};
+
+// 2, 4 or 8 heads, again and again.
+template <int COUNT>
+INLINE CostLanes few(const int16_t* heads) {
 #if LANES == 16
-  if constexpr (BITS >= 5) return all_costs(heads[FIRST]);
-  alignas(64) static constexpr auto order = [] {
-    struct { int16_t lane[COSTS]; } found{};
-    for (int i = 0; i < COSTS; ++i) found.lane[i] = static_cast<int16_t>(i >> BITS);
-    return found;
-  }();
-  return _mm512_permutexvar_epi16(load_costs(order.lane), _mm512_loadu_si512(heads + FIRST));
+  if constexpr (COUNT == 2) return _mm512_broadcastd_epi32(_mm_loadu_si32(heads));
+  if constexpr (COUNT == 4) return _mm512_broadcastq_epi64(_mm_loadu_si64(heads));
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(heads)));
 #else
-  if constexpr (BITS >= 4) return all_costs(heads[FIRST]);
-  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(heads + FIRST)));
-  alignas(32) static constexpr auto order = [] {
-    struct { int8_t byte[2 * COSTS]; } found{};
-    for (int i = 0; i < 2 * COSTS; ++i) found.byte[i] = static_cast<int8_t>(2 * (i / 2 >> BITS) + i % 2);
-    return found;
-  }();
-  return _mm256_shuffle_epi8(both, _mm256_load_si256(reinterpret_cast<const __m256i*>(order.byte)));
+  if constexpr (COUNT == 2) return _mm256_broadcastd_epi32(_mm_loadu_si32(heads));
+  if constexpr (COUNT == 4) return _mm256_broadcastq_epi64(_mm_loadu_si64(heads));
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(heads)));
 #endif
+}
+
+// The heads of a register's states, each 2^BITS times.
+template <int BITS>
+INLINE CostLanes repeated(const int16_t* heads) {
+  constexpr int COUNT = COSTS >> BITS;
+  if constexpr (COUNT <= 1) {
+    return all_costs(*heads);
+#if LANES == 16
+  } else if constexpr (COUNT == 16) {
+    static constexpr Order<BITS, 2> order;
+    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(heads));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order.byte), _mm512_castsi256_si512(all));
+  } else {
+    static constexpr Order<BITS, 1> order;
+    return _mm512_shuffle_epi8(few<COUNT>(heads), _mm512_load_si512(order.byte));
+#else
+  } else {
+    static constexpr Order<BITS, 1> order;
+    return _mm256_shuffle_epi8(few<COUNT>(heads), _mm256_load_si256(reinterpret_cast<const __m256i*>(order.byte)));
+#endif
+  }
 }
 #endif
 
 template <int BITS>
 class Search {
  public:
-  static constexpr int SYMBOLS = 1 << BITS, HEADS = STATES >> BITS;
+  static constexpr int SYMBOLS = 1 << BITS, HEAD_BITS = trellis::STATE_BITS - BITS, HEADS = 1 << HEAD_BITS;
+  static constexpr int OPENING = (trellis::STATE_BITS - 1) / BITS;  // steps after which no state hands on a bit of the head
 
-  explicit Search(char* workspace) : tables_(trellis::tables()) {
-    costs_ = reinterpret_cast<int16_t*>(workspace);
-    next_ = costs_ + STATES;
-    heads_ = next_ + STATES;
-    choices_ = reinterpret_cast<uint8_t*>(heads_ + HEADS + 32);  // repeated() reads past the last head
+  explicit Search(char* workspace) : values_(trellis::tables().scaled) {
+    heads_ = reinterpret_cast<int16_t*>(workspace);
+    next_ = reinterpret_cast<int16_t*>(workspace + trellis::bytes_of_heads(BITS));
+    choices_ = reinterpret_cast<uint8_t*>(workspace + 2 * trellis::bytes_of_heads(BITS));
   }
 
   // The closed walk of `length` states nearest to numbers.
   void find(const float* numbers, int length, int16_t* states) {
-    std::fill(costs_, costs_ + STATES, int16_t{0});
-    for (int i = 0; i < 2 * AROUND; ++i) step(numbers[(i - AROUND + length * AROUND) % length], i);
-    int state = static_cast<int>(std::min_element(costs_, costs_ + STATES) - costs_);
-    for (int i = 2 * AROUND - 1; i >= AROUND; --i) state = before(state, i);
-    const int head = state & (HEADS - 1);
-    std::fill(costs_, costs_ + STATES, FORBIDDEN);
-    for (int p = 0; p < SYMBOLS; ++p) costs_[head + p * HEADS] = 0;
-    for (int i = 0; i < length; ++i) step(numbers[i], i);
-    state = head;
-    for (int p = 1; p < SYMBOLS; ++p)
-      if (costs_[head + p * HEADS] < costs_[state]) state = head + p * HEADS;
+    const int head = head_at_the_seam(numbers, length);
+    std::fill(heads_, heads_ + HEADS, LARGEST);
+    heads_[head] = 0;
+    for (int i = 0; i < length - 1; ++i) step<true>(rounded(numbers[i]), i + 1);
+    int state = head, least = INT_MAX;
+    for (int last = head; last < STATES; last += HEADS)
+      if (const int cost = cost_of(rounded(numbers[length - 1]), last); cost < least) state = last, least = cost;
     for (int i = length - 1; i >= 0; --i) {
       states[i] = static_cast<int16_t>(state);
       state = before(state, i);
     }
+    open(head, states);
   }
 
  private:
+  // Of a free run over the numbers on either side of the seam.
+  int head_at_the_seam(const float* numbers, int length) {
+    const auto number = [&](int i) { return rounded(numbers[(i - AROUND + length * AROUND) % length]); };
+    std::fill(heads_, heads_ + HEADS, int16_t{0});
+    for (int i = 0; i < AROUND - 1; ++i) step<false>(number(i), i + 1);
+    for (int i = AROUND - 1; i < 2 * AROUND; ++i) step<true>(number(i), i + 1);
+    int state = STATES;  // the first of the cheapest: their heads cost 0
+    for (int head = 0; head < HEADS; ++head)
+      if (heads_[head] == 0) state = std::min(state, before(head << BITS, 2 * AROUND));
+    for (int i = 2 * AROUND - 1; i >= AROUND; --i) state = before(state, i);
+    return state & (HEADS - 1);
+  }
+
+  // Makes the first states come after the head. They do already, unless a path out of another head looked as cheap: among
+  // numbers far from all codes many costs are LARGEST.
+  static void open(int head, int16_t* states) {
+    constexpr int OWN = BITS * OPENING;  // bits of the walk's own symbols in the last of these states
+    const int symbols = states[OPENING - 1] & ((1 << OWN) - 1);
+    for (int i = 0; i < OPENING; ++i) {
+      const int own = BITS * (i + 1);
+      states[i] = static_cast<int16_t>((head << own | symbols >> (OWN - own)) & (STATES - 1));
+    }
+  }
+
+  static int16_t rounded(float number) {
+    const float x = std::max(-FARTHEST, std::min(FARTHEST, number));
+    return static_cast<int16_t>(std::lrint(x * trellis::VALUE_UNIT));
+  }
+
+  int cost_of(int number, int state) const {
+    return std::min<int>(distance(number, values_[state]) + heads_[state >> BITS], LARGEST);
+  }
+
   int before(int state, int i) const {
     const int head = state >> BITS;
     return head + choices_[i * HEADS + head] * HEADS;
   }
 
-  void step(float number, int i) {
-    const float x = std::max(-FARTHEST, std::min(FARTHEST, number));
-    const int16_t times = static_cast<int16_t>(std::lrint(x * -8192.0f));
-    const int16_t offset = saturated(std::lrint(x * x * 1024.0f) - take_least(choices_ + i * HEADS));
-    add_distances(times, offset);
-    std::swap(costs_, next_);
+  // Takes heads_ one symbol further, and with CHOICES notes which states they came from. Costs start near 0 again.
+  template <bool CHOICES>
+  void step(int16_t number, int to) {
+    const int16_t least = compare<CHOICES>(number, choices_ + to * HEADS);
+    for (int j = 0; j < HEADS; ++j) next_[j] = static_cast<int16_t>(next_[j] - least);
+    std::swap(heads_, next_);
   }
 
 #if LANES >= 8 && defined(__AVX2__)
-  int16_t take_least(uint8_t* choices) {
-    CostLanes lowest = all_costs(FORBIDDEN);
+  // Of COSTS states from `at` on.
+  INLINE_MEMBER CostLanes costs(CostLanes number, int at) const {
+    const CostLanes difference = minus(number, load_costs(values_ + at));
+    return plus(product(difference, difference), repeated<BITS>(heads_ + (at >> BITS)));
+  }
+
+  template <bool CHOICES>
+  int16_t compare(int16_t number, uint8_t* choices) {
+    const CostLanes x = all_costs(number);
+    CostLanes lowest = all_costs(LARGEST);
     for (int j = 0; j < HEADS; j += COSTS) {
-      CostLanes best = load_costs(costs_ + j), choice = all_costs(0);
+      CostLanes best = costs(x, j), choice = all_costs(0);
 #pragma GCC unroll 32
       for (int p = 1; p < SYMBOLS; ++p) {
-        const CostLanes other = load_costs(costs_ + p * HEADS + j);
-        choice = chosen(choice, best, other, static_cast<int16_t>(p));
+        const CostLanes other = costs(x, p * HEADS + j);
+        if (CHOICES) choice = chosen(choice, best, other, static_cast<int16_t>(p));
         best = least(best, other);
       }
       lowest = least(lowest, best);
-      store_costs(heads_ + j, best);
-      store_choices(choices + j, choice);
+      store_costs(next_ + j, best);
+      if (CHOICES) store_choices(choices + j, choice);
     }
     return least_of(lowest);
   }
-
-  void add_distances(int16_t times, int16_t offset) {
-    constexpr int AT_ONCE = COSTS / 2;  // heads
-    const CostLanes x = all_costs(times), square = all_costs(offset);
-    for (int j = 0; j < HEADS; j += AT_ONCE) {
-      const int16_t* heads = heads_ + j;
-      const int first = j * SYMBOLS;
-      unrolled<SYMBOLS / 2>([&](auto v) INLINE_LAMBDA {
-        const int at = first + v * COSTS;
-        const CostLanes cross = product(x, load_costs(tables_.scaled + at));
-        const CostLanes distance = plus(plus(cross, load_costs(tables_.squares + at)), square);
-        store_costs(next_ + at, plus(distance, repeated<BITS, v>(heads)));
-      });
-    }
-  }
 #else
-  int16_t take_least(uint8_t* choices) {
-    for (int j = 0; j < HEADS; ++j) heads_[j] = costs_[j];
-    std::fill(choices, choices + HEADS, uint8_t{0});
-    for (int p = 1; p < SYMBOLS; ++p)
+  template <bool CHOICES>
+  int16_t compare(int16_t number, uint8_t* choices) {
+    std::fill(next_, next_ + HEADS, LARGEST);
+    if (CHOICES) std::fill(choices, choices + HEADS, uint8_t{0});
+    for (int p = 0; p < SYMBOLS; ++p)
       for (int j = 0; j < HEADS; ++j) {
-        const int16_t other = costs_[p * HEADS + j];
-        choices[j] = other < heads_[j] ? static_cast<uint8_t>(p) : choices[j];
-        heads_[j] = other < heads_[j] ? other : heads_[j];
+        const int cost = cost_of(number, p * HEADS + j);
+        if (CHOICES) choices[j] = cost < next_[j] ? static_cast<uint8_t>(p) : choices[j];
+        next_[j] = static_cast<int16_t>(std::min<int>(cost, next_[j]));
       }
-    return *std::min_element(heads_, heads_ + HEADS);
-  }
-
-  void add_distances(int16_t times, int16_t offset) {
-    for (int j = 0; j < HEADS; ++j)
-      for (int p = 0; p < SYMBOLS; ++p) {
-        const int s = j * SYMBOLS + p;
-        const int cross = (times * tables_.scaled[s] + (1 << 14)) >> 15;
-        next_[s] = saturated(saturated(saturated(cross + tables_.squares[s]) + offset) + heads_[j]);
-      }
+    return *std::min_element(next_, next_ + HEADS);
   }
 #endif
 
-  const trellis::Tables& tables_;
-  int16_t *costs_, *next_, *heads_;
+  const int16_t* values_;
+  int16_t *heads_, *next_;
   uint8_t* choices_;
 };
 

@@ -18,8 +18,9 @@ constexpr int SHARERS = SYMBOLS > OWN ? SYMBOLS / OWN : 1;  // threads that have
 constexpr int OWN_SYMBOLS = SYMBOLS / SHARERS;              // of those that fall out, which a thread compares
 constexpr int CHOICE_BITS = 8 / OWN_HEADS;
 constexpr int AROUND = 32;  // numbers on either side of the seam that the free run sees
-constexpr int LARGEST = 32767, LARGEST_TILE = 96;
-constexpr float FARTHEST = 3.99f;
+constexpr int OPENING = (STATE_BITS - 1) / BITS;  // steps after which no state hands on a bit of the head
+constexpr int LARGEST = 32767, LARGEST_TILE = 96, VALUE_UNIT = 3800;
+constexpr float FARTHEST = 5.2f;
 
 // In shared memory; all threads of a block may read all of it.
 struct SearchMemory {
@@ -30,10 +31,10 @@ struct SearchMemory {
 };
 // Then a byte of each thread for every step: THREADS * tile.
 
-// What a step needs of a number: -2^13 times it in the upper half, 2^10 times its square in the lower one.
+// A number in units of 1 / VALUE_UNIT.
 INLINE int input_of(float number) {
     const float x = number > -FARTHEST ? number < FARTHEST ? number : FARTHEST : -FARTHEST;
-    return (int)((u32)(int)rintf(x * -8192.0f) << 16 | (u32)(int)rintf(x * x * 1024.0f));
+    return (int)rintf(x * VALUE_UNIT);
 }
 
 INLINE int least_of(const int (&values)[WARPS]) {
@@ -52,15 +53,12 @@ struct Search {
     u8* choices;
     int length;
     int turn;                     // the costs that are read
-    int values[OWN], squares[OWN];  // of this thread's states, as path_tables says
+    int values[OWN];              // of this thread's states, as path_values says
 
-    INLINE Search(u8* shared, int length, const int* all_values, const int* all_squares)
+    INLINE Search(u8* shared, int length, const int* all_values)
         : memory((SearchMemory*)shared), choices(shared + sizeof(SearchMemory)), length(length), turn(0) {
 #pragma unroll
-        for (int o = 0; o < OWN; ++o) {
-            values[o] = all_values[threadIdx.x * OWN + o];
-            squares[o] = all_squares[threadIdx.x * OWN + o];
-        }
+        for (int o = 0; o < OWN; ++o) values[o] = all_values[threadIdx.x * OWN + o];
     }
 
     // The state at step threadIdx.x (where there is one) of the closed walk nearest to the numbers of memory->inputs, which
@@ -69,14 +67,14 @@ struct Search {
         start([](int) { return 0; });
         sync_block();
         for (int i = 0; i < 2 * AROUND; ++i) step((i + length - AROUND) % length, max(i - AROUND, 0));
-        const int head = trace_back(cheapest(), AROUND, -1) & (HEADS - 1);
+        const int head = before(cheapest(), AROUND) & (HEADS - 1);
         start([=](int state) { return (state & (HEADS - 1)) == head ? 0 : LARGEST; });
         sync_block();
         for (int i = 0; i < length; ++i) step(i, i);
         int least = LARGEST << 16;
         for (int symbol = 0; symbol < SYMBOLS; ++symbol)
             least = min(least, lower_key(ld_shared(memory->costs[turn] + symbol * HEADS + head), symbol));
-        return trace_back((least & (SYMBOLS - 1)) * HEADS + head, length, threadIdx.x);
+        return walk(head, (least & (SYMBOLS - 1)) * HEADS + head);
     }
 
     // Sets this thread's costs, where nobody still reads the ones before.
@@ -134,10 +132,6 @@ struct Search {
     }
 
     // place: of the number. row: where the choices go.
-    //
-    // Costs are int16 with saturation, which can be seen only where it is written: squares less the least cost need none,
-    // and costs are not below -2, since a step's cost and square together are not, and what saturates from below does so
-    // because the least cost is LARGEST.
     INLINE void step(int place, int row) {
         int heads[OWN_HEADS];
         compare(heads);
@@ -145,13 +139,13 @@ struct Search {
 #pragma unroll
         for (int h = 0; h < OWN_HEADS; ++h) chosen |= (heads[h] & (SYMBOLS - 1)) << h * CHOICE_BITS;
         st_shared(choices + row * THREADS + threadIdx.x, (u8)chosen);
-        const int input = ld_shared(memory->inputs + place), times = input >> 16;
-        const int offset = (input & 0xffff) - least_of(memory->least[turn]);
+        const int number = ld_shared(memory->inputs + place), taken = least_of(memory->least[turn]);
         int costs[OWN], least = LARGEST;
 #pragma unroll
         for (int o = 0; o < OWN; ++o) {
-            const int distance = min(((times * values[o] + (1 << 14)) >> 15) + squares[o], LARGEST);
-            costs[o] = min(max(min(distance + offset, LARGEST), -LARGEST - 1) + (heads[o >> BITS] >> 16), LARGEST);
+            const int difference = number - values[o];
+            const int distance = (difference * difference + (1 << 14)) >> 15;
+            costs[o] = min(distance + (heads[o >> BITS] >> 16) - taken, LARGEST);
             least = min(least, costs[o]);
         }
         turn ^= 1;
@@ -175,15 +169,31 @@ struct Search {
         return least_of(memory->found) & (STATES - 1);
     }
 
-    // From the state after `steps` steps: the one after step `wanted`; for -1 the one before all.
-    INLINE int trace_back(int state, int steps, int wanted) const {
+    // From the state after step i: the one before it.
+    INLINE int before_step(int state, int i) const {
+        const int head = state >> BITS;
+        const u32 byte = ld_shared(choices + i * THREADS + head * SHARERS / OWN_HEADS);
+        return head + (byte >> head % OWN_HEADS * CHOICE_BITS & (SYMBOLS - 1)) * HEADS;
+    }
+
+    // From the state after `steps` steps: the one before all.
+    INLINE int before(int state, int steps) const {
+        for (int i = steps - 1; i >= 0; --i) state = before_step(state, i);
+        return state;
+    }
+
+    // The state after step threadIdx.x of the walk to `state`. The first states are made to come after the head: they do
+    // already, unless a path out of another head looked as cheap. Among numbers far from all codes many costs are LARGEST.
+    INLINE int walk(int head, int state) const {
+        constexpr int OWN_BITS = BITS * OPENING;
+        const int wanted = threadIdx.x;
         int found = state;
-        for (int i = steps - 1; i >= 0; --i) {
-            if (i == wanted) found = state;
-            const int head = state >> BITS;
-            const u32 byte = ld_shared(choices + i * THREADS + head * SHARERS / OWN_HEADS);
-            state = head + (byte >> head % OWN_HEADS * CHOICE_BITS & (SYMBOLS - 1)) * HEADS;
+        for (int i = length - 1; i >= OPENING - 1; --i) {
+            if (i == max(wanted, OPENING - 1)) found = state;
+            state = before_step(state, i);
         }
-        return wanted < 0 ? state : found;
+        if (wanted >= OPENING) return found;
+        const int symbols = found & ((1 << OWN_BITS) - 1), own = BITS * (wanted + 1);
+        return (head << own | symbols >> (OWN_BITS - own)) & (STATES - 1);
     }
 };

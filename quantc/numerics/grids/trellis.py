@@ -17,8 +17,9 @@ from .parameters import Parameters
 from .scale_dtypes import within_range
 
 REACH = 3.2  # of codes, in units of their RMS, along a walk; the few beyond it come with poor neighbours
-# Scales by bits, over those at which codes have the RMS of a normal row: its tails are beyond the codes. That takes 3
-# to 8 % off the error after error feedback, whose values have longer tails.
+# Scales by bits, over those at which codes have the RMS of a normal row: its tails are beyond the codes. Linears lose
+# 1 % less there at 3 and 4 bits. At 2 bits they lose least at 0.95, but SmolLM2-135M has a KL divergence of 0.71 then,
+# and 0.65 at 1.05.
 TAILS = {1: 1.05, 2: 1.05, 3: 1.08, 4: 1.12, 5: 1.15}
 # Squared error of normal weights by bits, over their mean square: what a longer scale costs against what it clips.
 DISTORTION = {1: 0.305, 2: 0.0757, 3: 0.0195, 4: 0.005, 5: 0.00135}

@@ -66,12 +66,12 @@ def test_the_states_are_those_of_the_reference(bits: int, n: int, k: int) -> Non
 
 
 @pytest.mark.parametrize("backwards", thinned([False, True], every=2))
-@pytest.mark.parametrize("extreme", [4.0, 1e30, float("inf")])
-def test_numbers_that_no_code_reaches(extreme: float, backwards: bool) -> None:
+@pytest.mark.parametrize(("extreme", "bits"), [(4.0, 3), (1e30, 1), (float("inf"), 2)])
+def test_numbers_that_no_code_reaches(extreme: float, bits: int, backwards: bool) -> None:
     """Costs saturate, all of them where every other number is as far as can be on the other side."""
     values = torch.full((1, 32), extreme)
     values[0, ::2] *= -1
-    columns = TrellisColumns(torch.full((1, 32), 1 / 36.89), [0], 3)
+    columns = TrellisColumns(torch.full((1, 32), 1 / 36.89), [0], bits)
     codes = torch.empty(1, 32, dtype=torch.int16)
     run(nearest_launch(columns, values, codes), backwards=backwards)
     assert torch.equal(codes, columns.nearest(values))

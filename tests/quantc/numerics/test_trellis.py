@@ -123,14 +123,16 @@ def test_no_walk_with_the_same_seam_is_nearer() -> None:
         for bit in range(12):  # the last symbol of a state is its lowest bit
             others |= walks.roll(bit, 1) << bit
         lost, least = ((row - INTEGERS[each].double() / RMS).square().sum(-1) for each in (found, others))
-        assert float(lost) <= float(least.min()) + 0.05  # costs are rounded to 2^-10
+        assert float(lost) <= float(least.min()) + 0.05  # costs are rounded to 1 / 441
 
 
-def test_closed_walks_are_what_states_are() -> None:
-    numbers = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    for bits in WIDTHS:
-        states = encode(numbers, bits).int()
-        assert torch.equal(states >> bits, states.roll(1, 1) & ((4096 >> bits) - 1))
+@pytest.mark.parametrize("size", [1.0, 3.0, 30.0])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_closed_walks_are_what_states_are(bits: int, size: float) -> None:
+    """Numbers far from all codes too: costs are LARGEST then, also of paths that do not close."""
+    numbers = size * torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    states = encode(numbers, bits).int()
+    assert torch.equal(states >> bits, states.roll(1, 1) & ((4096 >> bits) - 1))
 
 
 def test_rows_of_zeros_and_of_outliers() -> None:
