@@ -26,6 +26,9 @@ from ..sensitivity import Candidate, Losses, kept_losses, measure
 from ..sensitivity.wide_rows import with_wide_rows
 from ..spec import QuantSpec
 
+NARROW = 3  # bits of a code on average: grids lose twice what a trellis loses there
+TRELLIS_NOTE = "--code trellis loses about half as much at these widths, and takes longer to decode"
+
 Specs = dict[str, list[QuantSpec]]  # linear or table -> its candidates
 
 
@@ -65,7 +68,7 @@ class Allocate(Pass):
             self._refuse_without_budget()
             specs.update(formats.pinned(linears, specs))
             run.plan.instead.update(formats.instead(linears, specs))
-            run.report.notes += formats.notes(run)
+            run.report.notes += [*formats.notes(run), *self._on_trellis(run)]
 
     def _refuse_without_budget(self) -> None:
         if self.config.search:
@@ -93,6 +96,13 @@ class Allocate(Pass):
         run.report.notes.append(
             f"{budget.average(plan):.3f} bits a weight in mixed precision; predicted KL divergence {plan.loss:.3g}"
         )
+        run.report.notes += self._on_trellis(run)
+
+    def _on_trellis(self, run: Run) -> list[str]:
+        """Return a note on trellis codes where grids are narrow and nobody asked for them."""
+        planned = [spec for name in run.graph.linears if (spec := run.plan.specs[name])]
+        narrow = bool(planned) and sum(spec.bits for spec in planned) <= NARROW * len(planned)
+        return [TRELLIS_NOTE] if narrow and self.config.only_by_default else []
 
     def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
         """Return what every linear could be stored as, with losses measured now or in an earlier run."""

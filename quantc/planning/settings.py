@@ -88,8 +88,13 @@ class AllocateConfig:
         """Raise UsageError for settings of grids beside trellis codes alone."""
         if self.code not in get_args(Code):
             raise UsageError(f"--code is {self.code!r}, but only grid, trellis and auto exist; choose one of those.")
-        if self.code != Trellis.name:
-            return
+        if self.code == Trellis.name and (found := self._for_grids()):
+            raise UsageError(
+                f"{found} is for grids, and --code is trellis; remove one of the two, or pass --code auto."
+            )
+
+    def _for_grids(self) -> str | None:
+        """Return the first setting that trellis codes do not have."""
         grids = {
             f"--target {self.target}": self.target is not None,
             f"--group-size {self.group_size}": self.group_size is not None,
@@ -99,11 +104,12 @@ class AllocateConfig:
             "--sparsity": self.sparsity is not None,
             f"--bits {self.bits}": self.bits > MOST_TRELLIS_BITS,
         }
-        found = next((name for name, given in grids.items() if given), None)
-        if found is not None:
-            raise UsageError(
-                f"{found} is for grids, and --code is trellis; remove one of the two, or pass --code auto."
-            )
+        return next((name for name, given in grids.items() if given), None)
+
+    @property
+    def only_by_default(self) -> bool:
+        """Whether linears are on grids because nothing else was asked for: trellis codes have all the settings."""
+        return self.code == GRID and self._for_grids() is None
 
     @property
     def uses_uniform(self) -> bool:

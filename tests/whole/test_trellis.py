@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import quantc
 from quantc.checkpoint.reader import CheckpointReader
 from quantc.errors import QuantcError, UsageError
+from quantc.passes.allocate import TRELLIS_NOTE
 from quantc.plan import Plan, read_plan
 from quantc.planning.sizes import weights_bytes
 from quantc.recipe import Recipe
@@ -175,3 +177,21 @@ def test_exports_name_what_the_target_does_not_hold(target: str, tmp_path: Path)
         quantc.export(tmp_path / "packed", to=target, out=tmp_path / "exported")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"bits": 3}, True),
+        ({"avg_bits": 3.4}, True),
+        ({"bits": 4}, False),
+        ({"bits": 3, "code": "trellis"}, False),
+        ({"bits": 3, "group_size": 16}, False),
+        ({"bits": 3, "target": "vllm", "symmetric": True}, False),
+    ],
+)
+def test_narrow_grids_by_default_come_with_a_word_on_trellis_codes(
+    settings: dict[str, Any], said: bool, tmp_path: Path
+) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    assert (TRELLIS_NOTE in quantize_saved(tmp_path, **settings).notes) is said
