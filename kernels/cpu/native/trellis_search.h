@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "trellis.h"
@@ -29,6 +31,9 @@ constexpr int COSTS = 2 * LANES;  // of a register
 #if LANES == 16
 typedef __m512i CostLanes;
 INLINE CostLanes all_costs(int16_t value) { return _mm512_set1_epi16(value); }
+INLINE CostLanes everywhere(int32_t heads) { return _mm512_set1_epi32(heads); }
+INLINE CostLanes everywhere(int64_t heads) { return _mm512_set1_epi64(heads); }
+INLINE CostLanes everywhere(__m128i heads) { return _mm512_broadcast_i32x4(heads); }
 INLINE CostLanes load_costs(const int16_t* at) { return _mm512_load_si512(at); }
 INLINE void store_costs(int16_t* at, CostLanes costs) { _mm512_store_si512(at, costs); }
 INLINE CostLanes least(CostLanes a, CostLanes b) { return _mm512_min_epi16(a, b); }
@@ -45,6 +50,9 @@ INLINE void store_choices(uint8_t* at, CostLanes choices) {
 #else
 typedef __m256i CostLanes;
 INLINE CostLanes all_costs(int16_t value) { return _mm256_set1_epi16(value); }
+INLINE CostLanes everywhere(int32_t heads) { return _mm256_set1_epi32(heads); }
+INLINE CostLanes everywhere(int64_t heads) { return _mm256_set1_epi64x(heads); }
+INLINE CostLanes everywhere(__m128i heads) { return _mm256_broadcastsi128_si256(heads); }
 INLINE CostLanes load_costs(const int16_t* at) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(at)); }
 INLINE void store_costs(int16_t* at, CostLanes costs) { _mm256_store_si256(reinterpret_cast<__m256i*>(at), costs); }
 INLINE CostLanes least(CostLanes a, CostLanes b) { return _mm256_min_epi16(a, b); }
@@ -66,27 +74,24 @@ INLINE int16_t least_of(CostLanes costs) {
   return *std::min_element(each, each + COSTS);
 }
 
-// What lane i of a register takes from some heads, each of which has 2^BITS lanes: BYTES of a head's number.
+// By lane, the head of heads that have 2^BITS lanes each: both of its bytes (BYTES 1), or its number in 2 bytes.
 template <int BITS, int BYTES>
 struct Order {
   alignas(64) uint8_t byte[2 * COSTS];
   constexpr Order() : byte() {
-    for (int i = 0; i < 2 * COSTS; ++i) byte[i] = BYTES == 1 ? 2 * (i / 2 >> BITS) + i % 2 : i % 2 ? 0 : i / 2 >> BITS;
+    for (int i = 0; i < COSTS; ++i) {
+      byte[2 * i] = (i >> BITS) * (BYTES == 1 ? 2 : 1);
+      byte[2 * i + 1] = BYTES == 1 ? byte[2 * i] + 1 : 0;
+    }
   }
 };
 
 // 2, 4 or 8 heads, again and again.
 template <int COUNT>
 INLINE CostLanes few(const int16_t* heads) {
-#if LANES == 16
-  if constexpr (COUNT == 2) return _mm512_broadcastd_epi32(_mm_loadu_si32(heads));
-  if constexpr (COUNT == 4) return _mm512_broadcastq_epi64(_mm_loadu_si64(heads));
-  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(heads)));
-#else
-  if constexpr (COUNT == 2) return _mm256_broadcastd_epi32(_mm_loadu_si32(heads));
-  if constexpr (COUNT == 4) return _mm256_broadcastq_epi64(_mm_loadu_si64(heads));
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(heads)));
-#endif
+  std::conditional_t<COUNT == 2, int32_t, std::conditional_t<COUNT == 4, int64_t, __m128i>> all;
+  std::memcpy(&all, heads, sizeof all);
+  return everywhere(all);
 }
 
 // The heads of a register's states, each 2^BITS times.
