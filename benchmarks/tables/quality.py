@@ -54,8 +54,9 @@ def quantizers() -> str:
     for name in ("fast", "balanced", "best"):
         rows.append(_tool(f"**quantc `{name}`**", uniform("SmolLM2-135M", 3, name)))
     rows.append(_tool("**quantc `balanced`, mixed widths**", _mixed("SmolLM2-135M", 3.25)))
-    walks = find("trellis.json", model="SmolLM2-135M", bits=3, method="balanced") or {}
-    rows.append(_tool("**quantc `balanced`, trellis codes**", {**walks, "cpu_seconds": None}))  # beside other work
+    for name in ("balanced", "best"):
+        walks = find("trellis.json", model="SmolLM2-135M", bits=3, method=name) or {}
+        rows.append(_tool(f"**quantc `{name}`, trellis codes**", {**walks, "cpu_seconds": None}))  # beside other work
     return markdown(rows)
 
 
@@ -157,8 +158,23 @@ def sparsity() -> str:
     ])  # fmt: skip
 
 
+def tasks() -> str:
+    """Accuracy beside KL divergence, the original first."""
+    return markdown([
+        {
+            "bits/weight": "original" if row["bits"] is None else f"{row['bits_per_weight']:.2f}",
+            "KL": MISSING if row["bits"] is None else rounded(row["mean_kl"]),
+            **{
+                f"{score['task']}, {score['metric']}": f"{score['value']:.2f} ± {score['standard_error']:.2f}"
+                for score in row["tasks"]
+            },
+        }
+        for row in load("tasks.json")["rows"]
+    ])  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets-kl": presets_kl, "presets-perplexity": presets_perplexity, "presets-cpu-seconds": presets_cpu_seconds,
     "quantizers": quantizers, "autoround": autoround, "budgets": budgets, "plans": plans,
-    "targets": targets, "calibration-text": calibration_text, "sparsity": sparsity,
+    "targets": targets, "calibration-text": calibration_text, "sparsity": sparsity, "tasks": tasks,
 }  # fmt: skip
