@@ -20,7 +20,7 @@ from .code import INTEGERS, RMS, STATES
 
 AROUND = 32  # numbers on either side of the seam that the free run sees; 16 lose 2 % more
 FARTHEST = 5.2  # of numbers, in units of their RMS: codes reach 3.42
-VALUE_UNIT = 3800  # the largest for which differences are int16
+VALUE_UNIT = 3800  # differences from codes are int16 up to 3803
 LARGEST = 32767  # of int16
 
 
