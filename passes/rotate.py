@@ -46,7 +46,9 @@ from ..numerics.statistics import Gram
 from ..pipeline.base import Fact, Pass, register
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork
+from ..planning.targets import RUNTIMES
 from ..spec import Trellis
+from ..units import plural
 
 # Below this a block mixes too few channels to pay for its additions.
 SMALLEST_BLOCK = 16
@@ -102,10 +104,15 @@ class Rotate(Pass):
             self._measures = False
             run.report.notes.append("rotate put no online rotation into the given plan")
         else:
+            runtime = RUNTIMES.get(run.target or "")
+            most, barred = (None, set[str]()) if runtime is None else (runtime.rotations, _barred(run))
             for name, linear in run.graph.linears.items():
-                spec, block = run.plan.specs[name], block_order(linear.shape[1])
-                if spec is not None and block >= SMALLEST_BLOCK:
+                spec, block = run.plan.specs[name], block_order(linear.shape[1], most)
+                if spec is not None and block >= SMALLEST_BLOCK and name not in barred:
                     run.plan.specs[name] = replace(spec, hadamard=block)
+            if barred:
+                kept = plural(len(barred), "linear")
+                run.report.notes.append(f"{kept} not rotated: {run.target} holds no rotated experts and biases")
 
     def analyse(self, run: Run, calibration: CalibrationRun, tokens: torch.Tensor, folder: Path) -> None:
         """Prove the residual fold on every block, before any is changed: if one cannot be rotated, none is."""
@@ -223,6 +230,18 @@ def error_ratio(work: BlockWork, item: Activation, readers: list[Linear], grams:
                 rows = SAMPLED_TILE if spec.code == Trellis.name else SAMPLED_ROWS
                 lost[order] += output_change(weight, basis, spec, measure, rows)
     return lost[block] / lost[0] if lost[0] > 0 else None
+
+
+def _barred(run: Run) -> set[str]:
+    """Return linears whose inputs a runtime does not rotate: experts, and those beside one that has a bias."""
+    modules = dict(run.source.model.named_modules())
+    found: set[str] = set()
+    for block in run.graph.blocks:
+        for item in block.activations:
+            readers = block.readers(item)
+            biased = any(getattr(modules.get(linear.name), "bias", None) is not None for linear in readers)
+            found |= {linear.name for linear in readers if biased or linear.kind == "stack"}
+    return found
 
 
 def _rotation(work: BlockWork, linear: Linear) -> int:

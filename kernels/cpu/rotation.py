@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import torch
 
-from ...numerics.hadamard import base_order, hadamard_matrix, signs
+from ...numerics.hadamard import base_order, hadamard_matrix, rotation_signs
 from . import library
 
 WORD = 16  # inputs whose signs share a word
@@ -33,7 +33,7 @@ class Rotation:
     def __init__(self, width: int, block: int):
         base = base_order(block)
         assert base is not None, block
-        self._signs, self._quarters = sign_words(width), quarters(base)
+        self._signs, self._quarters = sign_words(width, block), quarters(base)
         addresses = self._signs.ctypes.data, self._quarters.ctypes.data
         self._tables = Tables(width, block, base, *addresses, block**-0.5)
         self.address = ctypes.addressof(self._tables)
@@ -47,10 +47,10 @@ def rotation(width: int, block: int) -> Rotation:
     return made
 
 
-def sign_words(width: int) -> np.ndarray:
+def sign_words(width: int, block: int) -> np.ndarray:
     """Return uint8 (2 ceil(width / 16),): bit i % 8 of byte i // 8 is set where input i changes its sign."""
     negative = np.zeros(-(-width // WORD) * WORD, dtype=bool)
-    negative[:width] = signs(width).numpy() < 0
+    negative[:width] = rotation_signs(width, block).numpy() < 0
     return np.packbits(negative, bitorder="little")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...numerics.hadamard import base_order, hadamard_matrix, signs
+from ...numerics.hadamard import base_order, hadamard_matrix, rotation_signs
 from .device import architecture, device_index, unavailable
 from .launch import launch, refusal
 from .program import Budget, Launch, Program
@@ -81,7 +81,7 @@ def hadamard_launch(x: torch.Tensor, out: torch.Tensor, block: int) -> Launch:
         grid=(spans * -(-shape.base // shape.outputs), 1, 1),
         block=(THREADS, 1, 1),
         shared=shape.shared,
-        arguments=(x, out, *tables(width, shape.base, x.device), rows, width, shape.base, bits, block**-0.5),
+        arguments=(x, out, *tables(width, block, x.device), rows, width, shape.base, bits, block**-0.5),
     )
 
 
@@ -96,10 +96,13 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 @functools.cache
-def tables(width: int, base: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def tables(width: int, block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int32 (1, ceil(width / 32)) of the signs and (base, ceil(base / 32)) of H_base: see `pack_signs`."""
+    base = base_order(block)
+    assert base is not None, block
     with torch.inference_mode(False):
-        return pack_signs(signs(width)[None]).to(device), pack_signs(hadamard_matrix(base)).to(device)
+        negative = pack_signs(rotation_signs(width, block)[None]), pack_signs(hadamard_matrix(base))
+        return negative[0].to(device), negative[1].to(device)
 
 
 def pack_signs(matrix: torch.Tensor) -> torch.Tensor:

@@ -176,7 +176,7 @@ def rotation_arguments(order: int, k: int, device: torch.device) -> tuple[Any, .
     if order == 0:
         return (None, None, 0, 0, 0.0)
     base = base_order(order) or 1
-    return (*hadamard.tables(k, base, device), base, (order // base).bit_length() - 1, order**-0.5)
+    return (*hadamard.tables(k, order, device), base, (order // base).bit_length() - 1, order**-0.5)
 
 
 def _arguments(product: Product[CudaWeight], workspace: Workspace) -> tuple[Any, ...]:

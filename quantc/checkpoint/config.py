@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UsageError
 from ..formats import Part, format_of
-from ..numerics.hadamard import fits
+from ..numerics.hadamard import block_order, fits
 from ..spec import QuantSpec
 from . import integrity
 from .integrity import METHOD
@@ -18,7 +18,8 @@ TURNED_VERSION = 2  # of checkpoints with a rotated residual stream, which reade
 UNEVEN_VERSION = 3  # of those with rows of two widths or dropped weights in some, the residual stream rotated or not
 BLOCK_VERSION = 4  # of those with weights on the block types of GGUF
 TRELLIS_VERSION = 5  # of those with trellis codes
-VERSIONS = (VERSION, TURNED_VERSION, UNEVEN_VERSION, BLOCK_VERSION, TRELLIS_VERSION)
+SMALL_ROTATION_VERSION = 6  # of those with inputs that are rotated in smaller blocks than the largest there are
+VERSIONS = (VERSION, TURNED_VERSION, UNEVEN_VERSION, BLOCK_VERSION, TRELLIS_VERSION, SMALL_ROTATION_VERSION)
 LARGEST = 2**31 - 1  # of any dimension: kernels count in 32 bits, and products of two stay below 2^63
 CHECKED_KEYS = ("version", "default", "modules", "residual_rotation")  # of quantization_config, by its own checksum
 
@@ -44,6 +45,12 @@ class PackedEntry:
     @property
     def weights(self) -> int:
         return math.prod((*self.leading, *self.shape))
+
+    @property
+    def since(self) -> int:
+        """The first version of the file format that has weights stored so."""
+        block, k = self.spec.hadamard, self.shape[1]
+        return SMALL_ROTATION_VERSION if block not in (0, k, block_order(k)) else self.spec.since
 
     def layout(self) -> dict[str, Part]:
         return format_of(self.spec).layout(self.spec, self.shape, self.leading)
@@ -77,7 +84,7 @@ def describe_quantization(
         modules[name] = {"shape": [*entry.leading, *entry.shape], **entry.spec.difference(common)}
         if entry.transposed:
             modules[name]["transposed"] = True
-    version = max([VERSION if residual is None else TURNED_VERSION, *(entry.spec.since for entry in entries.values())])
+    version = max([VERSION if residual is None else TURNED_VERSION, *(entry.since for entry in entries.values())])
     described = {"quant_method": METHOD, "version": version, "default": common.to_dict(), "modules": modules}
     if residual is not None:
         described["residual_rotation"] = asdict(residual)
@@ -169,6 +176,8 @@ def _check_uneven(entries: dict[str, PackedEntry], version: int) -> None:
             raise ValueError(f"{name} has {wide} of {n} rows in one bit more, in version {version}")
         if entry.spec.sparse and version < entry.spec.since:
             raise ValueError(f"{name} has dropped weights, in version {version}")
+        if version < entry.since == SMALL_ROTATION_VERSION:
+            raise ValueError(f"{name} is rotated in blocks of {entry.spec.hadamard}, in version {version}")
         if version < entry.spec.since:
             raise ValueError(f"{name} has the code {entry.spec.code}, in version {version}")
         if not entry.spec.grid.divides(entry.shape[1]):

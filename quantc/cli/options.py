@@ -13,7 +13,8 @@ from .parameters import Above, Number, NumberOr, Pin, Share, Whole, WholeOr, Wor
 
 COUNT = Whole(1)
 PRESETS = click.Choice(["fast", "balanced", "best"])
-TARGETS = ["gguf", "vllm", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"]  # of planning/targets.py
+# Of planning/targets.py.
+TARGETS = ["gguf", "vllm", "vllm-rotated", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"]
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 YAML_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 

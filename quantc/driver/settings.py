@@ -192,11 +192,11 @@ def running_passes(recipe: Recipe, method: str | None) -> tuple[list[Pass], list
 def _without_rotation(passes: list[Pass]) -> tuple[list[Pass], list[str]]:
     """Return the passes that a target can hold, and a note where rotate is not among them."""
     config = allocation(passes)
-    target = config and config.target
-    kept = [item for item in passes if target is None or item.name != Rotate.name]
-    if len(kept) == len(passes):
+    runtime = None if config is None else config.runtime
+    kept = [item for item in passes if item.name != Rotate.name]
+    if config is None or runtime is None or runtime.rotations or len(kept) == len(passes):
         return passes, []
-    return kept, [f"rotate was left out: {target} cannot rotate inputs; {ROTATION_GAIN}"]
+    return kept, [f"rotate was left out: {config.target} cannot rotate inputs; {ROTATION_GAIN}"]
 
 
 def check_combination(passes: list[Pass]) -> None:
@@ -212,6 +212,11 @@ def check_combination(passes: list[Pass]) -> None:
         )
     if config is not None and sparse and config.code != GRID:
         raise UsageError(f"--sparsity drops weights of grids, and --code is {config.code}; remove one of the two.")
+    folded = any(isinstance(item, Rotate) and item.config.residual == "folded" for item in passes)
+    if target is not None and folded:
+        raise UsageError(
+            f"{target} cannot load a model whose residual stream is rotated; take residual: folded out of the recipe."
+        )
     if target is not None and (sparse or automatic):
         raise UsageError(f"{target} cannot load layers with dropped weights; remove --sparsity.")
 

@@ -61,13 +61,18 @@ class WeightFiles:
         return found
 
 
+# What config.json has as transformers_weights where only vLLM computes what the model is. transformers ignores the
+# rotations, and would load other weights without a word; but it refuses this name, and shows it.
+ROTATED = "vLLM alone runs these weights: it rotates the inputs of layers, and transformers does not"
+
+
 def find_weights(folder: Path, named: Any = None) -> WeightFiles:
     """Return the files that transformers would read: model.safetensors, else those that an index lists.
 
-    named: what config.json has as transformers_weights, which goes before these. Raises ModelError where there are no
-    weights, or not all of them.
+    named: what config.json has as transformers_weights, which goes before these where it is a file. Raises ModelError
+    where there are no weights, or not all of them.
     """
-    if named is not None:
+    if named not in (None, ROTATED):
         found = _named(folder, named)
     elif (folder / SINGLE).is_file():
         found = WeightFiles([folder / SINGLE])

@@ -49,11 +49,14 @@ def base_order(order: int) -> int | None:
 
 
 @functools.cache
-def block_order(width: int) -> int:
-    """Return the block order for a width: its largest divisor with base_order up to LARGEST_BASE (1 if odd)."""
+def block_order(width: int, most: int | None = None) -> int:
+    """Return the block order for a width: its largest divisor, up to `most`, with base_order up to LARGEST_BASE.
+
+    It is 1 where only 1 is left, as for odd widths.
+    """
     if width < 1:
         raise ValueError(f"a width is at least 1, not {width}")
-    counts = (count for count in range(1, width + 1) if width % count == 0)
+    counts = (count for count in range(1, width + 1) if width % count == 0 and (not most or width // count <= most))
     return next(width // count for count in counts if (base_order(width // count) or math.inf) <= LARGEST_BASE)
 
 
@@ -75,11 +78,25 @@ def signs(width: int) -> torch.Tensor:
     return 1 - 2 * torch.tensor(bits, dtype=torch.float64, device=CPU)
 
 
-def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Return floating x (..., K) times orthogonal R = diag(signs(K)) blockdiag(H_block, ...) / sqrt(block), dtype kept.
+def shares_signs(width: int, block: int) -> bool:
+    """Return whether the blocks of a row have one set of signs, so that one matrix rotates each of them."""
+    return block == width or block != block_order(width)
 
-    K is a multiple of block. Half types are computed in float32. Rotating the rows of activations and of a weight
-    (N, K) alike leaves x W^T as it is.
+
+def rotation_signs(width: int, block: int) -> torch.Tensor:
+    """Return float64 (width,) of +-1, the signs of rows that are rotated in blocks of an order.
+
+    Blocks of the largest order that the width has get signs of their own. Smaller ones are for runtimes that keep one
+    matrix for all blocks of a row: there every block has the signs of a row of its width.
+    """
+    return signs(block).repeat(width // block) if shares_signs(width, block) else signs(width)
+
+
+def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Return floating x (..., K) times orthogonal R = diag(s) blockdiag(H_block, ...) / sqrt(block), dtype kept.
+
+    s is rotation_signs(K, block). K is a multiple of block. Half types are computed in float32. Rotating the rows of
+    activations and of a weight (N, K) alike leaves x W^T as it is.
     """
     work = _checked(x, block)
     scaled = work * _scaled_signs(x.shape[-1], block, work.dtype, work.device)
@@ -155,9 +172,9 @@ def _sylvester_factors(order: int) -> list[int]:
 
 @functools.cache
 def _scaled_signs(width: int, block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return signs(width) / sqrt(block), in dtype."""
+    """Return rotation_signs(width, block) / sqrt(block), in dtype."""
     with torch.inference_mode(False):  # else a cached tensor could not serve autograd later
-        return (signs(width) / math.sqrt(block)).to(device, dtype)
+        return (rotation_signs(width, block) / math.sqrt(block)).to(device, dtype)
 
 
 @functools.cache

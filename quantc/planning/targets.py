@@ -10,7 +10,7 @@ from ..spec.groups import WHOLE_ROW
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a plan for a runtime keeps to. Groups run along inputs, and nothing is rotated online.
+    """What a plan for a runtime keeps to. Groups run along inputs.
 
     container: what the checkpoint becomes, as `quantc export --to` takes it. fused: linears that read the same
     activation, and all experts of a block, are stored alike. bits, groups: what it holds on the uniform grid; -1 is a
@@ -21,6 +21,7 @@ class Runtime:
     may be packed. keeps_dtype: whether scales and floats are kept in the dtype of the model, and scales not in float16
     whatever that is. expert_zeros: whether stacks of experts may have zero points. experts_alike: whether all experts
     of a model are stored in one way. splits_floats: whether experts are stored one by one where they are floats, too.
+    rotations: the largest block in which it rotates inputs of linears while the model runs, 0 where it does not.
     checked: what its facts were tried with or read in.
     """
 
@@ -39,6 +40,7 @@ class Runtime:
     expert_zeros: bool = True
     experts_alike: bool = False
     splits_floats: bool = True
+    rotations: int = 0
     checked: str = ""
 
     def formats(self, symmetric: bool) -> tuple[str, ...]:
@@ -94,7 +96,7 @@ EVEN = frozenset(name for name, grid in GGML.items() if not grid.table)
 GROUPS = (32, 64, 128, -1)
 NVFP4 = "nvfp4"
 SMALL_FLOATS = (NVFP4, "mxfp4", "fp8-grow")
-ROTATIONS = "folded into heads alone"
+FOLDED = "folded into heads alone"
 RUNTIMES = {
     # llama.cpp: a type for each tensor. MXFP4 too: made for experts, but any tensor may have it.
     "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="tested: llama.cpp b11549"),
@@ -102,6 +104,12 @@ RUNTIMES = {
     "vllm": Runtime(
         "compressed-tensors", True, (2, 3, 4, 5, 6, 7, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
         expert_zeros=False, checked="tested: vLLM 0.32 on a CPU; experts and floats by reading",
+    ),
+    # It multiplies by a stored matrix, the same for all blocks of a row: one of 256 costs 256 products for each input.
+    # It does so on one GPU, and for linears without biases.
+    "vllm-rotated": Runtime(
+        "compressed-tensors", True, (2, 3, 4, 5, 6, 7, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
+        expert_zeros=False, rotations=256, checked="tested: vLLM 0.32 on a CPU, its choice of product replaced",
     ),
     # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.
     "compressed-tensors": Runtime(
@@ -147,7 +155,7 @@ def described(name: str) -> dict[str, str]:
         "embedding, head": "packed too" if runtime.tables else "floats",
         "experts": _experts(runtime),
         **({"other formats": ", ".join(runtime.others)} if runtime.others else {}),
-        "rotations": ROTATIONS,
+        "rotations": f"online, in blocks of up to {runtime.rotations}" if runtime.rotations else FOLDED,
         "checked on": runtime.checked,
         **({"block types": ", ".join(code.upper() for code in runtime.codes)} if runtime.codes else {}),
     }

@@ -66,8 +66,8 @@ class Described:
 
     schemes: module -> how its weight is stored. aliases: module -> its name in transformers' code, where another.
     experts: those of every block that has some. floats: modules with a matrix of floats. blocks: names of the lists of
-    blocks. splits_floats: whether experts of floats are stored one by one too. settings: the content of the
-    checkpoint's config.json.
+    blocks. splits_floats: whether experts of floats are stored one by one too. rotations: module -> order of the blocks
+    in which its inputs are rotated while the model runs. settings: the content of the checkpoint's config.json.
     """
 
     schemes: Mapping[str, Scheme]
@@ -76,6 +76,7 @@ class Described:
     floats: tuple[str, ...]
     blocks: tuple[str, ...]
     splits_floats: bool
+    rotations: Mapping[str, int]
     settings: Mapping[str, Any]
 
     @cached_property
@@ -135,6 +136,14 @@ class FolderContainer(ABC):
     def files(self, described: Described) -> dict[str, Any]:
         """Return other JSON files that readers want, by name."""
         return {}
+
+    def tensors(self, described: Described) -> dict[str, torch.Tensor]:
+        """Return tensors that several modules share, by name."""
+        return {}
+
+    def readers_of(self, described: Described) -> str:
+        """Return who loads a model in the container."""
+        return self.readers
 
     def transformers_reads(self, described: Described) -> bool:
         """Return whether transformers loads such a folder with a package of the container's name."""

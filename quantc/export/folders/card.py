@@ -45,6 +45,7 @@ BY_GPTQMODEL = {
 }  # fmt: skip
 LOADING = {
     "vllm": f"    pip install vllm\n    vllm serve {FOLDER}",
+    "vllm-rotated": f"    pip install vllm\n    vllm serve {FOLDER}",
     "compressed-tensors": TRANSFORMERS.format(
         install="    pip install transformers accelerate compressed-tensors", **BY_TRANSFORMERS
     ),

@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
+from ...checkpoint.integrity import WEIGHTS_KEY
+from ...frontend.weight_files import ROTATED
 from ...numerics.qtensor import QTensor
 from ...planning.targets import NVFP4
+from ...units import plural
 from .base import Described, FolderContainer, Scheme
+from .rotations import rotation_matrices, transform_config
 from .small_floats import SMALL_FLOATS
 from .words import columns_in_words, rows_in_words
 
@@ -63,12 +67,22 @@ class CompressedTensors(FolderContainer):
             "ignore": [*described.floats, *(pattern for pattern, scheme in patterns if scheme is None)],
             "kv_cache_scheme": None,
         }
+        if described.rotations:
+            settings["transform_config"] = transform_config(described)
+            return {"quantization_config": settings, WEIGHTS_KEY: ROTATED}
         if _dequantized(described):
             settings["dequantize"] = True  # transformers loads these in any dtype this way alone; vLLM ignores the key
         return {"quantization_config": settings}
 
+    def tensors(self, described: Described) -> dict[str, torch.Tensor]:
+        return rotation_matrices(described)
+
+    def readers_of(self, described: Described) -> str:
+        return "vLLM alone, on one GPU" if described.rotations else self.readers
+
     def transformers_reads(self, described: Described) -> bool:
-        return not (self._why_of_experts(described) or (described.mixed and _has_zeros(described)))
+        why = described.rotations or self._why_of_experts(described)
+        return not (why or (described.mixed and _has_zeros(described)))
 
     def _why_of_experts(self, described: Described) -> str:
         """Return why transformers does not load the experts, "" where it does."""
@@ -87,6 +101,11 @@ class CompressedTensors(FolderContainer):
         return [*self._notes_of_transformers(described), *([widths] if odd else [])]
 
     def _notes_of_transformers(self, described: Described) -> list[str]:
+        if described.rotations:
+            return [
+                f"vLLM rotates the inputs of {plural(len(described.rotations), 'layer')} while it runs, on one GPU; "
+                "transformers does not, and refuses the folder"
+            ]
         if why := self._why_of_experts(described):
             return [why]
         if described.mixed and _has_fp4(described) and described.settings.get("dtype") != "bfloat16":

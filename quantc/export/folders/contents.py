@@ -41,10 +41,11 @@ class Contents:
             self.places += places
         if found:
             raise refusal(target, found)
+        self.rotations = {place.name: place.entry.spec.hadamard for place in self.places if place.entry.spec.hadamard}
         self.schemes = {place.name: self._scheme(place) for place in self.places if place.rows is None}
         self.experts = self._experts()
         linears = self._places.linears()
-        check_together(self.schemes, self.experts, linears.values(), runtime, target)
+        check_together(self.schemes, self.rotations, self.experts, linears.values(), runtime, target)
         # one reader knows modules by the names of its own code, another by those of published models
         self.aliases = {name: own for own, name in linears.items() if own != name}
         floats = [name for name in linears.values() if name not in self.schemes]

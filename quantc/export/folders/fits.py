@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from ...checkpoint.config import PackedEntry
 from ...errors import UsageError
+from ...numerics.hadamard import shares_signs
 from ...planning.targets import Runtime
 from ...spec import Uniform
 from ..misfit import Misfit, misfit_of_structure
@@ -26,6 +28,10 @@ def misfit_of(
 ) -> Misfit | None:
     """Return why a target cannot hold a packed weight, None where it can. places: the matrices that it becomes."""
     spec = entry.spec
+    if runtime.rotations and spec.hadamard:
+        if (misfit := _misfit_of_rotation(entry, module, runtime, target)) is not None:
+            return misfit
+        entry = replace(entry, spec=replace(spec, hadamard=0))
     if (misfit := misfit_of_structure(entry)) is not None:
         return misfit
     floats = not isinstance(spec.grid, Uniform)
@@ -40,6 +46,18 @@ def misfit_of(
         misfit = Misfit(f"its module is a {type(module).__name__}, and it holds nn.Linear alone", "with --target gguf")
     codes = None if floats else _misfit_of_codes(entry, runtime, target)
     return misfit or codes or _misfit_of_words(entry, places, runtime)
+
+
+def _misfit_of_rotation(entry: PackedEntry, module: nn.Module | None, runtime: Runtime, target: str) -> Misfit | None:
+    order, remedy = entry.spec.hadamard, f"with --target {target}"
+    if order > runtime.rotations or not shares_signs(entry.shape[1], order):
+        reason = f"its input is rotated in blocks of {order}, and {target} holds blocks of up to {runtime.rotations}"
+        return Misfit(f"{reason} that are alike", remedy)
+    if entry.leading:
+        return Misfit(f"it is a stack of experts with rotated inputs, which {target} does not rotate", remedy)
+    if getattr(module, "bias", None) is not None:
+        return Misfit(f"it has a bias and rotated inputs, which {target} does not hold together", remedy)
+    return None
 
 
 def _misfit_of_stack(entry: PackedEntry, places: Sequence[Place], runtime: Runtime, target: str) -> Misfit | None:
@@ -80,11 +98,16 @@ def _misfit_of_words(entry: PackedEntry, places: Sequence[Place], runtime: Runti
 
 
 def check_together(
-    schemes: Mapping[str, Scheme], experts: Sequence[Experts], linears: Iterable[str], runtime: Runtime, target: str
+    schemes: Mapping[str, Scheme],
+    rotations: Mapping[str, int],
+    experts: Sequence[Experts],
+    linears: Iterable[str],
+    runtime: Runtime,
+    target: str,
 ) -> None:
     """Raise UsageError for schemes that a runtime does not hold beside each other. linears: all, floats too."""
     if runtime.fused:
-        _check_fused(schemes, linears, target)
+        _check_fused(schemes, rotations, linears, target)
         _check_experts(experts, target)
     ways = {scheme for each in experts for scheme in each.schemes.values() if scheme} | set(schemes.values())
     if len({(scheme.code, scheme.bits, scheme.group_size) for scheme in ways}) < 2:
@@ -112,11 +135,13 @@ def fused_layers(linears: Iterable[str]) -> list[list[str]]:
     return list(together.values())
 
 
-def _check_fused(schemes: Mapping[str, Scheme], linears: Iterable[str], target: str) -> None:
+def _check_fused(
+    schemes: Mapping[str, Scheme], rotations: Mapping[str, int], linears: Iterable[str], target: str
+) -> None:
     """Raise UsageError that names two layers which the runtime multiplies at once and which are stored otherwise."""
     for first, *others in fused_layers(linears):
         for other in others:
-            if schemes.get(other) != schemes.get(first):
+            if (schemes.get(other), rotations.get(other)) != (schemes.get(first), rotations.get(first)):
                 raise UsageError(
                     f"{target} multiplies {first} and {other[other.rfind('.') + 1 :]} at once, and they are stored "
                     f"differently; quantize the model again with --target {target}."

@@ -81,10 +81,12 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
     model = _skeleton(reader)
     contents = Contents(reader, container, target, model)
     dtype = contents.scale_dtype(stored_dtype(reader.config))
-    exported = ExportedFolder(str(checkpoint), str(out), container.name, container.readers)
     described = _describe(reader, contents, target)
+    exported = ExportedFolder(str(checkpoint), str(out), container.name, container.readers_of(described))
     with CheckpointWriter(out, force, resumable=False) as writer:
         _write(writer, contents, reader, dtype, progress)
+        for name, tensor in container.tensors(described).items():
+            writer.add(name, tensor.to(dtype))
         config = {
             **described.settings,
             **container.config(described),
@@ -139,7 +141,7 @@ def _describe(reader: CheckpointReader, contents: Contents, target: str) -> Desc
     settings = _without_packing(reader.config)
     splits = RUNTIMES[target].splits_floats
     schemes, experts = contents.schemes, contents.experts
-    return Described(schemes, contents.aliases, experts, contents.floats, blocks, splits, settings)
+    return Described(schemes, contents.aliases, experts, contents.floats, blocks, splits, contents.rotations, settings)
 
 
 def _without_packing(config: dict[str, Any]) -> dict[str, Any]:

@@ -38,18 +38,20 @@ def check_weights(folder: Path, contents: Contents, container: str, progress: Pr
     """Raise CheckpointError that names the first weight which is not read back as the checkpoint's.
 
     MLX's biases are products in the scales' dtype, so that weights with zero points may be off by what that rounds;
-    what scales of NVFP4 are divided by is the inverse of what quantc multiplies them by.
+    what scales of NVFP4 are divided by is the inverse of what quantc multiplies them by. Rotations round.
     """
     read = _Mlx(folder) if container == "mlx" else _Quantized(folder)
     progress.stage("Reading back", len(contents.places))
     for place, tensor in contents.packed():
-        name, expected = place.name, tensor.dequantize()
+        name, expected = place.name, tensor.effective_weight()
         found = read.weight(place, tensor)
         allowed = torch.tensor(0.0)
         if container == "mlx" and tensor.zeros is not None:
             allowed = expected.abs().amax() * 2.0**-8
         elif tensor.spec.code == NVFP4:
             allowed = expected.abs() * 2.0**-22
+        if tensor.spec.hadamard:  # rotated back by another product than the checkpoint's
+            allowed = allowed + expected.abs().amax() * 2.0**-20
         if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
             raise CheckpointError(
                 f"{name} is read back from the new folder as other weights, so nothing was written; report this with "

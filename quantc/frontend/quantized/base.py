@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,8 @@ class Packed:
     """A float tensor that the files hold in parts.
 
     name: the tensor's, as it would be stored unquantized. shape: of its values. parts: role -> stored tensor. label:
-    how it is stored, such as "int4 g128". decode: returns float32 values (*shape) of the parts by role.
+    how it is stored, such as "int4 g128". decode: returns float32 values (*shape) of the parts by role. shared: parts
+    that belong to other tensors too.
     """
 
     name: str
@@ -28,6 +29,12 @@ class Packed:
     parts: dict[str, str]
     label: str
     decode: Callable[[Parts], torch.Tensor]
+    shared: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all_parts(self) -> dict[str, str]:
+        """What is read to decode it."""
+        return self.parts | self.shared
 
 
 class Container(ABC):

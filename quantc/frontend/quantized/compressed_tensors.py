@@ -15,9 +15,10 @@ from ...errors import ModelError
 from .base import Container, Packed, Parts, register
 from .codes import affine, fp4, to_float, unpack_words, word_counts
 from .scaled import FLOAT8, scaled_tensor
-from .schemes import Scheme, Schemes, refuse_online_transforms
+from .schemes import Scheme, Schemes
 from .settings import Settings
 from .stored import Shape, Stored
+from .transforms import Transforms
 
 FORMATS = (
     "pack-quantized", "naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized",
@@ -39,7 +40,6 @@ class CompressedTensors(Container):
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
-        refuse_online_transforms(settings)
         sparsity = settings.inside("sparsity_config")
         groups = settings.inside("config_groups")
         each = [group for _, group in groups.each()] if groups else []
@@ -47,20 +47,24 @@ class CompressedTensors(Container):
             form = formats.get("format", str, "dense")
             if form not in FORMATS:
                 raise settings.unread(f"compressed-tensors' format {form}")
-        self._schemes = Schemes(settings)
+        self._schemes, self._transforms = Schemes(settings), Transforms(settings)
         self.rounds_activations = self._schemes.rounds_activations or settings.get("kv_cache_scheme", dict) is not None
 
     def packed(self, stored: Stored) -> Iterator[Packed]:
         for module in stored.modules("weight_packed"):
             scheme = self._schemes.of(stored, module)
             floats = stored.headers[f"{module}.weight_packed"].dtype == "U8"
-            yield _fp4(stored, module, scheme) if floats else _integers(stored, module, scheme)
+            packed = _fp4(stored, module, scheme) if floats else _integers(stored, module, scheme)
+            yield self._transforms.turned(stored, module, packed)
         for module in stored.modules("weight"):
             name = f"{module}.weight"
             if stored.headers[name].dtype in (*FLOAT8, "I8"):
                 scheme = self._schemes.of(stored, module)
                 zeros = None if scheme.symmetric else f"{name}_zero_point"
-                yield scaled_tensor(stored, name, f"{name}_scale", scheme.block, zeros)
+                packed = scaled_tensor(stored, name, f"{name}_scale", scheme.block, zeros)
+                yield self._transforms.turned(stored, module, packed)
+            else:
+                self._transforms.refuse(stored, module)
 
 
 def _integers(stored: Stored, module: str, scheme: Scheme) -> Packed:

@@ -9,6 +9,8 @@ from re import Pattern
 from ...errors import ModelError
 from .settings import Settings
 
+EXPRESSION = "re:"  # before a regular expression
+
 
 def compiled(expression: str, settings: Settings) -> Pattern[str]:
     """Return a regular expression from a config; raises ModelError for one that is none."""
@@ -19,6 +21,13 @@ def compiled(expression: str, settings: Settings) -> Pattern[str]:
             f"{settings.folder}: {settings.place} has {expression!r}, which is no regular expression ({error}); use "
             "the config that belongs to the weights."
         ) from error
+
+
+def name_matcher(target: str, settings: Settings) -> Callable[[str], object]:
+    """Return whether a name is a target of compressed-tensors: that name, or one that an expression matches."""
+    if target.startswith(EXPRESSION):
+        return compiled(target.removeprefix(EXPRESSION), settings).match
+    return target.__eq__
 
 
 class Overrides:

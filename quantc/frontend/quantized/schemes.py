@@ -5,16 +5,13 @@ Read in compressed-tensors 0.20: quantization/quant_config.py, quant_args.py and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ...errors import ModelError
-from .rules import compiled
+from .rules import EXPRESSION, name_matcher
 from .settings import Settings
 from .stored import Stored
 
-EXPRESSION = "re:"
-ONLINE = ("input", "output", "k_cache", "q_attn")  # places of transforms that are computed while the model runs
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 
 
@@ -48,7 +45,7 @@ class Schemes:
                 self._targets.update(dict.fromkeys(group.need("targets", list[str]), _scheme(weights)))
         # As its own reader orders them: names, then expressions; a class counts where neither matches.
         names = sorted(self._targets, key=lambda target: (target.startswith(EXPRESSION), target))
-        self._matching = [(target, _matcher(target, settings)) for target in names]
+        self._matching = [(target, name_matcher(target, settings)) for target in names]
 
     def of(self, stored: Stored, module: str) -> Scheme:
         """Return the scheme of a module that is stored packed; raises ModelError where no group has it.
@@ -67,12 +64,6 @@ class Schemes:
         )
 
 
-def _matcher(target: str, settings: Settings) -> Callable[[str], object]:
-    if target.startswith(EXPRESSION):
-        return compiled(target.removeprefix(EXPRESSION), settings).match
-    return target.__eq__
-
-
 def _scheme(weights: Settings) -> Scheme:
     strategy = str(weights.get("strategy", str, "")).lower()
     size = weights.group_size()
@@ -87,18 +78,3 @@ def _scheme(weights: Settings) -> Scheme:
             raise weights.wrong("block_structure", "a list of two sizes of at least 1")
         block = (rows, columns)
     return Scheme(weights.bits("num_bits"), weights.get("symmetric", bool, True), block)
-
-
-def refuse_online_transforms(settings: Settings) -> None:
-    """Raise ModelError for transforms that a runtime has to compute: the stored weights alone are another function."""
-    for name, location in _transforms(settings):
-        if location in ONLINE:
-            raise settings.unread(f"the online transform {name} (transform_config, location {location})")
-
-
-def _transforms(settings: Settings) -> Iterator[tuple[str, str]]:
-    inside = settings.inside("transform_config")
-    groups = inside.inside("config_groups") if inside else None
-    for name, scheme in groups.each() if groups else ():
-        for apply in scheme.get("apply", list[dict[str, object]], []):
-            yield name, str(apply.get("location"))

@@ -33,7 +33,7 @@ class QuantizedWeights:
     def __init__(self, container: Container, stored: Stored, dtype: torch.dtype):
         self.container, self._stored, self.dtype = container, stored, dtype
         self.packed: dict[str, Packed] = {weight.name: weight for weight in container.packed(stored)}
-        parts = {part for weight in self.packed.values() for part in weight.parts.values()}
+        parts = {part for weight in self.packed.values() for part in weight.all_parts.values()}
         plain = {key: header for key, header in stored.headers.items() if key not in parts}
         beside = [key for key in plain if key.rpartition(".")[2] in container.beside]
         self._has_beside = bool(beside)
@@ -101,12 +101,12 @@ class QuantizedWeights:
     def float_parts(self, name: str) -> list[str]:
         """Return the stored tensors of one that have to be finite floats."""
         weight = self.packed.get(name)
-        keys = [name] if weight is None else weight.parts.values()
+        keys = [name] if weight is None else weight.all_parts.values()
         return [key for key in keys if self._stored.headers[key].dtype in FLOATS]
 
     def tensors(self, names: list[str]) -> dict[str, Any]:
         """Return these tensors by name, to be indexed: read then, and decoded."""
-        keys = {name: self.packed[name].parts if name in self.packed else {"": name} for name in names}
+        keys = {name: self.packed[name].all_parts if name in self.packed else {"": name} for name in names}
         files = {self._stored.headers[key].file for parts in keys.values() for key in parts.values()}
         shards = {file: stored_tensors(file) for file in files}
 
@@ -116,7 +116,7 @@ class QuantizedWeights:
         return {name: self._decoded(name, read) if name in self.packed else read(name) for name in names}
 
     def _decoded(self, name: str, read: Callable[[str], StoredTensor]) -> DecodedTensor:
-        parts = {role: read(key) for role, key in self.packed[name].parts.items()}
+        parts = {role: read(key) for role, key in self.packed[name].all_parts.items()}
         return DecodedTensor(self.packed[name], parts)
 
 

@@ -9,7 +9,8 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
 }  # fmt: skip
 
-from dense_kernel import install
+import dense_kernel
+import online_rotation
 from vllm import LLM, SamplingParams
 
 MOST_TOKENS = 128
@@ -17,7 +18,8 @@ MOST_TOKENS = 128
 
 def open_model(folder: str, logprobs: int) -> LLM:
     """Return the model; logprobs: the most of them that it is asked for at a token."""
-    install()
+    dense_kernel.install()
+    online_rotation.install()
     return LLM(
         model=folder, dtype="float32", enforce_eager="COMPILE" not in os.environ, max_model_len=MOST_TOKENS,
         max_num_seqs=2, max_logprobs=logprobs, skip_tokenizer_init=True, disable_log_stats=True,
