@@ -139,6 +139,16 @@ def build_tiny(layers: int = 1, intermediate: int = 44) -> torch.nn.Module:
     return model.to(torch.bfloat16)
 
 
+PLAN_ROTATED = Plan(
+    {
+        **PLAN.specs,
+        f"{BLOCK}.mlp.gate_proj": QuantSpec(6, 16, hadamard=16),
+        f"{BLOCK}.mlp.up_proj": QuantSpec(3, 32, symmetric=True, hadamard=32),
+        f"{BLOCK}.mlp.down_proj": QuantSpec(7, WHOLE_ROW, hadamard=4),
+    }
+)
+
+
 def unpacked_weights(folder: Path) -> dict[str, torch.Tensor]:
     """weight -> float32 (N, K), what its codes stand for."""
     reader = CheckpointReader(folder)
@@ -189,3 +199,5 @@ if __name__ == "__main__":
         make("v4_tables", ["allocate", "quantize"], PLAN_TABLES, layers=2, intermediate=256)
     if not (HERE / "v5").exists():
         make("v5", ["allocate", "quantize"], PLAN_TRELLIS, intermediate=96)
+    if not (HERE / "v6").exists():
+        make("v6", ["allocate", "quantize"], PLAN_ROTATED)

@@ -15,6 +15,7 @@ from quantc.checkpoint.config import VERSIONS as READ
 from quantc.checkpoint.config import read_quantization
 from quantc.checkpoint.reader import CheckpointReader, verify
 from quantc.formats import DENSE, format_of
+from quantc.numerics.hadamard import rotation
 from quantc.numerics.qtensor import QTensor
 from quantc.plan import read_plan
 from quantc.spec import QuantSpec
@@ -86,6 +87,15 @@ def test_the_model_loads_and_computes_with_the_expected_weights(version: str, tm
         logits = model(torch.tensor([[3, 17, 42, 159]])).logits
     assert logits.shape == (1, 4, 160)
     assert bool(torch.isfinite(logits).all())
+
+
+def test_version_6_rotates_small_blocks_by_one_matrix() -> None:
+    model, weights = quantc.load(HERE / "v6", dtype=torch.float32), unpacked_weights(HERE / "v6")
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    turned = (x.unflatten(1, (-1, 16)) @ rotation(16, 16, torch.float32)).flatten(1)
+    for name, inputs in (("gate_proj", turned), ("up_proj", x @ rotation(32, 32, torch.float32))):
+        full = f"model.layers.0.mlp.{name}"
+        torch.testing.assert_close(model.get_submodule(full)(x), inputs @ weights[full].T, rtol=1e-5, atol=1e-5)
 
 
 def test_version_1_holds_the_plan_it_was_made_from() -> None:

@@ -16,7 +16,7 @@ from tests.readers.claims import CLAIMS
 from tests.readers.environments import READERS, Reader, ask, require
 
 FOLDER = Path(__file__).parent
-OTHER_TESTS = ("gguf",)  # targets whose readers have tests of their own
+OTHER_TESTS = ("gguf", "vllm-rotated")  # targets whose readers have tests of their own
 SCRIPT = """
 import sys, time, os
 sys.path.insert(0, {scripts!r})

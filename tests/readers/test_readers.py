@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from quantc.checkpoint.reader import CheckpointReader
 from tests.readers import environments, lab
 from tests.readers.claims import CLAIMS, Claim, cells, expert_cells
 
@@ -23,6 +24,18 @@ def test_every_cell_of_the_table_of_targets(claim: Claim, tmp_path: Path) -> Non
     lab.rotate_heads(model, tmp_path / "heads")
     expected["rotated heads"] = lab.exported(claim.target, tmp_path / "heads")
     assert lab.disagreements(claim.reader, expected, claim.error) == ""
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_vllm_rotates_inputs(name: str, tmp_path: Path) -> None:
+    environments.require("vLLM")
+    model = lab.save(name, tmp_path / "model", {**lab.MODELS[name], "intermediate_size": 512})
+    text = {"calib": "self", "samples": 4, "seq_len": 32, "method": "gptq"}
+    lab.quantize(model, tmp_path / "packed", bits=4, target="vllm-rotated", **{**text, "preset": "balanced"})
+    entries = CheckpointReader(tmp_path / "packed").entries
+    assert {entry.spec.hadamard for entry in entries.values()} - {0}
+    expected = {name: lab.exported("vllm-rotated", tmp_path)}
+    assert lab.disagreements("vLLM", expected, 1e-5) == ""
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=str)

@@ -66,7 +66,7 @@ def test_strange_values_stay_in_their_block() -> None:
         x[0, 30] = strange
         y = rotate(x, 24, 1)
         assert not y[:, 24:48].isfinite().any()
-        check_rotated(y[:, :24], x[:, :24] * (hadamard.signs(72)[:24] * hadamard.signs(24)).float(), 24)
+        check_rotated(y[:, :24], x[:, :24], 24)
         assert y[:, 48:].isfinite().all()
 
 

@@ -103,7 +103,7 @@ def test_a_row_in_shared_memory_is_rotated_in_place(width: int, block: int) -> N
     y = torch.empty_like(x)
     base = base_order(block) or 1
     bits = (block // base).bit_length() - 1
-    arguments = (x, y, *tables(width, base, x.device), width, base, bits, block**-0.5)
+    arguments = (x, y, *tables(width, block, x.device), width, base, bits, block**-0.5)
     program = Program("hadamard_in_shared.cu", "hadamard_in_shared")
     run(Launch(program, (2, 1, 1), (128, 1, 1), width * 4, arguments), folder=IN_SHARED)
     check(y, x, block)

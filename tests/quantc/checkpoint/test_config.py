@@ -38,11 +38,23 @@ def test_version_3_may_rotate_hidden_states_too() -> None:
         assert read_residual_rotation({"quantization_config": settings}) == rotation
 
 
+@pytest.mark.parametrize(("k", "block", "version"), [(96, 96, 1), (96, 32, 6), (96, 0, 1), (1474, 2, 1)])
+def test_rotations_in_small_blocks_are_version_6(k: int, block: int, version: int) -> None:
+    entries = {"a": PackedEntry(replace(SPEC, hadamard=block), (6, k))}
+    settings = describe_quantization(entries, SPEC)
+    assert settings["version"] == version
+    assert read_quantization({"quantization_config": settings}) == entries
+    if version == 6:
+        older = {**settings, "version": 5, "sha256": None}
+        with pytest.raises(CheckpointError, match="a is rotated in blocks of 32, in version 5"):
+            read_quantization({"quantization_config": older})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"version": 6}, "format version 6, but this quantc reads versions 1 to 5; install the quantc that wrote it."),
-        ({"version": None}, "format version None, but this quantc reads versions 1 to 5"),
+        ({"version": 7}, "format version 7, but this quantc reads versions 1 to 6; install the quantc that wrote it."),
+        ({"version": None}, "format version None, but this quantc reads versions 1 to 6"),
         ({"version": 2}, "residual_rotation cannot be read"),
         ({"residual_rotation": {}}, "residual_rotation belongs to version 2, but the checkpoint has version 1"),
         ({"version": 2, "residual_rotation": {"width": 30, "order": 16, "first": "a", "last": "b"}}, "blocks of 16"),

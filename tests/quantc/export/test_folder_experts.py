@@ -157,6 +157,7 @@ def test_the_table_says_how_experts_are_stored() -> None:
     assert {name: described(name)["experts"] for name in RUNTIMES} == {
         "gguf": "stacked",
         "vllm": "one by one, those of a block alike, no zero points",
+        "vllm-rotated": "one by one, those of a block alike, no zero points",
         "compressed-tensors": "one by one, all alike, no zero points",
         "gptq": "one by one, those of a block alike",
         "awq": "one by one, those of a block alike",

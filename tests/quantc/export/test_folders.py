@@ -217,7 +217,7 @@ def test_groups_are_chosen_that_the_target_holds(tmp_path: Path) -> None:
 
 def test_what_is_planned_for_a_target_can_be_exported_to_it(tmp_path: Path) -> None:
     save_with_tokenizer(build("qwen2"), tmp_path / "model")
-    for target in ("vllm", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"):
+    for target in ("vllm", "vllm-rotated", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"):
         out = tmp_path / target
         quantc.quantize(tmp_path / "model", out=out, bits=4, symmetric=True, group_size=32, method="rtn", target=target)
         assert quantc.export(out, to=target).schemes == {"w4g32sym": 14}

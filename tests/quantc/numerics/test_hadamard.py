@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantc.numerics import paley
-from quantc.numerics.hadamard import base_order, block_order, hadamard_matrix, rotate, rotate_back, rotation, signs
+from quantc.numerics.hadamard import (
+    base_order,
+    block_order,
+    hadamard_matrix,
+    rotate,
+    rotate_back,
+    rotation,
+    rotation_signs,
+    shares_signs,
+    signs,
+)
 
 UP_TO = 200
 # Multiples of 4 up to 200 that neither Paley construction, nor doubling or products of those, reach.
@@ -38,7 +48,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 def rotation_slowly(width: int, block: int) -> torch.Tensor:
     """R by its definition."""
     blocks = torch.block_diag(*[hadamard_matrix(block)] * (width // block))
-    return torch.diag(signs(width)) @ blocks / math.sqrt(block)
+    own = signs(width) if block == block_order(width) else signs(block).repeat(width // block)
+    return torch.diag(own) @ blocks / math.sqrt(block)
 
 
 def fingerprint(matrix: torch.Tensor) -> str:
@@ -160,6 +171,25 @@ def test_rotation_equals_the_dense_matrix(width: int, block: int) -> None:
     x = draw(3, width)
     torch.testing.assert_close(rotate(x, block), x @ dense, **EXACT)
     torch.testing.assert_close(rotate_back(x, block), x @ dense.T, **EXACT)
+
+
+@pytest.mark.parametrize(("width", "block"), [(96, 32), (4096, 256), (576, 192), (576, 576)])
+def test_one_matrix_rotates_every_block_that_is_smaller_than_the_largest(width: int, block: int) -> None:
+    assert shares_signs(width, block)
+    one, x = rotation(block, block), draw(2, width)
+    expected = (x.unflatten(1, (-1, block)) @ one).flatten(1)
+    torch.testing.assert_close(rotate(x, block), expected, **EXACT)
+
+
+def test_blocks_of_the_largest_order_have_signs_of_their_own() -> None:
+    assert block_order(22 * 67) == 2
+    assert not shares_signs(22 * 67, 2)
+    assert torch.equal(rotation_signs(22 * 67, 2), signs(22 * 67))
+
+
+@pytest.mark.parametrize(("width", "most", "order"), [(4096, 256, 256), (576, 256, 192), (14336, 256, 256), (7, 4, 1)])
+def test_the_largest_block_up_to_a_size(width: int, most: int, order: int) -> None:
+    assert block_order(width, most) == order
 
 
 @settings(max_examples=60, deadline=None)
