@@ -29,7 +29,7 @@ from ..numerics.relaxed import RelaxedWeight, RescaledWeight, relax
 from ..pipeline.base import Fact, Pass, register
 from ..pipeline.run import Run
 from ..pipeline.work import BlockWork
-from ..spec import QuantSpec
+from ..spec import QuantSpec, Trellis
 from ..training.reconstruction import ParameterGroup, Reconstruction, Trainable, Trained, cost_of, train
 from ..training.step_budget import Pace
 from ..units import duration
@@ -115,7 +115,13 @@ class Tune(Pass):
             work.run.report.notes += self._notes()
 
     def _trains(self, spec: QuantSpec | None) -> bool:
-        """Return whether a weight has codes or scales that its grid allows to move, of those that are trained."""
+        """Return whether a weight has codes or scales that its grid allows to move, of those that are trained.
+
+        Trellis codes have one scale a row. Training these takes 1 to 3 % off a block's error and nothing off the KL
+        divergence (stories15M at 3 bits: 0.1381 with, 0.1379 without), for a fifth of the seconds of `best`.
+        """
+        if spec is not None and spec.code == Trellis.name:
+            return False
         asked = {name for name, wanted in (("codes", self.config.codes), ("scales", self.config.scales)) if wanted}
         return spec is not None and bool(asked & spec.grid.trainable)
 
@@ -154,6 +160,8 @@ class Tune(Pass):
             for name, tensor in work.quantized.items()
             for linear in [work.run.graph.linears[name]]
         }
+        for weight in relaxed.values():
+            weight.requires_grad_(self._trains(weight.tensor.spec))
 
         def keep() -> None:
             work.quantized.update({linear.name: weight.qtensor() for linear, weight in relaxed.items()})
@@ -175,8 +183,12 @@ class Tune(Pass):
     def _trainable(
         self, work: BlockWork, relaxed: dict[Linear, RelaxedWeight | RescaledWeight], dtype: torch.dtype
     ) -> Trainable:
-        offsets = [weight.offsets for weight in relaxed.values() if weight.offsets is not None]
-        factors = [weight.factors for weight in relaxed.values() if weight.factors is not None]
+        offsets = [
+            weight.offsets for weight in relaxed.values() if weight.offsets is not None and weight.offsets.requires_grad
+        ]
+        factors = [
+            weight.factors for weight in relaxed.values() if weight.factors is not None and weight.factors.requires_grad
+        ]
         size = sum(each.nbytes for each in offsets)
         groups = []
         if self.config.codes and offsets:

@@ -18,7 +18,7 @@ from quantc.planning.sizes import weights_bytes
 from quantc.recipe import Recipe
 from quantc.sensitivity import Candidate, Losses
 from quantc.sensitivity.wide_rows import with_wide_rows
-from quantc.spec import QuantSpec, spec_of_label
+from quantc.spec import QuantSpec, spec_of_label, trellis_spec
 from tests.families import VOCAB, build
 from tests.helpers import check_runs_as_unpacked, opened_run, quantize_saved, save_with_tokenizer, thinned
 
@@ -55,6 +55,27 @@ def test_every_pass_runs_before_and_after(tmp_path: Path) -> None:
     quantize_saved(tmp_path, recipe=recipe, bits=2, code="trellis")
     assert {spec.code for spec in codes_of(tmp_path / "packed").values()} == {"trellis"}
     check_runs_as_unpacked(tmp_path / "packed", TOKENS)
+
+
+def test_tune_leaves_trellis_codes_alone_and_trains_the_grids_beside_them(tmp_path: Path) -> None:
+    save_with_tokenizer(build("llama"), tmp_path / "model")
+    plain = {name: None for name in opened_run(tmp_path / "model").graph.linears}
+    for name, code in (("trellis", None), ("mixed", QuantSpec(3, 32))):
+        specs = {linear: trellis_spec(3) for linear in plain}
+        if code is not None:
+            specs |= {linear: code for linear in plain if linear.endswith("up_proj")}
+        (tmp_path / f"{name}.yaml").write_text(Plan(dict(specs)).to_yaml())
+        found = {}
+        for steps in (0, 20):
+            passes = ["allocate", "quantize", *([{"tune": {"steps": steps}}] if steps else [])]
+            recipe = Recipe.from_dict({"version": 1, "passes": passes})
+            out = tmp_path / f"{name}{steps}"
+            text = {"calib": str(tmp_path / "model/text.txt"), "samples": 8, "seq_len": 32}
+            quantc.quantize(tmp_path / "model", out=out, plan=tmp_path / f"{name}.yaml", recipe=recipe, **text)
+            reader = CheckpointReader(out)
+            found[steps] = {part: reader.tensor(part) for part in reader.weight_map if part.endswith("scales")}
+        moved = {part for part, scales in found[0].items() if not torch.equal(scales, found[20][part])}
+        assert moved == {part for part in found[0] if "up_proj" in part and name == "mixed"}
 
 
 def test_a_plan_with_rows_of_two_widths_is_built_again_from_its_file(tmp_path: Path) -> None:
