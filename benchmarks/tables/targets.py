@@ -28,7 +28,7 @@ def runtimes_short() -> str:
                 "zero points": long["zero points"],
                 "widths": long["widths"].partition(", ")[0].replace("; one with zero points", " if symmetric"),
                 "embedding, head": long["embedding, head"],
-                "rotations": "folded",
+                "rotations": "online" if runtime.rotations else "folded",
                 "how it is known": runtime.checked,
             }
         )

@@ -109,7 +109,8 @@ RUNTIMES = {
     # It does so on one GPU, and for linears without biases.
     "vllm-rotated": Runtime(
         "compressed-tensors", True, (2, 3, 4, 5, 6, 7, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
-        expert_zeros=False, rotations=256, checked="tested: vLLM 0.32 on a CPU, its choice of product replaced",
+        expert_zeros=False, rotations=256,
+        checked="rotations tested: vLLM 0.32 on a CPU, its choice of product replaced; all else as vllm",
     ),
     # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.
     "compressed-tensors": Runtime(
