@@ -8,7 +8,7 @@ import torch
 
 from ...numerics.qtensor import QTensor
 from .base import Described, FolderContainer, zero_codes
-from .gptq import notes_of_experts
+from .gptq import in_words, known_readers, notes_of_experts
 from .older_config import older_settings
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output whose code is nibble i of a word (AutoAWQ, utils/packing_utils.py)
@@ -18,7 +18,6 @@ class Awq(FolderContainer):
     """Words along the outputs, one row an input; zero points as they are, also of symmetric codes."""
 
     name = "awq"
-    readers = "vLLM, GPTQModel, mlx-lm and transformers with GPTQModel"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return {
@@ -39,6 +38,9 @@ class Awq(FolderContainer):
             "modules_to_not_convert": inner or None,
         }
         return {"quantization_config": settings, **older_settings(described.settings)}
+
+    def readers(self, described: Described) -> str:
+        return in_words(["vLLM", *known_readers(described, ["mlx-lm", "transformers with GPTQModel"])])
 
     def notes(self, described: Described) -> list[str]:
         return notes_of_experts(described)

@@ -117,12 +117,11 @@ class Described:
 class FolderContainer(ABC):
     """A way to store a model that other runtimes read.
 
-    name: as `--to` takes it. readers: who loads it, for the summary. stacks_experts: whether the experts of a block
+    name: as `--to` takes it. stacks_experts: whether the experts of a block
     stay in one tensor for each of their matrices.
     """
 
     name: str
-    readers: str
     stacks_experts: bool = False
 
     @abstractmethod
@@ -141,9 +140,9 @@ class FolderContainer(ABC):
         """Return tensors that several modules share, by name."""
         return {}
 
-    def readers_of(self, described: Described) -> str:
-        """Return who loads a model in the container."""
-        return self.readers
+    @abstractmethod
+    def readers(self, described: Described) -> str:
+        """Return who loads this model in the container, for the summary and the card."""
 
     def transformers_reads(self, described: Described) -> bool:
         """Return whether transformers loads such a folder with a package of the container's name."""

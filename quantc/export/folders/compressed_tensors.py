@@ -32,7 +32,6 @@ class CompressedTensors(FolderContainer):
     """Modules by schemes, each a group of the config with the names of its modules."""
 
     name = "compressed-tensors"
-    readers = "vLLM, SGLang and transformers with compressed-tensors"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if (small := SMALL_FLOATS.get(tensor.spec.code)) is not None:
@@ -77,8 +76,11 @@ class CompressedTensors(FolderContainer):
     def tensors(self, described: Described) -> dict[str, torch.Tensor]:
         return rotation_matrices(described)
 
-    def readers_of(self, described: Described) -> str:
-        return "vLLM alone, on one GPU" if described.rotations else self.readers
+    def readers(self, described: Described) -> str:
+        if described.rotations:
+            return "vLLM alone, on one GPU"
+        all_three = self.transformers_reads(described)
+        return "vLLM, SGLang and transformers with compressed-tensors" if all_three else "vLLM and SGLang"
 
     def transformers_reads(self, described: Described) -> bool:
         why = described.rotations or self._why_of_experts(described)

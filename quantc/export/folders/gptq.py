@@ -17,12 +17,13 @@ from .base import Described, FolderContainer, Scheme, zero_codes
 from .places import STACKED_LEAVES
 from .words import columns_in_words, rows_in_words
 
+VLLM_BITS = (4, 8)  # of symmetric codes
+
 
 class Gptq(FolderContainer):
     """Words along the inputs, one column an output."""
 
     name = "gptq"
-    readers = "GPTQModel, vLLM (4 and 8 bits, symmetric) and transformers with GPTQModel"
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return gptq_parts(tensor, less_one=tensor.zeros is None)
@@ -33,6 +34,11 @@ class Gptq(FolderContainer):
     def files(self, described: Described) -> dict[str, Any]:
         return {"quantize_config.json": _settings(described)}
 
+    def readers(self, described: Described) -> str:
+        whole = all(scheme.symmetric and scheme.bits in VLLM_BITS for scheme in described.all_schemes)
+        through = [] if described.mixed else ["transformers with GPTQModel"]
+        return in_words([*known_readers(described, through), *(["vLLM"] if whole else [])])
+
     def notes(self, described: Described) -> list[str]:
         found = []
         if described.mixed:
@@ -40,6 +46,17 @@ class Gptq(FolderContainer):
         if not described.common.symmetric:
             found.append("vLLM loads no GPTQ checkpoint with zero points; --to awq or compressed-tensors is for it")
         return found + notes_of_experts(described)
+
+
+def known_readers(described: Described, others: list[str]) -> list[str]:
+    """Return GPTQModel where it finds the experts, and others where there are none."""
+    leaves = {leaf for experts in described.experts for leaf in experts.schemes}
+    return ["GPTQModel", *([] if leaves else others)] if leaves <= set(STACKED_LEAVES.values()) else []
+
+
+def in_words(readers: list[str]) -> str:
+    """Return names in a sentence."""
+    return " and ".join(filter(None, [", ".join(readers[:-1]), readers[-1]])) if readers else "none that was tried"
 
 
 def notes_of_experts(described: Described) -> list[str]:

@@ -82,7 +82,7 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
     contents = Contents(reader, container, target, model)
     dtype = contents.scale_dtype(stored_dtype(reader.config))
     described = _describe(reader, contents, target)
-    exported = ExportedFolder(str(checkpoint), str(out), container.name, container.readers_of(described))
+    exported = ExportedFolder(str(checkpoint), str(out), container.name, container.readers(described))
     with CheckpointWriter(out, force, resumable=False) as writer:
         _write(writer, contents, reader, dtype, progress)
         for name, tensor in container.tensors(described).items():

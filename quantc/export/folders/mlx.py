@@ -17,7 +17,6 @@ class Mlx(FolderContainer):
     """Words along the inputs; embedding and head may be packed too."""
 
     name = "mlx"
-    readers = "mlx-lm"
     stacks_experts = True
 
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -27,6 +26,9 @@ class Mlx(FolderContainer):
             "scales": scales.to(dtype),
             "biases": (-zero_codes(tensor).float() * scales).to(dtype),
         }
+
+    def readers(self, described: Described) -> str:
+        return "mlx-lm"
 
     def config(self, described: Described) -> dict[str, Any]:
         settings: dict[str, Any] = {**_scheme(described.common), "mode": "affine"}

@@ -206,7 +206,13 @@ def test_groups_are_chosen_that_the_target_holds(tmp_path: Path) -> None:
     save_with_tokenizer(build("qwen2"), tmp_path / "model")
     for target, found in (("vllm", {"w4g64": 12, "w4g32": 2}), ("mlx", {"w4g64": 12, "w4g32": 2})):
         quantc.quantize(tmp_path / "model", out=tmp_path / target, bits=4, method="rtn", target=target)
-        assert quantc.export(tmp_path / target, to=target).schemes == found
+        exported = quantc.export(tmp_path / target, to=target)
+        assert exported.schemes == found
+        # transformers loads no zero points in groups of several sizes, and the card must not say that it does
+        said = "vLLM and SGLang" if target == "vllm" else "mlx-lm"
+        assert said in exported.readers
+        assert f"Read by: {exported.readers}." in (tmp_path / f"{target}-{target}/README.md").read_text()
+        assert "transformers" not in exported.readers
     with pytest.raises(UsageError, match="awq holds one group size, .* pass --group-size 32"):
         quantc.quantize(tmp_path / "model", out=tmp_path / "awq", bits=4, method="rtn", target="awq")
     with pytest.raises(UsageError, match="one group size with zero points, .* pass --group-size 32, or --symmetric"):
