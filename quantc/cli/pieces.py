@@ -42,13 +42,19 @@ def indented(part: RenderableType) -> RenderableType:
     return Padding(part, (0, 0, 0, 2), expand=False)
 
 
+# Columns of sentences and long names, which go on in the next line where a terminal is narrow.
+WRAPPED = frozenset(
+    ("linear", "refused because", "model", "computed with", "restored", "bits", "groups", "zero points", "widths",
+     "embedding, head", "rotations")
+)  # fmt: skip
+
+
 def table_of(columns: list[str], numeric: set[str]) -> Table:
     """Return an empty table of these columns. numeric: those of figures, which line up on the right."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for name in columns:
-        fold = name in ("linear", "refused because", "model", "computed with", "restored")
         justify: Literal["left", "right"] = "right" if name in numeric else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=not fold)
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in WRAPPED)
     return table
 
 
