@@ -37,7 +37,7 @@ def misfit_of_structure(entry: PackedEntry) -> Misfit | None:
         (
             spec.hadamard > 0,
             "its input is rotated while the model runs",
-            "with --preset fast, or without rotate in its recipe",
+            "with --preset fast, or for vLLM with --target vllm-rotated",
         ),
         (
             spec.wide_rows > 0,

@@ -61,7 +61,7 @@ def folder_card(checkpoint: Path, target: str, readers: str, bits: float, scheme
     facts = facts_of_folder(checkpoint)
     repository = facts.get("base_model", "")
     rows = sorted(schemes.items(), key=lambda item: (-item[1], item[0]))
-    return front_matter(facts, repository, ["quantc", target], folder) + CARD.format(
+    return front_matter(facts, repository, ["quantc", target], folder, _library(target, readers)) + CARD.format(
         name=repository or checkpoint.resolve().name,
         target=target,
         bits=bits,
@@ -70,3 +70,10 @@ def folder_card(checkpoint: Path, target: str, readers: str, bits: float, scheme
         loading=LOADING[target],
         licence=licence_note(facts, repository),
     )
+
+
+def _library(target: str, readers: str) -> str:
+    """Return what the hub is to show as the library that loads the folder."""
+    if "transformers" in readers:
+        return "transformers"
+    return "mlx" if target == "mlx" else "vllm"

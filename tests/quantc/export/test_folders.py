@@ -212,6 +212,7 @@ def test_groups_are_chosen_that_the_target_holds(tmp_path: Path) -> None:
         said = "vLLM and SGLang" if target == "vllm" else "mlx-lm"
         assert said in exported.readers
         assert f"Read by: {exported.readers}." in (tmp_path / f"{target}-{target}/README.md").read_text()
+        assert f"library_name: {target}" in (tmp_path / f"{target}-{target}/README.md").read_text()
         assert "transformers" not in exported.readers
     with pytest.raises(UsageError, match="awq holds one group size, .* pass --group-size 32"):
         quantc.quantize(tmp_path / "model", out=tmp_path / "awq", bits=4, method="rtn", target="awq")
