@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UsageError
 from ..formats import Part, format_of
-from ..numerics.hadamard import block_order, fits
+from ..numerics.hadamard import fits, is_small
 from ..spec import QuantSpec
 from . import integrity
 from .integrity import METHOD
@@ -49,8 +49,7 @@ class PackedEntry:
     @property
     def since(self) -> int:
         """The first version of the file format that has weights stored so."""
-        block, k = self.spec.hadamard, self.shape[1]
-        return SMALL_ROTATION_VERSION if block not in (0, k, block_order(k)) else self.spec.since
+        return SMALL_ROTATION_VERSION if is_small(self.shape[1], self.spec.hadamard) else self.spec.since
 
     def layout(self) -> dict[str, Part]:
         return format_of(self.spec).layout(self.spec, self.shape, self.leading)
@@ -73,6 +72,11 @@ class ResidualRotation:
         if not numbers or not fits(self.width, self.order) or not (self.first and self.last):
             raise ValueError(f"no rotation of a residual stream of {self.width} in blocks of {self.order} is known")
 
+    @property
+    def since(self) -> int:
+        """The first version of the file format that has hidden states rotated so."""
+        return SMALL_ROTATION_VERSION if is_small(self.width, self.order) else TURNED_VERSION
+
 
 def describe_quantization(
     entries: dict[str, PackedEntry], default: QuantSpec, residual: ResidualRotation | None = None
@@ -84,7 +88,7 @@ def describe_quantization(
         modules[name] = {"shape": [*entry.leading, *entry.shape], **entry.spec.difference(common)}
         if entry.transposed:
             modules[name]["transposed"] = True
-    version = max([VERSION if residual is None else TURNED_VERSION, *(entry.since for entry in entries.values())])
+    version = max([VERSION if residual is None else residual.since, *(entry.since for entry in entries.values())])
     described = {"quant_method": METHOD, "version": version, "default": common.to_dict(), "modules": modules}
     if residual is not None:
         described["residual_rotation"] = asdict(residual)
@@ -101,15 +105,19 @@ def read_residual_rotation(config: dict[str, Any]) -> ResidualRotation | None:
     """Return how a `quantization_config` says that hidden states are rotated; raises CheckpointError."""
     settings = config.get("quantization_config") or {}
     entry: Any = settings.get("residual_rotation")
-    if settings.get("version") != TURNED_VERSION and entry is None:
+    version: Any = settings.get("version")
+    if version != TURNED_VERSION and entry is None:
         return None
-    if settings.get("version") == VERSION:
+    if version == VERSION:
         raise CheckpointError(
             f"the checkpoint's residual_rotation belongs to version {TURNED_VERSION}, but the checkpoint has version "
             f"{VERSION}; copy it again."
         )
     try:
-        return ResidualRotation(**entry)
+        found = ResidualRotation(**entry)
+        if version < found.since:
+            raise ValueError(f"it has blocks of {found.order}, in version {version}")
+        return found
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's residual_rotation cannot be read ({error}); copy it again.") from error
 
@@ -146,6 +154,7 @@ def read_quantization(config: dict[str, Any]) -> dict[str, PackedEntry]:
             "the checkpoint's quantization_config has changed since it was written (its sha256 differs), so the "
             "weights would be decoded wrongly; copy config.json again."
         )
+    _check_rotations(entries, settings["version"])
     return entries
 
 
@@ -176,11 +185,19 @@ def _check_uneven(entries: dict[str, PackedEntry], version: int) -> None:
             raise ValueError(f"{name} has {wide} of {n} rows in one bit more, in version {version}")
         if entry.spec.sparse and version < entry.spec.since:
             raise ValueError(f"{name} has dropped weights, in version {version}")
-        if version < entry.since == SMALL_ROTATION_VERSION:
-            raise ValueError(f"{name} is rotated in blocks of {entry.spec.hadamard}, in version {version}")
         if version < entry.spec.since:
             raise ValueError(f"{name} has the code {entry.spec.code}, in version {version}")
         if not entry.spec.grid.divides(entry.shape[1]):
             raise ValueError(
                 f"{name} has rows of {entry.shape[1]} weights, which blocks of {entry.spec.code} do not divide"
+            )
+
+
+def _check_rotations(entries: dict[str, PackedEntry], version: int) -> None:
+    """Raise CheckpointError for blocks whose signs were others in older versions."""
+    for name, entry in entries.items():
+        if version < entry.since == SMALL_ROTATION_VERSION:
+            raise CheckpointError(
+                f"the checkpoint's quantization_config cannot be read ({name} is rotated in blocks of "
+                f"{entry.spec.hadamard}, in version {version}); quantize the model again."
             )

@@ -78,9 +78,9 @@ def signs(width: int) -> torch.Tensor:
     return 1 - 2 * torch.tensor(bits, dtype=torch.float64, device=CPU)
 
 
-def shares_signs(width: int, block: int) -> bool:
-    """Return whether the blocks of a row have one set of signs, so that one matrix rotates each of them."""
-    return block == width or block != block_order(width)
+def is_small(width: int, block: int) -> bool:
+    """Return whether rows are rotated in blocks smaller than the largest, which share their signs."""
+    return block not in (0, width, block_order(width))
 
 
 def rotation_signs(width: int, block: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ def rotation_signs(width: int, block: int) -> torch.Tensor:
     Blocks of the largest order that the width has get signs of their own. Smaller ones are for runtimes that keep one
     matrix for all blocks of a row: there every block has the signs of a row of its width.
     """
-    return signs(block).repeat(width // block) if shares_signs(width, block) else signs(width)
+    return signs(block).repeat(width // block) if is_small(width, block) else signs(width)
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:

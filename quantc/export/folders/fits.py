@@ -9,7 +9,7 @@ from torch import nn
 
 from ...checkpoint.config import PackedEntry
 from ...errors import UsageError
-from ...numerics.hadamard import shares_signs
+from ...numerics.hadamard import is_small
 from ...planning.targets import Runtime
 from ...spec import Uniform
 from ..misfit import Misfit, misfit_of_structure
@@ -49,8 +49,8 @@ def misfit_of(
 
 
 def _misfit_of_rotation(entry: PackedEntry, module: nn.Module | None, runtime: Runtime, target: str) -> Misfit | None:
-    order, remedy = entry.spec.hadamard, f"with --target {target}"
-    if order > runtime.rotations or not shares_signs(entry.shape[1], order):
+    order, k, remedy = entry.spec.hadamard, entry.shape[1], f"with --target {target}"
+    if order > runtime.rotations or not (order == k or is_small(k, order)):
         reason = f"its input is rotated in blocks of {order}, and {target} holds blocks of up to {runtime.rotations}"
         return Misfit(f"{reason} that are alike", remedy)
     if entry.leading:

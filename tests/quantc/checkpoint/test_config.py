@@ -29,13 +29,22 @@ def test_a_config_without_a_default_is_refused() -> None:
 
 
 def test_version_3_may_rotate_hidden_states_too() -> None:
-    rotation = ResidualRotation(32, 16, "block.0", "block.1")
+    rotation = ResidualRotation(32, 32, "block.0", "block.1")
     entries = {"a": PackedEntry(SPEC, (6, 8)), "b": PackedEntry(replace(SPEC, wide_rows=2), (6, 8))}
     for found, version in (({"a": entries["a"]}, 2), (entries, 3)):
         settings = describe_quantization(found, replace(SPEC, wide_rows=3), rotation)
         assert settings["version"] == version
         assert read_quantization({"quantization_config": settings}) == found
         assert read_residual_rotation({"quantization_config": settings}) == rotation
+
+
+def test_hidden_states_rotated_in_small_blocks_are_version_6() -> None:
+    rotation = ResidualRotation(32, 16, "block.0", "block.1")
+    settings = describe_quantization({"a": PackedEntry(SPEC, (6, 8))}, SPEC, rotation)
+    assert settings["version"] == 6
+    assert read_residual_rotation({"quantization_config": settings}) == rotation
+    with pytest.raises(CheckpointError, match=r"cannot be read \(it has blocks of 16, in version 5\)"):
+        read_residual_rotation({"quantization_config": {**settings, "version": 5}})
 
 
 @pytest.mark.parametrize(("k", "block", "version"), [(96, 96, 1), (96, 32, 6), (96, 0, 1), (1474, 2, 1)])

@@ -44,12 +44,7 @@ from tests.quantc.runtime.load.folders import (
 def test_a_config_that_would_compute_something_else_is_refused(packed: Path, change: Change) -> None:
     edit(packed / "config.json", change)
     for message in refusals(packed, [*DOORS, verify]):
-        found = (
-            "config.json has changed",
-            "quantization_config has changed",
-            "is rotated in blocks of 8, in version 1",
-        )
-        assert any(each in message for each in found)
+        assert "config.json has changed" in message or "quantization_config has changed" in message
 
 
 def test_the_message_says_how_to_keep_a_changed_config(packed: Path) -> None:
