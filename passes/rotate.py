@@ -18,6 +18,9 @@ outlier model of the tests that is all of them at 4 bits, 6 of 28 linears at 3 a
 with every and with the measured rotations 0.035, 0.004, 0.004 at 4 bits, 0.170, 0.160, 0.090 at 3 and 1.8, 5.6, 1.8
 at 2. Scaled inputs have fewer outliers, so `scale` belongs before this pass: 0.0033 at 3 bits, 0.0050 after it.
 
+A runtime that multiplies by a stored matrix (planning/targets.py) gets smaller blocks, which share their signs and it:
+vLLM's have up to 256 inputs.
+
 Weights that are rounded to nearest are never rotated, folded or not. The errors of a rotated weight are independent
 of the inputs' strong common directions (a few eigenvalues of the Gram matrix hold most of its trace), and only error
 feedback steers around them; see benchmarks/notebook/rotations-and-scaling.md.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import floor, isfinite, log10
 from typing import Any
 
@@ -96,6 +97,12 @@ def ratio(part: float, whole: float) -> str:
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun, such as 1 linear or 3 linears."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in a sentence: a, b and c."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def rewritten(rewrites: dict[str, dict[str, int]]) -> list[str]:

@@ -60,9 +60,14 @@ def recorded(manifest: Mapping[str, Any], file: Path) -> dict[str, str]:
 
 def demand_quantc(config: dict[str, Any]) -> None:
     """Make transformers without quantc refuse the checkpoint of a config, and its text model, with the remedy."""
+    refuse_transformers(config, REMEDY)
+
+
+def refuse_transformers(config: dict[str, Any], why: str) -> None:
+    """Make transformers refuse the weights of a config, and of its text model, and show why: a sentence, no file."""
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            part[WEIGHTS_KEY] = REMEDY
+            part[WEIGHTS_KEY] = why
 
 
 def check_config(folder: Path, config: Mapping[str, Any], known: Mapping[str, str], manifest: str) -> None:

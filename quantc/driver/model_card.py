@@ -114,15 +114,16 @@ def hub_id(path: Path) -> str:
 
 
 def front_matter(
-    facts: dict[str, Any], repository: str, tags: list[str], folder: Path, library: str = "transformers"
+    facts: dict[str, Any], repository: str, tags: list[str], folder: Path, library: str | None = "transformers"
 ) -> str:
     """Return the front matter that the hub reads; a link to a licence that leads nowhere is mended in the facts.
 
-    repository: owner/name of the original, or "". folder: where the files beside the card are. library: what loads it.
+    repository: owner/name of the original, or "". folder: where the files beside the card are. library: what loads it,
+    if the hub knows that.
     """
     _complete_link(facts, repository, folder)
     content = {key: facts[key] for key in CARRIED if key in facts}
-    content |= {"library_name": library, "tags": tags}
+    content |= {**({"library_name": library} if library else {}), "tags": tags}
     if repository:
         content |= {"base_model": repository, "base_model_relation": "quantized"}
     return f"---\n{yaml.safe_dump(content, allow_unicode=True)}---\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..spec import GRIDS, Fixed, Ggml, QuantSpec, Uniform
 from ..spec.groups import WHOLE_ROW
@@ -97,19 +97,19 @@ GROUPS = (32, 64, 128, -1)
 NVFP4 = "nvfp4"
 SMALL_FLOATS = (NVFP4, "mxfp4", "fp8-grow")
 FOLDED = "folded into heads alone"
+# Layers of several widths that it multiplies at once fail to load, or give garbage (vllm#50214).
+VLLM = Runtime(
+    "compressed-tensors", True, (2, 3, 4, 5, 6, 7, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
+    expert_zeros=False, checked="tested: vLLM 0.32 on a CPU; experts and floats by reading",
+)  # fmt: skip
 RUNTIMES = {
     # llama.cpp: a type for each tensor. MXFP4 too: made for experts, but any tensor may have it.
     "gguf": Runtime("gguf", fused=False, codes=(*GGML, "mxfp4"), tables=True, checked="tested: llama.cpp b11549"),
-    # Layers of several widths that it multiplies at once fail to load, or give garbage (vllm#50214).
-    "vllm": Runtime(
-        "compressed-tensors", True, (2, 3, 4, 5, 6, 7, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
-        expert_zeros=False, checked="tested: vLLM 0.32 on a CPU; experts and floats by reading",
-    ),
+    "vllm": VLLM,
     # It multiplies by a stored matrix, the same for all blocks of a row: one of 256 costs 256 products for each input.
     # It does so on one GPU, and for linears without biases.
-    "vllm-rotated": Runtime(
-        "compressed-tensors", True, (2, 3, 4, 5, 6, 7, 8), GROUPS, others=SMALL_FLOATS, words="NK", keeps_dtype=True,
-        expert_zeros=False, rotations=256,
+    "vllm-rotated": replace(
+        VLLM, rotations=256,
         checked="rotations tested: vLLM 0.32 on a CPU, its choice of product replaced; all else as vllm",
     ),
     # Zero points of one width only, as transformers then makes floats of all modules by the first group's scheme.

@@ -19,8 +19,8 @@ class AutoRound(FolderContainer):
     def parts(self, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return gptq_parts(tensor, less_one=True)
 
-    def readers(self, described: Described) -> str:
-        return "transformers with auto-round, and vLLM"
+    def readers(self, described: Described) -> list[str]:
+        return ["transformers with auto-round", "vLLM"]
 
     def config(self, described: Described) -> dict[str, Any]:
         experts = [pair for each in described.experts for pair in each.names() if pair[1] != described.common]

@@ -8,7 +8,7 @@ import torch
 
 from ...numerics.qtensor import QTensor
 from .base import Described, FolderContainer, zero_codes
-from .gptq import in_words, known_readers, notes_of_experts
+from .gptq import known_readers, notes_of_experts
 from .older_config import older_settings
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output whose code is nibble i of a word (AutoAWQ, utils/packing_utils.py)
@@ -39,8 +39,8 @@ class Awq(FolderContainer):
         }
         return {"quantization_config": settings, **older_settings(described.settings)}
 
-    def readers(self, described: Described) -> str:
-        return in_words(["vLLM", *known_readers(described, ["mlx-lm", "transformers with GPTQModel"])])
+    def readers(self, described: Described) -> list[str]:
+        return ["vLLM", *known_readers(described, ["mlx-lm", "transformers with GPTQModel"])]
 
     def notes(self, described: Described) -> list[str]:
         return notes_of_experts(described)

@@ -136,12 +136,12 @@ class FolderContainer(ABC):
         """Return other JSON files that readers want, by name."""
         return {}
 
-    def tensors(self, described: Described) -> dict[str, torch.Tensor]:
-        """Return tensors that several modules share, by name."""
+    def shared_tensors(self, described: Described) -> dict[str, torch.Tensor]:
+        """Return the tensors that belong to several modules, by name."""
         return {}
 
     @abstractmethod
-    def readers(self, described: Described) -> str:
+    def readers(self, described: Described) -> list[str]:
         """Return who loads this model in the container, for the summary and the card."""
 
     def transformers_reads(self, described: Described) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...driver.model_card import FOLDER, front_matter, licence_note
 from ...frontend.facts import facts_of_folder
+from ...units import listed
 
 CARD = """
 # {name}, for {target}
@@ -55,25 +56,30 @@ LOADING = {
     "mlx": f'    pip install mlx-lm\n    mlx_lm.generate --model {FOLDER} --prompt "Once upon a time"',
 }
 
+# Names that the hub has for libraries: the first that loads a folder goes into its card.
+LIBRARIES = {"transformers": "transformers", "mlx-lm": "mlx", "vLLM": "vllm"}
+UNTRIED = "none that was tried"
 
-def folder_card(checkpoint: Path, target: str, readers: str, bits: float, schemes: dict[str, int], folder: Path) -> str:
+
+def folder_card(
+    checkpoint: Path, target: str, readers: list[str], bits: float, schemes: dict[str, int], folder: Path
+) -> str:
     """Return the text of the card. schemes: label -> layers stored so. folder: where the other files are."""
     facts = facts_of_folder(checkpoint)
     repository = facts.get("base_model", "")
     rows = sorted(schemes.items(), key=lambda item: (-item[1], item[0]))
-    return front_matter(facts, repository, ["quantc", target], folder, _library(target, readers)) + CARD.format(
+    return front_matter(facts, repository, ["quantc", target], folder, _library_of(readers)) + CARD.format(
         name=repository or checkpoint.resolve().name,
         target=target,
         bits=bits,
         formats="\n".join(f"| `{label}` | {count:,} |" for label, count in rows),
-        readers=readers,
+        readers=listed(readers or [UNTRIED]),
         loading=LOADING[target],
         licence=licence_note(facts, repository),
     )
 
 
-def _library(target: str, readers: str) -> str:
-    """Return what the hub is to show as the library that loads the folder."""
-    if "transformers" in readers:
-        return "transformers"
-    return "mlx" if target == "mlx" else "vllm"
+def _library_of(readers: list[str]) -> str | None:
+    """Return what the hub is to show as the library that loads the folder; None where it knows none of them."""
+    found = (library for name, library in LIBRARIES.items() for reader in readers if reader.startswith(name))
+    return next(found, None)

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.integrity import WEIGHTS_KEY
-from ...frontend.weight_files import ROTATED
 from ...numerics.qtensor import QTensor
 from ...planning.targets import NVFP4
 from ...units import plural
@@ -68,19 +66,19 @@ class CompressedTensors(FolderContainer):
         }
         if described.rotations:
             settings["transform_config"] = transform_config(described)
-            return {"quantization_config": settings, WEIGHTS_KEY: ROTATED}
+            return {"quantization_config": settings}
         if _dequantized(described):
             settings["dequantize"] = True  # transformers loads these in any dtype this way alone; vLLM ignores the key
         return {"quantization_config": settings}
 
-    def tensors(self, described: Described) -> dict[str, torch.Tensor]:
+    def shared_tensors(self, described: Described) -> dict[str, torch.Tensor]:
         return rotation_matrices(described)
 
-    def readers(self, described: Described) -> str:
+    def readers(self, described: Described) -> list[str]:
         if described.rotations:
-            return "vLLM alone, on one GPU"
-        all_three = self.transformers_reads(described)
-        return "vLLM, SGLang and transformers with compressed-tensors" if all_three else "vLLM and SGLang"
+            return ["vLLM alone, on one GPU"]
+        more = ["transformers with compressed-tensors"] if self.transformers_reads(described) else []
+        return ["vLLM", "SGLang", *more]
 
     def transformers_reads(self, described: Described) -> bool:
         why = described.rotations or self._why_of_experts(described)

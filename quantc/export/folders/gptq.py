@@ -34,10 +34,10 @@ class Gptq(FolderContainer):
     def files(self, described: Described) -> dict[str, Any]:
         return {"quantize_config.json": _settings(described)}
 
-    def readers(self, described: Described) -> str:
+    def readers(self, described: Described) -> list[str]:
         whole = all(scheme.symmetric and scheme.bits in VLLM_BITS for scheme in described.all_schemes)
         through = [] if described.mixed else ["transformers with GPTQModel"]
-        return in_words([*known_readers(described, through), *(["vLLM"] if whole else [])])
+        return [*known_readers(described, through), *(["vLLM"] if whole else [])]
 
     def notes(self, described: Described) -> list[str]:
         found = []
@@ -52,11 +52,6 @@ def known_readers(described: Described, others: list[str]) -> list[str]:
     """Return GPTQModel where it finds the experts, and others where there are none."""
     leaves = {leaf for experts in described.experts for leaf in experts.schemes}
     return ["GPTQModel", *([] if leaves else others)] if leaves <= set(STACKED_LEAVES.values()) else []
-
-
-def in_words(readers: list[str]) -> str:
-    """Return names in a sentence."""
-    return " and ".join(filter(None, [", ".join(readers[:-1]), readers[-1]])) if readers else "none that was tried"
 
 
 def notes_of_experts(described: Described) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ...checkpoint.integrity import WEIGHTS_KEY
+from ...checkpoint.integrity import WEIGHTS_KEY, refuse_transformers
 from ...checkpoint.reader import CheckpointReader
 from ...checkpoint.writer import CheckpointWriter
 from ...driver.model_card import CARD_FILE
@@ -20,17 +20,18 @@ from ...files.whole_file import json_text
 from ...frontend.auto import build_skeleton, first_line
 from ...frontend.companions import model_files, tokenizer_files
 from ...frontend.source import quiet_transformers
+from ...frontend.weight_files import ROTATED
 from ...planning.targets import RUNTIMES
 from ...progress import Progress
 from ...runtime.load import stored_dtype
-from ...units import plural
+from ...units import listed, plural
 from ...version import __version__
 from ..probe import Agreement
 from . import proof
 from .auto_round import AutoRound
 from .awq import Awq
 from .base import Described, FolderContainer
-from .card import folder_card
+from .card import UNTRIED, folder_card
 from .compressed_tensors import CompressedTensors
 from .contents import Contents
 from .gptq import Gptq
@@ -82,16 +83,19 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
     contents = Contents(reader, container, target, model)
     dtype = contents.scale_dtype(stored_dtype(reader.config))
     described = _describe(reader, contents, target)
-    exported = ExportedFolder(str(checkpoint), str(out), container.name, container.readers(described))
+    readers = container.readers(described)
+    exported = ExportedFolder(str(checkpoint), str(out), container.name, listed(readers or [UNTRIED]))
     with CheckpointWriter(out, force, resumable=False) as writer:
         _write(writer, contents, reader, dtype, progress)
-        for name, tensor in container.tensors(described).items():
+        for name, tensor in container.shared_tensors(described).items():
             writer.add(name, tensor.to(dtype))
         config = {
             **described.settings,
             **container.config(described),
             "dtype": _name(_floats_dtype(reader, contents, dtype)),
         }
+        if described.rotations:
+            refuse_transformers(config, ROTATED)
         for name, content in container.files(described).items():
             writer.add_text(name, json_text(content, indent=2) + "\n")
         writer.add_files(lambda folder: _copy_companions(checkpoint, folder))
@@ -103,7 +107,7 @@ def export_folder(checkpoint: Path, target: str, out: Path, force: bool, progres
         for entry in contents.entries:
             exported.schemes[entry.spec.label()] = exported.schemes.get(entry.spec.label(), 0) + 1
         exported.bits_per_weight = reader.bits_per_weight()
-        writer.add_text(CARD_FILE, _card(checkpoint, target, exported, writer.folder))
+        writer.add_text(CARD_FILE, _card(checkpoint, target, readers, exported, writer.folder))
         writer.commit(config, _manifest(reader, target))
     exported.notes += [*container.notes(described), *_notes(reader, contents, dtype), *([why] if why else [])]
     exported.dtype = str(config["dtype"])
@@ -118,9 +122,9 @@ def _ask(
     return proof.ask_transformers(folder, reader, container.name, progress)
 
 
-def _card(checkpoint: Path, target: str, exported: ExportedFolder, folder: Path) -> str:
+def _card(checkpoint: Path, target: str, readers: list[str], exported: ExportedFolder, folder: Path) -> str:
     bits, schemes = exported.bits_per_weight, exported.schemes
-    return folder_card(checkpoint, target, exported.readers, bits, schemes, folder)
+    return folder_card(checkpoint, target, readers, bits, schemes, folder)
 
 
 def _skeleton(reader: CheckpointReader) -> PreTrainedModel:

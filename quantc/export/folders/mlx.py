@@ -27,8 +27,8 @@ class Mlx(FolderContainer):
             "biases": (-zero_codes(tensor).float() * scales).to(dtype),
         }
 
-    def readers(self, described: Described) -> str:
-        return "mlx-lm"
+    def readers(self, described: Described) -> list[str]:
+        return ["mlx-lm"]
 
     def config(self, described: Described) -> dict[str, Any]:
         settings: dict[str, Any] = {**_scheme(described.common), "mode": "affine"}

@@ -80,9 +80,10 @@ class Transforms:
         return found[0] if found else None
 
     def _key(self, stored: Stored, module: str, transform: _Transform) -> str:
-        own = f"{module}.{transform.ending}"
-        shared = [name for name in stored.headers if name.endswith(f".{transform.ending}")]
-        return shared[0] if own not in stored.headers and len(shared) == 1 else own
+        if f"{module}.{transform.ending}" not in stored.headers:
+            owners = stored.modules(transform.ending)
+            module = owners[0] if len(owners) == 1 else module
+        return f"{module}.{transform.ending}"
 
 
 def _transforms(settings: Settings) -> Iterator[_Transform]:
@@ -94,7 +95,8 @@ def _transforms(settings: Settings) -> Iterator[_Transform]:
             location = str(apply.get("location", str, ""))
             if location not in ONLINE:
                 continue
-            if location != "input" or scheme.get("type", str) not in HADAMARD or apply.get("inverse", bool, False):
+            other = scheme.get("type", str) not in HADAMARD or scheme.get("randomize", bool, False)  # then permuted
+            if location != "input" or other or apply.get("inverse", bool, False):
                 raise settings.unread(f"the online transform {name} (transform_config, location {location})")
             targets, ignored = (apply.get(key, list[str], []) for key in ("targets", "ignore"))
             yield _Transform(

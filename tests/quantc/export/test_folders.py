@@ -222,6 +222,19 @@ def test_groups_are_chosen_that_the_target_holds(tmp_path: Path) -> None:
     assert RUNTIMES["mlx"].group_of(100) is None
 
 
+@pytest.mark.parametrize(
+    ("symmetric", "readers", "library"),
+    [(True, "GPTQModel and vLLM", "library_name: vllm"), (False, "GPTQModel", "tags:")],
+)
+def test_a_card_names_only_who_loads_this_model(symmetric: bool, readers: str, library: str, tmp_path: Path) -> None:
+    """Several widths: transformers does not load them in GPTQ's container, and vLLM none with zero points."""
+    packed = checkpoint(tmp_path, bits=8, symmetric=symmetric, pins={"*down_proj": 4})
+    assert quantc.export(packed, to="gptq", out=tmp_path / "out").readers == readers
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"Read by: {readers}." in card
+    assert card.startswith(f"---\n{library}")
+
+
 def test_what_is_planned_for_a_target_can_be_exported_to_it(tmp_path: Path) -> None:
     save_with_tokenizer(build("qwen2"), tmp_path / "model")
     for target in ("vllm", "vllm-rotated", "compressed-tensors", "gptq", "awq", "auto-round", "mlx"):

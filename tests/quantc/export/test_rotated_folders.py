@@ -47,11 +47,11 @@ def test_blocks_are_as_large_as_vllm_takes_and_read_back(tmp_path: Path) -> None
     assert exported.agreement is None
     assert any("transformers does not, and refuses the folder" in note for note in exported.notes)
     model = open_model(tmp_path / "out")
-    report = quantc.load(packed, dtype=torch.float32)
+    loaded = quantc.load(packed, dtype=torch.float32)
     found = model.quantized.tensors(["model.layers.1.self_attn.v_proj.weight"])
     weight = found["model.layers.1.self_attn.v_proj.weight"][...]
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
-    expected = report.get_submodule("model.layers.1.self_attn.v_proj")(x)
+    expected = loaded.get_submodule("model.layers.1.self_attn.v_proj")(x)
     torch.testing.assert_close(x @ weight.T, expected, rtol=1e-4, atol=1e-5)
     assert "int4 g32 rotated" in model.quantized.labels
 
@@ -114,6 +114,7 @@ def test_a_rotated_residual_stream_is_refused_before_work_starts(tmp_path: Path)
     ("change", "said"),
     [
         ({"type": "random-matrix"}, "the online transform hadamard_128 (transform_config, location input)"),
+        ({"randomize": True}, "the online transform hadamard_128 (transform_config, location input)"),
         ({"apply": [{"location": "output", "targets": ["Linear"]}]}, "(transform_config, location output)"),
         ({"apply": [{"location": "input", "targets": ["lm_head"]}]}, "hadamard_128 of lm_head, which is stored in"),
     ],

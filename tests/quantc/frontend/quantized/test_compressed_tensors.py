@@ -12,6 +12,8 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.transform import TransformArgs, TransformFactory, TransformScheme
+from safetensors.torch import load_file
 
 from quantc.frontend import open_model
 from tests.families import build
@@ -59,6 +61,7 @@ FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"int{bits}": ("pack-quantized", group(bits, 16)) for bits in range(2, 9)},
     **{f"asym{bits}": ("pack-quantized", group(bits, 16, symmetric=False)) for bits in range(2, 9)},
+    "int8 groups": ("pack-quantized", group(8, 32)),
     "rows": ("pack-quantized", {"num_bits": 5, "strategy": "channel", "symmetric": False}),
     "fp8 tensor": ("float-quantized", {**FP8, "strategy": "tensor"}),
     "fp8 rows": ("naive-quantized", {**FP8, "strategy": "channel"}),
@@ -80,6 +83,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 SMALL = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "random-hadamard"])
+def test_inputs_are_turned_as_the_package_turns_them(plain: Path, tmp_path: Path, kind: str) -> None:
+    """x times the weight that is read is the package's turned x times the weight that is stored."""
+    scheme = TransformScheme(type=kind, head_dim=32, precision=torch.float64)
+    inputs, weights = (
+        TransformArgs(targets=[DOWN], location=location, inverse=location != "input")
+        for location in ("input", "weight_input")
+    )
+    linear = torch.nn.Linear(96, 64, bias=False, dtype=torch.float64)
+    factory = TransformFactory.from_scheme(scheme, name="R4", seed=1)
+    turn, turn_weight = (factory.create_transform(linear, each) for each in (inputs, weights))
+    pack = packer("pack-quantized", CASES["int8 groups"][1], torch.float32)
+
+    def turned(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        if module != DOWN:
+            return pack(module, weight)
+        parts, stored = pack(module, turn_weight(weight.double()).float())
+        return {**parts, "R4_input.weight": turn.weight.float()}, stored
+
+    apply = {"targets": [DOWN], "location": "input", "inverse": False, "ignore": []}
+    config = ct_config("pack-quantized", dict(CASES["int8 groups"][1]))
+    config["transform_config"] = {"config_groups": {"R4": {"type": kind, "head_dim": 32, "apply": [apply]}}}
+    source = open_model(write(plain, tmp_path / "model", turned, config))
+    stored = load_file(tmp_path / "model-twin/model.safetensors")[f"{DOWN}.weight"].double()
+    source.load(f"{DOWN}.weight")
+    found = source.model.get_parameter(f"{DOWN}.weight").double()
+    x = torch.randn(5, found.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x @ found.T, turn(x) @ stored.T, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, stored, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
