@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from benchmarks.common import describe, machine, markdown, write_json
 from quantc.kernels.cpu import library
-from quantc.kernels.cpu.native import INT8_VARIABLE
+from quantc.kernels.cpu.library import INT8_VARIABLE
 
 WARM_UP = 3
 

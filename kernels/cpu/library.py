@@ -1,7 +1,8 @@
 """The C++ library behind the native kernels: found, loaded, and set to an instruction set.
 
 setup.py builds it where there is a compiler; everything else works without. Environment: QUANTC_CPU_LEVEL forces an
-instruction set, for tests and measurements (a name that `levels()` gives).
+instruction set, for tests and measurements (a name that `levels()` gives); QUANTC_CPU_INT8=1 lets kernels round
+activations to int8.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 
 from ...errors import KernelError, UsageError
 
-VERSION = 10  # of the C interface in native/api.h and of images
+VERSION = 11  # of the C interface in native/api.h and of images
 LEVEL_VARIABLE = "QUANTC_CPU_LEVEL"
+INT8_VARIABLE = "QUANTC_CPU_INT8"
 FOLDER = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as native/level.h numbers them
 
@@ -45,6 +47,7 @@ _INTERFACE: dict[str, tuple[Any, list[Any]]] = {
     "panel_step": (_LONG, [_POINTER]),
     "use_torch": (None, [_POINTER]),
     "step": (None, [_POINTER, _LONG, _LONG]),
+    "trellis_step": (None, [_POINTER, _LONG, _LONG]),
 }
 _CAN_FAIL: dict[str, list[Any]] = {
     "pack": [_INT, _LONG, _LONG, _LONG, _INT, *[_POINTER] * 4, _LONG, _INT],
@@ -55,7 +58,7 @@ _CAN_FAIL: dict[str, list[Any]] = {
     "matmul": [_BYTES, _INT, _POINTER, _LONG, _LONG, _INT, _INT, _INT],
     "rotate": [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT],
     "keep_rotation": [_POINTER],
-    "multiply_trellis": [_BYTES, _POINTER, _LONG, _LONG, _INT, _INT],
+    "multiply_trellis": [_BYTES, _INT, _POINTER, _LONG, _LONG, _INT, _INT, _INT],
     "unpack_trellis": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _INT],
     "unpack": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _INT],
 }
@@ -96,6 +99,7 @@ class Library:
     use_torch: Any
     keep_rotation: Any
     step: Any
+    trellis_step: Any
     multiply_trellis: Any
     unpack_trellis: Any
     trellis_takes_many_rows: Any
@@ -140,6 +144,16 @@ def loaded() -> Library:
     library = load()
     assert isinstance(library, Library), library
     return library
+
+
+def int8_is_asked_for() -> bool:
+    """Return whether the environment says that activations are rounded to int8."""
+    return os.environ.get(INT8_VARIABLE, "0") not in ("", "0")
+
+
+def without_int8() -> str | None:
+    """Return that the instruction set in use has no products of int8 activations, as the end of a sentence."""
+    return None if loaded().has_int8() else f"has no int8 activations on {level()}, and {INT8_VARIABLE} asks for them"
 
 
 def levels() -> list[str]:

@@ -13,7 +13,6 @@ arithmetic.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -32,7 +31,6 @@ from .images import image_shape, in_strips, longest_row, pack, readable
 from .library import TYPES
 from .panels import check_low_rank, multiply_back, multiply_panels, weight_addresses
 
-INT8_VARIABLE = "QUANTC_CPU_INT8"
 LEAST_GROUP = {"per_oc": 8, "per_ic": 4}  # a group fills whole blocks or strips: shorter ones would be padding mostly
 # Rows of x from which torch multiplies with unpacked panels of a weight with dropped groups, where the processor has
 # products of bfloat16. With half of the groups of 16 dropped, own bfloat16 products take 0.5 times as long as panels
@@ -112,7 +110,7 @@ class NativeCpu:
     name = "native"
 
     def __init__(self) -> None:
-        self.int8 = os.environ.get(INT8_VARIABLE, "0") not in ("", "0")
+        self.int8 = library.int8_is_asked_for()
 
     def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -132,9 +130,7 @@ class NativeCpu:
             return f"needs {spec.grouping} groups of {least} or more, not {group}"
         if spec.sparsity and shape[1] > (longest := longest_row(group)):
             return f"needs rows of up to {longest} inputs in groups of {group} where groups are dropped, not {shape[1]}"
-        if self.int8 and not spec.sparsity and not found.has_int8():
-            return f"has no int8 activations on {library.level()}, and {INT8_VARIABLE} asks for them"
-        return None
+        return library.without_int8() if self.int8 and not spec.sparsity else None
 
     def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> NativeWeight:
         image = pack(parts, spec, shape)

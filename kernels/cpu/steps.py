@@ -2,7 +2,8 @@
 
 Python around an operator takes longer than the product of a small weight. torch's dispatcher calls C functions too,
 through an interface of plain C that torch keeps stable (torch/csrc/stable), and so does the C++ that its compiler
-writes. quantc::native_step1 to native_step4 are such functions (native/steps.cpp).
+writes. quantc::native_step1 to native_step4, and trellis_step1 to trellis_step4 for weights in trellis codes, are such
+functions (native/steps.cpp).
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ FUNCTIONS = (
     "aoti_torch_dtype_bfloat16",
 )
 NAMES = [f"native_step{count}" for count in range(1, LARGEST_STEP + 1)]
+TRELLIS_NAMES = [f"trellis_step{count}" for count in range(1, LARGEST_STEP + 1)]
+TENSORS = {"native": ("image", "bias"), "trellis": ("codes", "scales", "bias")}  # of each weight
+SETTINGS = {  # of all; in bits, four bits for each weight
+    "native": "int biased, int hadamard, int int8, int n",
+    "trellis": "int biased, int hadamard, int bits, int int8, int n",
+}
 
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 
@@ -47,10 +54,11 @@ def available() -> bool:
         return False
     addresses = [ctypes.cast(getattr(torch_itself, name), ctypes.c_void_p) for name in FUNCTIONS]
     native.use_torch((ctypes.c_void_p * len(addresses))(*addresses))
-    for count, name in enumerate(NAMES, 1):
-        tensors = ", ".join(["Tensor x", *(f"Tensor {kind}{i}" for kind in ("image", "bias") for i in range(count))])
-        LIBRARY.define(f"{name}({tensors}, int biased, int hadamard, int int8, int n) -> Tensor")
-        torch.library.register_fake(f"quantc::{name}", _fake_step, lib=LIBRARY)
+    for kind, names in (("native", NAMES), ("trellis", TRELLIS_NAMES)):
+        for count, name in enumerate(names, 1):
+            tensors = ", ".join(["Tensor x", *(f"Tensor {part}{i}" for part in TENSORS[kind] for i in range(count))])
+            LIBRARY.define(f"{name}({tensors}, {SETTINGS[kind]}) -> Tensor")
+            torch.library.register_fake(f"quantc::{name}", _fake_step, lib=LIBRARY)
     _register(torch_itself, native)
     return True
 
@@ -76,5 +84,6 @@ def _torch_library() -> ctypes.CDLL | None:
 def _register(torch_itself: ctypes.CDLL, native: library.Library) -> None:
     handle = ctypes.c_void_p()
     torch_itself.aoti_torch_library_init_impl(b"quantc", b"CPU", __file__.encode(), 0, ctypes.byref(handle))
-    for name in NAMES:
-        torch_itself.aoti_torch_library_impl(handle, name.encode(), native.step)
+    for names, function in ((NAMES, native.step), (TRELLIS_NAMES, native.trellis_step)):
+        for name in names:
+            torch_itself.aoti_torch_library_impl(handle, name.encode(), function)

@@ -5,6 +5,9 @@ looked up (native/trellis_lanes.h). One row of x meets them as they are decoded;
 decoded once, to floats in the first cache, or to bfloat16, in which the integers are exact. Sums are float32, times the
 scale of the row at the end. Many rows of bfloat16 meet panels that are unpacked for torch's matmul, where the processor
 is made for it.
+
+A single row is rounded to int8, with a scale for every 32 activations, where QUANTC_CPU_INT8=1 says so: sums are of
+whole numbers then. More rows share the decoding of a part and gain nothing by it, so that they stay as they are.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ _thread_count = torch.get_num_threads
 LIBRARY = torch.library.Library("quantc", "FRAGMENT")
 LIBRARY.define(
     "trellis_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, "
-    "int bits, int hadamard) -> Tensor"
+    "int bits, int hadamard, bool int8) -> Tensor"
 )
 
 
@@ -61,8 +64,8 @@ class TrellisWeight:
     """A prepared weight (N, K): its parts, which are not copied.
 
     codes, scales: uint8 (ceil(N / tile), K, tile * bits / 8) and float16 (N, 1). low_rank_a, low_rank_b: float16 (R, K)
-    and (ceil(N / 16), R, 16), or None. hadamard: order of the input's rotation, 0 for none. stored, addresses: where
-    the library finds all that. multiply_rows: the library's product.
+    and (ceil(N / 16), R, 16), or None. hadamard: order of the input's rotation, 0 for none. int8: whether a single row
+    of activations is rounded. stored, addresses: where the library finds all that. multiply_rows: its product.
     """
 
     codes: torch.Tensor
@@ -71,6 +74,7 @@ class TrellisWeight:
     low_rank_b: torch.Tensor | None
     bits: int
     hadamard: int
+    int8: bool = False
     n: int = field(init=False)
     k: int = field(init=False)
     stored: Stored = field(init=False, repr=False)
@@ -117,9 +121,15 @@ class TrellisWeight:
 
 
 class NativeTrellis:
-    """Own C++ kernels for trellis codes of every width and tile, on the instructions that the processor has."""
+    """Own C++ kernels for trellis codes of every width and tile, on the instructions that the processor has.
+
+    int8: whether weights prepared from now on round a single row of activations to int8.
+    """
 
     name = "native-trellis"
+
+    def __init__(self) -> None:
+        self.int8 = library.int8_is_asked_for()
 
     def supports(self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -131,7 +141,7 @@ class NativeTrellis:
             return found
         if dtype not in TYPES:
             return f"runs in float32, float16 and bfloat16, not in {str(dtype)[6:]}"
-        return DENSE_ONLY if spec.sparse else None
+        return DENSE_ONLY if spec.sparse else library.without_int8() if self.int8 else None
 
     def prepare(self, parts: Parts, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> TrellisWeight:
         a, b = parts.get("low_rank_a"), parts.get("low_rank_b")
@@ -142,6 +152,7 @@ class NativeTrellis:
             None if b is None else in_strips(b),
             spec.bits,
             spec.hadamard,
+            self.int8,
         )
 
     def run(self, x: torch.Tensor, prepared: TrellisWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -150,7 +161,7 @@ class NativeTrellis:
             w = prepared
             expect_product(x, w.n, w.k, bias, TYPES)
             y: torch.Tensor = torch.ops.quantc.trellis_matmul(
-                x, w.codes, w.scales, w.low_rank_a, w.low_rank_b, bias, w.bits, w.hadamard
+                x, w.codes, w.scales, w.low_rank_a, w.low_rank_b, bias, w.bits, w.hadamard, w.int8
             )
             return y
         if wants_gradient(x, bias):
@@ -173,8 +184,9 @@ def _trellis_matmul(
     bias: torch.Tensor | None,
     bits: int,
     hadamard: int,
+    int8: bool,
 ) -> torch.Tensor:
-    return multiply(x, TrellisWeight(codes, scales, low_rank_a, low_rank_b, bits, hadamard), bias)
+    return multiply(x, TrellisWeight(codes, scales, low_rank_a, low_rank_b, bits, hadamard, int8), bias)
 
 
 @torch.library.register_fake("quantc::trellis_matmul", lib=LIBRARY)
@@ -200,5 +212,5 @@ def multiply(x: torch.Tensor, w: TrellisWeight, bias: torch.Tensor | None) -> to
         bias = bias if bias is None else readable(bias)
         of_bias = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
         product = _pack_product(*w.addresses, y.data_ptr(), *of_bias)
-        w.multiply_rows(product, x.data_ptr(), rows, k, TYPES[dtype], _thread_count())
+        w.multiply_rows(product, 1, x.data_ptr(), rows, k, TYPES[dtype], w.int8, _thread_count())
     return y

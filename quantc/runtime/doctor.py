@@ -118,7 +118,8 @@ def read_cpu() -> tuple[str, list[str]]:
 def describe_cpu_kernels() -> str:
     """Say in one or two sentences which instructions the native kernels use or why there are none."""
     from ..kernels.cpu import library
-    from ..kernels.cpu.native import INT8_VARIABLE, NATIVE
+    from ..kernels.cpu.library import INT8_VARIABLE
+    from ..kernels.cpu.native import NATIVE
 
     if isinstance(library.load(), str):
         return f"{library.describe()} torch runs everything."

@@ -9,56 +9,91 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ..kernels.cpu.steps import LARGEST_STEP, NAMES, ROWS
+from ..kernels.cpu.steps import LARGEST_STEP, NAMES, ROWS, TRELLIS_NAMES
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A native product in the graph. weight: its tensors. bits: of trellis codes, 0 for images, which say it."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: tuple[Any, ...]
+    bias: Any
+    n: int
+    bits: int
+    hadamard: int
+    int8: bool
 
 
 def join_products(graph: fx.GraphModule) -> None:
     """Make one operator of all native products of the same tensor, where it is computed first."""
-    one = torch.ops.quantc.native_matmul
-    readers: defaultdict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
+    readers: defaultdict[tuple[Any, ...], list[_Product]] = defaultdict(list)
     for node in graph.graph.nodes:
-        if node.target in (one, one.default) and _is_step(node):
-            x, _, _, _, _, _, hadamard, int8 = node.args
-            readers[x, hadamard, int8].append(node)
-    for (x, hadamard, int8), nodes in readers.items():
-        for start in range(0, len(nodes), LARGEST_STEP):
-            _join(graph.graph, x, nodes[start : start + LARGEST_STEP], hadamard, int8)
+        product = _product(node)
+        if product is not None:
+            readers[product.x, product.bits > 0, product.hadamard, product.int8].append(product)
+    for found in readers.values():
+        for start in range(0, len(found), LARGEST_STEP):
+            _join(graph.graph, found[start : start + LARGEST_STEP])
 
 
-def _is_step(node: fx.Node) -> bool:
-    x, _, low_rank_a, *_ = node.args
+def _product(node: fx.Node) -> _Product | None:
+    """Return what a node multiplies, where an operator without Python does that too."""
+    operators = torch.ops.quantc
+    weight: tuple[Any, ...]
+    n: Any
+    bits: Any
+    if node.target in (operators.native_matmul, operators.native_matmul.default):
+        x, image, low_rank_a, _, bias, n, hadamard, int8 = node.args
+        weight, bits = (image,), 0
+    elif node.target in (operators.trellis_matmul, operators.trellis_matmul.default):
+        x, codes, scales, low_rank_a, _, bias, bits, hadamard, int8 = node.args
+        weight, n = (codes, scales), node.meta["example_value"].shape[-1]
+    else:
+        return None
+    made: Any = (node, x, weight, bias, n, bits, hadamard, int8)
+    return _Product(*made) if low_rank_a is None and _is_step(x) else None
+
+
+def _is_step(x: Any) -> bool:
     value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
-    if value is None or low_rank_a is not None or not value.is_contiguous():
+    if value is None or not value.is_contiguous():
         return False
     rows = value.numel() // value.shape[-1]
     return isinstance(rows, int) and 0 < rows <= ROWS and not value.requires_grad
 
 
-def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], hadamard: Any, int8: Any) -> None:
-    images, biases, sizes = (cast("list[Any]", [node.args[place] for node in nodes]) for place in (1, 4, 5))
-    *leading, _ = x.meta["example_value"].shape
+def _join(graph: fx.Graph, products: list[_Product]) -> None:
+    first = products[0]
+    *leading, _ = first.x.meta["example_value"].shape
     rows = prod(leading)
-    biased = sum(1 << place for place, bias in enumerate(biases) if bias is not None)
-    step = getattr(torch.ops.quantc, NAMES[len(nodes) - 1]).default
-    present = [x if bias is None else bias for bias in biases]
-    with graph.inserting_before(nodes[0]):
-        joint = graph.call_function(step, (x, *images, *present, biased, hadamard, int(int8), sum(sizes)))
+    weights = [tensor for kind in zip(*(product.weight for product in products), strict=True) for tensor in kind]
+    biases = [first.x if product.bias is None else product.bias for product in products]
+    biased = sum(1 << place for place, product in enumerate(products) if product.bias is not None)
+    bits = [sum(product.bits << 4 * place for place, product in enumerate(products))] if first.bits else []
+    settings = (biased, first.hadamard, *bits, int(first.int8), sum(product.n for product in products))
+    name = (TRELLIS_NAMES if first.bits else NAMES)[len(products) - 1]
+    with graph.inserting_before(first.node):
+        joint = graph.call_function(getattr(torch.ops.quantc, name).default, (first.x, *weights, *biases, *settings))
         start = 0
-        for node, n in zip(nodes, sizes, strict=True):
-            own = graph.call_function(torch.narrow, (joint, 0, start, rows * n))
-            product = graph.call_function(torch.reshape, (own, (*leading, n)))
-            product.meta["example_value"] = node.meta["example_value"]  # torch caches no methods of what has none
-            node.replace_all_uses_with(product)
-            start += rows * n
-    for node in nodes:
-        graph.erase_node(node)
+        for product in products:
+            own = graph.call_function(torch.narrow, (joint, 0, start, rows * product.n))
+            shaped = graph.call_function(torch.reshape, (own, (*leading, product.n)))
+            # torch caches no methods of what has none
+            shaped.meta["example_value"] = product.node.meta["example_value"]
+            product.node.replace_all_uses_with(shaped)
+            start += rows * product.n
+    for product in products:
+        graph.erase_node(product.node)
 
 
 def open_attention(graph: fx.GraphModule) -> None:

@@ -31,6 +31,13 @@ bool takes_rows_of(const Product& product, int64_t k) {
          is_type(product.bias_type);
 }
 
+bool takes_rows_of_trellis(const Product& product, int64_t k) {
+  const trellis::Stored* w = static_cast<const trellis::Stored*>(product.weight.image);
+  const Rotation* rotation = product.weight.rotation;
+  const bool belongs = trellis::is_weight(w) && w->k == k && (!rotation || rotation->width == k);
+  return belongs && product.weight.rank >= 0 && is_type(product.bias_type);
+}
+
 }  // namespace
 
 int32_t quantc_cpu_version() { return static_cast<int32_t>(VERSION); }
@@ -95,15 +102,14 @@ int32_t quantc_cpu_round_trellis(int32_t bits, int32_t tile, int64_t n, int64_t 
   });
 }
 
-int32_t quantc_cpu_multiply_trellis(const void* product, const void* x, int64_t m, int64_t k, int32_t type,
-                                    int32_t threads) {
+int32_t quantc_cpu_multiply_trellis(const void* products, int32_t count, const void* x, int64_t m, int64_t k, int32_t type,
+                                    int32_t int8, int32_t threads) {
   return guarded([&] {
-    const Product& one = *static_cast<const Product*>(product);
-    const trellis::Stored* w = static_cast<const trellis::Stored*>(one.weight.image);
-    const Rotation* rotation = one.weight.rotation;
-    const bool belongs = trellis::is_weight(w) && w->k == k && (!rotation || rotation->width == k);
-    if (!belongs || one.weight.rank < 0 || !is_type(one.bias_type) || m < 0 || threads < 1 || !is_type(type)) return REFUSED;
-    trellis::multiply(one, Call{x, m, static_cast<Type>(type), false, threads});
+    const Product* all = static_cast<const Product*>(products);
+    if (count < 1 || count > LARGEST_GROUP || m < 0 || threads < 1 || !is_type(type)) return REFUSED;
+    for (int i = 0; i < count; ++i)
+      if (!takes_rows_of_trellis(all[i], k)) return REFUSED;
+    trellis::multiply(all, count, Call{x, m, static_cast<Type>(type), int8 != 0, threads});
     return DONE;
   });
 }

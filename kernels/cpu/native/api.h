@@ -50,9 +50,10 @@ EXPORT int32_t quantc_cpu_round_trellis(int32_t bits, int32_t tile, int64_t n, i
                                         const void* unit, const void* scale, const void* upper, int64_t upper_row,
                                         int64_t upper_column, void* errors, void* codes, int32_t threads);
 
-// The product of x [m][k] with a weight in trellis codes: a Product whose image is a trellis::Stored. Types: as below.
-EXPORT int32_t quantc_cpu_multiply_trellis(const void* product, const void* x, int64_t m, int64_t k, int32_t type,
-                                           int32_t threads);
+// The products of x [m][k] with 1 to LARGEST_GROUP weights in trellis codes: Products whose image is a trellis::Stored.
+// Types and int8: as below, but rows of int8 activations come one at a time; more rows stay as they are.
+EXPORT int32_t quantc_cpu_multiply_trellis(const void* products, int32_t count, const void* x, int64_t m, int64_t k,
+                                           int32_t type, int32_t int8, int32_t threads);
 // Whether many rows of bfloat16 are best left to it, and not to torch's product with unpacked rows.
 EXPORT int32_t quantc_cpu_trellis_takes_many_rows();
 // Rows [from, to) of a trellis::Stored, whole tiles, as columns of out [k][to - from] of a type. values: of out.
@@ -89,3 +90,6 @@ EXPORT int32_t quantc_cpu_keep_rotation(const void* rotation);
 // rotation, int8, and how many outputs there are. Returns the products one behind the other. Throws, as torch expects, a
 // std::exception that says which tensor it cannot read, or that memory is out.
 EXPORT void quantc_cpu_step(uint64_t* values, uint64_t count, uint64_t outputs);
+// The same of weights in trellis codes: x, their codes, scales and biases, which of these are there, the order of x's
+// rotation, the bits of each weight, four for each, int8, and how many outputs there are.
+EXPORT void quantc_cpu_trellis_step(uint64_t* values, uint64_t count, uint64_t outputs);

@@ -4,7 +4,7 @@
 #include <cpuid.h>
 
 #include "int8_quads.h"
-#include "trellis_tiles.h"
+#include "trellis_int8.h"
 
 void multiply_avx_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   multiply_quads(w, x, y, from, to);
@@ -12,6 +12,10 @@ void multiply_avx_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_
 
 void multiply_trellis_avx_vnni(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile, float* workspace) {
   multiply_trellis(w, x, y, tile, workspace);
+}
+
+void multiply_trellis_int8_avx_vnni(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile, float* workspace) {
+  multiply_trellis_int8(w, x, y, tile, workspace);
 }
 
 bool avx_vnni_runs_here() {
@@ -24,5 +28,6 @@ bool avx_vnni_runs_here() {
 
 void multiply_avx_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t) {}
 void multiply_trellis_avx_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*) {}
+void multiply_trellis_int8_avx_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*) {}
 bool avx_vnni_runs_here() { return false; }
 #endif

@@ -15,7 +15,7 @@ static bool runs_here() {
 }
 
 const Level LEVEL_AVX512 = {
-    "avx512", runs_here, LARGEST_TILE, round_tile, load_plain, multiply_trellis, unpack_trellis, load_float, load_bfloat16, load_int8, nullptr, scale_inputs, rotate, times_a, add_times_b,
+    "avx512", runs_here, LARGEST_TILE, round_tile, load_plain, multiply_trellis, unpack_trellis, round_plain, load_float, load_bfloat16, load_int8, nullptr, scale_inputs, rotate, times_a, add_times_b,
     multiply<Lookup>, nullptr, nullptr, unpack<Lookup>,
     load_kept, multiply_kept<Lookup>, unpack_kept<Lookup>, nullptr, nullptr, nullptr,
 };

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #define LANES 16
 #include "int8_quads.h"
-#include "trellis_tiles.h"
+#include "trellis_int8.h"
 
 void multiply_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_t from, int64_t to) {
   multiply_quads(w, x, y, from, to);
@@ -10,5 +10,9 @@ void multiply_vnni(const Image* w, const Inputs& x, const Outputs& y, int64_t fr
 
 void multiply_trellis_vnni(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile, float* workspace) {
   multiply_trellis(w, x, y, tile, workspace);
+}
+
+void multiply_trellis_int8_vnni(const trellis::Stored* w, const Inputs& x, const Outputs& y, int64_t tile, float* workspace) {
+  multiply_trellis_int8(w, x, y, tile, workspace);
 }
 #endif

@@ -13,7 +13,7 @@ constexpr int STRIP = 16;   // output rows: float32 lanes of an AVX-512 register
 constexpr int BLOCK = 32;   // inputs: then every plane of a block is a whole number of 64-byte vectors
 constexpr int VECTOR = 64;  // bytes: a 32-bit word for each row of a strip
 constexpr uint32_t MAGIC = 0x43504351;
-constexpr uint32_t VERSION = 10;
+constexpr uint32_t VERSION = 11;
 
 // What the image of a weight with dropped groups has besides: kept.h. All zero in the others.
 struct Kept {

@@ -65,32 +65,56 @@ void load_bfloat16(const Image* w, const void* x, uint16_t* row, float* sums) {
   }
 }
 
-// Each block of 32 gets a scale of its own, so that an outlier costs its 31 neighbours precision and nobody else.
+// Up to BLOCK numbers as whole ones of at most 127 times a scale, which infinity and NaN make NaN: they must not become
+// numbers. Each block gets a scale of its own, so that an outlier costs its 31 neighbours precision and nobody else.
+struct RoundedBlock {
+  int32_t values[BLOCK];
+  float scale, sum;
+};
+INLINE RoundedBlock round_block(const float* x, int count) {
+  RoundedBlock out;
+  int32_t largest_bits = 0;  // positive floats have the order of their bits, infinity and NaN above the numbers
+  for (int i = 0; i < count; ++i) {
+    const int32_t size = static_cast<int32_t>(to_bits(x[i]) & 0x7fffffff);
+    largest_bits = size > largest_bits ? size : largest_bits;
+  }
+  const float largest = from_bits(static_cast<uint32_t>(largest_bits));
+  const bool rounds = largest > 1e-30f && largest_bits < 0x7f800000;
+  const float inverse = rounds ? 127 / largest : 0;
+  int sum = 0;
+  for (int i = 0; i < count; ++i) {
+    const float scaled = rounds ? x[i] * inverse : 0;
+    out.values[i] = static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled));
+    sum += out.values[i];
+  }
+  out.scale = largest_bits < 0x7f800000 ? largest / 127 : from_bits(0x7fc00000);
+  out.sum = out.scale * static_cast<float>(sum);
+  return out;
+}
+
 void load_int8(const Image* w, const float* ordered, int8_t* row, float* scales, float* sums) {
   uint8_t order[BLOCK];
   for (int i = 0; i < BLOCK; ++i) order[i] = static_cast<uint8_t>(quad_input(w->bits, i / 4, i % 4));
   for (int64_t g = 0; g < (w->per_ic ? 1 : w->groups); ++g) sums[g] = 0;
   for (int64_t b = 0; b < w->blocks; ++b) {
-    const float* x = ordered + b * BLOCK;
-    int32_t largest_bits = 0;  // positive floats have the order of their bits, infinity and NaN above the numbers
-    for (int i = 0; i < BLOCK; ++i) {
-      const int32_t size = static_cast<int32_t>(to_bits(x[i]) & 0x7fffffff);
-      largest_bits = size > largest_bits ? size : largest_bits;
-    }
-    const float largest = from_bits(static_cast<uint32_t>(largest_bits));
-    const bool rounds = largest > 1e-30f && largest_bits < 0x7f800000;  // infinity and NaN must not become numbers
-    const float inverse = rounds ? 127 / largest : 0;
-    int32_t rounded[BLOCK];
-    int sum = 0;
-    for (int i = 0; i < BLOCK; ++i) {
-      const float scaled = rounds ? x[i] * inverse : 0;
-      rounded[i] = static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled));
-      sum += rounded[i];
-    }
-    for (int i = 0; i < BLOCK; ++i) row[b * BLOCK + i] = static_cast<int8_t>(rounded[order[i]]);
-    scales[b] = largest_bits < 0x7f800000 ? largest / 127 : from_bits(0x7fc00000);
-    sums[w->per_ic ? 0 : b / w->group_blocks] += scales[b] * static_cast<float>(sum);
+    const RoundedBlock block = round_block(ordered + b * BLOCK, BLOCK);
+    for (int i = 0; i < BLOCK; ++i) row[b * BLOCK + i] = static_cast<int8_t>(block.values[order[i]]);
+    scales[b] = block.scale;
+    sums[w->per_ic ? 0 : b / w->group_blocks] += block.sum;
   }
+}
+
+// In the order of inputs; returns the sum of what they are rounded to.
+float round_plain(const float* x, int64_t k, int8_t* row, float* scales) {
+  float sum = 0;
+  for (int64_t from = 0; from < k; from += BLOCK) {
+    const int count = k - from < BLOCK ? static_cast<int>(k - from) : BLOCK;
+    const RoundedBlock block = count == BLOCK ? round_block(x + from, BLOCK) : round_block(x + from, count);
+    for (int i = 0; i < count; ++i) row[from + i] = static_cast<int8_t>(block.values[i]);
+    scales[from / BLOCK] = block.scale;
+    sum += block.sum;
+  }
+  return sum;
 }
 
 float scale_inputs(const Image* w, const float* ordered, int64_t group, float* scaled, int base) {

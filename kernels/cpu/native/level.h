@@ -40,6 +40,8 @@ struct Level {
   float (*load_plain)(const void* x, Type, int64_t k, float* row);
   void (*multiply_trellis)(const trellis::Stored*, const Inputs&, const Outputs&, int64_t tile, float* workspace);
   void (*unpack_trellis)(const trellis::Stored*, int64_t tile, char* out, Type, int64_t stride, float* workspace);
+  // Of k floats: int8_t [k], and a scale for each block of 32; returns the sum of what they mean.
+  float (*round_plain)(const float* x, int64_t k, int8_t* row, float* scales);
   // One row of x (w->k values) in the order of the blocks, and its sums, or no sums if null.
   void (*load_float)(const Image*, const void* x, Type, float* row, float* sums);
   void (*load_bfloat16)(const Image*, const void* x, uint16_t* row, float* sums);
@@ -78,6 +80,8 @@ struct Level {
   int64_t weights_from;
   // As multiply_trellis, of rows of bfloat16 with an even stride, filled up with zeros; or null.
   void (*multiply_trellis_pairs)(const trellis::Stored*, const Inputs&, const Outputs&, int64_t tile, float* workspace);
+  // Of one row as round_plain leaves it, or null.
+  void (*multiply_trellis_int8)(const trellis::Stored*, const Inputs&, const Outputs&, int64_t tile, float* workspace);
 };
 
 extern const Level LEVEL_SCALAR;

@@ -10,8 +10,11 @@ void multiply_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t
 void multiply_avx_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_avx512vl_vnni(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_trellis_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
+void multiply_trellis_int8_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
 void multiply_trellis_avx_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
+void multiply_trellis_int8_avx_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
 void multiply_trellis_avx512vl_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
+void multiply_trellis_int8_avx512vl_vnni(const trellis::Stored*, const Inputs&, const Outputs&, int64_t, float*);
 bool avx_vnni_runs_here();
 void multiply_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
 void multiply_rounded_bfloat16(const Image*, const Inputs&, const Outputs&, int64_t, int64_t);
@@ -43,6 +46,7 @@ struct Available {
     short_vnni.name = "avx2_vnni";
     short_vnni.by_int8 = avx_vnni_runs_here() ? multiply_avx_vnni : multiply_avx512vl_vnni;
     short_vnni.multiply_trellis = avx_vnni_runs_here() ? multiply_trellis_avx_vnni : multiply_trellis_avx512vl_vnni;
+    short_vnni.multiply_trellis_int8 = avx_vnni_runs_here() ? multiply_trellis_int8_avx_vnni : multiply_trellis_int8_avx512vl_vnni;
     short_vnni.runs_here = [] { return LEVEL_AVX2.runs_here() && (avx_vnni_runs_here() || avx512_vnni_runs_here()); };
     offer(short_vnni);
     offer(LEVEL_AVX512);
@@ -50,6 +54,7 @@ struct Available {
     vnni.name = "avx512_vnni";
     vnni.by_int8 = multiply_vnni;
     vnni.multiply_trellis = multiply_trellis_vnni;
+    vnni.multiply_trellis_int8 = multiply_trellis_int8_vnni;
     vnni.runs_here = avx512_vnni_runs_here;
     offer(vnni);
     Level bfloat16 = vnni;

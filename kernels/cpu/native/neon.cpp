@@ -11,7 +11,7 @@
 #include "trellis_tiles.h"
 
 const Level LEVEL_NEON = {
-    "neon", [] { return true; }, LARGEST_TILE, round_tile, load_plain, multiply_trellis, unpack_trellis, load_float, load_bfloat16, load_int8, fit_fields, scale_inputs, rotate, times_a, add_times_b,
+    "neon", [] { return true; }, LARGEST_TILE, round_tile, load_plain, multiply_trellis, unpack_trellis, round_plain, load_float, load_bfloat16, load_int8, fit_fields, scale_inputs, rotate, times_a, add_times_b,
     multiply_fields, nullptr, nullptr, unpack<Converter>,
     load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr, nullptr, 0,
     multiply_many, MANY_FROM,

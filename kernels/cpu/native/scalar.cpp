@@ -6,12 +6,12 @@
 #include "kept_rows.h"
 #include "low_rank.h"
 #include "many_floats.h"
+#include "trellis_int8.h"
 #include "trellis_search.h"
-#include "trellis_tiles.h"
 
 const Level LEVEL_SCALAR = {
-    "scalar", [] { return true; }, LARGEST_TILE, round_tile, load_plain, multiply_trellis, unpack_trellis, load_float, load_bfloat16, load_int8, fit_fields, scale_inputs, rotate, times_a, add_times_b,
+    "scalar", [] { return true; }, LARGEST_TILE, round_tile, load_plain, multiply_trellis, unpack_trellis, round_plain, load_float, load_bfloat16, load_int8, fit_fields, scale_inputs, rotate, times_a, add_times_b,
     multiply_fields, nullptr, multiply_int8, unpack<Converter>,
     load_kept, multiply_kept<Converter>, unpack_kept<Converter>, nullptr, nullptr, nullptr, nullptr, 0,
-    multiply_many, MANY_FROM,
+    multiply_many, MANY_FROM, nullptr, multiply_trellis_int8,
 };

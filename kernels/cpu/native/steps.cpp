@@ -1,4 +1,4 @@
-// The operators quantc::native_step1, ... as torch's dispatcher calls them, without Python: kernels/cpu/steps.py.
+// The operators quantc::native_step1, ... and quantc::trellis_step1, ... as torch's dispatcher calls them, without Python: kernels/cpu/steps.py.
 //
 // torch offers plain C functions for this, which stay as they are from one version to the next. They are called
 // through addresses that the caller has found, so that nothing is included, linked or needed.
@@ -10,6 +10,7 @@
 
 #include "api.h"
 #include "multiply.h"
+#include "trellis_multiply.h"
 
 namespace {
 
@@ -112,11 +113,11 @@ Handle contiguous(Value value) {
   return tensor;
 }
 
-// Raised as torch's matmul raises it.
-void check_width(int64_t found, int64_t rows, const Image* w) {
-  if (found == w->k) return;
-  const auto shape = [](int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); };
-  throw std::runtime_error("mat1 and mat2 shapes cannot be multiplied (" + shape(rows, found) + " and " + shape(w->k, w->n) + ")");
+int64_t size_of_dim(Handle tensor, int64_t dim) {
+  int64_t dims = 0, found = 0;
+  expect(torch.dim(tensor, &dims) == 0 && dim < dims, "got a weight of too few dimensions");
+  expect(torch.size(tensor, dim, &found) == 0, "got a tensor whose size torch does not tell");
+  return found;
 }
 
 // y, until it is handed back.
@@ -132,47 +133,97 @@ struct Output {
   }
 };
 
-Product product_of(Value image, Value bias, bool biased) {
-  Product product = {};
-  const Image* w = image_of(contiguous(image));
-  product.weight.image = w;
-  if (biased) {
-    const Handle tensor = contiguous(bias);
-    expect(numel(tensor) == w->n, "got a bias of another size than its weight's outputs");
-    product.bias = data<void>(tensor);
-    product.bias_type = type_of(tensor);
+// The products of one x, which are added one after the other.
+class Step {
+ public:
+  Step(Value x, Value block)
+      : x_(contiguous(x)), k_(width(x_)), m_(k_ ? numel(x_) / k_ : 0), block_(static_cast<int64_t>(block)) {}
+
+  void add(const void* weight, int64_t n, int64_t k, bool biased, Value bias) {
+    check_width(n, k);
+    Product& product = products_[count_];
+    product.weight.image = weight;
+    product.weight.rotation = rotation(k, block_);
+    if (biased) {
+      const Handle tensor = contiguous(bias);
+      expect(numel(tensor) == n, "got a bias of another size than its weight's outputs");
+      product.bias = data<void>(tensor);
+      product.bias_type = type_of(tensor);
+    }
+    outputs_[count_++] = n;
+    all_ += n;
   }
-  return product;
+
+  // outputs: of all products, as the graph has it. multiply(products, count, call).
+  template <typename Multiply>
+  Handle run(Value int8, Value outputs, Multiply multiply) {
+    uint32_t threads = 1;
+    expect(torch.threads(&threads) == 0 && threads > 0, "finds no threads");
+    expect(static_cast<int64_t>(outputs) == all_, "was traced for weights with other numbers of outputs");
+    const Call call{data<void>(x_), m_, type_of(x_), int8 != 0, static_cast<int>(threads)};
+    const int64_t size = m_ * all_, stride = 1;
+    Output y;
+    if (torch.empty(1, &size, &stride, types[call.type], cpu, 0, &y.tensor) != 0) throw std::bad_alloc();
+    char* next = data<char>(y.tensor);
+    for (int i = 0; i < count_; ++i) {
+      products_[i].y = next;
+      next += m_ * outputs_[i] * (call.type == FLOAT32 ? 4 : 2);
+    }
+    multiply(products_, count_, call);
+    return y.release();
+  }
+
+ private:
+  // Raised as torch's matmul raises it.
+  void check_width(int64_t n, int64_t k) const {
+    if (k_ == k) return;
+    const auto shape = [](int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); };
+    throw std::runtime_error("mat1 and mat2 shapes cannot be multiplied (" + shape(m_, k_) + " and " + shape(k, n) + ")");
+  }
+
+  Handle x_;
+  int64_t k_, m_, block_, all_ = 0;
+  Product products_[LARGEST_GROUP] = {};
+  int64_t outputs_[LARGEST_GROUP] = {};
+  int count_ = 0;
+};
+
+Handle run_images(const Value* values, int count) {
+  const Value *images = values + 1, *biases = images + count, *settings = biases + count;
+  Step step(values[0], settings[1]);
+  for (int i = 0; i < count; ++i) {
+    const Image* w = image_of(contiguous(images[i]));
+    step.add(w, w->n, w->k, settings[0] >> i & 1, biases[i]);
+  }
+  return step.run(settings[2], settings[3], [](auto... given) { multiply(given...); });
 }
 
-Handle run(const Value* values, int count) {
-  const Value *images = values + 1, *biases = images + count, *biased = biases + count;
-  const int64_t block = static_cast<int64_t>(biased[1]);
-  const Handle x = contiguous(values[0]);
-  const int64_t k = width(x), m = k ? numel(x) / k : 0;
-  Product products[LARGEST_GROUP] = {};
-  uint32_t threads = 1;
-  expect(torch.threads(&threads) == 0 && threads > 0, "finds no threads");
-  int64_t all = 0;
+Handle run_trellis(const Value* values, int count) {
+  const Value *codes = values + 1, *scales = codes + count, *biases = scales + count, *settings = biases + count;
+  Step step(values[0], settings[1]);
+  trellis::Stored weights[LARGEST_GROUP];
   for (int i = 0; i < count; ++i) {
-    products[i] = product_of(images[i], biases[i], biased[0] >> i & 1);
-    const Image* w = static_cast<const Image*>(products[i].weight.image);
-    check_width(k, m, w);
-    products[i].weight.rotation = rotation(k, block);
-    all += w->n;
+    const Handle walks = contiguous(codes[i]), of_rows = contiguous(scales[i]);
+    const int64_t n = numel(of_rows), k = size_of_dim(walks, 1), bits = static_cast<int64_t>(settings[2] >> 4 * i & 15);
+    weights[i] = {data<uint8_t>(walks), data<uint16_t>(of_rows), numel(walks), n, k, static_cast<int32_t>(bits), trellis::tile_of(n)};
+    expect(type_of(of_rows) == FLOAT16 && trellis::is_weight(&weights[i]), "got codes and scales that are not those of one weight");
+    step.add(&weights[i], n, k, settings[0] >> i & 1, biases[i]);
   }
-  expect(static_cast<int64_t>(biased[3]) == all, "was traced for weights with other numbers of outputs");
-  const Call call{data<void>(x), m, type_of(x), biased[2] != 0, static_cast<int>(threads)};
-  const int64_t size = m * all, stride = 1;
-  Output y;
-  if (torch.empty(1, &size, &stride, types[call.type], cpu, 0, &y.tensor) != 0) throw std::bad_alloc();
-  char* next = data<char>(y.tensor);
-  for (int i = 0; i < count; ++i) {
-    products[i].y = next;
-    next += m * static_cast<const Image*>(products[i].weight.image)->n * (call.type == FLOAT32 ? 4 : 2);
+  return step.run(settings[3], settings[4], [](auto... given) { trellis::multiply(given...); });
+}
+
+// values: `per_weight` tensors for each product after x, and then `settings` numbers; y comes in their place.
+template <typename Run>
+void run_step(Value* values, Value given, int per_weight, int settings, Run run) {
+  const int products = (static_cast<int>(given) - 1 - settings) / per_weight;
+  Handle y;
+  try {
+    const Owned tensors{values, 1 + per_weight * products};
+    y = run(values, products);
+  } catch (const std::bad_alloc&) {
+    fail("is out of memory");
   }
-  multiply(products, count, call);
-  return y.release();
+  values[0] = reinterpret_cast<Value>(y);
 }
 
 }  // namespace
@@ -191,14 +242,5 @@ void quantc_cpu_use_torch(const void* functions) {
   for (int i = 0; i < 3; ++i) types[i] = torch.types[i]();
 }
 
-void quantc_cpu_step(uint64_t* values, uint64_t count, uint64_t) {
-  const int products = static_cast<int>(count - 5) / 2;
-  Handle y;
-  try {
-    const Owned tensors{values, 1 + 2 * products};
-    y = run(values, products);
-  } catch (const std::bad_alloc&) {
-    fail("is out of memory");
-  }
-  values[0] = reinterpret_cast<Value>(y);
-}
+void quantc_cpu_step(uint64_t* values, uint64_t count, uint64_t) { run_step(values, count, 2, 4, run_images); }
+void quantc_cpu_trellis_step(uint64_t* values, uint64_t count, uint64_t) { run_step(values, count, 3, 5, run_trellis); }

@@ -20,7 +20,17 @@ constexpr int value_of(uint32_t state) {
 }
 
 // Tiles that kernels know: a weight has the first of them that divides its rows (quantc/spec/grids/trellis.py).
-constexpr bool is_tile(int tile) { return tile == 64 || tile == 96 || tile == 80 || tile == 48 || tile == 32; }
+constexpr int TILES[] = {64, 96, 80, 48, 32};
+constexpr bool is_tile(int tile) {
+  for (int one : TILES)
+    if (tile == one) return true;
+  return false;
+}
+constexpr int tile_of(int64_t n) {
+  for (int one : TILES)
+    if (n % one == 0) return one;
+  return n < 32 ? 32 : 64;
+}
 
 // A weight [n][k] as it is stored: codes [ceil(n / tile)][k][tile * bits / 8], and a float16 scale for each row.
 // kernels/cpu/trellis.py writes this struct.

@@ -1,4 +1,5 @@
-// From a column of trellis codes to the integers of its rows, sixteen rows at a time.
+// From a column of trellis codes to the integers of its rows, sixteen rows at a time: to the four bytes whose sum, less
+// MIDDLE, is the integer, and to that sum.
 //
 // Row 8 j + i of a tile, lane i of register j, has the 12 bits from bit BITS (HEIGHT i + j) on of a column's cycle of
 // BITS HEIGHT bytes (HEIGHT: tile / 8, even). So a lane reads a stretch of the cycle: a word of 32 bits from the byte on
@@ -179,10 +180,14 @@ INLINE __m256i states_of(__m256i words) {
   }
 }
 
-// The integers of 8 states, less MIDDLE where CENTRED.
-INLINE FloatLanes integers_of(__m256i states) {
+INLINE __m256i bytes_of(__m256i states) {
   const __m256i words = _mm256_mullo_epi32(states, _mm256_set1_epi32(static_cast<int32_t>(trellis::MULTIPLIER)));
-  const __m256i bytes = _mm256_and_si256(words, _mm256_set1_epi32(trellis::MASK));
+  return _mm256_and_si256(words, _mm256_set1_epi32(trellis::MASK));
+}
+
+// The integers of 8 words, less MIDDLE where CENTRED.
+INLINE FloatLanes sums_of(WordLanes words) {
+  const __m256i bytes = reinterpret_cast<__m256i>(words);
 #if defined(__AVXVNNI__)
   const __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_set1_epi32(-trellis::MIDDLE), bytes, _mm256_set1_epi8(1));
 #elif defined(__AVX512VNNI__)
@@ -193,26 +198,31 @@ INLINE FloatLanes integers_of(__m256i states) {
   return reinterpret_cast<FloatLanes>(_mm256_cvtepi32_ps(sums));
 }
 
-// Calls visit(s, integers of rows 16 s to 16 s + 15) for the strips of a tile's column; s is a constant.
-template <int BITS, int HEIGHT, typename Visit>
+// Calls visit(s, bytes of rows 16 s to 16 s + 15 in each of COLUMNS neighbouring columns) for the strips of a tile; s is a
+// constant.
+template <int BITS, int HEIGHT, int COLUMNS, typename Visit>
 INLINE void for_each_strip(const uint8_t* column, Visit visit) {
   using W = Walk<BITS, HEIGHT>;
-  __m256i words;
+  __m256i words[COLUMNS];
   unrolled<W::STRIPS>([&](auto s) INLINE_LAMBDA {
-    Floats integers;
-    unrolled<2>([&](auto p) INLINE_LAMBDA {
-      constexpr int j = 2 * decltype(s)::value + decltype(p)::value;
-      if constexpr (W::starts_word(j, 1)) words = words_of<BITS, HEIGHT, W::start_of(j, 1)>(column);
-      integers.part[p] = integers_of(states_of<BITS, HEIGHT, j>(words));
+    Words bytes[COLUMNS];
+    unrolled<2 * COLUMNS>([&](auto i) INLINE_LAMBDA {
+      constexpr int p = decltype(i)::value % 2, c = decltype(i)::value / 2, j = 2 * decltype(s)::value + p;
+      if constexpr (W::starts_word(j, 1)) words[c] = words_of<BITS, HEIGHT, W::start_of(j, 1)>(column + c * W::BYTES);
+      bytes[c].part[p] = reinterpret_cast<WordLanes>(bytes_of(states_of<BITS, HEIGHT, j>(words[c])));
     });
-    visit(s, integers);
+    visit(s, bytes);
   });
 }
 #else
-INLINE FloatLanes integers_of(__m512i windows) {
+INLINE __m512i bytes_of(__m512i windows) {
   const __m512i states = _mm512_and_si512(windows, _mm512_set1_epi32(trellis::STATES - 1));
   const __m512i words = _mm512_mullo_epi32(states, _mm512_set1_epi32(static_cast<int32_t>(trellis::MULTIPLIER)));
-  const __m512i bytes = _mm512_and_si512(words, _mm512_set1_epi32(trellis::MASK));
+  return _mm512_and_si512(words, _mm512_set1_epi32(trellis::MASK));
+}
+
+INLINE FloatLanes sums_of(WordLanes words) {
+  const __m512i bytes = reinterpret_cast<__m512i>(words);
 #if defined(__AVX512VNNI__)
   const __m512i sums = _mm512_dpbusd_epi32(_mm512_set1_epi32(-trellis::MIDDLE), bytes, _mm512_set1_epi8(1));
 #else
@@ -221,15 +231,20 @@ INLINE FloatLanes integers_of(__m512i windows) {
   return reinterpret_cast<FloatLanes>(_mm512_cvtepi32_ps(sums));
 }
 
-template <int BITS, int HEIGHT, typename Visit>
+template <int BITS, int HEIGHT, int COLUMNS, typename Visit>
 INLINE void for_each_strip(const uint8_t* column, Visit visit) {
   using W = Walk<BITS, HEIGHT>;
-  __m512i words;
+  __m512i words[COLUMNS];
   unrolled<W::STRIPS>([&](auto s) INLINE_LAMBDA {
     constexpr int j = 2 * decltype(s)::value;
-    if constexpr (W::starts_word(j, 2)) words = words_of<BITS, HEIGHT, W::start_of(j, 2)>(column);
     static constexpr auto shifts = shifts_of<BITS, HEIGHT, j, 2>();
-    visit(s, Floats{{integers_of(_mm512_srlv_epi32(words, _mm512_load_si512(shifts.of)))}});
+    Words bytes[COLUMNS];
+    unrolled<COLUMNS>([&](auto c) INLINE_LAMBDA {
+      if constexpr (W::starts_word(j, 2)) words[c] = words_of<BITS, HEIGHT, W::start_of(j, 2)>(column + c * W::BYTES);
+      const __m512i windows = _mm512_srlv_epi32(words[c], _mm512_load_si512(shifts.of));
+      bytes[c].part[0] = reinterpret_cast<WordLanes>(bytes_of(windows));
+    });
+    visit(s, bytes);
   });
 }
 #endif
@@ -246,30 +261,45 @@ INLINE uint32_t word_from(const uint8_t* column) {
   return word;
 }
 
-INLINE FloatLanes integers_of(WordLanes windows) {
-  const WordLanes bytes = (windows & static_cast<uint32_t>(trellis::STATES - 1)) * trellis::MULTIPLIER & trellis::MASK;
+INLINE WordLanes sums_of_bytes(WordLanes bytes) {
   const WordLanes pairs = (bytes & 0x00ff00ff) + (bytes >> 8 & 0x00ff00ff);
-  return __builtin_convertvector(reinterpret_cast<IntLanes>((pairs + (pairs >> 16)) & 0xffff), FloatLanes);
+  return (pairs + (pairs >> 16)) & 0xffff;
 }
 
-template <int BITS, int HEIGHT, typename Visit>
+INLINE FloatLanes sums_of(WordLanes bytes) {
+  return __builtin_convertvector(reinterpret_cast<IntLanes>(sums_of_bytes(bytes)), FloatLanes);
+}
+
+template <int BITS, int HEIGHT, int COLUMNS, typename Visit>
 INLINE void for_each_strip(const uint8_t* column, Visit visit) {
   using W = Walk<BITS, HEIGHT>;
-  WordLanes words[8 / LANES];
+  WordLanes words[COLUMNS][8 / LANES];
   unrolled<W::STRIPS>([&](auto s) INLINE_LAMBDA {
-    Floats integers;
-    unrolled<2>([&](auto p) INLINE_LAMBDA {
-      constexpr int j = 2 * decltype(s)::value + decltype(p)::value, start = W::start_of(j, 1), shift = BITS * j - 8 * start;
+    Words bytes[COLUMNS];
+    unrolled<2 * COLUMNS>([&](auto at) INLINE_LAMBDA {
+      constexpr int p = decltype(at)::value % 2, c = decltype(at)::value / 2, j = 2 * decltype(s)::value + p;
+      constexpr int start = W::start_of(j, 1), shift = BITS * j - 8 * start;
       if constexpr (W::starts_word(j, 1))
         unrolled<8>([&](auto i) INLINE_LAMBDA {
-          words[i / LANES][i % LANES] = word_from<W::BYTES, W::byte_of(decltype(i)::value) + start>(column) >> W::shift_of(i);
+          const uint32_t word = word_from<W::BYTES, W::byte_of(decltype(i)::value) + start>(column + c * W::BYTES);
+          words[c][i / LANES][i % LANES] = word >> W::shift_of(i);
         });
-      for (int q = 0; q < 8 / LANES; ++q) integers.part[p * 8 / LANES + q] = integers_of(words[q] >> shift);
+      for (int q = 0; q < 8 / LANES; ++q) {
+        const WordLanes states = words[c][q] >> shift & static_cast<uint32_t>(trellis::STATES - 1);
+        bytes[c].part[p * 8 / LANES + q] = states * trellis::MULTIPLIER & trellis::MASK;
+      }
     });
-    visit(s, integers);
+    visit(s, bytes);
   });
 }
 
 #endif
+
+// Less MIDDLE where CENTRED.
+INLINE Floats integers_of(const Words& bytes) {
+  Floats out;
+  for (int p = 0; p < PARTS; ++p) out.part[p] = sums_of(bytes.part[p]);
+  return out;
+}
 
 }  // namespace

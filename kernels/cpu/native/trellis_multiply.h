@@ -12,8 +12,8 @@ bool are_tiles(const Stored* w, int64_t from, int64_t to);
 // False where torch's product of many rows of bfloat16 with an unpacked weight is faster: with instructions made for it.
 bool takes_many_rows();
 
-// product.weight.image: a Stored. Throws std::bad_alloc.
-void multiply(const Product& product, const Call& call);
+// Up to LARGEST_GROUP products of the same x, whose weight.image is a Stored each. Throws std::bad_alloc.
+void multiply(const Product* products, int count, const Call& call);
 // Rows [from, to) as columns of out [k][to - from]. Throws std::bad_alloc.
 void unpack(const Stored* w, int64_t from, int64_t to, void* out, Type type, int threads);
 

@@ -20,14 +20,14 @@ __attribute__((noinline)) void decode_pairs(const trellis::Stored* w, int64_t ti
   const int64_t pairs = (count + 1) / 2;
   const uint8_t* column = w->codes + (tile * w->k + from) * W::BYTES;
   for (int64_t p = 0; p < pairs; ++p, column += 2 * W::BYTES) {
-    Floats even[W::STRIPS];
-    for_each_strip<BITS, HEIGHT>(column, [&](auto s, const Floats& integers) INLINE_LAMBDA { even[s] = centred(integers); });
     if (2 * p + 1 < count)
-      for_each_strip<BITS, HEIGHT>(column + W::BYTES, [&](auto s, const Floats& integers) INLINE_LAMBDA {
-        out[s * pairs + p] = pair_of(even[s], centred(integers));
+      for_each_strip<BITS, HEIGHT, 2>(column, [&](auto s, const Words (&bytes)[2]) INLINE_LAMBDA {
+        out[s * pairs + p] = pair_of(centred(integers_of(bytes[0])), centred(integers_of(bytes[1])));
       });
     else
-      unrolled<W::STRIPS>([&](auto s) INLINE_LAMBDA { out[s * pairs + p] = pair_of(even[s], all(0)); });
+      for_each_strip<BITS, HEIGHT, 1>(column, [&](auto s, const Words (&bytes)[1]) INLINE_LAMBDA {
+        out[s * pairs + p] = pair_of(centred(integers_of(bytes[0])), all(0));
+      });
   }
 }
 

@@ -45,8 +45,8 @@ __attribute__((noinline)) void multiply_row(const trellis::Stored* w, const Inpu
   Floats own[W::STRIPS];
   for (Floats& sum : own) sum = all(0);
   for (int64_t k = 0; k < w->k; ++k, column += W::BYTES)
-    for_each_strip<BITS, HEIGHT>(column, [&](auto s, const Floats& integers) INLINE_LAMBDA {
-      own[s] = multiply_add(integers, row[k], own[s]);
+    for_each_strip<BITS, HEIGHT, 1>(column, [&](auto s, const Words (&bytes)[1]) INLINE_LAMBDA {
+      own[s] = multiply_add(integers_of(bytes[0]), row[k], own[s]);
     });
   unrolled<W::STRIPS>([&](auto s) INLINE_LAMBDA { store_floats(own[s], sums + s * STRIP); });
 }
@@ -57,8 +57,8 @@ __attribute__((noinline)) void decode(const trellis::Stored* w, int64_t tile, in
   using W = Walk<BITS, HEIGHT>;
   const uint8_t* column = w->codes + (tile * w->k + from) * W::BYTES;
   for (int64_t k = 0; k < count; ++k, column += W::BYTES)
-    for_each_strip<BITS, HEIGHT>(column, [&](auto s, const Floats& integers) INLINE_LAMBDA {
-      store_floats(integers, out + (s * count + k) * STRIP);
+    for_each_strip<BITS, HEIGHT, 1>(column, [&](auto s, const Words (&bytes)[1]) INLINE_LAMBDA {
+      store_floats(integers_of(bytes[0]), out + (s * count + k) * STRIP);
     });
 }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantc.formats import DENSE
+from quantc.formats import DENSE, Parts
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu.native import NATIVE, NativeWeight
+from quantc.kernels.cpu.trellis import NATIVE_TRELLIS, TrellisWeight
 from quantc.numerics.qtensor import QTensor
-from quantc.spec import QuantSpec
+from quantc.spec import WHOLE_ROW, QuantSpec
 from tests.kernels.weights import multiplies_whole_codes, sizes_of_codes_and_zeros
 
 built = pytest.mark.skipif(isinstance(library.load(), str), reason=f"the native kernel {library.load()}")
@@ -30,6 +31,25 @@ def random_weight(spec: QuantSpec, shape: tuple[int, int], seed: int = 0) -> QTe
 
 def prepare(tensor: QTensor, dtype: torch.dtype) -> NativeWeight:
     return NATIVE.prepare(DENSE.pack(tensor), tensor.spec, tensor.shape, dtype)
+
+
+def trellis(bits: int, hadamard: int = 0, rank: int = 0) -> QuantSpec:
+    return QuantSpec(bits, WHOLE_ROW, code="trellis", hadamard=hadamard, rank=rank)
+
+
+def random_parts(spec: QuantSpec, shape: tuple[int, int], seed: int) -> Parts:
+    generator, parts = torch.Generator().manual_seed(seed), {}
+    for name, part in DENSE.layout(spec, shape).items():
+        values = torch.randint(0, 256, part.shape, generator=generator)
+        parts[name] = ((values - 128) / 256).half() if part.dtype == torch.float16 else values.to(part.dtype)
+    return parts
+
+
+def random_trellis(spec: QuantSpec, shape: tuple[int, int]) -> tuple[TrellisWeight, torch.Tensor]:
+    """A weight of any bits, as a kernel takes it and in float64."""
+    parts = random_parts(spec, shape, shape[0] + spec.bits)
+    tensor: QTensor = DENSE.unpack(parts, spec, shape)
+    return NATIVE_TRELLIS.prepare(parts, spec, shape, torch.float32), tensor.effective_weight().double()
 
 
 def absolute_terms(x: torch.Tensor, tensor: QTensor) -> torch.Tensor:

@@ -182,14 +182,14 @@ static void exercise_trellis(int bits, int tile, int64_t n, int64_t k) {
     for (int64_t m : {1, 2, 9, 193}) {
       Block x(size * static_cast<size_t>(m * k)), y(size * static_cast<size_t>(m * n)), bias(size * static_cast<size_t>(n));
       const Product product{weight(stored), y.data, m % 2 ? bias.data : nullptr, type};
-      expect(quantc_cpu_multiply_trellis(&product, x.data, m, k, type, 2), DONE);
+      for (int int8 : {0, 1}) expect(quantc_cpu_multiply_trellis(&product, 1, x.data, m, k, type, int8, 2), DONE);
     }
     Block panel(size * static_cast<size_t>(n * k));
     expect(quantc_cpu_unpack_trellis(&stored, 0, n, panel.data, n * k, type, 2), DONE);
   }
   const auto refuse = [&](const trellis::Stored& one, int64_t m, int64_t width, int type, int threads) {
     const Product product{weight(one), none.data, nullptr, 0};
-    expect(quantc_cpu_multiply_trellis(&product, none.data, m, width, type, threads), REFUSED);
+    expect(quantc_cpu_multiply_trellis(&product, 1, none.data, m, width, type, 0, threads), REFUSED);
   };
   const auto unpack = [&](int64_t from, int64_t to, int64_t values, int type) {
     expect(quantc_cpu_unpack_trellis(&stored, from, to, none.data, values, type, 1), REFUSED);

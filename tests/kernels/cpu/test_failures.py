@@ -81,16 +81,24 @@ def test_the_library_takes_no_trellis_whose_sizes_do_not_belong_together(field: 
     weight = trellis_weight(128, 96)
     setattr(weight.stored, field, value)
     with pytest.raises(KernelError, match="takes no such sizes or types in quantc_cpu_multiply_trellis"):
-        lib.multiply_trellis(trellis_product(weight), x.data_ptr(), 1, 96, 0, 1)
+        lib.multiply_trellis(trellis_product(weight), 1, x.data_ptr(), 1, 96, 0, 0, 1)
     with pytest.raises(KernelError, match="takes no such sizes or types in quantc_cpu_unpack_trellis"):
         lib.unpack_trellis(ctypes.addressof(weight.stored), 0, 64, x.data_ptr(), 64 * 96, 0, 1)
 
 
 def test_the_library_takes_no_rows_and_panels_that_a_trellis_does_not_have() -> None:
     lib, weight, x = library.loaded(), trellis_weight(130, 96), torch.ones(1, 96)
-    for rows, k, kind, threads in [(-1, 96, 0, 1), (1, 95, 0, 1), (1, 96, 3, 1), (1, 96, 0, 0)]:
+    wrong = [
+        (1, -1, 96, 0, 1),
+        (1, 1, 95, 0, 1),
+        (1, 1, 96, 3, 1),
+        (1, 1, 96, 0, 0),
+        (0, 1, 96, 0, 1),
+        (9, 1, 96, 0, 1),
+    ]
+    for count, rows, k, kind, threads in wrong:
         with pytest.raises(KernelError, match="takes no such sizes or types in quantc_cpu_multiply_trellis"):
-            lib.multiply_trellis(trellis_product(weight), x.data_ptr(), rows, k, kind, threads)
+            lib.multiply_trellis(trellis_product(weight), count, x.data_ptr(), rows, k, kind, 0, threads)
     out = torch.empty(96, 64)
     for start, stop, values in [(-64, 0, 6144), (0, 16, 1536), (0, 192, 18432), (64, 64, 0), (0, 64, 6143)]:
         with pytest.raises(KernelError, match="takes no such sizes or types in quantc_cpu_unpack_trellis"):

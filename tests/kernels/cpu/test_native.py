@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantc.kernels.cpu import library
-from quantc.kernels.cpu.native import INT8_VARIABLE, NATIVE
+from quantc.kernels.cpu.library import INT8_VARIABLE
+from quantc.kernels.cpu.native import NATIVE
 from quantc.spec import WHOLE_ROW, QuantSpec
 
 from .cases import DTYPES, FLOAT_LEVELS, LEVELS, ROUNDED_FROM, built, check, prepare, random_weight, rounds_weights

@@ -9,16 +9,16 @@ import torch
 from torch.nn import functional as F
 
 from quantc.checkpoint.config import PackedEntry
-from quantc.formats import DENSE, Parts
+from quantc.formats import DENSE
 from quantc.kernels.cpu import library
 from quantc.kernels.cpu import trellis as kernel
-from quantc.kernels.cpu.trellis import NATIVE_TRELLIS, TrellisWeight
+from quantc.kernels.cpu.trellis import NATIVE_TRELLIS
 from quantc.kernels.registry import choose
-from quantc.numerics.qtensor import QTensor
+from quantc.numerics.trellis.code import values_of
 from quantc.runtime.layers import PackedWeight
-from quantc.spec import WHOLE_ROW, QuantSpec, tile_of
+from quantc.spec import STATE_BITS, WHOLE_ROW, QuantSpec, tile_of
 
-from .cases import DTYPES, LEVELS, built
+from .cases import DTYPES, LEVELS, built, random_parts, random_trellis, trellis
 
 pytestmark = built
 CPU = torch.device("cpu")
@@ -26,25 +26,6 @@ BITS = range(1, 6)
 # By tile: rows that fill tiles; and rows that no tile divides, in tiles of 64 and of 32.
 SIZES = {64: 128, 96: 96, 80: 80, 48: 48, 32: 32, "odd": 133, "short": 7}
 ROWS = (1, 2, 3, 5, 8, 9, 40)
-
-
-def trellis(bits: int, hadamard: int = 0, rank: int = 0) -> QuantSpec:
-    return QuantSpec(bits, WHOLE_ROW, code="trellis", hadamard=hadamard, rank=rank)
-
-
-def random_parts(spec: QuantSpec, shape: tuple[int, int], seed: int) -> Parts:
-    generator, parts = torch.Generator().manual_seed(seed), {}
-    for name, part in DENSE.layout(spec, shape).items():
-        values = torch.randint(0, 256, part.shape, generator=generator)
-        parts[name] = ((values - 128) / 256).half() if part.dtype == torch.float16 else values.to(part.dtype)
-    return parts
-
-
-def random_trellis(spec: QuantSpec, shape: tuple[int, int]) -> tuple[TrellisWeight, torch.Tensor]:
-    """A weight of any bits, as a kernel takes it and in float64."""
-    parts = random_parts(spec, shape, shape[0] + spec.bits)
-    tensor: QTensor = DENSE.unpack(parts, spec, shape)
-    return NATIVE_TRELLIS.prepare(parts, spec, shape, torch.float32), tensor.effective_weight().double()
 
 
 def random_rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -142,13 +123,72 @@ def test_strided_empty_and_unaligned_inputs() -> None:
     assert NATIVE_TRELLIS.run(wide[0, :100], weight).shape == (33,)
 
 
-def test_infinite_activations_stay_visible() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_infinite_activations_stay_visible(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NATIVE_TRELLIS, "int8", int8 and library.loaded().has_int8())
     weight, _ = random_trellis(trellis(4), (64, 64))
     for m in (1, 2):
         for strange in (float("inf"), float("nan")):
             x = torch.ones(m, 64)
             x[:, 40] = strange
             assert not NATIVE_TRELLIS.run(x, weight).isfinite().any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_int8_activations_that_are_integers_lose_nothing(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers of up to 127, one of them in each block of 32: their scale is 1."""
+    monkeypatch.setattr(NATIVE_TRELLIS, "int8", True)
+    with library.forced(level):
+        if not library.loaded().has_int8():
+            spec = trellis(3)
+            assert "has no int8 activations" in (NATIVE_TRELLIS.supports(spec, (64, 64), CPU, torch.float32) or "")
+            return
+        for n in SIZES.values():
+            for bits in BITS:
+                for k in (1, 31, 32, 37, 150):
+                    weight, exact = random_trellis(trellis(bits), (n, k))
+                    x = torch.randint(-127, 128, (1, k), generator=torch.Generator().manual_seed(k)).float()
+                    x[:, ::32] = 127
+                    check(NATIVE_TRELLIS.run(x, weight), x, exact)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_activations_err_by_their_rounding_in_single_rows(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with library.forced(level):
+        if not library.loaded().has_int8():
+            return
+        monkeypatch.setattr(NATIVE_TRELLIS, "int8", True)
+        for hadamard, rank in [(0, 0), (64, 2)]:
+            weight, exact = random_trellis(trellis(3, hadamard, rank), (133, 192))
+            x, bias = random_rows(2, 192, dtype=dtype), random_rows(133)
+            x[:, 5] *= 50  # costs its own block precision, and no other
+            expected = x.double() @ exact.T + bias.double()
+            single = torch.cat([NATIVE_TRELLIS.run(row[None], weight, bias) for row in x])
+            error = (single.double() - expected).norm() / expected.norm()
+            assert 1e-3 < error < 2e-2
+            both = NATIVE_TRELLIS.run(x, weight, bias)
+            assert (both.double() - expected).norm() / expected.norm() < 2 * torch.finfo(dtype).eps + 1e-6
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_int8_sums_of_the_largest_bytes_do_not_overflow(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first row has the state whose four bytes are largest in every column, and activations are all alike."""
+    monkeypatch.setattr(NATIVE_TRELLIS, "int8", True)
+    largest = int(values_of(torch.arange(1 << STATE_BITS)).argmax())
+    cycle = torch.zeros(30, dtype=torch.uint8)
+    cycle[0], cycle[1] = largest & 255, largest >> 8
+    spec, parts = trellis(5), {"qweight": cycle.expand(1, 64, 30).clone(), "scales": torch.ones(48, 1).half()}
+    exact = DENSE.unpack(parts, spec, (48, 64)).effective_weight().double()
+    with library.forced(level):
+        if not library.loaded().has_int8():
+            return
+        weight = NATIVE_TRELLIS.prepare(parts, spec, (48, 64), torch.float32)
+        for sign in (1, -1):
+            x = torch.full((1, 64), 127.0 * sign)
+            check(NATIVE_TRELLIS.run(x, weight), x, exact)
 
 
 def test_one_thread_and_many_give_the_same_bits() -> None:
@@ -180,7 +220,7 @@ def test_the_operator_has_shapes_without_values_and_equals_the_direct_call() -> 
 
     weight, _ = random_trellis(trellis(4, hadamard=64), (80, 64))
     x, bias = random_rows(2, 3, 64).bfloat16(), torch.ones(80)
-    arguments = (weight.codes, weight.scales, None, None, bias, 4, 64)
+    arguments = (weight.codes, weight.scales, None, None, bias, 4, 64, False)
     assert torch.equal(torch.ops.quantc.trellis_matmul(x, *arguments), NATIVE_TRELLIS.run(x, weight, bias))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         y = NATIVE_TRELLIS.run(mode.from_tensor(x), weight)

@@ -114,7 +114,7 @@ def test_what_reads_the_same_tensor_is_one_call_and_attention_is_open(
 
 
 @native
-def test_trellis_weights_stay_one_operator_each(tmp_path: Path, graphs: list[fx.GraphModule]) -> None:
+def test_trellis_weights_are_joined_too(tmp_path: Path, graphs: list[fx.GraphModule]) -> None:
     model = build("llama")
     save_with_tokenizer(model, tmp_path / "llama")
     linears = [
@@ -127,7 +127,10 @@ def test_trellis_weights_stay_one_operator_each(tmp_path: Path, graphs: list[fx.
     quantc.quantize(tmp_path / "llama", plan=tmp_path / "plan.yaml", method="rtn", out=tmp_path / "out")
     fast = quantc.load(tmp_path / "out", dtype=torch.float32, compile=True)
     assert text(fast) == text(quantc.load(tmp_path / "out", dtype=torch.float32))
-    assert targets(graphs[:1]).count(torch.ops.quantc.trellis_matmul) == len(linears)
+    found, ops, blocks = targets(graphs[:1]), torch.ops.quantc, fast.config.num_hidden_layers
+    assert found.count(ops.trellis_step3.default) == found.count(ops.trellis_step2.default) == blocks
+    assert found.count(ops.trellis_step1.default) == 2 * blocks
+    assert ops.trellis_matmul not in found
 
 
 @native
