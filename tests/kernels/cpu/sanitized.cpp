@@ -201,6 +201,7 @@ static void exercise_trellis(int bits, int tile, int64_t n, int64_t k) {
   for (int64_t other : {int64_t{0}, k + 1, INT64_MAX}) { trellis::Stored one = stored; one.k = other; refuse(one, 1, other, 0, 1); }
   unpack(-tile, 0, tile * k, 0), unpack(0, n + tile, (n + tile) * k, 0), unpack(n, n, 0, 0);
   unpack(0, n, n * k - 1, 0), unpack(0, n, n * k, 3);
+  if (trellis::tile_of(n) == tile) run_trellis_steps(bits, tile, n, k);
 }
 
 // The search for codes of a few columns, with what is fed back and without.

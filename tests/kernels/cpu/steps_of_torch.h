@@ -60,11 +60,10 @@ const void* const FUNCTIONS[] = {
     reinterpret_cast<void*>(code<2>)};
 
 // The outputs of a step of one product, or -1 where it throws; all that it was given and made is gone afterwards.
-int64_t step(Tensor* x, Tensor* image, Tensor* bias, uint64_t biased, uint64_t outputs) {
-  uint64_t values[] = {reinterpret_cast<uint64_t>(x), reinterpret_cast<uint64_t>(image), reinterpret_cast<uint64_t>(bias), biased, 0, 0, outputs};
+int64_t run_one(void (*run)(uint64_t*, uint64_t, uint64_t), std::vector<uint64_t> values) {
   int64_t found = -1;
   try {
-    quantc_cpu_step(values, 7, 1);
+    run(values.data(), values.size(), 1);
     found = reinterpret_cast<Tensor*>(values[0])->numel();
     release(reinterpret_cast<void*>(values[0]));
   } catch (const std::exception&) {
@@ -73,15 +72,45 @@ int64_t step(Tensor* x, Tensor* image, Tensor* bias, uint64_t biased, uint64_t o
   return found;
 }
 
+uint64_t value_of(Tensor* t) { return reinterpret_cast<uint64_t>(t); }
+
+int64_t step(Tensor* x, Tensor* image, Tensor* bias, uint64_t biased, uint64_t outputs) {
+  return run_one(quantc_cpu_step, {value_of(x), value_of(image), value_of(bias), biased, 0, 0, outputs});
+}
+
+void expect_outputs(int64_t found, int64_t wanted) {
+  if (found != wanted) std::fprintf(stderr, "a step has %ld outputs, not %ld\n", long(found), long(wanted)), std::abort();
+}
+
+// Of a weight in trellis codes: its own sizes, and such as do not belong together.
+void run_trellis_steps(int bits, int64_t tile, int64_t n, int64_t k) {
+  quantc_cpu_use_torch(FUNCTIONS);
+  const int64_t tiles = (n + tile - 1) / tile, bytes = tile * bits / 8;
+  const auto codes = [&](int64_t width) { return tensor({tiles, width, bytes}, 9, 1); };
+  const auto scales = [&](int64_t rows) { return tensor({rows, 1}, 1, 2); };
+  const auto go = [&](Tensor* x, Tensor* walks, Tensor* of_rows, int64_t width, int int8, int64_t outputs) {
+    Tensor* bias = tensor({n}, 0, 4);
+    const uint64_t settings = static_cast<uint64_t>(width);
+    return run_one(quantc_cpu_trellis_step, {value_of(x), value_of(walks), value_of(of_rows), value_of(bias), 1, 0, settings,
+                                             static_cast<uint64_t>(int8), static_cast<uint64_t>(outputs)});
+  };
+  for (int int8 : {0, 1})
+    for (int64_t m : {0, 1, 3}) expect_outputs(go(tensor({m, k}, 0, 4), codes(k), scales(n), bits, int8, n), m * n);
+  const auto x = [&] { return tensor({1, k}, 2, 2); };
+  expect_outputs(go(x(), codes(k + 1), scales(n), bits, 0, n), -1);
+  expect_outputs(go(x(), codes(k), scales(n + tile), bits, 0, n + tile), -1);
+  expect_outputs(go(x(), codes(k), tensor({n, 1}, 0, 4), bits, 0, n), -1);
+  expect_outputs(go(x(), tensor({tiles * k * bytes}, 9, 1), scales(n), bits, 0, n), -1);
+  for (int other : {0, bits + 1, 15}) expect_outputs(go(x(), codes(k), scales(n), other, 0, n), -1);
+  expect_outputs(go(x(), codes(k), scales(n), bits, 0, n + 1), -1);
+}
+
 void run_steps(const unsigned char* image, size_t bytes, int64_t n, int64_t k) {
   quantc_cpu_use_torch(FUNCTIONS);
   const auto of_image = [&](size_t cut) {
     Tensor* made = tensor({static_cast<int64_t>(bytes - cut)}, 9, 1);
     std::copy(image, image + (bytes - cut), made->bytes.begin());
     return made;
-  };
-  const auto expect_outputs = [](int64_t found, int64_t wanted) {
-    if (found != wanted) std::fprintf(stderr, "a step has %ld outputs, not %ld\n", long(found), long(wanted)), std::abort();
   };
   const uint64_t all = static_cast<uint64_t>(n);
   for (int32_t type = 0; type < 3; ++type) {
