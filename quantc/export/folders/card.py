@@ -20,41 +20,38 @@ Packed by quantc: the same values as in a quantc checkpoint of {bits:.2f} bits p
 ## How to load it
 
 quantc is not needed. Read by: {readers}.
-
 {loading}
-
 ## Licence
 
 {licence}
 """
-TRANSFORMERS = """{install}
+IN_PYTHON = """    pip install {install}
 
 ```python
 {imports}
 
-model = {model}.{load}("{folder}"{dtype})
+model = {model}("{folder}"{dtype})
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```"""
 BY_TRANSFORMERS = {
-    "imports": "from transformers import AutoModelForCausalLM, AutoTokenizer", "model": "AutoModelForCausalLM",
-    "load": "from_pretrained", "folder": FOLDER, "dtype": ', dtype="auto"',
+    "imports": "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "model": "AutoModelForCausalLM.from_pretrained", "folder": FOLDER, "dtype": ', dtype="auto"',
 }  # fmt: skip
 BY_GPTQMODEL = {
-    "install": "    pip install gptqmodel",
-    "imports": "from gptqmodel import GPTQModel\nfrom transformers import AutoTokenizer", "model": "GPTQModel",
-    "load": "load", "folder": FOLDER, "dtype": "",
+    "imports": "from gptqmodel import GPTQModel\nfrom transformers import AutoTokenizer",
+    "model": "GPTQModel.load", "folder": FOLDER, "dtype": "",
 }  # fmt: skip
+# How readers load a folder. The first of them that loads the model is shown, or the one that the target is for.
 LOADING = {
-    "vllm": f"    pip install vllm\n    vllm serve {FOLDER}",
-    "vllm-rotated": f"    pip install vllm\n    vllm serve {FOLDER}",
-    "compressed-tensors": TRANSFORMERS.format(
-        install="    pip install transformers accelerate compressed-tensors", **BY_TRANSFORMERS
+    "transformers with compressed-tensors": IN_PYTHON.format(
+        install="transformers accelerate compressed-tensors", **BY_TRANSFORMERS
     ),
-    "auto-round": TRANSFORMERS.format(install="    pip install auto-round", **BY_TRANSFORMERS),
-    "gptq": TRANSFORMERS.format(**BY_GPTQMODEL),
-    "awq": TRANSFORMERS.format(**BY_GPTQMODEL),
-    "mlx": f'    pip install mlx-lm\n    mlx_lm.generate --model {FOLDER} --prompt "Once upon a time"',
+    "transformers with auto-round": IN_PYTHON.format(install="auto-round", **BY_TRANSFORMERS),
+    "GPTQModel": IN_PYTHON.format(install="gptqmodel", **BY_GPTQMODEL),
+    "vLLM": f"    pip install vllm\n    vllm serve {FOLDER}",
+    "mlx-lm": f'    pip install mlx-lm\n    mlx_lm.generate --model {FOLDER} --prompt "Once upon a time"',
 }
+MEANT_FOR = {"vllm": "vLLM", "vllm-rotated": "vLLM"}
 
 # Names that the hub has for libraries: the first that loads a folder goes into its card.
 LIBRARIES = {"transformers": "transformers", "mlx-lm": "mlx", "vLLM": "vllm"}
@@ -74,9 +71,16 @@ def folder_card(
         bits=bits,
         formats="\n".join(f"| `{label}` | {count:,} |" for label, count in rows),
         readers=listed(readers or [UNTRIED]),
-        loading=LOADING[target],
+        loading=_lines_for(target, readers),
         licence=licence_note(facts, repository),
     )
+
+
+def _lines_for(target: str, readers: list[str]) -> str:
+    """Return how one of the readers loads the folder, between line breaks; "" where none of them is known."""
+    known = [name for name in LOADING if any(reader.startswith(name) for reader in readers)]
+    meant = [name for name in known if name == MEANT_FOR.get(target)]
+    return f"\n{LOADING[(meant or known)[0]]}\n" if known else ""
 
 
 def _library_of(readers: list[str]) -> str | None:

@@ -48,6 +48,9 @@ def test_a_note_says_who_reads_experts(target: str, tmp_path: Path) -> None:
         packed = checkpoint(tmp_path / model, model, symmetric=True)
         exported = quantc.export(packed, to=target, out=tmp_path / model / "out")
         assert any(said in note for note in exported.notes)
+        card = (tmp_path / model / "out/README.md").read_text()
+        assert ("GPTQModel.load" in card) is (model == "qwen3_moe")
+        assert ("vllm serve" in card) is (model == "mixtral")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from quantc.cli import main
 from quantc.cli.options import TARGETS
 from quantc.errors import CheckpointError, UsageError
 from quantc.evaluation import llama_cpp
+from quantc.export.folders.card import folder_card
 from quantc.export.folders.job import CONTAINERS
 from quantc.numerics.qtensor import QTensor
 from quantc.planning.targets import RUNTIMES
@@ -233,6 +234,30 @@ def test_a_card_names_only_who_loads_this_model(symmetric: bool, readers: str, l
     card = (tmp_path / "out/README.md").read_text()
     assert f"Read by: {readers}." in card
     assert card.startswith(f"---\n{library}")
+
+
+@pytest.mark.parametrize(
+    ("target", "readers", "lines"),
+    [
+        ("compressed-tensors", ["vLLM", "SGLang", "transformers with compressed-tensors"], "AutoModelForCausalLM."),
+        ("compressed-tensors", ["vLLM", "SGLang"], "vllm serve"),
+        ("vllm", ["vLLM", "SGLang", "transformers with compressed-tensors"], "vllm serve"),
+        ("vllm-rotated", ["vLLM alone, on one GPU"], "vllm serve"),
+        ("awq", ["vLLM", "GPTQModel", "mlx-lm"], "GPTQModel.load"),
+        ("awq", ["vLLM"], "vllm serve"),
+        ("gptq", [], ""),
+    ],
+)
+def test_the_lines_of_a_card_are_of_a_reader_of_this_model(
+    target: str, readers: list[str], lines: str, tmp_path: Path
+) -> None:
+    """One empty line before and after them; where nothing reads the model there are none."""
+    card = folder_card(tmp_path, target, readers, 4.0, {"w4g32sym": 1}, tmp_path)
+    loading = card.partition("## How to load it\n\n")[2].partition("\n## Licence")[0]
+    shown = loading.partition("\n")[2]
+    assert lines in shown
+    assert bool(shown) is bool(lines)
+    assert "\n\n\n" not in card
 
 
 def test_what_is_planned_for_a_target_can_be_exported_to_it(tmp_path: Path) -> None:
