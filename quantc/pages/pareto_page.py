@@ -18,7 +18,10 @@ WORDS = {"to build it", "share of weights by bits"}
 NO_PLOT = "no plot was drawn, as matplotlib is not installed; run `pip install matplotlib` for one."
 # The plot in the page's colours, which are others in the dark.
 THEMED = {plots.INK: "ink", plots.DIM: "dim", plots.LINE: "line", plots.MIXED: "bar", plots.VERIFIED: "worst"}
-PLOT_STYLE = "svg { border: 0; max-width: 860px; margin: 1.4rem auto 0; font-family: system-ui, sans-serif; }\n"
+# On a narrow screen a plot scrolls: shrunk to it, its text could not be read.
+PLOT_STYLE = """figure { overflow-x: auto; }
+svg { border: 0; min-width: 580px; max-width: 860px; margin: 1.4rem auto 0; font-family: system-ui, sans-serif; }
+"""
 
 
 def check(folder: Path, force: bool) -> None:

@@ -167,9 +167,13 @@ def table(points: list[Point]) -> tuple[list[str], list[list[str]]]:
 def _row(point: Point, measured: bool) -> list[str]:
     built = point.measured
     figures = ["", ""] if built is None else [number(built.kl), number(built.perplexity, 4)]
-    widths = ", ".join(f"{bits}: {100 * share:.0f} %" for bits, share in point.widths.items())
+    widths = ", ".join(f"{bits}: {_percent(share)} %" for bits, share in point.widths.items())
     first = [point.option, f"{point.bits_per_weight:.3f}", size(point.weights_bytes), number(point.predicted_kl)]
     return [*first, *(figures if measured else []), widths]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}" if share >= 0.005 else "<1"
 
 
 def _point(run: Run, option: str, shared: Shared) -> Point:
