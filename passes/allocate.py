@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from ..calibration.stream import CalibrationRun
 from ..errors import UsageError
 from ..pipeline.base import Fact, Pass, register
-from ..pipeline.run import Run
+from ..pipeline.run import Container, Run
 from ..planning.budget import Budget, Shared
 from ..planning.formats import Formats
 from ..planning.head import check_automatic, head_specs, keep_where_it_fits, table_shapes
@@ -82,7 +83,7 @@ class Allocate(Pass):
         """Choose the mixed precision of least predicted loss within the budget."""
         if run.plan.given:
             return
-        budget = self.budget(run, tokens, folder)
+        budget = self.budget(run, tokens, folder, as_read=True)
         limit = limit_of(run, budget, self.config)
         plan = limit.plan()
         if self.config.search:
@@ -95,6 +96,7 @@ class Allocate(Pass):
             run.plan.remark(name, _remark(plan, name, of_all=run.container is not None))
         run.report.notes.append(
             f"{budget.average(plan):.3f} bits a weight in mixed precision; predicted KL divergence {plan.loss:.3g}"
+            f"{_of_reader(budget.besides(plan))}"
         )
         run.report.notes += self._on_trellis(run)
 
@@ -104,8 +106,11 @@ class Allocate(Pass):
         narrow = bool(planned) and sum(spec.bits for spec in planned) <= NARROW * len(planned)
         return [TRELLIS_NOTE] if narrow and self.config.only_by_default else []
 
-    def budget(self, run: Run, tokens: torch.Tensor, folder: Path) -> Budget:
-        """Return what every linear could be stored as, with losses measured now or in an earlier run."""
+    def budget(self, run: Run, tokens: torch.Tensor, folder: Path, as_read: bool = False) -> Budget:
+        """Return what every linear could be stored as, with losses measured now or in an earlier run.
+
+        as_read: what reads the file adds its own losses, which quantc does not have when it measures a build.
+        """
 
         def losses(specs: Specs) -> Losses:
             estimator = self.config.estimator
@@ -115,9 +120,9 @@ class Allocate(Pass):
                 lambda: measure(estimator, run, tokens, folder, lambda linear: specs[linear.name], tables),
             )  # fmt: skip
 
-        return self._budget(run, losses)
+        return self._budget(run, losses, as_read)
 
-    def _budget(self, run: Run, losses: Callable[[Specs], Losses]) -> Budget:
+    def _budget(self, run: Run, losses: Callable[[Specs], Losses], as_read: bool = False) -> Budget:
         linears, planned, formats = run.graph.linears, run.plan.specs, Formats.of(self.config, run.source)
         tables = table_shapes(run) if self.config.head_bits == "auto" else {}
         specs = formats.candidates(linears, tables, planned)
@@ -127,7 +132,8 @@ class Allocate(Pass):
         run.plan.salience = rated.salience
         uniform = formats.uniform(linears, tables, planned)
         stored = run.container.tensor_bits if run.container is not None and self.config.size is not None else None
-        return Budget(run.graph, rated, kept, formats.rules(), tables, uniform, stored)
+        besides = partial(_lost_by_reader, run.container, rated.inputs) if as_read and run.container else None
+        return Budget(run.graph, rated, kept, formats.rules(), tables, uniform, stored, besides)
 
     def _search(
         self, run: Run, budget: Budget, plan: Shared, limit: Limit, tokens: torch.Tensor, folder: Path
@@ -138,6 +144,17 @@ class Allocate(Pass):
         refined = refine(run, tokens, folder, budget, plan, limit.fits, config.search, **question)
         run.report.notes.append(refined.note)
         return refined.plan
+
+
+def _lost_by_reader(
+    container: Container, inputs: dict[str, dict[int, float]], name: str, spec: QuantSpec | None
+) -> float:
+    """Return what rounding the inputs of a weight costs where the file has it so, 0 where that is not known."""
+    return inputs.get(name, {}).get(container.input_block(name, spec), 0.0)
+
+
+def _of_reader(lost: float) -> str:
+    return f", of which {lost:.3g} by rounding activations to 8 bits as llama.cpp does" if lost else ""
 
 
 def _without_losses(specs: Specs) -> Losses:

@@ -27,13 +27,21 @@ Specs = Mapping[str, QuantSpec | None]  # linear, or weight outside the blocks -
 
 
 class Container(Protocol):
-    """A file of another format, for which a run's checkpoint is made."""
+    """A file of another format, for which a run's checkpoint is made.
+
+    input_blocks: sizes of the blocks in which its reader rounds the inputs of weights to 8 bits.
+    """
+
+    input_blocks: tuple[int, ...]
 
     def check(self, specs: Specs) -> None:
         """Raise UsageError that names a weight which the file cannot hold."""
 
     def tensor_bits(self, name: str, spec: QuantSpec | None) -> int:
         """Return the bits that a weight takes in the file."""
+
+    def input_block(self, name: str, spec: QuantSpec | None) -> int:
+        """Return the size of the blocks in which the inputs of a weight are rounded, 0 where they are not."""
 
     def file_bytes(self, specs: Specs, dtypes: Mapping[str, torch.dtype] | None = None) -> int:
         """Return the size of the file for a plan.
@@ -59,6 +67,11 @@ class Run:
     edited: set[str] = field(default_factory=set)  # tensors that are no longer the source's
     target: str | None = None  # a runtime that has to load the result, so that passes keep to the plan's formats
     container: Container | None = None  # what sizes are those of; None where it is the checkpoint itself
+
+    @property
+    def input_blocks(self) -> tuple[int, ...]:
+        """Sizes of the blocks in which inputs are rounded by what reads the result; none where nothing rounds them."""
+        return () if self.container is None else self.container.input_blocks
 
     def gram(self, width: int) -> Gram:
         """Return an empty Gram matrix on the device."""

@@ -99,17 +99,20 @@ class Budget:
         tables: Mapping[str, tuple[int, int]] | None = None,
         uniform: Mapping[int, Mapping[str, QuantSpec]] | None = None,
         stored: Callable[[str, QuantSpec | None], int] | None = None,
+        besides: Callable[[str, QuantSpec | None], float] | None = None,
     ):
         """losses: as an estimator found them. kept_bits: what each linear or table takes as it is.
 
         tables: shapes of tensors outside the blocks that the budget covers too; averages do not count them. uniform: by
         width, the specs of the plan that has it everywhere. stored: bits that a linear or table takes where it is not
-        stored in a checkpoint's own formats; averages do not count what that adds.
+        stored in a checkpoint's own formats; averages do not count what that adds. besides: nats per token that are
+        lost where a linear or table is stored so, by what else than its rounding that changes.
         """
         rules.check(losses)
         self._rules, self._graph, self._kept_bits, self._tables = rules, graph, kept_bits, tables or {}
         self.weights = sum(graph.linears[name].weights for name in losses if name in graph.linears)
         self._stored = stored or self._bits
+        self._besides = besides or (lambda *_: 0.0)
         self._losses = {name: {candidate.spec: candidate.loss for candidate in found} for name, found in losses.items()}
         units = [*_units(graph, losses, rules), *([name] for name in self._tables)]
         self._units = [self._options(unit) for unit in units]
@@ -192,6 +195,10 @@ class Budget:
         blocks = (self._bits(name, spec) for name, spec in shared.specs.items() if name not in self._tables)
         return sum(blocks) / self.weights
 
+    def besides(self, shared: Shared) -> float:
+        """Return what of a plan's loss is not lost by rounding weights."""
+        return sum(self._besides(name, spec) for name, spec in shared.specs.items())
+
     def _options(self, names: list[str]) -> list[Option]:
         """Return every format that all linears of a unit have among their candidates, and keeping them all."""
         by_format = [{format_label(spec): spec for spec in self._losses[name]} for name in names]
@@ -229,7 +236,7 @@ class Budget:
         )
 
     def _loss(self, name: str, spec: QuantSpec | None) -> float:
-        return 0.0 if spec is None else self._losses[name][spec]
+        return self._besides(name, spec) + (0.0 if spec is None else self._losses[name][spec])
 
 
 def _choices(unit: list[Option]) -> list[Choice]:

@@ -34,11 +34,21 @@ class Candidate:
 
 
 class Losses(dict[str, list[Candidate]]):
-    """By the linear's name. salience: of output channels, float16 (N,) of mean 1, of the linears where it is known."""
+    """By the linear's name.
 
-    def __init__(self, found: Mapping[str, list[Candidate]], salience: Mapping[str, torch.Tensor] | None = None):
+    salience: of output channels, float16 (N,) of mean 1, of the linears where it is known. inputs: of linears and
+    tables, by size, what rounding their inputs to 8 bits in blocks adds, in nats per token; where a reader does that.
+    """
+
+    def __init__(
+        self,
+        found: Mapping[str, list[Candidate]],
+        salience: Mapping[str, torch.Tensor] | None = None,
+        inputs: Mapping[str, dict[int, float]] | None = None,
+    ):
         super().__init__(found)
         self.salience = dict(salience or {})
+        self.inputs = dict(inputs or {})
 
 
 def original_blocks(run: Run, calibration: CalibrationRun) -> Iterator[CalibratedWork]:

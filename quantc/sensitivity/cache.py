@@ -1,7 +1,7 @@
 """Losses kept on disk: one calibration serves every budget, target and curve.
 
 An entry is found again by what it depends on: the model's files, the calibration tokens, how weights are rounded, the
-estimator, and the candidates of every linear.
+estimator, the candidates of every linear, and how a reader rounds inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..spec import QuantSpec
 from .base import Candidate, Losses
 
 CACHE = "losses"  # the part of the disk cache
-FORMAT = 4  # of an entry; also raised when an estimator changes what it finds
+FORMAT = 5  # of an entry; also raised when an estimator changes what it finds
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ def kept_losses(
     specs: the candidates of every linear. tokens: the calibration set (samples, T).
     """
     candidates = {name: [spec.to_dict() for spec in found] for name, found in specs.items()}
-    key = key_of(run, tokens, losses=FORMAT, estimator=estimator, specs=candidates)
+    question = {"estimator": estimator, "specs": candidates, "inputs": run.input_blocks}
+    key = key_of(run, tokens, losses=FORMAT, **question)
     stored = disk_cache.load(CACHE, key)
     if stored is not None:
         log.info("losses of an earlier run were taken from %s", disk_cache.folder(CACHE))
@@ -46,7 +47,7 @@ def kept_losses(
 def _encode(losses: Losses) -> bytes:
     found = {name: [[candidate.spec.to_dict(), candidate.loss] for candidate in of] for name, of in losses.items()}
     salience = {name: base64.b64encode(of.numpy().tobytes()).decode() for name, of in losses.salience.items()}
-    return json.dumps({"losses": found, "salience": salience}).encode()
+    return json.dumps({"losses": found, "salience": salience, "inputs": losses.inputs}).encode()
 
 
 def _decode(content: bytes) -> Losses:
@@ -58,4 +59,5 @@ def _decode(content: bytes) -> Losses:
         name: torch.frombuffer(bytearray(base64.b64decode(of)), dtype=torch.float16)
         for name, of in stored["salience"].items()
     }
-    return Losses(found, salience)
+    inputs = {name: {int(block): loss for block, loss in of.items()} for name, of in stored["inputs"].items()}
+    return Losses(found, salience, inputs)

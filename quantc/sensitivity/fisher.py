@@ -41,6 +41,7 @@ from ..pipeline.work import BlockWork
 from ..spec import QuantSpec
 from .backward import BackwardSweep, Reader
 from .base import Candidate, Candidates, Losses, errors, planned_activations, sampled_channels
+from .inputs import InputLosses
 from .outside import Tables
 from .salience import Salience
 
@@ -71,7 +72,8 @@ def measure(
         sweep.backward(seed)
         of_tables = outside.losses(sweep.gradients, BEYOND_SECOND_ORDER)
     run.progress.done()
-    return Losses({**found.losses(), **of_tables}, found.salience.found)
+    inputs = {**found.inputs.found(calibration.total_tokens), **of_tables.inputs}
+    return Losses({**found.losses(), **of_tables}, found.salience.found, inputs)
 
 
 class _Fisher(Reader):
@@ -85,6 +87,7 @@ class _Fisher(Reader):
         self._channels: dict[str, torch.Tensor] = {}
         self._draws: dict[str, list[torch.Tensor]] = {}  # linear -> bfloat16 (experts, M, K) of each draw
         self.salience = Salience()
+        self.inputs = InputLosses(run, run.input_blocks)
 
     @contextmanager
     def watching(self, block: Block, module: nn.Module) -> Iterator[None]:
@@ -106,6 +109,7 @@ class _Fisher(Reader):
         if self.run.plan.specs[linear.name] is None:
             return
         self.salience.add(linear.name, gradient.float().square().reshape(-1, gradient.shape[-1]).sum(0)[None])
+        self.inputs.add(linear, rows, gradient)
         sampled = gradient[..., self._sampled(linear)].float()
         apart = gradient.ndim == 3 and gradient.shape[0] == batch.count
         draws = batch.count if apart else 1

@@ -6,14 +6,15 @@ A rounded table changes the model in at most two places, and tied tables in both
   that arrive there: half the mean over draws of the squared inner product of gradient and change, channel by channel;
 - the logits, from the last block's hidden states as they were. That is measured: their KL divergence.
 
-The two are added. Memory holds the tensors outside the blocks, one of the tables once more, and the logits of a few
-positions.
+The two are added. What a reader loses by rounding the head's inputs is measured like the second. Memory holds the
+tensors outside the blocks, one of the tables once more, and the logits of a few positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,11 +25,13 @@ from ..calibration.stream import CalibrationRun
 from ..numerics.strips import nearest_values
 from ..pipeline.run import Run, output_logits
 from ..spec import QuantSpec
-from .base import Candidate
+from .base import Candidate, Losses
+from .inputs import inputs_error
 from .kl import divergence
 
 STRIDE = 16  # logits are measured at one of this many positions: 512 positions of 16 samples of 512
 
+Change = Callable[[], AbstractContextManager[None]]
 States = list[tuple[int, torch.Tensor]]  # (first sample, hidden states) of every batch
 
 
@@ -45,20 +48,21 @@ class Tables:
         if self.candidates:
             self._ends.append((tokens[:, ::STRIDE], hidden.detach()[:, ::STRIDE].clone()))
 
-    def losses(self, gradients: HiddenStates, beyond: float) -> dict[str, list[Candidate]]:
+    def losses(self, gradients: HiddenStates, beyond: float) -> Losses:
         """Return the losses of all candidates.
 
         gradients: of every sample, at what the first block receives. beyond: by how much losing a share of a table's
         energy raises what is lost there. Tensors outside the blocks are gone from memory afterwards.
         """
         if not self.candidates:
-            return {}
+            return Losses({})
         with self.run.outside_loaded(), torch.no_grad():
             starts = self._starts()
-            return {
+            found = {
                 name: [Candidate(spec, self._loss(name, spec, starts, gradients, beyond)) for spec in specs]
                 for name, specs in self.candidates.items()
             }
+            return Losses(found, inputs={name: self._of_inputs(name) for name in self.candidates})
 
     def _loss(self, name: str, spec: QuantSpec, starts: States, gradients: HiddenStates, beyond: float) -> float:
         table = self.run.source.model.get_parameter(name)
@@ -66,7 +70,17 @@ class Tables:
         share = float((rounded - table.data).square_().sum() / table.data.square().sum().clamp(min=1e-30))
         with _replaced(table, rounded):
             changed = self._starts()
-        return self._entering(starts, changed, gradients) * (1 + beyond * share) + self._leaving(table, rounded)
+        leaving = self._leaving(partial(_replaced, table, rounded))
+        return self._entering(starts, changed, gradients) * (1 + beyond * share) + leaving
+
+    def _of_inputs(self, name: str) -> dict[int, float]:
+        """Return what rounding the head's inputs costs by the size of blocks; nothing for a table that is no head."""
+        model = self.run.source.model
+        head, table = model.get_output_embeddings(), model.get_parameter(name)
+        if head.weight is not table:
+            return {}
+        blocks = [block for block in self.run.input_blocks if table.shape[1] % block == 0]
+        return {block: self._leaving(partial(_inputs_rounded, head, block)) for block in blocks}
 
     def _starts(self) -> States:
         """Return what the first block receives."""
@@ -80,13 +94,28 @@ class Tables:
             squares += float((slopes * (after - before)).sum(1, dtype=torch.float64).square().sum())
         return squares / 2 / self.tokens.numel()
 
-    def _leaving(self, table: nn.Parameter, rounded: torch.Tensor) -> float:
+    def _leaving(self, changed: Change) -> float:
+        """Return how far the logits of the last hidden states diverge inside a context from those outside it."""
         lost = 0.0
         for tokens, hidden in self._ends:
             expected = output_logits(self.run, tokens, hidden)[0]
-            with _replaced(table, rounded):
+            with changed():
                 lost += divergence(expected, output_logits(self.run, tokens, hidden)[0])
         return lost / sum(tokens.numel() for tokens, _ in self._ends)
+
+
+@contextmanager
+def _inputs_rounded(module: nn.Module, block: int) -> Iterator[None]:
+    """Round what a module receives to 8 bits inside the context."""
+
+    def rounded(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return inputs[0] + inputs_error(inputs[0], block).to(inputs[0].dtype)
+
+    hook = module.register_forward_pre_hook(rounded)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ def with_wide_rows(losses: Losses) -> Losses:
             for name, found in losses.items()
         },
         losses.salience,
+        losses.inputs,
     )
 
 

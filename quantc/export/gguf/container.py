@@ -14,7 +14,7 @@ from ...checkpoint.config import PackedEntry
 from ...pipeline.run import Run, Specs
 from ...spec import QuantSpec
 from ..misfit import Misfit, refusal
-from .blocks import BlockType
+from .blocks import TYPES, BlockType
 from .convert import choose_type
 from .draft import Draft
 from .layout import FileTensor, ModelTensor, parts_of
@@ -22,7 +22,12 @@ from .origin import kind_of_floats
 
 
 class GgufContainer:
-    """The GGUF file that the weights of a run will be in."""
+    """The GGUF file that the weights of a run will be in.
+
+    llama.cpp rounds the inputs of a weight in blocks as large as the weight's own: to Q8_0 or Q8_1, and to Q8_K.
+    """
+
+    input_blocks = tuple(sorted({kind.size for kind in TYPES.values()}))
 
     def __init__(self, draft: Draft, run: Run):
         self._run, self._draft = run, draft
@@ -40,6 +45,12 @@ class GgufContainer:
     def tensor_bits(self, name: str, spec: QuantSpec | None) -> int:
         """Return the bits that a weight takes in the file, with what fills its tensors up."""
         return 8 * self._filled(name, spec)
+
+    def input_block(self, name: str, spec: QuantSpec | None) -> int:
+        """Return the size of the blocks in which llama.cpp rounds the inputs of a weight, 0 for floats."""
+        if spec is not None:
+            return self._kind(name, spec).size
+        return max(part.block for part in self._parts[self._tensor(name)])
 
     def file_bytes(self, specs: Specs, dtypes: Mapping[str, torch.dtype] | None = None) -> int:
         """Return the size of the file for a plan; see Container."""

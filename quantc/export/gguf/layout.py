@@ -21,11 +21,15 @@ ALIGNMENT = 32  # bytes that every tensor is filled up to a multiple of
 
 @dataclass(frozen=True)
 class Verbatim:
-    """The type of a tensor whose bytes are copied from another file: its number and name in GGUF, and how many."""
+    """The type of a tensor whose bytes are copied from another file: its number and name in GGUF, and how many.
+
+    block: weights in a block of it, 0 for floats.
+    """
 
     number: int
     name: str
     nbytes: int
+    block: int
 
 
 Kind = BlockType | torch.dtype | Verbatim
@@ -79,6 +83,13 @@ class FileTensor:
     def type_name(self) -> str:
         """The type's name, such as Q4_1 or F16."""
         return FLOAT_NAMES[self.kind] if isinstance(self.kind, torch.dtype) else self.kind.name
+
+    @property
+    def block(self) -> int:
+        """Weights in a block of its type, 0 for floats."""
+        if isinstance(self.kind, Verbatim):
+            return self.kind.block
+        return self.kind.size if isinstance(self.kind, BlockType) else 0
 
     @property
     def quantized(self) -> bool:

@@ -96,7 +96,10 @@ def _is_unchanged(source: GgufSource, name: str, contents: Contents) -> bool:
 
 
 def _verbatim(source: GgufSource, part: Any) -> FileTensor:
-    kind = Verbatim(int(part.tensor_type), part.tensor_type.name, int(part.n_bytes))
+    from gguf import GGML_QUANT_SIZES
+
+    block = GGML_QUANT_SIZES[part.tensor_type][0]
+    kind = Verbatim(int(part.tensor_type), part.tensor_type.name, int(part.n_bytes), block if block > 1 else 0)
     return FileTensor(part.name, _shape(part), kind, None, Tensor(part.name), read=partial(_read, source, part))
 
 

@@ -18,7 +18,7 @@ from quantc.graph.derive import derive
 from quantc.pipeline.run import Run
 from quantc.plan import Plan
 from quantc.planning.head import table_shapes
-from quantc.planning.targets import RUNTIMES
+from quantc.planning.targets import RUNTIMES, spec_of_code
 from quantc.progress import LogProgress
 from quantc.report import Report
 from quantc.spec import QuantSpec
@@ -98,3 +98,19 @@ def test_what_no_block_holds_is_named_before_any_work(tmp_path: Path) -> None:
     first = next(iter(run.graph.linears))
     with pytest.raises(UsageError, match=f"GGUF cannot hold {first}: it has asymmetric codes of 3 bits"):
         container.check({first: QuantSpec(3, 32)})
+
+
+def test_inputs_are_rounded_in_blocks_as_large_as_those_of_the_weights(tmp_path: Path) -> None:
+    """Also those of weights that stay as they are in a file; of floats they are not rounded."""
+    model = save("qwen2", tmp_path / "model", torch.float16, hidden_size=256, intermediate_size=512)
+    run, container = opened(model)
+    names = list(run.graph.linears)
+    codes = ("q4_k", "q5_0", "mxfp4")
+    specs = {name: spec_of_code(code) for name, code in zip(names, codes, strict=False)}
+    blocks = {name: container.input_block(name, specs.get(name)) for name in names}
+    assert blocks == {**dict.fromkeys(names, 0), **dict(zip(names, (256, 32, 32), strict=False))}
+    assert container.input_blocks == (32, 256)
+    Plan({**dict.fromkeys(names), **specs}).write(tmp_path / "plan.yaml")
+    quantc.quantize(model, plan=tmp_path / "plan.yaml", method="rtn", calib="none", out=tmp_path / "a.gguf")
+    _, again = opened(tmp_path / "a.gguf")
+    assert {name: again.input_block(name, None) for name in names} == blocks

@@ -97,3 +97,23 @@ def test_what_llama_cpp_reads_is_what_quantc_loads(model: Path, tmp_path: Path) 
     report = quantc.quantize(model, avg_bits=5.0, out=tmp_path / "mixed.gguf", **settings(model))  # type: ignore[arg-type]
     assert any("llama.cpp" in note for note in report.notes)
     assert torch.isfinite(torch.tensor(report.bits_per_weight))
+
+
+def test_layers_of_a_file_are_widened_where_llama_cpp_would_round_their_inputs_worse(tmp_path: Path) -> None:
+    """The source fits as it is, and one of its inputs is large: in blocks of 256 the others would be lost."""
+    words = byte_level((WORDS_OF_BYTES,), False)
+    built = build("mistral", vocab_size=len(words), hidden_size=256, intermediate_size=512)
+    for block in built.model.layers:
+        block.post_attention_layernorm.weight.data[3] = 12.0
+    built.save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/calibration.txt").write_text(TEXT, encoding="utf-8")
+    how = settings(tmp_path / "model")
+    source, out = tmp_path / "source.gguf", tmp_path / "out.gguf"
+    quantc.quantize(tmp_path / "model", formats=["q6_k"], bits=6, out=source, **how)  # type: ignore[arg-type]
+    report = quantc.quantize(source, size=2 * source.stat().st_size, out=out, **how)  # type: ignore[arg-type]
+    before, after = types_of(source), types_of(out)
+    for block in (0, 1):
+        assert before[f"blk.{block}.ffn_up.weight"] == "Q6_K"
+        assert after[f"blk.{block}.ffn_up.weight"] == "Q8_0"
+    assert any("by rounding activations to 8 bits as llama.cpp does" in note for note in report.notes)

@@ -61,3 +61,17 @@ def test_what_no_candidate_has_is_no_uniform_plan() -> None:
     losses = Losses({"a": [Candidate(QuantSpec(4, 8), 0.1)]})
     widths = {bits: {"a": QuantSpec(bits, 8)} for bits in (3, 4)}
     assert set(Budget(graph, losses, {"a": 1024}, Rules({}), uniform=widths).uniform) == {4}
+
+
+def test_what_a_reader_loses_counts_for_weights_that_stay_as_they_are() -> None:
+    """Kept, a linear may lose more than in a wider type, and then it is only kept where that does not fit."""
+    graph: Any = SimpleNamespace(linears={"a": Linear("a", "linear", (8, 8), "x")}, blocks=[])
+    wide = QuantSpec(8, 8)
+    lost = {None: 0.5, wide: 0.2}
+    budget = Budget(
+        graph, Losses({"a": [Candidate(wide, 0.1)]}), {"a": 256}, Rules({}), besides=lambda _, spec: lost[spec]
+    )
+    larger, smaller = budget.share(1024), budget.share(256)
+    assert (larger.specs, larger.losses) == ({"a": wide}, {"a": pytest.approx(0.3)})
+    assert budget.besides(larger) == 0.2
+    assert (smaller.specs, smaller.loss, budget.besides(smaller)) == ({"a": None}, 0.5, 0.5)
