@@ -138,7 +138,6 @@ def prepare(model: str, args: argparse.Namespace, folder: Path) -> tuple[Path, P
     """Return the float file and the importance matrix that llama.cpp's quantizer takes, made where they are not."""
     floats, importance = folder / "float.gguf", folder / "importance.dat"
     if not importance.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         source = open_model(model)
         tokens = calibration_tokens(source, CalibrationConfig(args.calib, args.samples, args.seq_len)).tokens
         whole = source.load_whole(torch.float32)
@@ -151,6 +150,7 @@ def make(
     maker: str, mix: str, size: int, model: str, args: argparse.Namespace, folder: Path
 ) -> tuple[Path, dict[str, Any]]:
     """Return a file of a mix by llama.cpp's quantizer, or one of `size` by quantc with a preset, and what it cost."""
+    folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{maker}-{mix}.gguf"
     if maker == "llama.cpp":
         floats, importance = prepare(model, args, folder)
