@@ -107,11 +107,11 @@ def _code() -> str:
         trellis = find("trellis.json", model="SmolLM2-135M", bits=bits, method="balanced") or {}
         values = [float(rounded(row["mean_kl"])) for row in (grid, trellis)]
         losses.append(f"{bits} bits {values[0]:g} and {values[1]:g}")
-    ratios = {row["model"]: row["x original"] for row in load("cpu_decode_trellis.json")["rows"]}
+    ratios = {row["model"]: row["x original"] for row in load("cpu_decode_trellis_avx2.json")["rows"]}
     plain, compiled = (ratios[f"trellis3, {way}"] / ratios[f"grid4, {way}"] for way in ("plain", "compile=True"))
     what = "KL divergence of `balanced`, SmolLM2-135M, **grids in groups of 64** and trellis codes"
-    decode = "Tokens a second in 3 bits of trellis codes, times those in 4 bits of a grid, AVX-512, two threads"
-    named = "`, `".join(("perplexity.json", "trellis.json", "cpu_decode_trellis.json"))
+    decode = "Tokens a second in 3 bits of trellis codes, times those in 4 bits of a grid, AVX2, two threads"
+    named = "`, `".join(("perplexity.json", "trellis.json", "cpu_decode_trellis_avx2.json"))
     return (
         f"{what}. {'; '.join(losses)}. {decode}: {plain:.2f}, compiled {compiled:.2f} (`benchmarks/results/{named}`)."
     )
