@@ -48,5 +48,5 @@ class InputLosses:
             self._squares[linear.name][block] += float(costs.square().sum())
 
     def found(self, tokens: int) -> dict[str, dict[int, float]]:
-        """Return, by linear and size of the blocks, nats per token of so many tokens."""
+        """Return, by linear and size of the blocks, the nats lost for each of the tokens added."""
         return {name: {block: total / 2 / tokens for block, total in of.items()} for name, of in self._squares.items()}
