@@ -24,18 +24,26 @@ int32_t guarded(Work work) try {
 
 bool is_type(int64_t type) { return type >= FLOAT32 && type <= BFLOAT16; }
 
+bool is_weight(const Image* w) { return w->magic == MAGIC; }
+
+// Weights: Image or trellis::Stored.
+template <typename Weights>
 bool takes_rows_of(const Product& product, int64_t k) {
-  const Image* w = static_cast<const Image*>(product.weight.image);
+  const Weights* w = static_cast<const Weights*>(product.weight.image);
   const Rotation* rotation = product.weight.rotation;
-  return w->magic == MAGIC && w->k == k && (!rotation || rotation->width == k) && product.weight.rank >= 0 &&
+  return is_weight(w) && w->k == k && (!rotation || rotation->width == k) && product.weight.rank >= 0 &&
          is_type(product.bias_type);
 }
 
-bool takes_rows_of_trellis(const Product& product, int64_t k) {
-  const trellis::Stored* w = static_cast<const trellis::Stored*>(product.weight.image);
-  const Rotation* rotation = product.weight.rotation;
-  const bool belongs = trellis::is_weight(w) && w->k == k && (!rotation || rotation->width == k);
-  return belongs && product.weight.rank >= 0 && is_type(product.bias_type);
+// What `multiply` is handed of several products of x [m][k].
+template <typename Weights, typename Multiply>
+int32_t multiply_all(const void* products, int32_t count, int64_t k, const Call& call, Multiply multiply) {
+  const Product* all = static_cast<const Product*>(products);
+  if (count < 1 || count > LARGEST_GROUP || call.m < 0 || call.threads < 1 || !is_type(call.type)) return REFUSED;
+  for (int i = 0; i < count; ++i)
+    if (!takes_rows_of<Weights>(all[i], k)) return REFUSED;
+  multiply(all, count, call);
+  return DONE;
 }
 
 }  // namespace
@@ -105,12 +113,8 @@ int32_t quantc_cpu_round_trellis(int32_t bits, int32_t tile, int64_t n, int64_t 
 int32_t quantc_cpu_multiply_trellis(const void* products, int32_t count, const void* x, int64_t m, int64_t k, int32_t type,
                                     int32_t int8, int32_t threads) {
   return guarded([&] {
-    const Product* all = static_cast<const Product*>(products);
-    if (count < 1 || count > LARGEST_GROUP || m < 0 || threads < 1 || !is_type(type)) return REFUSED;
-    for (int i = 0; i < count; ++i)
-      if (!takes_rows_of_trellis(all[i], k)) return REFUSED;
-    trellis::multiply(all, count, Call{x, m, static_cast<Type>(type), int8 != 0, threads});
-    return DONE;
+    const Call call{x, m, static_cast<Type>(type), int8 != 0, threads};
+    return multiply_all<trellis::Stored>(products, count, k, call, [](auto... given) { trellis::multiply(given...); });
   });
 }
 
@@ -138,12 +142,8 @@ int32_t quantc_cpu_image_shape(const void* image, int64_t image_bytes, int64_t* 
 int32_t quantc_cpu_matmul(const void* products, int32_t count, const void* x, int64_t m, int64_t k, int32_t type,
                           int32_t int8, int32_t threads) {
   return guarded([&] {
-    const Product* all = static_cast<const Product*>(products);
-    if (count < 1 || count > LARGEST_GROUP || m < 0 || threads < 1 || !is_type(type)) return REFUSED;
-    for (int i = 0; i < count; ++i)
-      if (!takes_rows_of(all[i], k)) return REFUSED;
-    multiply(all, count, Call{x, m, static_cast<Type>(type), int8 != 0, threads});
-    return DONE;
+    const Call call{x, m, static_cast<Type>(type), int8 != 0, threads};
+    return multiply_all<Image>(products, count, k, call, [](auto... given) { multiply(given...); });
   });
 }
 

@@ -1,4 +1,5 @@
-// The operators quantc::native_step1, ... and quantc::trellis_step1, ... as torch's dispatcher calls them, without Python: kernels/cpu/steps.py.
+// The operators quantc::native_step1, ... and quantc::trellis_step1, ... as torch's dispatcher calls them, without Python:
+// kernels/cpu/steps.py.
 //
 // torch offers plain C functions for this, which stay as they are from one version to the next. They are called
 // through addresses that the caller has found, so that nothing is included, linked or needed.

@@ -29,7 +29,7 @@ constexpr bool is_tile(int tile) {
 constexpr int tile_of(int64_t n) {
   for (int one : TILES)
     if (n % one == 0) return one;
-  return n < 32 ? 32 : 64;
+  return n < TILES[4] ? TILES[4] : TILES[0];
 }
 
 // A weight [n][k] as it is stored: codes [ceil(n / tile)][k][tile * bits / 8], and a float16 scale for each row.
