@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -48,20 +48,17 @@ def join_products(graph: fx.GraphModule) -> None:
 
 def _product(node: fx.Node) -> _Product | None:
     """Return what a node multiplies, where an operator without Python does that too."""
-    operators = torch.ops.quantc
-    weight: tuple[Any, ...]
-    n: Any
-    bits: Any
+    operators, arguments = torch.ops.quantc, cast("tuple[Any, ...]", node.args)
     if node.target in (operators.native_matmul, operators.native_matmul.default):
-        x, image, low_rank_a, _, bias, n, hadamard, int8 = node.args
-        weight, bits = (image,), 0
+        x, image, low_rank_a, _, bias, n, hadamard, int8 = arguments
+        found = _Product(node, x, (image,), bias, n, 0, hadamard, int8)
     elif node.target in (operators.trellis_matmul, operators.trellis_matmul.default):
-        x, codes, scales, low_rank_a, _, bias, bits, hadamard, int8 = node.args
-        weight, n = (codes, scales), node.meta["example_value"].shape[-1]
+        x, codes, scales, low_rank_a, _, bias, bits, hadamard, int8 = arguments
+        n = node.meta["example_value"].shape[-1]
+        found = _Product(node, x, (codes, scales), bias, n, bits, hadamard, int8)
     else:
         return None
-    made: Any = (node, x, weight, bias, n, bits, hadamard, int8)
-    return _Product(*made) if low_rank_a is None and _is_step(x) else None
+    return found if low_rank_a is None and _is_step(x) else None
 
 
 def _is_step(x: Any) -> bool:
