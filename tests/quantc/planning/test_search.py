@@ -92,7 +92,7 @@ def test_weights_come_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_search_finds_a_better_plan_within_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Mutations are drawn by what is searched, the processor included: 3 to 6 generations find nothing for some seeds."""
+    """The seed depends on what is searched and on the processor: 3 to 6 generations find nothing for some."""
     model = first_blocks(MODEL, 2, tmp_path / "model")
     plain = planned(monkeypatch, tmp_path, model)
     run = planned(monkeypatch, tmp_path, model, search=16)
